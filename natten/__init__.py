@@ -1,0 +1,23 @@
+"""Neighborhood attention for PyTorch: 1-D, 2-D and 3-D, with dilation, stride, causal axes and relative position bias.
+
+Functions: `na1d`, `na2d`, `na3d`, each also with `_qkvpacked`, `_qk` and `_av`.
+Layers: `NeighborhoodAttention1D`, `NeighborhoodAttention2D`, `NeighborhoodAttention3D`.
+"""
+
+from natten import dispatch as _dispatch
+from natten import functional
+from natten.dispatch import use_backend
+from natten.functional import *  # noqa: F403
+from natten.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
+from natten.version import __version__
+
+__all__ = [
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "__version__",
+    "use_backend",
+    *functional.__all__,
+]
+
+_dispatch.set_log_level()

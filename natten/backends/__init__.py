@@ -1,0 +1,1 @@
+"""One module a backend, each with the interface that dispatch.py describes."""

@@ -1,0 +1,238 @@
+"""The reference backend: neighborhood attention in plain PyTorch, on any device, in any dtype, for any rank.
+
+Queries are taken in tiles (`geometry.axis_tiles`). Within a tile this is ordinary attention: each query meets each of
+the tile's keys, with a bias that is -inf where the key is outside the query's window. With tiles of one query it is the
+definition to the letter, and the maps of attention weights are made so; longer tiles compute the same numbers with
+matrix products. Memory is linear in tokens x window.
+
+Shape suffixes: B batch, X the spatial axes, H heads, d head dim; T tiles of all axes, Q queries and K keys of a tile,
+W keys of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natten.geometry import Axis, AxisTiles, axis_tiles
+
+NAME = "reference"
+
+
+def refuses(query: Tensor, axes: Sequence[Axis]) -> str | None:
+    """Why this backend cannot take a call; the reference takes every one."""
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fused attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q_BXHd: Tensor, k_BXHd: Tensor, v_BXHd: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output in the query's dtype and logsumexp of the logits [B, X, H] in the accumulation dtype; differentiable."""
+    with _no_autocast(q_BXHd):
+        tiles = _tiles(axes, q_BXHd.device)
+        *_, v_BTHKd, logits_BTHQK = _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles, scale)
+        lse_BTHQ = logits_BTHQK.logsumexp(-1)
+        out_BTHQd = logits_BTHQK.softmax(-1) @ v_BTHKd
+        out_BXHd = _from_tiles(out_BTHQd, tiles).to(q_BXHd.dtype)
+        lse_BXH = _from_tiles(lse_BTHQ.unsqueeze(-1), tiles).squeeze(-1)
+        return out_BXHd, lse_BXH
+
+
+def attention_backward(
+    grad_out_BXHd: Tensor,
+    grad_lse_BXH: Tensor | None,
+    q_BXHd: Tensor,
+    k_BXHd: Tensor,
+    v_BXHd: Tensor,
+    rpb: Tensor | None,
+    out_BXHd: Tensor,
+    lse_BXH: Tensor,
+    axes: Sequence[Axis],
+    scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `attention` from its inputs and outputs alone: [B, X, 3, H, d] for q, k and v, and rpb's."""
+    with _no_autocast(q_BXHd):
+        tiles = _tiles(axes, q_BXHd.device)
+        q_BTHQd, k_BTHKd, v_BTHKd, logits_BTHQK = _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles, scale)
+        grad_out_BXHd = grad_out_BXHd.to(lse_BXH.dtype)
+        delta_BXH = (grad_out_BXHd * out_BXHd).sum(-1)
+        if grad_lse_BXH is not None:
+            delta_BXH = delta_BXH - grad_lse_BXH
+
+        queries = [axis.query_TQ for axis in tiles]
+        grad_out_BTHQd = _to_tiles(grad_out_BXHd, queries)
+        delta_BTHQ1 = _to_tiles(delta_BXH.unsqueeze(-1), queries)
+        lse_BTHQ1 = _to_tiles(lse_BXH.unsqueeze(-1), queries)
+        # A repeated query must not count twice: no weight on any key.
+        lse_BTHQ1 = lse_BTHQ1.masked_fill(_is_repeat(tiles), float("inf"))
+
+        weight_BTHQK = (logits_BTHQK - lse_BTHQ1).exp_()
+        grad_weight_BTHQK = grad_out_BTHQd @ v_BTHKd.mT
+        grad_logits_BTHQK = grad_weight_BTHQK.sub_(delta_BTHQ1).mul_(weight_BTHQK)
+
+        shape, keys = q_BXHd.shape, [axis.key_TK for axis in tiles]
+        grad_q = _from_tiles(grad_logits_BTHQK @ k_BTHKd, tiles).mul(scale)
+        grad_k = _add_tiles(grad_logits_BTHQK.mT @ q_BTHQd, keys, shape)
+        grad_v = _add_tiles(weight_BTHQK.mT @ grad_out_BTHQd, keys, shape)
+        grad_qkv = torch.stack((grad_q, grad_k, grad_v), dim=-3).to(q_BXHd.dtype)
+        grad_rpb = None if rpb is None else _add_bias(grad_logits_BTHQK.sum(0), tiles, rpb)
+        return grad_qkv, grad_rpb
+
+
+def _tiles(axes: Sequence[Axis], device: torch.device) -> list[AxisTiles]:
+    """Tiles of K queries see 2K - 1 keys on an axis; an axis of up to 2K tokens is one tile a residue class."""
+    longest = [-(-axis.length // axis.dilation) for axis in axes]
+    sizes = [n if n <= 2 * axis.kernel_size else axis.kernel_size for axis, n in zip(axes, longest, strict=True)]
+    return [axis_tiles(axis, size, device) for axis, size in zip(axes, sizes, strict=True)]
+
+
+def _is_repeat(tiles: Sequence[AxisTiles]) -> Tensor:
+    """Whether a query of a tile is a repetition on any axis, [T, 1, Q, 1]."""
+    is_repeat_TQ = tiles[0].is_repeat_TQ
+    for axis in tiles[1:]:
+        is_repeat = is_repeat_TQ[:, None, :, None] | axis.is_repeat_TQ[None, :, None, :]
+        is_repeat_TQ = is_repeat.flatten(2).flatten(0, 1)
+    return is_repeat_TQ[:, None, :, None]
+
+
+def _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles: list[AxisTiles], scale: float) -> tuple[Tensor, ...]:
+    """The scaled query, key and value in tiles and the logits between them, in the accumulation dtype."""
+    dtype = _accumulation_dtype(q_BXHd)
+    keys = [axis.key_TK for axis in tiles]
+    q_BTHQd = _to_tiles(q_BXHd.to(dtype) * scale, [axis.query_TQ for axis in tiles])
+    k_BTHKd = _to_tiles(k_BXHd.to(dtype), keys)
+    v_BTHKd = _to_tiles(v_BXHd.to(dtype), keys)
+    logits_BTHQK = q_BTHQd @ k_BTHKd.mT + _bias(rpb, tiles, dtype)
+    return q_BTHQd, k_BTHKd, v_BTHKd, logits_BTHQK
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    """Keeps matrix products in the accumulation dtype; absent where not needed, so that exported graphs stay flat."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention weights apart from values
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def query_key(q_BHXd: Tensor, k_BHXd: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
+    """Unscaled logits [B, H, X, W], keys of a window in row-major order, -inf where a causal window leaves the map."""
+    with _no_autocast(q_BHXd):
+        tiles = [axis_tiles(axis, 1, q_BHXd.device) for axis in axes]
+        dtype = _accumulation_dtype(q_BHXd)
+        q_BTH1d = _to_tiles(q_BHXd.movedim(1, -2).to(dtype), [axis.query_TQ for axis in tiles])
+        k_BTHWd = _to_tiles(k_BHXd.movedim(1, -2).to(dtype), [axis.key_TK for axis in tiles])
+        logits_BTH1W = q_BTH1d @ k_BTHWd.mT + _bias(rpb, tiles, dtype)
+        return _from_tiles(logits_BTH1W, tiles).movedim(-2, 1).to(q_BHXd.dtype)
+
+
+def weight_value(weight_BHXW: Tensor, v_BHXd: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Sum over each window of weight times value, [B, H, X, d]; slots of a causal window before the map are ignored."""
+    with _no_autocast(v_BHXd):
+        tiles = [axis_tiles(axis, 1, v_BHXd.device) for axis in axes]
+        dtype = _accumulation_dtype(v_BHXd)
+        weight_BTH1W = _to_tiles(weight_BHXW.movedim(1, -2).to(dtype), [axis.query_TQ for axis in tiles])
+        v_BTHWd = _to_tiles(v_BHXd.movedim(1, -2).to(dtype), [axis.key_TK for axis in tiles])
+        is_outside = _bias(None, tiles, dtype).isinf()
+        out_BTH1d = weight_BTH1W.masked_fill(is_outside, 0.0) @ v_BTHWd
+        return _from_tiles(out_BTH1d, tiles).movedim(-2, 1).to(v_BHXd.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Between maps and tiles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _to_tiles(x_BXHd: Tensor, positions: Sequence[Tensor]) -> Tensor:
+    """Takes from each axis the given positions [tiles, items]: [B, X, H, d] -> [B, T, H, items, d]."""
+    rank = len(positions)
+    batch, heads, dim = x_BXHd.shape[0], x_BXHd.shape[-2], x_BXHd.shape[-1]
+    for axis, position in enumerate(positions, start=1):
+        x_BXHd = x_BXHd.index_select(axis, position.flatten())
+    x = x_BXHd.reshape(batch, *(size for position in positions for size in position.shape), heads, dim)
+    x = x.permute(0, *range(1, 2 * rank, 2), 2 * rank + 1, *range(2, 2 * rank + 1, 2), 2 * rank + 2)
+    return x.reshape(batch, prod([p.shape[0] for p in positions]), heads, prod([p.shape[1] for p in positions]), dim)
+
+
+def _from_tiles(x_BTHQd: Tensor, tiles: Sequence[AxisTiles]) -> Tensor:
+    """The queries of all tiles, each once, back in their places: [B, T, H, Q, d] -> [B, X, H, d]."""
+    x = _join_tiles(x_BTHQd, [axis.query_TQ for axis in tiles])
+    for dim, axis in enumerate(tiles, start=1):
+        x = x.index_select(dim, axis.place_L)
+    return x
+
+
+def _add_tiles(x_BTHKd: Tensor, positions: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Sums what the tiles hold for each position, the adjoint of `_to_tiles`: [B, T, H, K, d] -> [B, X, H, d]."""
+    x = _join_tiles(x_BTHKd, positions)
+    for dim, position in enumerate(positions, start=1):
+        total = x.new_zeros(*x.shape[:dim], shape[dim], *x.shape[dim + 1 :])
+        x = total.index_add_(dim, position.flatten(), x)
+    return x
+
+
+def _join_tiles(x_BTHQd: Tensor, positions: Sequence[Tensor]) -> Tensor:
+    """[B, T, H, items, d] -> [B, tiles x items of each axis, H, d]."""
+    rank = len(positions)
+    batch, _, heads, _, dim = x_BTHQd.shape
+    x = x_BTHQd.reshape(batch, *(p.shape[0] for p in positions), heads, *(p.shape[1] for p in positions), dim)
+    pairs = (axis for pair in zip(range(1, rank + 1), range(rank + 2, 2 * rank + 2), strict=True) for axis in pair)
+    x = x.permute(0, *pairs, rank + 1, 2 * rank + 2)
+    return x.reshape(batch, *(p.numel() for p in positions), heads, dim)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Relative position bias
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _bias(rpb: Tensor | None, tiles: Sequence[AxisTiles], dtype: torch.dtype) -> Tensor:
+    """The bias of each pair [T, H, Q, K] (H is 1 without rpb), -inf where the key is outside the window."""
+    rank = len(tiles)
+    if rpb is None:
+        table = torch.zeros((1, *(axis.outside for axis in tiles)), dtype=dtype, device=tiles[0].key_TK.device)
+    else:
+        table = rpb.to(dtype)
+    table = F.pad(table, (0, 1) * rank, value=float("-inf"))  # the entry `outside` of each axis
+    for dim, axis in enumerate(tiles, start=1):
+        table = table.index_select(dim, axis.bias_TQK.flatten())
+    heads = table.shape[0]
+    table = table.reshape(heads, *(size for axis in tiles for size in axis.bias_TQK.shape))
+    table = table.permute(_pair_order(rank))
+    return table.reshape(-1, heads, *(prod([axis.bias_TQK.shape[i] for axis in tiles]) for i in (1, 2)))
+
+
+def _add_bias(grad_THQK: Tensor, tiles: Sequence[AxisTiles], rpb: Tensor) -> Tensor:
+    """Sums what each entry of the table received, the adjoint of `_bias`: [T, H, Q, K] -> rpb's shape and dtype."""
+    rank, heads = len(tiles), rpb.shape[0]
+    order = _pair_order(rank)
+    sizes = (heads, *(size for axis in tiles for size in axis.bias_TQK.shape))
+    x = grad_THQK.reshape(*(sizes[i] for i in order))
+    x = x.permute(tuple(order.index(i) for i in range(len(order))))
+    x = x.reshape(heads, *(axis.bias_TQK.numel() for axis in tiles))
+    for dim, axis in enumerate(tiles, start=1):
+        total = x.new_zeros(*x.shape[:dim], axis.outside + 1, *x.shape[dim + 1 :])
+        x = total.index_add_(dim, axis.bias_TQK.flatten(), x).narrow(dim, 0, axis.outside)
+    return x.to(rpb.dtype).contiguous()
+
+
+def _pair_order(rank: int) -> tuple[int, ...]:
+    """Dimensions [H, then tiles, queries, keys of each axis] put in the order [tiles.., H, queries.., keys..]."""
+    tiles, queries, keys = (range(first, 3 * rank + 1, 3) for first in (1, 2, 3))
+    return (*tiles, 0, *queries, *keys)

@@ -1,0 +1,118 @@
+"""Which backend takes a call, and why the others did not.
+
+A backend is a module of natten.backends with
+
+- `NAME`, what a caller writes in `backend=`;
+- `refuses(query, axes) -> str | None`: why it cannot take the call, or None if it can;
+- `attention(query, key, value, rpb, axes, scale) -> (out, lse)`, heads-last;
+- `attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale) -> (grad_qkv, grad_rpb)`.
+
+`NATTEN_LOG_LEVEL=DEBUG` tells which backend took each call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from natten.backends import reference
+from natten.geometry import Axis
+
+LADDER: tuple[ModuleType, ...] = (reference,)  # the fastest first; the reference, which takes every call, last
+NAMES = ("reference", "cpu", "cuda")
+
+log = logging.getLogger("natten")
+
+# A plain global rather than a context variable, so that torch.compile can guard on it.
+_default: str | None = os.environ.get("NATTEN_BACKEND") or None
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Makes `name` the backend of every call that names none, in all threads, until the block ends.
+
+    Args:
+        name: "reference", "cpu" or "cuda", or None to let the fastest usable backend take each call. The environment
+            variable NATTEN_BACKEND sets the same for a whole process.
+
+    Raises:
+        ValueError: if there is no such backend here.
+    """
+    global _default
+    if name is not None:
+        find(name)
+    previous, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = previous
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend that a call or the process asks for; None if neither does."""
+    return backend if backend is not None else _default
+
+
+def is_plain(backend: str | None) -> bool:
+    """Whether a call runs as ordinary PyTorch operations rather than through the fused operators.
+
+    So it does when the reference is asked for by name, and while a model is exported, since neither ONNX nor a machine
+    without natten knows our operators.
+    """
+    return backend == reference.NAME or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def choose(query: Tensor, axes: Sequence[Axis], backend: str | None) -> ModuleType:
+    """The backend that takes a call.
+
+    Raises:
+        ValueError: if `backend` names one that does not exist here or that cannot take this call.
+    """
+    if backend is not None:
+        module = find(backend)
+        reason = module.refuses(query, axes)
+        if reason is not None:
+            raise ValueError(f"backend {backend!r} cannot take this call: {reason}.")
+        return module
+    for module in LADDER:
+        reason = module.refuses(query, axes)
+        if reason is None:
+            log.debug("%s takes query %s %s on %s", module.NAME, tuple(query.shape), query.dtype, query.device)
+            return module
+        log.debug("%s does not take query %s: %s", module.NAME, tuple(query.shape), reason)
+    raise AssertionError("the reference takes every call")
+
+
+def find(name: str) -> ModuleType:
+    """The backend of that name.
+
+    Raises:
+        ValueError: if the name is unknown, or known but not part of this version.
+    """
+    for module in LADDER:
+        if name == module.NAME:
+            return module
+    if name in NAMES:
+        raise ValueError(f"backend {name!r} cannot be used: this version of natten has no {name} kernels yet.")
+    raise ValueError(
+        f"backend {name!r} is unknown: use one of {', '.join(map(repr, NAMES))}, or None to let natten choose."
+    )
+
+
+def set_log_level() -> None:
+    """Obeys NATTEN_LOG_LEVEL."""
+    level = os.environ.get("NATTEN_LOG_LEVEL", "").upper()
+    if not level:
+        return
+    if level not in logging.getLevelNamesMapping():
+        raise ValueError(f"NATTEN_LOG_LEVEL is {level!r}, but must be DEBUG, INFO, WARNING or ERROR.")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("natten %(levelname)s: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(level)

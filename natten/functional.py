@@ -1,0 +1,268 @@
+"""Neighborhood attention as functions: fused (`na1d`, `na2d`, `na3d`), on packed qkv, and as two halves (`_qk`, `_av`).
+
+Each kind is written once and made for the three ranks; natten/geometry.py states the exact semantics. Papers:
+Neighborhood Attention Transformer, section 3 (arXiv:2204.07143); with dilation, DiNAT, section 3 (arXiv:2209.15001).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from natten import dispatch
+from natten.backends import reference
+from natten.geometry import (
+    BoolOrTuple,
+    IntOrTuple,
+    check_rpb,
+    check_same_shape,
+    check_tensors,
+    make_axes,
+)
+from natten.operators import fused_attention
+
+__all__ = [f"na{rank}d{suffix}" for rank in (1, 2, 3) for suffix in ("", "_qkvpacked", "_qk", "_av")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _make_fused(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    def fused(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: IntOrTuple,
+        stride: IntOrTuple = 1,
+        dilation: IntOrTuple = 1,
+        is_causal: BoolOrTuple = False,
+        scale: float | None = None,
+        rpb: Tensor | None = None,
+        return_lse: bool = False,
+        backend: str | None = None,
+        *,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        window_padding: str = "shift",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        _refuse_unserved(additional_keys, additional_values, window_padding)
+        check_tensors(rank, query=query, key=key, value=value)
+        _refuse_other_heads(query, key, value)
+        check_same_shape(query=query, key=key, value=value)
+        qkv = _autocast(query, key, value)
+        return _attend(qkv, qkv[0], kernel_size, stride, dilation, is_causal, scale, rpb, return_lse, backend)
+
+    return _publish(fused, rank, "", inputs="query, key, value: [B, {space}, heads, head_dim], of any strides")
+
+
+def _make_packed(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    def packed(
+        qkv: Tensor,
+        kernel_size: IntOrTuple,
+        stride: IntOrTuple = 1,
+        dilation: IntOrTuple = 1,
+        is_causal: BoolOrTuple = False,
+        scale: float | None = None,
+        rpb: Tensor | None = None,
+        return_lse: bool = False,
+        backend: str | None = None,
+        *,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        window_padding: str = "shift",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        _refuse_unserved(additional_keys, additional_values, window_padding)
+        if qkv.dim() != rank + 4 or qkv.shape[-3] != 3:
+            raise ValueError(
+                f"qkv has shape {tuple(qkv.shape)}, but must have {rank + 4} dimensions: batch, {rank} spatial axes, "
+                "3 (query, key and value), heads and head_dim."
+            )
+        (qkv,) = _autocast(qkv)
+        query = qkv.select(-3, 0)
+        check_tensors(rank, qkv=query)
+        return _attend((qkv,), query, kernel_size, stride, dilation, is_causal, scale, rpb, return_lse, backend)
+
+    return _publish(
+        packed, rank, "_qkvpacked", inputs="qkv: [B, {space}, 3, heads, head_dim]; backward makes one gradient"
+    )
+
+
+_FUSED_DOC = """Neighborhood attention over {rank} {axes}: each token attends to the window around itself.
+
+    Args:
+        {inputs}.
+        kernel_size: tokens a window has, at least 2; this and the next three are one value or one an axis.
+        stride: queries that share one window, at most kernel_size.
+        dilation: distance between the tokens of a window; kernel_size * dilation must not exceed the axis.
+        is_causal: whether a window ends at its query instead of being centred on it.
+        scale: factor on query times key, head_dim ** -0.5 unless given.
+        rpb: relative position bias {rpb}, added to the scaled logits; float32 or of the query's dtype.
+        return_lse: also return the logsumexp of the logits.
+        backend: "reference", "cpu" or "cuda"; None takes the fastest that can.
+        additional_keys, additional_values, window_padding: reserved; any but the default raises NotImplementedError.
+
+    Returns:
+        [B, {space}, heads, head_dim] in the query's dtype, contiguous; with return_lse also [B, {space}, heads] in
+        float32 (float64 for a float64 query). Both can be differentiated once; twice with backend="reference".
+
+    Raises:
+        ValueError: naming the argument, and the axis, that does not fit.
+        NotImplementedError: naming the argument that no backend serves yet.
+    """
+
+_AXIS_NAMES = {1: "L", 2: "H, W", 3: "D, H, W"}
+
+
+def _publish(function: Callable, rank: int, suffix: str, inputs: str = "", doc: str = _FUSED_DOC) -> Callable:
+    """Gives a function made for one rank its public name and docstring."""
+    function.__name__ = function.__qualname__ = f"na{rank}d{suffix}"
+    space = _AXIS_NAMES[rank]
+    function.__doc__ = doc.format(
+        rank=rank,
+        axes="axis" if rank == 1 else "axes",
+        inputs=inputs.format(space=space),
+        space=space,
+        rpb="[heads" + ", 2K-1" * rank + "]",
+    )
+    return function
+
+
+def _attend(qkv, query, kernel_size, stride, dilation, is_causal, scale, rpb, return_lse, backend):
+    """Runs `qkv`, which is (query, key, value) of equal shape or one packed tensor, whose query is `query`."""
+    axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    check_rpb(rpb, axes, query.shape[-2], query.dtype, query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = dispatch.requested(backend)
+    if dispatch.is_plain(backend):
+        query, key, value = qkv if len(qkv) == 3 else qkv[0].unbind(-3)
+        out, lse = reference.attention(query, key, value, rpb, axes, scale)
+    else:
+        out, lse = fused_attention(qkv, rpb, axes, scale, backend)
+    return (out, lse) if return_lse else out
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the tensors in its dtype, as a matrix product would take them; float64 stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _refuse_unserved(additional_keys: Tensor | None, additional_values: Tensor | None, window_padding: str) -> None:
+    if window_padding not in ("shift", "zeros", "valid"):
+        raise ValueError(f"window_padding is {window_padding!r}, but must be 'shift', 'zeros' or 'valid'.")
+    given = {
+        "additional_keys": additional_keys is not None,
+        "additional_values": additional_values is not None,
+        f"window_padding={window_padding!r}": window_padding != "shift",
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise NotImplementedError(f"{name} is not served by any backend of this version of natten: leave it out.")
+
+
+def _refuse_other_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Fewer key/value heads and another value head_dim are well-formed, but not served yet."""
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if 0 < kv_heads < heads and heads % kv_heads == 0 and value.shape[-2] == kv_heads:
+        raise NotImplementedError(
+            f"key and value have {kv_heads} heads and query has {heads}: fewer key/value heads are not served by any "
+            "backend of this version of natten; repeat key and value along their heads."
+        )
+    if value.shape[:-1] == key.shape[:-1] and value.shape[-1] != key.shape[-1]:
+        raise NotImplementedError(
+            f"value has head_dim {value.shape[-1]} and key has {key.shape[-1]}: another value head_dim is not served "
+            "by any backend of this version of natten."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two halves, heads-first: where the attention weights themselves are needed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _make_qk(rank: int) -> Callable[..., Tensor]:
+    def qk(
+        query: Tensor,
+        key: Tensor,
+        kernel_size: IntOrTuple,
+        dilation: IntOrTuple = 1,
+        is_causal: BoolOrTuple = False,
+        rpb: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        check_tensors(rank, query=query, key=key)
+        check_same_shape(query=query, key=key)
+        query, key = _autocast(query, key)
+        axes = make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
+        check_rpb(rpb, axes, query.shape[1], query.dtype, query.device)
+        return dispatch.choose(query, axes, dispatch.requested(backend)).query_key(query, key, rpb, axes)
+
+    return _publish(qk, rank, "_qk", doc=_QK_DOC)
+
+
+def _make_av(rank: int) -> Callable[..., Tensor]:
+    def av(
+        attn: Tensor,
+        value: Tensor,
+        kernel_size: IntOrTuple,
+        dilation: IntOrTuple = 1,
+        is_causal: BoolOrTuple = False,
+        backend: str | None = None,
+    ) -> Tensor:
+        check_tensors(rank, attn=attn, value=value)
+        attn, value = _autocast(attn, value)
+        axes = make_axes(value.shape[2:-1], kernel_size, 1, dilation, is_causal)
+        expected = (*value.shape[:-1], prod([axis.kernel_size for axis in axes]))
+        if attn.shape != expected:
+            raise ValueError(
+                f"attn has shape {tuple(attn.shape)}, but this value and kernel_size need {tuple(expected)}."
+            )
+        return dispatch.choose(value, axes, dispatch.requested(backend)).weight_value(attn, value, axes)
+
+    return _publish(av, rank, "_av", doc=_AV_DOC)
+
+
+_QK_DOC = """Logits of each query with the keys of its window, not scaled: scale the query first.
+
+    Args:
+        query, key: [B, heads, {space}, head_dim].
+        kernel_size, dilation, is_causal: one value or one an axis, as for the fused function.
+        rpb: relative position bias {rpb}, added as it is; float32 or of the query's dtype.
+        backend: "reference", "cpu" or "cuda"; None takes the fastest that can.
+
+    Returns:
+        [B, heads, {space}, W] in the query's dtype; W is the product of kernel_size, the window's keys in row-major
+        order. Slots of a causal window that lie before the map are -inf.
+
+    Raises:
+        ValueError: naming the argument, and the axis, that does not fit.
+    """
+
+_AV_DOC = """Sum over each window of attention weight times value.
+
+    Args:
+        attn: weights [B, heads, {space}, W], W the product of kernel_size; slots before the map are ignored.
+        value: [B, heads, {space}, head_dim].
+        kernel_size, dilation, is_causal: one value or one an axis, as for the fused function.
+        backend: "reference", "cpu" or "cuda"; None takes the fastest that can.
+
+    Returns:
+        [B, heads, {space}, head_dim] in the value's dtype.
+
+    Raises:
+        ValueError: naming the argument, and the axis, that does not fit.
+    """
+
+
+na1d, na2d, na3d = (_make_fused(rank) for rank in (1, 2, 3))
+na1d_qkvpacked, na2d_qkvpacked, na3d_qkvpacked = (_make_packed(rank) for rank in (1, 2, 3))
+na1d_qk, na2d_qk, na3d_qk = (_make_qk(rank) for rank in (1, 2, 3))
+na1d_av, na2d_av, na3d_av = (_make_av(rank) for rank in (1, 2, 3))

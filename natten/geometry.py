@@ -1,0 +1,235 @@
+"""The specification of neighborhood attention: windows, bias index, tiles, padding; and all checks of arguments.
+
+Along one axis of length L, with window K, dilation D and stride S, the query at position i belongs to the residue class
+r = i mod D and is the s-th token of it, s = i div D, out of n = ceil((L - r) / D). Its window lies in the same class:
+
+- not causal: the K tokens lo .. lo+K-1, lo = clamp(leader - K div 2, 0, n - K): always K keys, moved at the borders;
+- causal: the tokens leader-K+1 .. leader that exist;
+- the leader is s itself, or with S > 1 the token that all S queries of a group share: with g = (s div S) * S it is
+  min(g + S div 2, n - 1), causal: min(g + S - 1, n - 1).
+
+A key s' of a query s takes entry s' - s + K - 1 of a bias table with 2K - 1 entries. Several axes: the product.
+This is DiNAT's equations 1 and 2 (arXiv:2209.15001), with NAT (arXiv:2204.07143) as D = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IntOrTuple = int | Sequence[int]
+BoolOrTuple = bool | Sequence[bool]
+
+
+class Axis(NamedTuple):
+    """One spatial axis of a problem; lengths in tokens."""
+
+    length: int
+    kernel_size: int
+    stride: int
+    dilation: int
+    is_causal: bool
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows and tiles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def first_key(axis: Axis, s: Tensor, n: Tensor) -> Tensor:
+    """First of the K keys of a query in its residue class; negative where a causal window begins before the map.
+
+    Args:
+        s: index of the query within its residue class, any shape.
+        n: number of tokens of that class, broadcastable to s.
+    """
+    group = s - s % axis.stride
+    if axis.is_causal:
+        leader = torch.minimum(group + (axis.stride - 1), n - 1)
+        return leader - (axis.kernel_size - 1)
+    leader = torch.minimum(group + axis.stride // 2, n - 1)
+    return torch.minimum((leader - axis.kernel_size // 2).clamp(min=0), n - axis.kernel_size)
+
+
+class AxisTiles(NamedTuple):
+    """One axis cut into tiles: up to Q consecutive queries of one residue class, and every key that any of them sees.
+
+    Attributes:
+        query_TQ: position of each query; a tile at the end of its class repeats the last query.
+        key_TK: position of each key; entries that no window of the tile holds point anywhere.
+        bias_TQK: entry of the bias table for each pair, `outside` where the key is not in the window.
+        place_L: for each position of the axis, where its query stands in ``query_TQ.flatten()``.
+        is_repeat_TQ: whether the query is such a repetition.
+        outside: 2K - 1, one past the end of the bias table.
+    """
+
+    query_TQ: Tensor
+    key_TK: Tensor
+    bias_TQK: Tensor
+    place_L: Tensor
+    is_repeat_TQ: Tensor
+    outside: int
+
+
+def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> AxisTiles:
+    """Cuts an axis into tiles of `size` queries.
+
+    A tile of one query has exactly K keys, in window order: with size 1 this is the window table of the definition.
+    """
+    length, kernel_size, stride, dilation, _ = axis
+    longest = -(-length // dilation)  # tokens of residue class 0
+    tiles_per_class = -(-longest // size)
+    tile = torch.arange(dilation * tiles_per_class, device=device)
+    residue_T1 = (tile // tiles_per_class)[:, None]
+    n_T1 = (length - residue_T1 + dilation - 1) // dilation
+
+    s_TQ = (tile % tiles_per_class)[:, None] * size + torch.arange(size, device=device)
+    is_repeat_TQ = s_TQ >= n_T1
+    s_TQ = torch.minimum(s_TQ, n_T1 - 1)
+    first_TQ = first_key(axis, s_TQ, n_T1)
+
+    if size == 1:
+        span, start_T1 = kernel_size, first_TQ
+    else:
+        span, start_T1 = min(longest, kernel_size + size + stride - 2), first_TQ[:, :1].clamp(min=0)
+    key_TK = start_T1 + torch.arange(span, device=device)
+
+    outside = 2 * kernel_size - 1
+    offset_TQK = key_TK[:, None, :] - first_TQ[:, :, None]
+    is_seen_TQK = (offset_TQK >= 0) & (offset_TQK < kernel_size) & (key_TK >= 0)[:, None, :]
+    bias_TQK = key_TK[:, None, :] - s_TQ[:, :, None] + (kernel_size - 1)
+    bias_TQK = torch.where(is_seen_TQK, bias_TQK, outside)
+    key_TK = torch.minimum(key_TK.clamp(min=0), n_T1 - 1)
+
+    position = torch.arange(length, device=device)
+    place_L = (position % dilation) * (tiles_per_class * size) + position // dilation
+    return AxisTiles(
+        query_TQ=residue_T1 + s_TQ * dilation,
+        key_TK=residue_T1 + key_TK * dilation,
+        bias_TQK=bias_TQK,
+        place_L=place_L,
+        is_repeat_TQ=is_repeat_TQ,
+        outside=outside,
+    )
+
+
+def padding(space: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """Tokens to append to each axis so that it holds kernel_size * dilation of them; 0 where it is long enough."""
+    return tuple(max(0, k * d - length) for length, k, d in zip(space, kernel_size, dilation, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def per_axis(value, rank: int, name: str, kind: type) -> tuple:
+    """An argument given once or once an axis, as a tuple of `rank` values.
+
+    Raises:
+        ValueError: if it is neither one value nor `rank` values of the kind.
+    """
+    values = tuple(value) if isinstance(value, Sequence | torch.Size) else (value,) * rank
+    is_kind = all(isinstance(v, int | torch.SymInt) and (isinstance(v, bool) == (kind is bool)) for v in values)
+    if len(values) != rank or not is_kind:
+        raise ValueError(f"{name} must be one {kind.__name__} or {rank} of them, one an axis, but is {value!r}.")
+    return values
+
+
+def check_window(
+    rank: int, kernel_size: IntOrTuple, stride: IntOrTuple, dilation: IntOrTuple, is_causal: BoolOrTuple
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    """The four window arguments as tuples, one value an axis.
+
+    Raises:
+        ValueError: kernel_size < 2, stride < 1, stride > kernel_size, dilation < 1, or not one value an axis.
+    """
+    kernel_size = per_axis(kernel_size, rank, "kernel_size", int)
+    stride = per_axis(stride, rank, "stride", int)
+    dilation = per_axis(dilation, rank, "dilation", int)
+    is_causal = per_axis(is_causal, rank, "is_causal", bool)
+    for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True)):
+        if k < 2:
+            raise ValueError(f"kernel_size is {k} on axis {axis}, but a window needs at least 2 tokens on each axis.")
+        if not 1 <= s <= k:
+            raise ValueError(f"stride is {s} on axis {axis}, but must lie between 1 and kernel_size, here {k}.")
+        if d < 1:
+            raise ValueError(f"dilation is {d} on axis {axis}, but must be at least 1.")
+    return kernel_size, stride, dilation, is_causal
+
+
+def make_axes(
+    space: Sequence[int],
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+) -> tuple[Axis, ...]:
+    """The checked axes of a problem on a map of the given lengths.
+
+    Raises:
+        ValueError: as `check_window`, and where kernel_size * dilation exceeds the length of an axis.
+    """
+    window = check_window(len(space), kernel_size, stride, dilation, is_causal)
+    axes = tuple(Axis(*values) for values in zip(space, *window, strict=True))
+    for index, axis in enumerate(axes):
+        if axis.kernel_size * axis.dilation > axis.length:
+            raise ValueError(
+                f"kernel_size * dilation is {axis.kernel_size} * {axis.dilation} = {axis.kernel_size * axis.dilation} "
+                f"on axis {index}, but that axis has only {axis.length} tokens: make either smaller, or use the module "
+                f"NeighborhoodAttention{len(axes)}D, which pads small maps."
+            )
+    return axes
+
+
+def check_tensors(rank: int, **tensors: Tensor) -> None:
+    """Checks that tensors of one problem have rank + 3 dimensions, one floating dtype and one device.
+
+    Raises:
+        ValueError: naming the tensor that does not fit.
+    """
+    (first_name, first), *others = tensors.items()
+    for name, x in tensors.items():
+        if x.dim() != rank + 3:
+            raise ValueError(
+                f"{name} has {x.dim()} dimensions, but {rank}-D neighborhood attention takes {rank + 3}: batch, "
+                f"{rank} spatial axes, heads and head_dim; its shape is {tuple(x.shape)}."
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"{name} is {x.dtype}, but must be a floating-point tensor.")
+    for name, x in others:
+        if x.dtype != first.dtype or x.device != first.device:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}, but {first_name} is {first.dtype} on {first.device}: "
+                "convert one of them."
+            )
+
+
+def check_same_shape(**tensors: Tensor) -> None:
+    """Raises ValueError, naming both, where two tensors that must agree in shape do not."""
+    (first_name, first), *others = tensors.items()
+    for name, x in others:
+        if x.shape != first.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, but {first_name} has {tuple(first.shape)}: they must agree."
+            )
+
+
+def check_rpb(rpb: Tensor | None, axes: Sequence[Axis], heads: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Checks a relative position bias: shape [heads, 2K - 1 on each axis], the dtype of the query or float32.
+
+    Raises:
+        ValueError: naming what is wrong and what is expected.
+    """
+    if rpb is None:
+        return
+    expected = (heads, *(2 * axis.kernel_size - 1 for axis in axes))
+    if tuple(rpb.shape) != expected:
+        raise ValueError(f"rpb has shape {tuple(rpb.shape)}, but {heads} heads and this kernel_size need {expected}.")
+    if rpb.dtype not in (dtype, torch.float32):
+        raise ValueError(f"rpb is {rpb.dtype}, but must be float32 or of the query's dtype, {dtype}.")
+    if rpb.device != device:
+        raise ValueError(f"rpb is on {rpb.device}, but the query is on {device}: move one of them.")
