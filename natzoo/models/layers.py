@@ -1,0 +1,104 @@
+"""What the model families share: the block, and the way from dilations to blocks. Feature maps are [B, H, W, C]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import DropPath, Mlp, trunc_normal_
+from torch import Tensor, nn
+
+from natten import NeighborhoodAttention2D
+
+
+class NeighborhoodBlock(nn.Module):
+    """Pre-norm transformer block with neighborhood attention (NAT, arXiv:2204.07143, figure 5).
+
+    Args:
+        dim: channels.
+        num_heads: attention heads.
+        kernel_size: window, in tokens.
+        dilation: dilation of the window.
+        mlp_ratio: hidden channels of the MLP, as a multiple of dim.
+        qkv_bias: whether the qkv projection has a bias.
+        proj_drop: dropout rate after the attention's and the MLP's projections.
+        attn_drop: dropout rate on attention weights.
+        drop_path: rate of stochastic depth, for each of the two branches.
+        layer_scale: initial value of the learned factor on each branch; None for no such factor.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int = 7,
+        dilation: int = 1,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = NeighborhoodAttention2D(
+            dim, num_heads, kernel_size, dilation, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        for name in ("gamma1", "gamma2"):
+            gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale, **dd))
+            self.register_parameter(name, gamma)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        x_BHWC = x_BHWC + self.drop_path(_scaled(self.attn(self.norm1(x_BHWC)), self.gamma1))
+        return x_BHWC + self.drop_path(_scaled(self.mlp(self.norm2(x_BHWC)), self.gamma2))
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else x * gamma
+
+
+def check_dilations(dilations: Sequence[Sequence[int]] | None, depths: Sequence[int]) -> list[list[int]]:
+    """One dilation a block; None means 1 everywhere.
+
+    Raises:
+        ValueError: naming the stage whose number of dilations is not its depth.
+    """
+    if dilations is None:
+        return [[1] * depth for depth in depths]
+    if len(dilations) != len(depths):
+        raise ValueError(f"dilations has {len(dilations)} stages, but depths has {len(depths)}.")
+    for stage, (values, depth) in enumerate(zip(dilations, depths, strict=True)):
+        if len(values) != depth:
+            raise ValueError(f"dilations of stage {stage} are {len(values)} values, but that stage has {depth} blocks.")
+    return [list(values) for values in dilations]
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Rates of stochastic depth rising linearly from 0 at the first block to `rate` at the last."""
+    last = max(sum(depths) - 1, 1)
+    rates = iter(rate * block / last for block in range(sum(depths)))
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear layers from a normal distribution of std 0.02 cut at 2, biases 0; all else as it is."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def to_nchw(x_BHWC: Tensor) -> Tensor:
+    return x_BHWC.permute(0, 3, 1, 2)
+
+
+def to_nhwc(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW.permute(0, 2, 3, 1)
