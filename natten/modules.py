@@ -106,11 +106,22 @@ class _NeighborhoodAttention(nn.Module):
                 f"batch, {self.rank} spatial axes and channels."
             )
         space = x_BXC.shape[1:-1]
-        x_BXC = self._pad(x_BXC)
-        qkv = self.qkv(x_BXC).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = self._project(x_BXC)
         out_BXHd = self._attend_with_dropout(qkv) if self.training and self.attn_drop.p > 0 else self._attend(qkv)
         x_BXC = self._crop(out_BXHd.flatten(-2), space)
         return self.proj_drop(self.proj(x_BXC))
+
+    def attention_weights(self, x_BXC: Tensor) -> Tensor:
+        """What `forward` weighs values by: [B, num_heads, X, W], W the product of kernel_size, row-major.
+
+        X is the padded map. Weights are before dropout.
+
+        Raises:
+            ValueError: with a stride, which has no weights per query.
+        """
+        if any(stride > 1 for stride in self.stride):
+            raise ValueError(f"attention weights are not available with a stride, here {self.stride}.")
+        return self._weights(self._project(x_BXC))
 
     def _attend(self, qkv: Tensor) -> Tensor:
         function = getattr(functional, f"na{self.rank}d_qkvpacked")
@@ -118,13 +129,24 @@ class _NeighborhoodAttention(nn.Module):
         return function(qkv, *window, scale=self.scale, rpb=self.rpb, backend=self.backend)
 
     def _attend_with_dropout(self, qkv: Tensor) -> Tensor:
-        query_key = getattr(functional, f"na{self.rank}d_qk")
         weight_value = getattr(functional, f"na{self.rank}d_av")
+        weights_BHXW = self.attn_drop(self._weights(qkv))
+        v_BHXd = qkv.select(-3, 2).movedim(-2, 1)
+        out_BHXd = weight_value(
+            weights_BHXW.to(v_BHXd.dtype), v_BHXd, self.kernel_size, self.dilation, self.is_causal, backend=self.backend
+        )
+        return out_BHXd.movedim(1, -2)
+
+    def _weights(self, qkv: Tensor) -> Tensor:
+        query_key = getattr(functional, f"na{self.rank}d_qk")
+        q_BHXd, k_BHXd = (qkv.select(-3, part).movedim(-2, 1) for part in (0, 1))
         window = self.kernel_size, self.dilation, self.is_causal
-        q_BHXd, k_BHXd, v_BHXd = (x.movedim(-2, 1) for x in qkv.unbind(-3))
-        logits = query_key(q_BHXd * self.scale, k_BHXd, *window, rpb=self.rpb, backend=self.backend)
-        weights = self.attn_drop(logits.softmax(-1).to(v_BHXd.dtype))
-        return weight_value(weights, v_BHXd, *window, backend=self.backend).movedim(1, -2)
+        logits_BHXW = query_key(q_BHXd * self.scale, k_BHXd, *window, rpb=self.rpb, backend=self.backend)
+        return logits_BHXW.softmax(-1)
+
+    def _project(self, x_BXC: Tensor) -> Tensor:
+        """Packed query, key and value [B, X, 3, heads, head_dim] of the padded map."""
+        return self.qkv(self._pad(x_BXC)).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _pad(self, x_BXC: Tensor) -> Tensor:
         missing = padding(x_BXC.shape[1:-1], self.kernel_size, self.dilation)

@@ -41,10 +41,11 @@ def attention(
     with _no_autocast(q_BXHd):
         tiles = _tiles(axes, q_BXHd.device)
         *_, v_BTHKd, logits_BTHQK = _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles, scale)
-        lse_BTHQ = logits_BTHQK.logsumexp(-1)
-        out_BTHQd = logits_BTHQK.softmax(-1) @ v_BTHKd
-        out_BXHd = _from_tiles(out_BTHQd, tiles).to(q_BXHd.dtype)
-        lse_BXH = _from_tiles(lse_BTHQ.unsqueeze(-1), tiles).squeeze(-1)
+        top_BTHQ1 = logits_BTHQK.detach().amax(-1, keepdim=True)
+        weight_BTHQK = logits_BTHQK.sub_(top_BTHQ1).exp_()
+        total_BTHQ1 = weight_BTHQK.sum(-1, keepdim=True)
+        out_BXHd = _from_tiles(weight_BTHQK @ v_BTHKd / total_BTHQ1, tiles).to(q_BXHd.dtype)
+        lse_BXH = _from_tiles(top_BTHQ1 + total_BTHQ1.log(), tiles).squeeze(-1)
         return out_BXHd, lse_BXH
 
 
@@ -76,7 +77,7 @@ def attention_backward(
         # A repeated query must not count twice: no weight on any key.
         lse_BTHQ1 = lse_BTHQ1.masked_fill(_is_repeat(tiles), float("inf"))
 
-        weight_BTHQK = (logits_BTHQK - lse_BTHQ1).exp_()
+        weight_BTHQK = logits_BTHQK.sub_(lse_BTHQ1).exp_()
         grad_weight_BTHQK = grad_out_BTHQd @ v_BTHKd.mT
         grad_logits_BTHQK = grad_weight_BTHQK.sub_(delta_BTHQ1).mul_(weight_BTHQK)
 
@@ -112,7 +113,7 @@ def _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles: list[AxisTiles], scale: float) -
     q_BTHQd = _to_tiles(q_BXHd.to(dtype) * scale, [axis.query_TQ for axis in tiles])
     k_BTHKd = _to_tiles(k_BXHd.to(dtype), keys)
     v_BTHKd = _to_tiles(v_BXHd.to(dtype), keys)
-    logits_BTHQK = q_BTHQd @ k_BTHKd.mT + _bias(rpb, tiles, dtype)
+    logits_BTHQK = (q_BTHQd @ k_BTHKd.mT).add_(_bias(rpb, tiles, dtype))
     return q_BTHQd, k_BTHKd, v_BTHKd, logits_BTHQK
 
 

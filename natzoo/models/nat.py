@@ -287,20 +287,11 @@ class NAT(nn.Module):
         return self.forward_head(self.forward_features(x_BCHW))
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a published file or of a training checkpoint under this model's names, which are the same."""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state_dict.get(wrapper), dict):
-            return state_dict[wrapper]
-    return state_dict
-
-
 def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
     return build_model_with_cfg(
         NAT,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **kwargs,
     )

@@ -1,0 +1,180 @@
+"""The options of train.py: defaults here, overridden by a YAML file, overridden by the command line."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line of train.py and the YAML file that it names.
+
+    Raises:
+        ValueError: on a key or a value in the file that no option has; names the nearest right key.
+        FileNotFoundError: if the file, or one that it is based on, is missing.
+    """
+    parser = make_parser()
+    config = parser.parse_known_args(argv)[0].config
+    if config is not None:
+        parser.set_defaults(**_checked(read_config(Path(config)), parser, config))
+    return parser.parse_args(argv)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file over those of the file that its key `base` names, relative to its own folder."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config {path}: check the path given to --config.")
+    try:
+        config = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold lines `key: value`, but holds a {type(config).__name__}.")
+    base = config.pop("base", None)
+    return config if base is None else {**read_config(path.parent / base), **config}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All options of train.py; each is a key of the YAML files too, with _ for -."""
+    parser = argparse.ArgumentParser(
+        description="Train an image classifier.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = {"action": argparse.BooleanOptionalAction}
+    parser.add_argument("data", nargs="?", help="folder that holds train/ and val/, each with one folder a class")
+    parser.add_argument("-c", "--config", metavar="YAML", help="file of options; the command line overrides it")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--train-split", default="train", help="folder of the training images under DATA")
+    group.add_argument("--val-split", default="val", help="folder of the validation images under DATA")
+    group.add_argument("--workers", type=int, default=8, help="processes that load images")
+    group.add_argument("--skip-bad-images", default=False, **flag, help="train on where an image cannot be read")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="nat_tiny", help="a name that timm.create_model knows")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, help="KEY=VALUE for the model")
+    group.add_argument("--num-classes", type=int, help="classes of the head; as many as the data has unless given")
+    group.add_argument("--img-size", type=int, help="side of the image in pixels; the model's own unless given")
+    group.add_argument("--drop-path", type=float, help="rate of stochastic depth; the model's own unless given")
+    group.add_argument("--pretrained", default=False, **flag, help="start from the published weights")
+    group.add_argument("--initial-checkpoint", metavar="FILE", help="start from these weights")
+
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--opt", default="adamw", help="a name that timm.optim knows")
+    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; not scaled by the batch size")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="weight decay; none on norms, biases and rpb")
+    group.add_argument("--momentum", type=float, default=0.9, help="momentum, for optimizers that have one")
+    group.add_argument("--opt-eps", type=float, help="epsilon of the optimizer")
+    group.add_argument("--opt-betas", type=float, nargs="+", help="betas of the optimizer")
+    group.add_argument("--layer-decay", type=float, help="factor on the learning rate, a layer to the one before")
+    group.add_argument("--clip-grad", type=float, default=5.0, help="largest norm of the gradient; 0 for no limit")
+    group.add_argument("--batch-size", type=int, default=128, help="images of a step")
+    group.add_argument("--grad-accum", type=int, default=1, help="steps whose gradients make one update")
+
+    group = parser.add_argument_group("schedule")
+    group.add_argument("--epochs", type=int, default=300, help="epochs of the schedule, warm-up included")
+    group.add_argument("--sched", default="cosine", help="a name that timm.scheduler knows, or none")
+    group.add_argument("--warmup-epochs", type=int, default=20, help="epochs of linear warm-up")
+    group.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate that warm-up starts from")
+    group.add_argument("--min-lr", type=float, default=5e-6, help="learning rate at the end")
+    group.add_argument("--cooldown-epochs", type=int, default=10, help="epochs at --min-lr after the schedule")
+
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
+    group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
+    group.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
+    group.add_argument("--vflip", type=float, default=0.0, help="probability of a vertical flip")
+    group.add_argument("--color-jitter", type=float, default=0.4, help="strength, where --aa is none")
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
+    group.add_argument("--train-interpolation", default="random", help="random, bilinear or bicubic")
+    group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
+    group.add_argument("--remode", default="pixel", help="filling of erased areas: const, rand or pixel")
+    group.add_argument("--mixup", type=float, default=0.8, help="mixup alpha; 0 for no mixup")
+    group.add_argument("--cutmix", type=float, default=1.0, help="cutmix alpha; 0 for no cutmix")
+    group.add_argument("--mixup-prob", type=float, default=1.0, help="share of batches mixed")
+    group.add_argument("--mixup-switch-prob", type=float, default=0.5, help="share of mixed batches that are cutmix")
+    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--crop-pct", type=float, help="share of the image that evaluation keeps; the model's own")
+    group.add_argument("--interpolation", help="resampling in evaluation; the model's own unless given")
+    group.add_argument("--mean", type=float, nargs=3, help="mean of the three colours; the model's own unless given")
+    group.add_argument("--std", type=float, nargs=3, help="deviation of the colours; the model's own unless given")
+    group.add_argument("--val-batch-size", type=int, help="images at a time; --batch-size unless given")
+    group.add_argument("--model-ema", default=False, **flag, help="keep an average of the weights, and evaluate that")
+    group.add_argument("--model-ema-decay", type=float, default=0.9998, help="decay of that average")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output", default="output", help="folder that holds one folder a run")
+    group.add_argument("--experiment", help="name of the run; the config's or the model's unless given")
+    group.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="go on from the run's last checkpoint")
+    group.add_argument("--seed", type=int, default=42, help="everything random follows from it")
+    group.add_argument("--device", default="cuda-if-there", help="cpu, cuda, cuda:1, ...")
+    group.add_argument("--threads", type=int, help="threads of the CPU; torch's choice unless given")
+    group.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision")
+    group.add_argument("--channels-last", default=False, **flag, help="memory format of convolutions")
+    group.add_argument("--grad-checkpointing", default=False, **flag, help="compute activations again to save memory")
+    group.add_argument("--compile", default=False, **flag, help="torch.compile the model")
+    group.add_argument("--log-interval", type=int, default=10, help="updates between figures shown and logged")
+    return parser
+
+
+class KeyValues(argparse.Action):
+    """KEY=VALUE pairs into a dict, over those of the YAML file; values are Python literals, else strings."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = dict(getattr(namespace, self.dest) or {})
+        for pair in values:
+            key, equals, text = pair.partition("=")
+            if not equals:
+                parser.error(f"{option_string} takes KEY=VALUE, but was given {pair!r}")
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def _checked(config: dict[str, Any], parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+    """The file's values converted as the command line's would be."""
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "data")}
+    checked = {}
+    for key, value in config.items():
+        if key not in actions:
+            nearest = difflib.get_close_matches(str(key), actions, n=1, cutoff=0.0)
+            raise ValueError(f"{path} has the unknown key {key!r}: did you mean {nearest[0]!r}?")
+        try:
+            checked[key] = _convert(actions[key], value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} gives {key} the value {value!r}: {error}.") from error
+    return checked
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError("it must be true or false")
+        return value
+    if isinstance(action, KeyValues):
+        if not isinstance(value, dict):
+            raise ValueError("it must be lines `key: value`, indented")
+        return value
+    if action.nargs in (2, 3, "+"):
+        if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
+            raise ValueError(f"it must be a list of {action.nargs if action.nargs != '+' else 'one or more'} numbers")
+        return [action.type(item) for item in value]
+    if isinstance(value, (list, dict)):
+        raise ValueError("it must be one value")
+    value = str(value) if action.type is None else action.type(str(value))
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(f"it must be one of {', '.join(action.choices)}")
+    return value

@@ -1,0 +1,65 @@
+"""Reading weight files without ever running code from them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+# Where training scripts put the weights, best first: an average of the weights is what one evaluates and publishes.
+_WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Everything a .pth, .pth.tar, .pt or .safetensors file holds, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, holds more than tensors and plain data, or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}: check the path.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path, device="cpu")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it is not plain weights, and unpickling more could run code ({_reason(error)})."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or no checkpoint: get it again ({_reason(error)}).") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, but a checkpoint is a dict of tensors.")
+    return checkpoint
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The weights alone: of a training checkpoint the averaged ones if there are any, else the model's.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_checkpoint`; also if there are no weights in the file.
+    """
+    checkpoint = read_checkpoint(path)
+    for wrapper in _WRAPPERS:
+        if isinstance(checkpoint.get(wrapper), dict):
+            checkpoint = checkpoint[wrapper]
+            break
+    weights = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    if not weights:
+        entries = ", ".join(map(str, list(checkpoint)[:5])) or "none"
+        raise ValueError(f"{path} holds no weights; its entries: {entries}.")
+    return weights
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of a library's error, which may run over many lines."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].rstrip(".")
