@@ -9,6 +9,11 @@ resumed ends as it would have ended: bit by bit, on a CPU with the same number o
 
 from __future__ import annotations
 
+import os
+
+# Before torch starts its threads: beside loading processes, threads that wait by spinning cost more than they save.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import math
 import time

@@ -20,4 +20,4 @@ __all__ = [
     *functional.__all__,
 ]
 
-_dispatch.set_log_level()
+_dispatch.obey_environment()

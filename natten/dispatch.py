@@ -79,14 +79,22 @@ def choose(query: Tensor, axes: Sequence[Axis], backend: str | None) -> ModuleTy
         reason = module.refuses(query, axes)
         if reason is not None:
             raise ValueError(f"backend {backend!r} cannot take this call: {reason}.")
+        _tell("takes", module, query, "it was asked for")
         return module
     for module in LADDER:
         reason = module.refuses(query, axes)
         if reason is None:
-            log.debug("%s takes query %s %s on %s", module.NAME, tuple(query.shape), query.dtype, query.device)
+            _tell("takes", module, query, "it is the fastest that can")
             return module
-        log.debug("%s does not take query %s: %s", module.NAME, tuple(query.shape), reason)
+        _tell("does not take", module, query, reason)
     raise AssertionError("the reference takes every call")
+
+
+def _tell(verb: str, module: ModuleType, query: Tensor, reason: str) -> None:
+    if not torch.compiler.is_compiling():  # logging in traced code would break the graph
+        log.debug(
+            "%s %s query %s %s on %s: %s", module.NAME, verb, tuple(query.shape), query.dtype, query.device, reason
+        )
 
 
 def find(name: str) -> ModuleType:
@@ -105,8 +113,14 @@ def find(name: str) -> ModuleType:
     )
 
 
-def set_log_level() -> None:
-    """Obeys NATTEN_LOG_LEVEL."""
+def obey_environment() -> None:
+    """Checks NATTEN_BACKEND and obeys NATTEN_LOG_LEVEL.
+
+    Raises:
+        ValueError: naming the variable whose value is not one of those possible.
+    """
+    if _default is not None and _default not in NAMES:
+        raise ValueError(f"NATTEN_BACKEND is {_default!r}, but must be one of {', '.join(map(repr, NAMES))}.")
     level = os.environ.get("NATTEN_LOG_LEVEL", "").upper()
     if not level:
         return

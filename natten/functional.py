@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
-import torch
 from torch import Tensor
 
 from natten import dispatch
@@ -23,6 +22,7 @@ from natten.geometry import (
     make_axes,
 )
 from natten.operators import fused_attention
+from natten.precision import apply_autocast
 
 __all__ = [f"na{rank}d{suffix}" for rank in (1, 2, 3) for suffix in ("", "_qkvpacked", "_qk", "_av")]
 
@@ -51,11 +51,11 @@ def _make_fused(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
         window_padding: str = "shift",
     ) -> Tensor | tuple[Tensor, Tensor]:
         _refuse_unserved(additional_keys, additional_values, window_padding)
+        query, key, value = qkv = apply_autocast(query, key, value)
         check_tensors(rank, query=query, key=key, value=value)
         _refuse_other_heads(query, key, value)
         check_same_shape(query=query, key=key, value=value)
-        qkv = _autocast(query, key, value)
-        return _attend(qkv, qkv[0], kernel_size, stride, dilation, is_causal, scale, rpb, return_lse, backend)
+        return _attend(qkv, query, kernel_size, stride, dilation, is_causal, scale, rpb, return_lse, backend)
 
     return _publish(fused, rank, "", inputs="query, key, value: [B, {space}, heads, head_dim], of any strides")
 
@@ -82,7 +82,7 @@ def _make_packed(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
                 f"qkv has shape {tuple(qkv.shape)}, but must have {rank + 4} dimensions: batch, {rank} spatial axes, "
                 "3 (query, key and value), heads and head_dim."
             )
-        (qkv,) = _autocast(qkv)
+        (qkv,) = apply_autocast(qkv)
         query = qkv.select(-3, 0)
         check_tensors(rank, qkv=query)
         return _attend((qkv,), query, kernel_size, stride, dilation, is_causal, scale, rpb, return_lse, backend)
@@ -146,15 +146,6 @@ def _attend(qkv, query, kernel_size, stride, dilation, is_causal, scale, rpb, re
     return (out, lse) if return_lse else out
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast the tensors in its dtype, as a matrix product would take them; float64 stays."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
 def _refuse_unserved(additional_keys: Tensor | None, additional_values: Tensor | None, window_padding: str) -> None:
     if window_padding not in ("shift", "zeros", "valid"):
         raise ValueError(f"window_padding is {window_padding!r}, but must be 'shift', 'zeros' or 'valid'.")
@@ -198,9 +189,9 @@ def _make_qk(rank: int) -> Callable[..., Tensor]:
         rpb: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
+        query, key = apply_autocast(query, key)
         check_tensors(rank, query=query, key=key)
         check_same_shape(query=query, key=key)
-        query, key = _autocast(query, key)
         axes = make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
         check_rpb(rpb, axes, query.shape[1], query.dtype, query.device)
         return dispatch.choose(query, axes, dispatch.requested(backend)).query_key(query, key, rpb, axes)
@@ -217,8 +208,8 @@ def _make_av(rank: int) -> Callable[..., Tensor]:
         is_causal: BoolOrTuple = False,
         backend: str | None = None,
     ) -> Tensor:
+        attn, value = apply_autocast(attn, value)
         check_tensors(rank, attn=attn, value=value)
-        attn, value = _autocast(attn, value)
         axes = make_axes(value.shape[2:-1], kernel_size, 1, dilation, is_causal)
         expected = (*value.shape[:-1], prod([axis.kernel_size for axis in axes]))
         if attn.shape != expected:

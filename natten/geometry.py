@@ -4,7 +4,7 @@ Along one axis of length L, with window K, dilation D and stride S, the query at
 r = i mod D and is the s-th token of it, s = i div D, out of n = ceil((L - r) / D). Its window lies in the same class:
 
 - not causal: the K tokens lo .. lo+K-1, lo = clamp(leader - K div 2, 0, n - K): always K keys, moved at the borders;
-- causal: the tokens leader-K+1 .. leader that exist;
+- causal: the tokens leader-K+1 .. s that exist;
 - the leader is s itself, or with S > 1 the token that all S queries of a group share: with g = (s div S) * S it is
   min(g + S div 2, n - 1), causal: min(g + S - 1, n - 1).
 
@@ -15,6 +15,7 @@ This is DiNAT's equations 1 and 2 (arXiv:2209.15001), with NAT (arXiv:2204.07143
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,8 @@ def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> Axi
     outside = 2 * kernel_size - 1
     offset_TQK = key_TK[:, None, :] - first_TQ[:, :, None]
     is_seen_TQK = (offset_TQK >= 0) & (offset_TQK < kernel_size) & (key_TK >= 0)[:, None, :]
+    if axis.is_causal:
+        is_seen_TQK &= key_TK[:, None, :] <= s_TQ[:, :, None]
     bias_TQK = key_TK[:, None, :] - s_TQ[:, :, None] + (kernel_size - 1)
     bias_TQK = torch.where(is_seen_TQK, bias_TQK, outside)
     key_TK = torch.minimum(key_TK.clamp(min=0), n_T1 - 1)
@@ -132,11 +135,11 @@ def per_axis(value, rank: int, name: str, kind: type) -> tuple:
     Raises:
         ValueError: if it is neither one value nor `rank` values of the kind.
     """
-    values = tuple(value) if isinstance(value, Sequence | torch.Size) else (value,) * rank
-    is_kind = all(isinstance(v, int | torch.SymInt) and (isinstance(v, bool) == (kind is bool)) for v in values)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    is_kind = all(isinstance(v, Integral | torch.SymInt) and (isinstance(v, bool) == (kind is bool)) for v in values)
     if len(values) != rank or not is_kind:
         raise ValueError(f"{name} must be one {kind.__name__} or {rank} of them, one an axis, but is {value!r}.")
-    return values
+    return tuple(v if isinstance(v, torch.SymInt) else kind(v) for v in values)
 
 
 def check_window(

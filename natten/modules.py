@@ -100,11 +100,6 @@ class _NeighborhoodAttention(nn.Module):
             nn.init.trunc_normal_(self.rpb, std=0.02, a=-2.0, b=2.0)
 
     def forward(self, x_BXC: Tensor) -> Tensor:
-        if x_BXC.dim() != self.rank + 2:
-            raise ValueError(
-                f"input has shape {tuple(x_BXC.shape)}, but {type(self).__name__} takes {self.rank + 2} dimensions: "
-                f"batch, {self.rank} spatial axes and channels."
-            )
         space = x_BXC.shape[1:-1]
         qkv = self._project(x_BXC)
         out_BXHd = self._attend_with_dropout(qkv) if self.training and self.attn_drop.p > 0 else self._attend(qkv)
@@ -146,6 +141,11 @@ class _NeighborhoodAttention(nn.Module):
 
     def _project(self, x_BXC: Tensor) -> Tensor:
         """Packed query, key and value [B, X, 3, heads, head_dim] of the padded map."""
+        if x_BXC.dim() != self.rank + 2:
+            raise ValueError(
+                f"input has shape {tuple(x_BXC.shape)}, but {type(self).__name__} takes {self.rank + 2} dimensions: "
+                f"batch, {self.rank} spatial axes and channels."
+            )
         return self.qkv(self._pad(x_BXC)).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _pad(self, x_BXC: Tensor) -> Tensor:

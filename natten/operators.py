@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from natten import dispatch
 from natten.geometry import Axis, make_axes
+from natten.precision import accumulation_dtype
 
 _WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale, str? backend"
 
@@ -38,8 +39,7 @@ def _forward(query, key, value, rpb, kernel_size, stride, dilation, is_causal, s
 
 @torch.library.register_fake("natten::attention_forward")
 def _forward_fake(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale, backend):
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=lse_dtype)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
 
 
 @torch.library.impl("natten::attention_backward", "default")
@@ -65,13 +65,15 @@ class _FusedAttention(torch.autograd.Function):
     """(rpb, window, qkv) or (rpb, window, query, key, value) -> (out, lse)."""
 
     @staticmethod
-    def forward(ctx, rpb, window, *qkv):
-        ctx.set_materialize_grads(False)
+    def forward(rpb, window, *qkv):
         query, key, value = _split(qkv)
-        out, lse = torch.ops.natten.attention_forward(query, key, value, rpb, *window)
-        ctx.window = window
-        ctx.save_for_backward(rpb, out, lse, *qkv)
-        return out, lse
+        return torch.ops.natten.attention_forward(query, key, value, rpb, *window)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rpb, ctx.window, *qkv = inputs
+        ctx.save_for_backward(rpb, *output, *qkv)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable

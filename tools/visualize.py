@@ -75,8 +75,8 @@ def evidence_and_window(model: nn.Module, x_1CHW: Tensor) -> tuple[int, Tensor, 
     """What a prediction rests on, at the first stage.
 
     Returns:
-        The class, the evidence for it of each token [H, W] (feature times gradient, its positive part, as in HiResCAM,
-        arXiv:2011.08891), the token with the most evidence, and how that token weighs the others [H, W], mean over heads.
+        The class; the evidence for it of each token [H, W], which is feature times gradient where positive (HiResCAM,
+        arXiv:2011.08891); the token with the most; and how that token weighs the others [H, W], mean over heads.
 
     Raises:
         ValueError: if the model has no stages with neighborhood attention.

@@ -12,7 +12,6 @@ W keys of a window.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from math import prod
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natten.geometry import Axis, AxisTiles, axis_tiles
+from natten.precision import accumulation_dtype, no_autocast
 
 NAME = "reference"
 
@@ -38,7 +38,7 @@ def attention(
     q_BXHd: Tensor, k_BXHd: Tensor, v_BXHd: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output in the query's dtype and logsumexp of the logits [B, X, H] in the accumulation dtype; differentiable."""
-    with _no_autocast(q_BXHd):
+    with no_autocast(q_BXHd):
         tiles = _tiles(axes, q_BXHd.device)
         *_, v_BTHKd, logits_BTHQK = _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles, scale)
         top_BTHQ1 = logits_BTHQK.detach().amax(-1, keepdim=True)
@@ -62,7 +62,7 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `attention` from its inputs and outputs alone: [B, X, 3, H, d] for q, k and v, and rpb's."""
-    with _no_autocast(q_BXHd):
+    with no_autocast(q_BXHd):
         tiles = _tiles(axes, q_BXHd.device)
         q_BTHQd, k_BTHKd, v_BTHKd, logits_BTHQK = _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles, scale)
         grad_out_BXHd = grad_out_BXHd.to(lse_BXH.dtype)
@@ -108,23 +108,13 @@ def _is_repeat(tiles: Sequence[AxisTiles]) -> Tensor:
 
 def _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles: list[AxisTiles], scale: float) -> tuple[Tensor, ...]:
     """The scaled query, key and value in tiles and the logits between them, in the accumulation dtype."""
-    dtype = _accumulation_dtype(q_BXHd)
+    dtype = accumulation_dtype(q_BXHd.dtype)
     keys = [axis.key_TK for axis in tiles]
     q_BTHQd = _to_tiles(q_BXHd.to(dtype) * scale, [axis.query_TQ for axis in tiles])
     k_BTHKd = _to_tiles(k_BXHd.to(dtype), keys)
     v_BTHKd = _to_tiles(v_BXHd.to(dtype), keys)
     logits_BTHQK = (q_BTHQd @ k_BTHKd.mT).add_(_bias(rpb, tiles, dtype))
     return q_BTHQd, k_BTHKd, v_BTHKd, logits_BTHQK
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager:
-    """Keeps matrix products in the accumulation dtype; absent where not needed, so that exported graphs stay flat."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,20 +124,22 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
 
 def query_key(q_BHXd: Tensor, k_BHXd: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
     """Unscaled logits [B, H, X, W], keys of a window in row-major order, -inf where a causal window leaves the map."""
-    with _no_autocast(q_BHXd):
+    with no_autocast(q_BHXd):
         tiles = [axis_tiles(axis, 1, q_BHXd.device) for axis in axes]
-        dtype = _accumulation_dtype(q_BHXd)
+        dtype = accumulation_dtype(q_BHXd.dtype)
         q_BTH1d = _to_tiles(q_BHXd.movedim(1, -2).to(dtype), [axis.query_TQ for axis in tiles])
         k_BTHWd = _to_tiles(k_BHXd.movedim(1, -2).to(dtype), [axis.key_TK for axis in tiles])
-        logits_BTH1W = q_BTH1d @ k_BTHWd.mT + _bias(rpb, tiles, dtype)
+        bias_TH1W = _bias(rpb, tiles, dtype)
+        # Filled, so that these slots are constant to autograd too.
+        logits_BTH1W = (q_BTH1d @ k_BTHWd.mT + bias_TH1W).masked_fill(bias_TH1W.isinf(), float("-inf"))
         return _from_tiles(logits_BTH1W, tiles).movedim(-2, 1).to(q_BHXd.dtype)
 
 
 def weight_value(weight_BHXW: Tensor, v_BHXd: Tensor, axes: Sequence[Axis]) -> Tensor:
     """Sum over each window of weight times value, [B, H, X, d]; slots of a causal window before the map are ignored."""
-    with _no_autocast(v_BHXd):
+    with no_autocast(v_BHXd):
         tiles = [axis_tiles(axis, 1, v_BHXd.device) for axis in axes]
-        dtype = _accumulation_dtype(v_BHXd)
+        dtype = accumulation_dtype(v_BHXd.dtype)
         weight_BTH1W = _to_tiles(weight_BHXW.movedim(1, -2).to(dtype), [axis.query_TQ for axis in tiles])
         v_BTHWd = _to_tiles(v_BHXd.movedim(1, -2).to(dtype), [axis.key_TK for axis in tiles])
         is_outside = _bias(None, tiles, dtype).isinf()

@@ -1,0 +1,113 @@
+"""Neighborhood attention a second time, from its definition alone: the judge of every other implementation.
+
+Nothing is imported from natten. Windows are made by plain loops over positions, in the words of the definition; only
+the arithmetic on the keys so found is left to torch, so that autograd gives the gradients.
+
+`Window` holds the window arguments of one problem, one value an axis. The fused function takes heads-last tensors
+[B, *space, H, d]; the two halves take heads-first tensors [B, H, *space, d].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Window(NamedTuple):
+    """The window arguments of a problem, one value an axis."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+
+
+class Slot(NamedTuple):
+    """One of the K places of a window along one axis: a key of the map, and its entry of the bias table."""
+
+    key: int
+    bias: int
+
+
+def axis_window(i: int, length: int, kernel: int, stride: int, dilation: int, causal: bool) -> list[Slot | None]:
+    """The K slots of the query at position i of an axis, None where a causal window holds no key."""
+    residue = i % dilation
+    s = i // dilation
+    n = len(range(residue, length, dilation))  # tokens that share the residue
+    group = s // stride * stride
+    if causal:
+        leader = min(group + stride - 1, n - 1)
+        tokens = [token if 0 <= token <= s else None for token in range(leader - kernel + 1, leader + 1)]
+    else:
+        leader = min(group + stride // 2, n - 1)
+        first = leader - kernel // 2
+        first = min(max(first, 0), n - kernel)
+        tokens = list(range(first, first + kernel))
+    return [None if t is None else Slot(residue + t * dilation, t - s + kernel - 1) for t in tokens]
+
+
+def windows(space: Sequence[int], window: Window) -> tuple[Tensor, Tensor, Tensor]:
+    """The windows of all queries of a map, row-major in queries and slots.
+
+    Returns:
+        For each query and slot [N, W]: the flat position of the key, the flat entry of the bias table, and whether the
+        slot holds a key at all (where not, the other two are 0).
+    """
+    per_axis = [
+        [axis_window(i, length, *arguments) for i in range(length)]
+        for length, *arguments in zip(space, *window, strict=True)
+    ]
+    keys, biases, held = [], [], []
+    for slots_of_axes in product(*per_axis):
+        for slots in product(*slots_of_axes):
+            is_held = None not in slots
+            keys.append(_flat([slot.key for slot in slots], space) if is_held else 0)
+            biases.append(_flat([slot.bias for slot in slots], _table(window)) if is_held else 0)
+            held.append(is_held)
+    queries = len(list(product(*per_axis)))
+    return tuple(torch.tensor(x).view(queries, -1) for x in (keys, biases, held))
+
+
+def _table(window: Window) -> list[int]:
+    return [2 * kernel - 1 for kernel in window.kernel_size]
+
+
+def _flat(index: Sequence[int], shape: Sequence[int]) -> int:
+    """Row-major position of an index."""
+    position = 0
+    for i, length in zip(index, shape, strict=True):
+        position = position * length + i
+    return position
+
+
+def qk(query: Tensor, key: Tensor, window: Window, rpb: Tensor | None = None) -> Tensor:
+    """Logits [B, H, *space, W] of heads-first query and key, not scaled, -inf where a slot holds no key."""
+    space = query.shape[2:-1]
+    keys, biases, held = windows(space, window)
+    logits = torch.einsum("bhnd,bhnwd->bhnw", query.flatten(2, -2), key.flatten(2, -2)[:, :, keys])
+    if rpb is not None:
+        logits = logits + rpb.flatten(1)[:, biases]
+    return logits.masked_fill(~held, float("-inf")).unflatten(2, space)
+
+
+def av(weights: Tensor, value: Tensor, window: Window) -> Tensor:
+    """Weighted sum [B, H, *space, d] of heads-first values; a slot without a key adds nothing."""
+    space = value.shape[2:-1]
+    keys, _, held = windows(space, window)
+    weights = weights.flatten(2, -2).masked_fill(~held, 0.0)
+    return torch.einsum("bhnw,bhnwd->bhnd", weights, value.flatten(2, -2)[:, :, keys]).unflatten(2, space)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, rpb: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output [B, *space, H, d] and logsumexp [B, *space, H] of heads-last query, key and value."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query, key, value = (x.movedim(-2, 1) for x in (query, key, value))
+    logits = qk(query * scale, key, window, rpb)
+    out = av(logits.softmax(-1), value, window)
+    return out.movedim(1, -2), logits.logsumexp(-1).movedim(1, -1)

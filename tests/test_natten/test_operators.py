@@ -1,0 +1,107 @@
+"""The operators registered with torch.library, against torch's own checks of schema, fake tensors and tracing."""
+
+from __future__ import annotations
+
+import unittest
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import natten
+
+UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Normally distributed numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def window(rank: int, kernel_size: int = 3, stride: int = 1, dilation: int = 1, is_causal: bool = False) -> tuple:
+    """The window arguments of an operator, then scale and backend."""
+    return [kernel_size] * rank, [stride] * rank, [dilation] * rank, [is_causal] * rank, 0.5, None
+
+
+def forward_inputs() -> dict[str, tuple]:
+    """Arguments of attention_forward, by what is special about them."""
+    rpb = random(2, 5, 5)
+    packed = random(2, 5, 6, 3, 2, 4)
+    heads_first = random(3, 2, 2, 5, 6, 4).movedim(2, -2)
+    half = random(3, 1, 6, 2, 8, dtype=torch.bfloat16)
+    return {
+        "plain": (*random(3, 2, 5, 6, 2, 4), None, *window(2)),
+        "with rpb": (*random(3, 2, 5, 6, 2, 4), rpb, *window(2)),
+        "causal": (*random(3, 1, 7, 2, 4), None, *window(1, is_causal=True)),
+        "stride": (*random(3, 1, 7, 2, 4), None, *window(1, stride=2)),
+        "dilation": (*random(3, 1, 6, 7, 8, 2, 4), random(2, 3, 3, 3), *window(3, kernel_size=2, dilation=3)),
+        "packed": (*packed.unbind(-3), rpb, *window(2)),
+        "heads first in memory": (*heads_first.unbind(), rpb, *window(2)),
+        "bfloat16": (*half, random(2, 5, dtype=torch.bfloat16), *window(1)),
+        "bfloat16 with float32 rpb": (*half, random(2, 5), *window(1)),
+        "float64": (*random(3, 1, 6, 2, 4, dtype=torch.float64), None, *window(1)),
+        "backend by name": (*random(3, 2, 5, 6, 2, 4), None, *window(2)[:-1], "reference"),
+        "no batch": (*random(3, 0, 5, 6, 2, 4), rpb, *window(2)),
+    }
+
+
+def backward_inputs() -> dict[str, tuple]:
+    """Arguments of attention_backward for each of the above, with and without a gradient of the logsumexp."""
+    samples = {}
+    for name, (query, key, value, rpb, *rest) in forward_inputs().items():
+        out, lse = torch.ops.natten.attention_forward(query, key, value, rpb, *rest)
+        grad_out, grad_lse = torch.ones_like(out), torch.ones_like(lse)
+        samples[name] = (grad_out, None, query, key, value, rpb, out, lse, *rest)
+        samples[f"{name}, gradient of lse"] = (grad_out, grad_lse, query, key, value, rpb, out, lse, *rest)
+    return samples
+
+
+SAMPLES: dict[str, Callable[[], dict[str, tuple]]] = {
+    "natten::attention_forward": forward_inputs,
+    "natten::attention_backward": backward_inputs,
+}
+
+
+def registered() -> set[str]:
+    """Names of all operators of this package that torch knows."""
+    return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("natten::")}
+
+
+class OpcheckTest(unittest.TestCase):
+    """Every operator of the package."""
+
+    def test_every_operator_has_sample_inputs(self):
+        names = {name.removesuffix(".default") for name in registered()}
+        self.assertEqual(names, set(SAMPLES), "give the operator sample inputs in SAMPLES")
+
+    def test_opcheck(self):
+        for name, make_samples in SAMPLES.items():
+            operator = getattr(torch.ops.natten, name.split("::")[1]).default
+            for sample, arguments in make_samples().items():
+                with self.subTest(name, sample=sample):
+                    results = opcheck(operator, arguments, test_utils=UTILITIES)
+                    self.assertEqual(set(results.values()), {"SUCCESS"})
+                    self.assertEqual(set(results), set(UTILITIES))
+
+    def test_outputs_are_contiguous_and_like_those_of_fake_tensors(self):
+        for name, make_samples in SAMPLES.items():
+            operator = getattr(torch.ops.natten, name.split("::")[1])
+            for sample, arguments in make_samples().items():
+                with self.subTest(name, sample=sample):
+                    on_meta = (x.to("meta") if isinstance(x, Tensor) else x for x in arguments)
+                    for real, fake in zip(operator(*arguments), operator(*on_meta), strict=True):
+                        self.assertTrue(real.is_contiguous())
+                        self.assertEqual((real.shape, real.dtype), (fake.shape, fake.dtype))
+
+
+class MetaTest(unittest.TestCase):
+    """The functions on meta tensors: shapes without numbers."""
+
+    def test_shapes(self):
+        q = torch.empty(2, 5, 6, 3, 4, device="meta", dtype=torch.bfloat16)
+        out, lse = natten.na2d(q, q, q, 3, return_lse=True)
+        self.assertEqual((out.shape, out.dtype, out.device.type), (q.shape, torch.bfloat16, "meta"))
+        self.assertEqual((lse.shape, lse.dtype), (q.shape[:-1], torch.float32))
+        out, lse = natten.na2d_qkvpacked(torch.stack((q, q, q), -3), 3, return_lse=True)
+        self.assertEqual((out.shape, lse.shape), (q.shape, q.shape[:-1]))

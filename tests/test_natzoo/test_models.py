@@ -1,0 +1,235 @@
+"""The timm contract on every registered model, and the original implementation's numbers."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from deterministic import fill, image
+from timm.optim import param_groups_layer_decay
+
+import natzoo  # noqa: F401  registers the models
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+NAMES = timm.list_models("nat_*") + timm.list_models("dinat_*")
+CLASSES = 10
+
+# Exact numbers of parameters of the published models.
+PARAMETERS = {
+    "nat_mini": 19_984_174,
+    "nat_tiny": 27_901_582,
+    "nat_small": 50_743_297,
+    "nat_base": 89_769_652,
+    "dinat_mini": 19_984_174,
+    "dinat_tiny": 27_901_582,
+    "dinat_small": 50_719_681,
+    "dinat_base": 89_769_652,
+    "dinat_large": 200_943_514,
+    "dinat_large_384": 200_943_514,
+    "dinat_large_384_11x11": 201_144_250,
+}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request):
+    """Each model once, with random weights and 10 classes; tests that change it work on a copy."""
+    torch.manual_seed(0)
+    return timm.create_model(request.param, num_classes=CLASSES).eval()
+
+
+def pictures(height=64, width=64, channels=3, batch=1):
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def name_of(model):
+    return model.default_cfg["architecture"]
+
+
+# ----- numbers of the original -----
+
+
+@pytest.mark.parametrize("name", ["nat_mini", "nat_small", "dinat_mini"])
+def test_logits_and_gradients_are_the_originals(name):
+    golden = json.loads((GOLDENS / "models.json").read_text())[name]
+    model = timm.create_model(name).eval()
+    fill(model)
+    x = image((224, 224)).requires_grad_()
+    logits = model(x)
+    torch.testing.assert_close(logits[0], torch.tensor(golden["logits"]), atol=2e-4, rtol=0)
+    logits.logsumexp(-1).sum().backward()
+    parameters = dict(model.named_parameters())
+    for key, (norm, _) in golden["rpb_grad_norm_sum"].items():
+        assert parameters[key].grad.norm().item() == pytest.approx(norm, rel=1e-3), key
+    assert x.grad.norm().item() == pytest.approx(golden["input_grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_shapes_and_parameters_are_the_published(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    shapes = json.loads((GOLDENS / "state_dicts.json").read_text())[name]
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == shapes
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_all_models_are_registered():
+    assert sorted(NAMES) == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", ["dinat_large.in22k_ft_in1k", "dinat_large_384.in22k_ft_in1k"])
+def test_a_tag_does_not_change_the_architecture(name):
+    with torch.device("meta"):
+        tagged, plain = timm.create_model(name), timm.create_model(name.split(".")[0])
+    assert str(tagged) == str(plain)
+    assert tagged.pretrained_cfg["tag"] == "in22k_ft_in1k"
+    assert tagged.pretrained_cfg["url"].startswith("https://")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_protocol_of_the_published_weights(name):
+    cfg = timm.get_pretrained_cfg(name)
+    size, crop = (384, 1.0) if "384" in name else (224, 0.875)
+    assert cfg.input_size == (3, size, size)
+    assert (cfg.crop_pct, cfg.interpolation, cfg.num_classes) == (crop, "bicubic", 1000)
+
+
+# ----- the contract -----
+
+
+def test_forward_and_backward(model):
+    model = copy.deepcopy(model).train()
+    logits = model(pictures(batch=2))
+    assert logits.shape == (2, CLASSES)
+    logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_any_size(model):
+    with torch.inference_mode():
+        assert model(pictures(97, 130)).shape == (1, CLASSES)
+        assert model.forward_features(pictures(97, 130)).shape == (1, 4, 5, model.num_features)
+
+
+def test_forward_intermediates(model):
+    x = pictures(64, 96)
+    with torch.inference_mode():
+        final, maps = model.forward_intermediates(x, norm=True)
+        torch.testing.assert_close(final, model.forward_features(x))
+        torch.testing.assert_close(maps[-1], final.permute(0, 3, 1, 2))
+        chosen = model.forward_intermediates(
+            x, indices=[0, 2], stop_early=True, output_fmt="NHWC", intermediates_only=True
+        )
+    for info, feature in zip(model.feature_info, maps, strict=True):
+        assert feature.shape == (1, info["num_chs"], 64 // info["reduction"], 96 // info["reduction"])
+    torch.testing.assert_close(chosen[0], maps[0].permute(0, 2, 3, 1))
+    torch.testing.assert_close(chosen[1], maps[2].permute(0, 2, 3, 1))
+    with pytest.raises(ValueError, match="output_fmt"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_features_only(model):
+    features = timm.create_model(name_of(model), features_only=True, out_indices=(1, 3)).eval()
+    missing, unexpected = features.load_state_dict(
+        {f"model.{k}": v for k, v in model.state_dict().items()}, strict=False
+    )
+    assert not missing
+    assert {key.split(".")[1] for key in unexpected} <= {"norm", "head"}
+    x = pictures(64, 96)
+    with torch.inference_mode():
+        maps = features(x)
+        expected = model.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
+    assert features.feature_info.channels() == [feature.shape[1] for feature in maps]
+    assert features.feature_info.reduction() == [8, 32]
+    for feature, reference in zip(maps, expected, strict=True):
+        torch.testing.assert_close(feature, reference)
+
+
+def test_classifier_can_be_replaced_and_removed(model):
+    x = pictures()
+    with torch.inference_mode():
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+        assert pooled.shape == (1, model.num_features)
+        torch.testing.assert_close(model.get_classifier()(pooled), model(x))
+        changed = copy.deepcopy(model)
+        changed.reset_classifier(3)
+        assert changed(x).shape == (1, 3)
+        changed.reset_classifier(0)
+        torch.testing.assert_close(changed(x), pooled)
+        changed.reset_classifier(0, global_pool="")
+        assert changed(x).shape == (1, 2, 2, model.num_features)
+
+
+def test_creation_without_classifier_and_with_one_channel(model):
+    changed = timm.create_model(name_of(model), num_classes=0, in_chans=1).eval()
+    with torch.inference_mode():
+        assert changed(pictures(channels=1)).shape == (1, model.num_features)
+
+
+def test_gradient_checkpointing_changes_nothing(model):
+    gradients = []
+    for enable in (False, True):
+        copied = copy.deepcopy(model).train()
+        for module in copied.modules():
+            if hasattr(module, "drop_prob"):
+                module.drop_prob = 0.0
+        copied.set_grad_checkpointing(enable)
+        copied(pictures()).square().sum().backward()
+        gradients.append([p.grad for p in copied.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
+
+
+def test_layer_decay_groups_and_weight_decay(model):
+    rpb = {name for name, _ in model.named_parameters() if name.endswith("rpb")}
+    assert model.no_weight_decay() == rpb
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.9)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    blocks = sum(len(level.blocks) for level in model.levels)
+    assert scale[id(parameters["head.weight"])] == 1.0
+    assert scale[id(parameters["patch_embed.proj.0.weight"])] == pytest.approx(0.9 ** (blocks + 1))
+    last_of_first = f"levels.0.blocks.{len(model.levels[0].blocks) - 1}.attn.rpb"
+    assert scale[id(parameters["levels.0.downsample.norm.weight"])] == scale[id(parameters[last_of_first])]
+
+
+def test_bfloat16_autocast(model):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert model(pictures()).isfinite().all()
+
+
+# ----- arguments -----
+
+SMALL = {"depths": (1, 2), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3, "num_classes": 5}
+
+
+def test_small_model_compiles_without_a_graph_break():
+    model = timm.create_model("dinat_mini", **SMALL, dilations=[[1], [1, 2]]).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    x = pictures(32, 40, batch=2)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_heads": (1, 2, 4)}, "num_heads has 3 stages, but depths has 2"),
+        ({"dilations": [[1]]}, "dilations has 1 stages, but depths has 2"),
+        ({"dilations": [[1], [1]]}, "dilations of stage 1 are 1 values, but that stage has 2 blocks"),
+        ({"embed_dim": 17}, "does not divide dim"),
+    ],
+)
+def test_contradicting_arguments(kwargs, message):
+    kwargs = {**SMALL, "num_heads": (2, 2), **kwargs}
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("nat_mini", **kwargs)
+
+
+def test_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match="wibble"):
+        timm.create_model("nat_mini", wibble=1)
