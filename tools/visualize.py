@@ -113,7 +113,7 @@ def token_weights(attention: NeighborhoodAttention2D, tokens_1HWC: Tensor, row: 
 
 
 def draw_attention(model: nn.Module, record: dict, paths: list[Path]) -> plt.Figure:
-    """A row for each picture: itself, the evidence for its class, and the window of the token with the most evidence."""
+    """A row for each picture: itself, the evidence for its class, the window of the token with the most of it."""
     transform = evaluation_transform(record["preprocessing"])
     names = class_names(record, model.num_classes)
     figure, table = plt.subplots(

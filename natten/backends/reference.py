@@ -91,9 +91,9 @@ def attention_backward(
 
 
 def _tiles(axes: Sequence[Axis], device: torch.device) -> list[AxisTiles]:
-    """Tiles of K queries see 2K - 1 keys on an axis; an axis of up to 2K tokens is one tile a residue class."""
+    """Tiles of K queries, which see 2K - 1 keys on an axis; up to 2.5 K tokens of a residue class are one tile."""
     longest = [-(-axis.length // axis.dilation) for axis in axes]
-    sizes = [n if n <= 2 * axis.kernel_size else axis.kernel_size for axis, n in zip(axes, longest, strict=True)]
+    sizes = [n if 2 * n <= 5 * axis.kernel_size else axis.kernel_size for axis, n in zip(axes, longest, strict=True)]
     return [axis_tiles(axis, size, device) for axis, size in zip(axes, sizes, strict=True)]
 
 

@@ -1,0 +1,51 @@
+"""A tiny data set and the options of a run of seconds on it."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CLASSIFICATION = Path(__file__).parents[2] / "classification"
+sys.path.insert(0, str(CLASSIFICATION))
+
+CLASSES = ("amber", "blue", "crimson")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three classes told apart by colour: 24 training and 9 validation images each of 16x16 pixels."""
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 9)):
+        for number, name in enumerate(CLASSES):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = noise.integers(0, 160, (16, 16, 3))
+                pixels[..., number] += 80
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def tiny(data, tmp_path):
+    """Makes the command line of a tiny run; further options override."""
+
+    def options(*more, epochs=2):
+        return [
+            *(str(data), "--output", str(tmp_path / "output"), "--experiment", "tiny", "--device", "cpu"),
+            *("--model", "nat_mini", "--img-size", "16", "--crop-pct", "1.0"),
+            *("--model-kwargs", "depths=(1,1)", "num_heads=(1,2)", "embed_dim=16", "kernel_size=3"),
+            *("--epochs", str(epochs), "--warmup-epochs", "0", "--cooldown-epochs", "0", "--lr", "2e-3"),
+            *("--batch-size", "8", "--workers", "0", "--aa", "none", "--scale", "0.5", "1.0", "--reprob", "0"),
+            *("--mixup", "0", "--cutmix", "0", "--threads", "1", "--log-interval", "1"),
+            *map(str, more),
+        ]
+
+    return options
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return tmp_path / "output" / "tiny"
