@@ -1,7 +1,12 @@
 """Defaults, YAML files and the command line, in that order."""
 
+from pathlib import Path
+
 import pytest
+from models import create_model
 from options import make_parser, parse
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yml"))
 
 
 @pytest.fixture
@@ -74,3 +79,9 @@ def test_mistakes_on_the_command_line_exit_with_2(argv, capsys):
 
 def test_every_option_has_help():
     assert all(action.help for action in make_parser()._actions)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_read_and_their_models_built(path):
+    args = parse(["-c", str(path)])
+    create_model(args.model, 10, **args.model_kwargs)
