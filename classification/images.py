@@ -1,6 +1,7 @@
 """Images and classes from folders. What is random about an image depends on the seed, the epoch and its index alone.
 
-So an interrupted run goes on exactly as it would have, with any number of loading processes.
+So an interrupted run goes on exactly as it would have, with any number of loading processes; transforms must keep no
+state of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+# Appended to seeds, to keep apart the random numbers of the model's weights and of the training steps.
+MODEL_SEED, STEP_SEED = 1, 2
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval", "test")}
 
@@ -50,12 +54,14 @@ class FolderImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         for candidate in range(index, index + len(self)):
             path, target = self.samples[candidate % len(self)]
-            image = _read(path)
-            if image is not None:
-                return self.transform(image), target
-            self._is_bad[candidate % len(self)] = True
-            if not self.replace:
-                return self.transform(Image.new("RGB", (64, 64))), -1
+            try:
+                image = read_image(path)
+            except ValueError:
+                self._is_bad[candidate % len(self)] = True
+                if self.replace:
+                    continue
+                image, target = Image.new("RGB", (64, 64)), -1
+            return self.transform(image), target
         raise ValueError(f"none of the {len(self)} images in {self.root} can be read.")
 
     def bad_images(self) -> list[str]:
@@ -77,7 +83,7 @@ class SeededImages(Dataset):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Every index once in an order that depends on the seed and on `epoch`, which the training loop sets."""
+    """(epoch, index) for every index, in an order that depends on the seed and on `epoch`, which the loop sets."""
 
     def __init__(self, length: int, seed: int):
         self.length = length
@@ -124,13 +130,24 @@ def seed_all(*key: int) -> None:
     torch.manual_seed(torch_seed)
 
 
-def _read(path: str) -> Image.Image | None:
-    """The image in RGB; None if the file is broken, which Pillow tells by many kinds of error."""
+def read_image(path: str | Path) -> Image.Image:
+    """A picture in RGB.
+
+    Raises:
+        ValueError: naming the file, if it is missing, broken or no image; Pillow has many kinds of error for that.
+    """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
-        return None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}.") from error
+
+
+def check_images(images: FolderImages, skip: bool) -> None:
+    """Raises ValueError naming the first image that could not be read, unless they are to be skipped."""
+    bad = [] if skip else images.bad_images()
+    if bad:
+        raise ValueError(f"{bad[0]} cannot be read as an image: mend or remove it, or go on with --skip-bad-images.")
 
 
 def split_folder(data: str | None, split: str) -> Path:

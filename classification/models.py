@@ -8,31 +8,35 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_transform, resolve_data_config
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
 import natzoo  # noqa: F401  registers the models
-from natzoo.checkpoints import load_weights, read_checkpoint
+from classification.options import KeyValues
+from natzoo.checkpoints import load_weights, read_checkpoint, weights_of
 
 
-def create_model(name: str, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
+def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """timm.create_model with errors that help; arguments that are None are left to the model.
 
     Raises:
         ValueError: on a name that timm does not know, naming the nearest one; on arguments the model does not take.
     """
-    kwargs = {key: value for key, value in {"num_classes": num_classes, **kwargs}.items() if value is not None}
     if "/" not in name and not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
         raise ValueError(f"there is no model {name!r}: did you mean {nearest[0]!r}?")
     try:
-        return timm.create_model(name, **kwargs)
-    except TypeError as error:
-        raise ValueError(f"model {name!r} does not take these arguments: {error}.") from error
+        return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"model {name!r} cannot be made with {kwargs}: {error}.") from error
 
 
 def preprocessing(args: argparse.Namespace, model: nn.Module, record: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Size, crop and colours of evaluation: from the options, else from a checkpoint's record, else the model's own."""
+    """Size, crop and colours of evaluation: from the options, else from a checkpoint's record, else the model's own.
+
+    Returns:
+        input_size [channels, height, width] in pixels, crop_pct, interpolation, mean and std.
+    """
     given = {name: getattr(args, name, None) for name in ("img_size", "crop_pct", "interpolation", "mean", "std")}
     given = {key: value for key, value in given.items() if value is not None}
     recorded = (record or {}).get("preprocessing", {})
@@ -48,24 +52,72 @@ def evaluation_transform(config: dict[str, Any]):
     return create_transform(is_training=False, **config)
 
 
-def restore(path: str, model_name: str | None = None, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
-    """The model of a checkpoint and the record that train.py left in it: model, kwargs, classes, preprocessing.
+# ---------------------------------------------------------------------------------------------------------------------
+# The model that a script is asked to use
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `requested_model` reads."""
+    parser.add_argument("--checkpoint", metavar="FILE", help="checkpoint of train.py, or weights of --model")
+    parser.add_argument("--model", help="a name that timm.create_model knows; a checkpoint of train.py has its own")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, help="KEY=VALUE for --model")
+    parser.add_argument("--num-classes", type=int, help="classes of --model; its own unless given")
+    parser.add_argument("--pretrained", action="store_true", help="use the published weights of --model")
+    parser.add_argument("--img-size", type=int, help="side of the image in pixels; the model's own unless given")
+    parser.add_argument("--crop-pct", type=float, help="share of the image that is kept; the model's own unless given")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is the GPU if there is one")
+
+
+def requested_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of `add_model_options` in eval mode, and its record: model, kwargs, classes, preprocessing.
+
+    Raises:
+        ValueError, FileNotFoundError: if no model is named, or as `restore` and `create_model`.
+    """
+    if args.checkpoint:
+        return restore(args.checkpoint, args.model, {"num_classes": args.num_classes, **args.model_kwargs}, device)
+    if not (args.model and args.pretrained):
+        raise ValueError("no model to use: give --checkpoint FILE, or --model NAME --pretrained.")
+    model = create_model(args.model, {"pretrained": True, "num_classes": args.num_classes, **args.model_kwargs})
+    return model.to(device).eval(), {"classes": None, "preprocessing": {}}
+
+
+def restore(
+    path: str,
+    model_name: str | None = None,
+    kwargs: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint in eval mode, and the record that train.py left in it.
 
     Args:
         path: a checkpoint of train.py, or bare weights.
         model_name: which model bare weights are of.
+        kwargs: that model's arguments.
+        device: where to put it.
 
     Raises:
         ValueError: if neither the file nor `model_name` says which model it is of; or as `load_weights`.
         FileNotFoundError: if there is no such file.
     """
-    record = read_checkpoint(path).get("record")
+    checkpoint = read_checkpoint(path)
+    record = checkpoint.get("record")
     if not isinstance(record, dict):
         if model_name is None:
             raise ValueError(f"{path} does not say which model it is of: name it with --model.")
-        record = {"model": model_name, "model_kwargs": {}, "num_classes": None, "classes": None, "preprocessing": {}}
+        record = {"model": model_name, "model_kwargs": kwargs or {}, "classes": None, "preprocessing": {}}
     elif model_name not in (None, record["model"]):
         raise ValueError(f"{path} is of the model {record['model']!r}, not of {model_name!r}: leave --model out.")
-    model = create_model(record["model"], record["num_classes"], **record["model_kwargs"])
-    load_weights(model, path)
+    model = create_model(record["model"], {"num_classes": record.get("num_classes"), **record["model_kwargs"]})
+    load_weights(model, weights_of(checkpoint, path), path)
     return model.to(device).eval(), record
+
+
+def class_names(record: dict[str, Any], num_classes: int) -> list[str]:
+    """Names from the checkpoint, else ImageNet's, else numbers; one for each output of the model."""
+    names = list(record["classes"] or [])
+    if not names and num_classes == 1000:
+        info = ImageNetInfo()
+        names = [info.index_to_description(number) for number in range(num_classes)]
+    return names + [str(number) for number in range(len(names), num_classes)]

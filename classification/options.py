@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+_RESAMPLING = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line of train.py and the YAML file that it names.
@@ -26,8 +28,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file over those of the file that its key `base` names, relative to its own folder."""
+def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a YAML file over those of the file that its key `base` names, relative to its own folder.
+
+    The entries of model_kwargs are merged one by one.
+    """
+    path = path.resolve()
+    if path in above:
+        raise ValueError(f"{path} is its own base: remove one of the keys `base`.")
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {path}: check the path given to --config.")
     try:
@@ -37,7 +45,13 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold lines `key: value`, but holds a {type(config).__name__}.")
     base = config.pop("base", None)
-    return config if base is None else {**read_config(path.parent / base), **config}
+    if base is None:
+        return config
+    below = read_config(path.parent / str(base), (*above, path))
+    merged = {**below, **config}
+    if isinstance(config.get("model_kwargs"), dict):
+        merged["model_kwargs"] = {**below.get("model_kwargs", {}), **config["model_kwargs"]}
+    return merged
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -54,14 +68,14 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--train-split", default="train", help="folder of the training images under DATA")
     group.add_argument("--val-split", default="val", help="folder of the validation images under DATA")
-    group.add_argument("--workers", type=int, default=8, help="processes that load images")
+    group.add_argument("--workers", type=non_negative, default=8, help="processes that load images")
     group.add_argument("--skip-bad-images", default=False, **flag, help="train on where an image cannot be read")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="nat_tiny", help="a name that timm.create_model knows")
     group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, help="KEY=VALUE for the model")
-    group.add_argument("--num-classes", type=int, help="classes of the head; as many as the data has unless given")
-    group.add_argument("--img-size", type=int, help="side of the image in pixels; the model's own unless given")
+    group.add_argument("--num-classes", type=positive, help="classes of the head; as many as the data has unless given")
+    group.add_argument("--img-size", type=positive, help="side of the image in pixels; the model's own unless given")
     group.add_argument("--drop-path", type=float, help="rate of stochastic depth; the model's own unless given")
     group.add_argument("--pretrained", default=False, **flag, help="start from the published weights")
     group.add_argument("--initial-checkpoint", metavar="FILE", help="start from these weights")
@@ -75,16 +89,16 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--opt-betas", type=float, nargs="+", help="betas of the optimizer")
     group.add_argument("--layer-decay", type=float, help="factor on the learning rate, a layer to the one before")
     group.add_argument("--clip-grad", type=float, default=5.0, help="largest norm of the gradient; 0 for no limit")
-    group.add_argument("--batch-size", type=int, default=128, help="images of a step")
-    group.add_argument("--grad-accum", type=int, default=1, help="steps whose gradients make one update")
+    group.add_argument("--batch-size", type=positive, default=128, help="images of a step")
+    group.add_argument("--grad-accum", type=positive, default=1, help="steps whose gradients make one update")
 
     group = parser.add_argument_group("schedule")
-    group.add_argument("--epochs", type=int, default=300, help="epochs of the schedule, warm-up included")
+    group.add_argument("--epochs", type=positive, default=300, help="epochs of the schedule, warm-up included")
     group.add_argument("--sched", default="cosine", help="a name that timm.scheduler knows, or none")
-    group.add_argument("--warmup-epochs", type=int, default=20, help="epochs of linear warm-up")
+    group.add_argument("--warmup-epochs", type=non_negative, default=20, help="epochs of linear warm-up")
     group.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate that warm-up starts from")
     group.add_argument("--min-lr", type=float, default=5e-6, help="learning rate at the end")
-    group.add_argument("--cooldown-epochs", type=int, default=10, help="epochs at --min-lr after the schedule")
+    group.add_argument("--cooldown-epochs", type=non_negative, default=10, help="epochs at --min-lr after the schedule")
 
     group = parser.add_argument_group("augmentation")
     group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
@@ -93,9 +107,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--vflip", type=float, default=0.0, help="probability of a vertical flip")
     group.add_argument("--color-jitter", type=float, default=0.4, help="strength, where --aa is none")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
-    group.add_argument("--train-interpolation", default="random", help="random, bilinear or bicubic")
+    group.add_argument("--train-interpolation", default="random", choices=["random", *_RESAMPLING], help="resampling")
     group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
-    group.add_argument("--remode", default="pixel", help="filling of erased areas: const, rand or pixel")
+    group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="filling of erased areas")
     group.add_argument("--mixup", type=float, default=0.8, help="mixup alpha; 0 for no mixup")
     group.add_argument("--cutmix", type=float, default=1.0, help="cutmix alpha; 0 for no cutmix")
     group.add_argument("--mixup-prob", type=float, default=1.0, help="share of batches mixed")
@@ -104,10 +118,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("evaluation")
     group.add_argument("--crop-pct", type=float, help="share of the image that evaluation keeps; the model's own")
-    group.add_argument("--interpolation", help="resampling in evaluation; the model's own unless given")
+    group.add_argument("--interpolation", choices=_RESAMPLING, help="resampling in evaluation")
     group.add_argument("--mean", type=float, nargs=3, help="mean of the three colours; the model's own unless given")
     group.add_argument("--std", type=float, nargs=3, help="deviation of the colours; the model's own unless given")
-    group.add_argument("--val-batch-size", type=int, help="images at a time; --batch-size unless given")
+    group.add_argument("--val-batch-size", type=positive, help="images at a time; --batch-size unless given")
     group.add_argument("--model-ema", default=False, **flag, help="keep an average of the weights, and evaluate that")
     group.add_argument("--model-ema-decay", type=float, default=0.9998, help="decay of that average")
 
@@ -116,14 +130,31 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--experiment", help="name of the run; the config's or the model's unless given")
     group.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="go on from the run's last checkpoint")
     group.add_argument("--seed", type=int, default=42, help="everything random follows from it")
-    group.add_argument("--device", default="cuda-if-there", help="cpu, cuda, cuda:1, ...")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is the GPU if there is one")
     group.add_argument("--threads", type=int, help="threads of the CPU; torch's choice unless given")
     group.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision")
     group.add_argument("--channels-last", default=False, **flag, help="memory format of convolutions")
     group.add_argument("--grad-checkpointing", default=False, **flag, help="compute activations again to save memory")
     group.add_argument("--compile", default=False, **flag, help="torch.compile the model")
-    group.add_argument("--log-interval", type=int, default=10, help="updates between figures shown and logged")
+    group.add_argument("--log-interval", type=positive, default=10, help="updates between figures shown and logged")
     return parser
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _at_least(text, 1)
+
+
+def non_negative(text: str) -> int:
+    """A whole number of at least 0."""
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, least: int) -> int:
+    number = int(text)
+    if number < least:
+        raise ValueError(f"it must be at least {least}")
+    return number
 
 
 class KeyValues(argparse.Action):
@@ -144,7 +175,7 @@ class KeyValues(argparse.Action):
 
 def _checked(config: dict[str, Any], parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     """The file's values converted as the command line's would be."""
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "data")}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     checked = {}
     for key, value in config.items():
         if key not in actions:
@@ -159,7 +190,11 @@ def _checked(config: dict[str, Any], parser: argparse.ArgumentParser, path: str)
 
 def _convert(action: argparse.Action, value: Any) -> Any:
     if value is None:
+        if action.default is not None:
+            raise ValueError("it must have a value")
         return None
+    if action.dest == "resume":
+        raise ValueError("it belongs on the command line")
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise ValueError("it must be true or false")

@@ -7,18 +7,20 @@ python classification/predict.py cat.jpg --model nat_mini --pretrained
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from models import create_model, evaluation_transform, preprocessing, restore
-from PIL import Image, UnidentifiedImageError
-from timm.data import ImageNetInfo
+from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
-from validate import pick_device
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from classification.devices import pick_device
+from classification.images import read_image
+from classification.models import add_model_options, class_names, evaluation_transform, preprocessing, requested_model
 from natzoo import command_line
 
 
@@ -44,21 +46,10 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     return found
 
 
-def read_image(path: Path) -> Image.Image:
-    """A picture in RGB.
-
-    Raises:
-        ValueError: naming the file, if it is not one.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}.") from error
-
-
 @torch.inference_mode()
-def predict(model: nn.Module, images: Sequence[Image.Image], transform, topk: int = 5) -> list[list[tuple[int, float]]]:
+def predict(
+    model: nn.Module, images: Sequence[Image.Image], transform: Callable[[Image.Image], Tensor], topk: int = 5
+) -> list[list[tuple[int, float]]]:
     """For each picture the likeliest classes, best first, as (number, probability)."""
     device = next(model.parameters()).device
     x_BCHW = torch.stack([transform(image) for image in images]).to(device)
@@ -67,36 +58,16 @@ def predict(model: nn.Module, images: Sequence[Image.Image], transform, topk: in
     return [list(zip(c, v, strict=True)) for c, v in zip(classes.tolist(), values.tolist(), strict=True)]
 
 
-def class_names(record: dict, num_classes: int) -> list[str]:
-    """Names from the checkpoint, else ImageNet's, else numbers."""
-    if record.get("classes"):
-        return record["classes"]
-    if num_classes == 1000:
-        info = ImageNetInfo()
-        return [info.index_to_description(number) for number in range(num_classes)]
-    return [str(number) for number in range(num_classes)]
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Classify pictures.", allow_abbrev=False)
     parser.add_argument("images", nargs="+", help="files, or folders of them")
-    parser.add_argument("--checkpoint", metavar="FILE", help="checkpoint of train.py, or weights of --model")
-    parser.add_argument("--model", help="a name that timm.create_model knows; a checkpoint of train.py has its own")
-    parser.add_argument("--pretrained", action="store_true", help="use the published weights of --model")
-    parser.add_argument("--img-size", type=int, help="side of the image in pixels; the model's own unless given")
+    add_model_options(parser)
     parser.add_argument("--topk", type=int, default=5, help="classes shown")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
-    parser.add_argument("--device", default="cuda-if-there", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
 
-    device = pick_device(args.device)
     paths = find_images(args.images)
-    if args.checkpoint:
-        model, record = restore(args.checkpoint, args.model, device)
-    elif args.pretrained and args.model:
-        model, record = create_model(args.model, pretrained=True).to(device), {}
-    else:
-        raise ValueError("no model to ask: give --checkpoint FILE, or --model NAME --pretrained.")
+    model, record = requested_model(args, pick_device(args.device))
     transform = evaluation_transform(preprocessing(args, model, record))
     names = class_names(record, model.num_classes)
     for start in tqdm(range(0, len(paths), args.batch_size), desc="predict", leave=False, disable=None):

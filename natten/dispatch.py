@@ -3,9 +3,12 @@
 A backend is a module of natten.backends with
 
 - `NAME`, what a caller writes in `backend=`;
-- `refuses(query, axes) -> str | None`: why it cannot take the call, or None if it can;
+- `refuses(query, key, value, rpb, axes) -> str | None`: why it cannot take the call, or None if it can;
 - `attention(query, key, value, rpb, axes, scale) -> (out, lse)`, heads-last;
 - `attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale) -> (grad_qkv, grad_rpb)`.
+
+These run inside the operators of natten/operators.py, at run time. The halves, `na*_qk` and `na*_av`, are the
+reference's.
 
 `NATTEN_LOG_LEVEL=DEBUG` tells which backend took each call.
 """
@@ -68,7 +71,9 @@ def is_plain(backend: str | None) -> bool:
     return backend == reference.NAME or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
-def choose(query: Tensor, axes: Sequence[Axis], backend: str | None) -> ModuleType:
+def choose(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: Sequence[Axis], backend: str | None
+) -> ModuleType:
     """The backend that takes a call.
 
     Raises:
@@ -76,13 +81,13 @@ def choose(query: Tensor, axes: Sequence[Axis], backend: str | None) -> ModuleTy
     """
     if backend is not None:
         module = find(backend)
-        reason = module.refuses(query, axes)
+        reason = module.refuses(query, key, value, rpb, axes)
         if reason is not None:
             raise ValueError(f"backend {backend!r} cannot take this call: {reason}.")
         _tell("takes", module, query, "it was asked for")
         return module
     for module in LADDER:
-        reason = module.refuses(query, axes)
+        reason = module.refuses(query, key, value, rpb, axes)
         if reason is None:
             _tell("takes", module, query, "it is the fastest that can")
             return module
@@ -91,10 +96,14 @@ def choose(query: Tensor, axes: Sequence[Axis], backend: str | None) -> ModuleTy
 
 
 def _tell(verb: str, module: ModuleType, query: Tensor, reason: str) -> None:
-    if not torch.compiler.is_compiling():  # logging in traced code would break the graph
-        log.debug(
-            "%s %s query %s %s on %s: %s", module.NAME, verb, tuple(query.shape), query.dtype, query.device, reason
-        )
+    shape = tuple(query.shape)
+    log.debug("%s %s query %s %s on %s: %s", module.NAME, verb, shape, query.dtype, query.device, reason)
+
+
+def check_halves(backend: str | None) -> None:
+    """Raises ValueError if a backend is asked for that does not compute the halves, `na*_qk` and `na*_av`."""
+    if backend is not None and find(backend) is not reference:
+        raise ValueError(f"backend {backend!r} does not compute na*_qk and na*_av: use 'reference'.")
 
 
 def find(name: str) -> ModuleType:

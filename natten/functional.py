@@ -194,7 +194,8 @@ def _make_qk(rank: int) -> Callable[..., Tensor]:
         check_same_shape(query=query, key=key)
         axes = make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
         check_rpb(rpb, axes, query.shape[1], query.dtype, query.device)
-        return dispatch.choose(query, axes, dispatch.requested(backend)).query_key(query, key, rpb, axes)
+        dispatch.check_halves(dispatch.requested(backend))
+        return reference.query_key(query, key, rpb, axes)
 
     return _publish(qk, rank, "_qk", doc=_QK_DOC)
 
@@ -216,7 +217,8 @@ def _make_av(rank: int) -> Callable[..., Tensor]:
             raise ValueError(
                 f"attn has shape {tuple(attn.shape)}, but this value and kernel_size need {tuple(expected)}."
             )
-        return dispatch.choose(value, axes, dispatch.requested(backend)).weight_value(attn, value, axes)
+        dispatch.check_halves(dispatch.requested(backend))
+        return reference.weight_value(attn, value, axes)
 
     return _publish(av, rank, "_av", doc=_AV_DOC)
 

@@ -201,6 +201,8 @@ def check_tensors(rank: int, **tensors: Tensor) -> None:
                 f"{name} has {x.dim()} dimensions, but {rank}-D neighborhood attention takes {rank + 3}: batch, "
                 f"{rank} spatial axes, heads and head_dim; its shape is {tuple(x.shape)}."
             )
+        if x.shape[-1] == 0:
+            raise ValueError(f"{name} has head_dim 0, but needs at least 1; its shape is {tuple(x.shape)}.")
         if not x.is_floating_point():
             raise ValueError(f"{name} is {x.dtype}, but must be a floating-point tensor.")
     for name, x in others:

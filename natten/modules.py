@@ -14,8 +14,7 @@ from natten.geometry import BoolOrTuple, IntOrTuple, check_window, padding
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
 
-class _NeighborhoodAttention(nn.Module):
-    """Multi-head neighborhood attention over {rank} {axes} (arXiv:2204.07143, section 3; dilated: arXiv:2209.15001).
+_DOC = """Multi-head neighborhood attention over {rank} {axes} (arXiv:2204.07143, section 3; dilated: arXiv:2209.15001).
 
     Takes and returns [B, {space}, dim]. Maps of any size: where an axis is shorter than kernel_size * dilation, zeros
     are appended to it before the qkv projection and cropped before the output projection; they are not masked.
@@ -39,6 +38,10 @@ class _NeighborhoodAttention(nn.Module):
     Raises:
         ValueError: naming the argument that does not fit.
     """
+
+
+class _NeighborhoodAttention(nn.Module):
+    """What the layers of the three ranks share; `_DOC` describes them."""
 
     rank: int
 
@@ -180,7 +183,7 @@ def _merge_bias(rel_pos_bias: bool | None, bias: bool | None, default: bool) -> 
 
 
 def _make(rank: int) -> type[_NeighborhoodAttention]:
-    doc = _NeighborhoodAttention.__doc__.format(
+    doc = _DOC.format(
         rank=rank,
         axes="axis" if rank == 1 else "axes",
         space={1: "L", 2: "H, W", 3: "D, H, W"}[rank],

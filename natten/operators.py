@@ -34,7 +34,7 @@ torch.library.define(
 @torch.library.impl("natten::attention_forward", "default")
 def _forward(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale, backend):
     axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    return dispatch.choose(query, axes, backend).attention(query, key, value, rpb, axes, scale)
+    return dispatch.choose(query, key, value, rpb, axes, backend).attention(query, key, value, rpb, axes, scale)
 
 
 @torch.library.register_fake("natten::attention_forward")
@@ -47,7 +47,7 @@ def _backward(
     grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale, backend
 ):
     axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    grad_qkv, grad_rpb = dispatch.choose(query, axes, backend).attention_backward(
+    grad_qkv, grad_rpb = dispatch.choose(query, key, value, rpb, axes, backend).attention_backward(
         grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale
     )
     return grad_qkv, query.new_empty(0) if grad_rpb is None else grad_rpb

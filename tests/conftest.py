@@ -1,6 +1,7 @@
-"""Makes the helpers in this folder importable from every test, as unittest's discovery does."""
+"""Makes the helpers in this folder and the scripts importable from every test."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]

@@ -50,7 +50,7 @@ for name in nat dinat; do
     printf '%-6s %s on held-out digits\n' "$name" "$top1"
 done
 cat <<EOF
-trained in $trained s
+training took $trained s (less where an earlier run was gone on with)
 checkpoints        $output/{nat,dinat}/best.pth
 TensorBoard log    $output/{nat,dinat}/tensorboard   ($python -m tensorboard.main --logdir $output)
 figures            $output/{nat,dinat}/summary.csv

@@ -23,7 +23,7 @@ find_python() {
 check_disk() {
     # PyTorch with its CUDA libraries takes about 6 GB, and as much again for a moment while it is unpacked.
     local free_mb
-    free_mb=$(df -Pm . | awk 'NR == 2 {print $4}')
+    free_mb=$(df -Pm "$venv" | awk 'NR == 2 {print $4}')
     if [ "$free_mb" -lt 9000 ]; then
         fail "the disk has $free_mb MB free, but PyTorch needs about 9000: free some, or install a CPU build first (README)."
     fi
@@ -44,7 +44,7 @@ EOF
 explain_pip_failure() {
     if grep -q "No space left on device" "$1"; then
         fail "the disk became full: free some space and run this again."
-    elif grep -qE "Connection|Could not find a version|Temporary failure|timed out|SSLError|ProxyError" "$1"; then
+    elif grep -qE "Connection|Temporary failure|timed out|SSLError|ProxyError" "$1"; then
         fail "a download failed ($(grep -oE 'ERROR: .*' "$1" | head -n 1)): check the network and run this again."
     fi
     fail "pip could not install the packages: $1 tells why."
@@ -57,7 +57,12 @@ if [ ! -x "$venv/bin/python" ]; then
     "$python" -m venv "$venv" || { rm -rf "$venv"; fail "$python could not make $venv: on Debian and Ubuntu install python3-venv, and check the disk."; }
 fi
 
-stamp="$venv/installed-$extras-$(cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)"
+"$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "$venv has $("$venv/bin/python" --version), but Python 3.11 or newer is needed: remove $venv and run this again."
+"$venv/bin/python" -m pip --version > /dev/null 2>&1 || "$venv/bin/python" -m ensurepip --upgrade > /dev/null ||
+    fail "$venv has no pip: remove $venv and run this again."
+
+stamp="$venv/installed-$extras-$({ pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d ' ' -f 1)"
 if [ -e "$stamp" ]; then
     echo "$venv is up to date ($extras)"
     exit 0

@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from classification.images import read_image
+from classification.models import class_names, evaluation_transform, restore
 from natten import NeighborhoodAttention2D, na2d_av
 from natzoo import command_line
 from natzoo.checkpoints import write_atomically
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "classification"))
-from models import evaluation_transform, restore
-from predict import class_names, read_image
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning curves
@@ -128,7 +127,7 @@ def draw_attention(model: nn.Module, record: dict, paths: list[Path]) -> plt.Fig
         x_1CHW = transform(read_image(path)).unsqueeze(0)
         number, evidence, token, weights = evidence_and_window(model, x_1CHW)
         picture = to_picture(x_1CHW[0], record["preprocessing"])
-        row[0].imshow(picture)
+        row[0].imshow(picture.numpy())
         row[0].set_title(f"{path.parent.name}/{path.name}", fontsize=8)
         overlay(row[1], picture, evidence, f"evidence for {names[number]}")
         overlay(row[2], picture, weights, "window of the marked token")
@@ -146,8 +145,8 @@ def overlay(axes: plt.Axes, picture: Tensor, heat_HW: Tensor, title: str) -> Non
     """Draws a map of tokens over a picture, each token as the square of pixels that it stands for."""
     height, width = picture.shape[:2]
     heat = F.interpolate(heat_HW[None, None], size=(height, width), mode="nearest")[0, 0]
-    axes.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=1)
-    axes.imshow(heat, cmap="inferno", alpha=0.65)
+    axes.imshow(picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(heat.numpy(), cmap="inferno", alpha=0.65)
     axes.set_title(title, fontsize=8)
 
 

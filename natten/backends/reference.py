@@ -3,7 +3,7 @@
 Queries are taken in tiles (`geometry.axis_tiles`). Within a tile this is ordinary attention: each query meets each of
 the tile's keys, with a bias that is -inf where the key is outside the query's window. With tiles of one query it is the
 definition to the letter, and the maps of attention weights are made so; longer tiles compute the same numbers with
-matrix products. Memory is linear in tokens x window.
+matrix products. Memory is linear in tokens x window. Inputs must be finite: a NaN reaches every query of its tile.
 
 Shape suffixes: B batch, X the spatial axes, H heads, d head dim; T tiles of all axes, Q queries and K keys of a tile,
 W keys of a window.
@@ -24,7 +24,7 @@ from natten.precision import accumulation_dtype, no_autocast
 NAME = "reference"
 
 
-def refuses(query: Tensor, axes: Sequence[Axis]) -> str | None:
+def refuses(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> str | None:
     """Why this backend cannot take a call; the reference takes every one."""
     return None
 
@@ -113,7 +113,7 @@ def _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles: list[AxisTiles], scale: float) -
     q_BTHQd = _to_tiles(q_BXHd.to(dtype) * scale, [axis.query_TQ for axis in tiles])
     k_BTHKd = _to_tiles(k_BXHd.to(dtype), keys)
     v_BTHKd = _to_tiles(v_BXHd.to(dtype), keys)
-    logits_BTHQK = (q_BTHQd @ k_BTHKd.mT).add_(_bias(rpb, tiles, dtype))
+    logits_BTHQK = q_BTHQd @ k_BTHKd.mT + _bias(rpb, tiles, dtype)
     return q_BTHQd, k_BTHKd, v_BTHKd, logits_BTHQK
 
 

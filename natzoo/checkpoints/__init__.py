@@ -1,7 +1,14 @@
 """The one road for weight files: read them safely, load them strictly, write them so that no crash loses any."""
 
 from natzoo.checkpoints.load import load_weights
-from natzoo.checkpoints.read import read_checkpoint, read_weights
+from natzoo.checkpoints.read import read_checkpoint, read_weights, weights_of
 from natzoo.checkpoints.write import write_atomically, write_checkpoint
 
-__all__ = ["load_weights", "read_checkpoint", "read_weights", "write_atomically", "write_checkpoint"]
+__all__ = [
+    "load_weights",
+    "read_checkpoint",
+    "read_weights",
+    "weights_of",
+    "write_atomically",
+    "write_checkpoint",
+]

@@ -5,38 +5,47 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from torch import nn
-
-from natzoo.checkpoints.read import read_weights
+from torch import Tensor, nn
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
-    """Loads a weight file into a model; every parameter must be there, and nothing else.
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], path: str | os.PathLike, new_classifier: bool = False
+) -> bool:
+    """Loads weights into a model; every parameter must be there, and nothing else.
+
+    Args:
+        model: a timm model.
+        weights: what `read_weights` returned.
+        path: the file that they are from, for the messages.
+        new_classifier: whether a classifier for another number of classes is left as it is in the model.
+
+    Returns:
+        Whether the classifier was left so.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file cannot be read, or is of another model; lists what is missing, unexpected or of another
-            shape. The model is then unchanged.
+        ValueError: if the weights are of another model; lists what is missing, unexpected or of another shape. The
+            model is then unchanged.
     """
-    weights = read_weights(path)
     own = model.state_dict()
+    other_shape = {name for name in own.keys() & weights.keys() if weights[name].shape != own[name].shape}
+    classifier = f"{model.default_cfg['classifier']}." if new_classifier else None
+    is_left = bool(classifier and other_shape) and all(name.startswith(classifier) for name in other_shape)
+    if is_left:
+        weights = {name: own[name] if name.startswith(classifier) else value for name, value in weights.items()}
+        other_shape = set()
     complaints = [
         _complain("missing", own.keys() - weights.keys()),
         _complain("unexpected", weights.keys() - own.keys()),
         _complain(
             "of another shape",
-            (
-                f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-                for name in own.keys() & weights.keys()
-                if weights[name].shape != own[name].shape
-            ),
+            (f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in other_shape),
         ),
     ]
-    complaints = [complaint for complaint in complaints if complaint]
-    if complaints:
-        text = "; ".join(complaints)
+    text = "; ".join(complaint for complaint in complaints if complaint)
+    if text:
         raise ValueError(f"{path} is of another model than the {type(model).__name__} built here: {text}.")
     model.load_state_dict(weights)
+    return is_left
 
 
 def _complain(what: str, names: Iterable[str], shown: int = 4) -> str:

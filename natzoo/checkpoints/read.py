@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,11 +20,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if it may not or cannot be read.
         ValueError: if it is truncated, holds more than tensors and plain data, or is no checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}: check the path.")
+    with path.open("rb"):  # what the system refuses is said in its words
+        pass
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device="cpu")
@@ -34,20 +36,19 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(
             f"{path} is refused: it is not plain weights, and unpickling more could run code ({_reason(error)})."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # damaged bytes meet any of the parsers' errors
         raise ValueError(f"{path} is truncated or no checkpoint: get it again ({_reason(error)}).") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, but a checkpoint is a dict of tensors.")
     return checkpoint
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The weights alone: of a training checkpoint the averaged ones if there are any, else the model's.
+def weights_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
+    """The weights in what `read_checkpoint` returned: the averaged ones if there are any, else the model's.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_checkpoint`; also if there are no weights in the file.
+        ValueError: naming the file, if there are none.
     """
-    checkpoint = read_checkpoint(path)
     for wrapper in _WRAPPERS:
         if isinstance(checkpoint.get(wrapper), dict):
             checkpoint = checkpoint[wrapper]
@@ -57,6 +58,15 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         entries = ", ".join(map(str, list(checkpoint)[:5])) or "none"
         raise ValueError(f"{path} holds no weights; its entries: {entries}.")
     return weights
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The weights of a file, as `weights_of`.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as `read_checkpoint` and `weights_of`.
+    """
+    return weights_of(read_checkpoint(path), path)
 
 
 def _reason(error: Exception) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +14,9 @@ import torch
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
     """Writes a file under a temporary name beside it, forces it to the disk, and renames it.
 
+    The temporary name is always the same, so that what a killed process left is overwritten by the next write; a file
+    has one writer at a time.
+
     Args:
         path: where the file will be; an older one there is replaced only by a complete new one.
         write: writes the content to the open binary file that it is given.
@@ -22,22 +25,22 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
         OSError: naming the file, if the folder is missing, full or not writable; an older file is then as it was.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
+            os.replace(temporary, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
     except OSError as error:
         text = f"{path} could not be written; what was there before is unharmed ({error.strerror})."
         raise OSError(error.errno, text) from error
+    _sync_folder(path.parent)
 
 
 def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> None:
@@ -46,22 +49,17 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> Non
     def write(file: BinaryIO) -> None:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch reports a full disk so, as the error it met behind it
+        except RuntimeError as error:  # how torch reports a full disk
             raise OSError(None, str(error).splitlines()[0]) from error
 
     write_atomically(path, write)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Makes a rename durable, on file systems that can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

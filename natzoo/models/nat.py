@@ -144,6 +144,7 @@ class NAT(nn.Module):
         if len(num_heads) != len(depths):
             raise ValueError(f"num_heads has {len(num_heads)} stages, but depths has {len(depths)}.")
         dilations = check_dilations(dilations, depths)
+        _check_pooling(global_pool)
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (len(depths) - 1)
@@ -209,8 +210,9 @@ class NAT(nn.Module):
         """Replaces the classifier by a new one; its pooling too if given."""
         self.num_classes = num_classes
         if global_pool is not None:
+            _check_pooling(global_pool)
             self.global_pool = global_pool
-        weight = self.norm.weight
+        weight = self.patch_embed.norm.weight
         self.head = self._make_head(device=weight.device, dtype=weight.dtype)
         self.head.apply(init_linear)
 
@@ -261,6 +263,7 @@ class NAT(nn.Module):
         take, last = feature_take_indices(len(self.levels), indices)
         self.levels = self.levels[: last + 1]
         self.levels[-1].downsample = None
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -285,6 +288,11 @@ class NAT(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x_BCHW))
+
+
+def _check_pooling(global_pool: str) -> None:
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"global_pool is {global_pool!r}, but must be 'avg' or ''.")
 
 
 def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:

@@ -1,14 +1,8 @@
 """A tiny data set and the options of a run of seconds on it."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
-
-CLASSIFICATION = Path(__file__).parents[2] / "classification"
-sys.path.insert(0, str(CLASSIFICATION))
 
 CLASSES = ("amber", "blue", "crimson")
 

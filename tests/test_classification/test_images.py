@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from images import FolderImages, evaluation_loader, split_folder, training_loader
 from PIL import Image
 from timm.data import create_transform
+
+from classification.images import FolderImages, evaluation_loader, split_folder, training_loader
 
 
 def images_of(folder, **kwargs):

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from models import create_model
-from options import make_parser, parse
+
+from classification.models import create_model
+from classification.options import make_parser, parse
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yml"))
 
@@ -34,6 +35,12 @@ def test_a_file_can_be_based_on_another(config):
     assert (args.lr, args.epochs) == (0.25, 7)
 
 
+def test_model_arguments_are_merged_over_the_base(config):
+    config("model_kwargs: {depths: [1, 2], embed_dim: 16}\n", "base.yml")
+    args = parse(["-c", config("base: base.yml\nmodel_kwargs: {embed_dim: 32}\n")])
+    assert args.model_kwargs == {"depths": [1, 2], "embed_dim": 32}
+
+
 def test_model_arguments_are_merged(config):
     path = config("model_kwargs: {depths: [1, 2], embed_dim: 16}\n")
     args = parse(["-c", path, "--model-kwargs", "embed_dim=32", "dilations=[[1],[1,2]]", "name=text"])
@@ -55,6 +62,11 @@ def test_model_arguments_are_merged(config):
         ("model_kwargs: 3", "gives model_kwargs the value 3"),
         ("- lr", "must hold lines `key: value`, but holds a list"),
         ("lr: [", "is not valid YAML"),
+        ("base: a.yml", r"a\.yml is its own base"),
+        ("epochs:", "gives epochs the value None: it must have a value"),
+        ("epochs: 0", "gives epochs the value 0: it must be at least 1"),
+        ("resume: true", "gives resume the value True: it belongs on the command line"),
+        ("remode: wibble", "it must be one of const, rand, pixel"),
     ],
 )
 def test_mistakes_in_a_file_are_named(config, text, message):
@@ -69,7 +81,9 @@ def test_missing_files(config, tmp_path):
         parse(["-c", config("base: base.yml")])
 
 
-@pytest.mark.parametrize("argv", [["--wibble"], ["--epochs", "x"], ["--model-kwargs", "depths"], ["--amp", "fp64"]])
+@pytest.mark.parametrize(
+    "argv", [["--wibble"], ["--epochs", "x"], ["--grad-accum", "0"], ["--model-kwargs", "depths"], ["--amp", "fp64"]]
+)
 def test_mistakes_on_the_command_line_exit_with_2(argv, capsys):
     with pytest.raises(SystemExit) as error:
         parse(argv)
@@ -84,4 +98,4 @@ def test_every_option_has_help():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_read_and_their_models_built(path):
     args = parse(["-c", str(path)])
-    create_model(args.model, 10, **args.model_kwargs)
+    create_model(args.model, {"num_classes": 10, **args.model_kwargs})

@@ -5,15 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from natzoo.checkpoints import read_checkpoint, write_checkpoint
+from classification import train
+from natzoo.checkpoints import read_checkpoint, read_weights, write_checkpoint
 
 TRAIN = Path(train.__file__)
 
@@ -85,14 +84,19 @@ def test_options_work_together(tiny, run_folder, more):
 
 
 def test_evaluation_is_of_the_averaged_weights(tiny, run_folder):
-    """With a decay of 1 the average stays what it was at the start, so its accuracy does not change."""
+    """With a decay of 1 the average stays what it was at the start, and so does its loss."""
     train.main(tiny("--model-ema", "--model-ema-decay", "1.0", epochs=3))
-    assert len({row["top1"] for row in rows(run_folder)}) == 1
+    figures = rows(run_folder)
+    assert len({row["val_loss"] for row in figures}) == 1
+    assert len({row["train_loss"] for row in figures}) == 3
+    state = read_checkpoint(run_folder / "best.pth")
+    assert_same_weights(state["model_ema"], read_weights(run_folder / "best.pth"))
+    assert not torch.equal(state["model"]["head.weight"], state["model_ema"]["head.weight"])
 
 
 def test_accumulated_batches_give_the_gradient_of_one_large_batch(tiny, run_folder):
-    once = train.Trainer(train.parse(tiny("--batch-size", "16", "--experiment", "large", "--hflip", "0")))
-    parts = train.Trainer(train.parse(tiny("--grad-accum", "2", "--hflip", "0")))
+    once = train.Trainer(train.parse(tiny("--batch-size", "16", "--experiment", "large", "--drop-path", "0")))
+    parts = train.Trainer(train.parse(tiny("--grad-accum", "2", "--drop-path", "0")))
     x, target = torch.randn(16, 3, 16, 16), torch.arange(16) % 3
     once.backward(x, target, step=0)
     parts.backward(x[:8], target[:8], step=0)
@@ -104,26 +108,56 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(tiny, run_fold
 # ----- interruptions -----
 
 
-def test_killed_in_mid_epoch_and_resumed_it_ends_as_the_unbroken_run(tiny, run_folder, tmp_path):
-    train.main(tiny("--output", tmp_path / "unbroken", epochs=4))
-    expected = read_checkpoint(tmp_path / "unbroken" / "tiny" / "last.pth")
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from classification import train
+calls, original = 0, getattr({owner}, {name!r})
+def killed(*args):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+setattr({owner}, {name!r}, killed)
+train.main(sys.argv[1:])
+"""
 
-    process = start(tiny("--workers", "1", epochs=4))
-    while not (run_folder / "last.pth").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    interrupted = read_checkpoint(run_folder / "last.pth")["epoch"]
-    assert 1 <= interrupted < 4
+# In the middle of the second epoch, whose updates are 10 to 18; and between writing and renaming the second last.pth,
+# which best.pth may come before.
+PLACES = {"mid-epoch": ("train.Trainer", "update_weights", 14), "mid-save": ("os", "replace", 5)}
 
-    train.main(tiny("--resume", epochs=4))
-    resumed = read_checkpoint(run_folder / "last.pth")
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "more", [[], ["--model-ema", "--mixup", "0.8", "--grad-accum", "1"]], ids=["plain", "ema-mixup"]
+)
+def test_killed_and_resumed_it_ends_as_the_unbroken_run(tiny, run_folder, tmp_path, place, more):
+    train.main(tiny(*more, "--output", tmp_path / "unbroken", epochs=4))
+    unbroken = tmp_path / "unbroken" / "tiny"
+    owner, name, call = PLACES[place]
+    code = KILLED.format(root=str(TRAIN.parents[1]), owner=owner, name=name, call=call)
+    done = subprocess.run([sys.executable, "-c", code, *tiny(*more, "--workers", "1", epochs=4)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert 1 <= read_checkpoint(run_folder / "last.pth")["epoch"] < 4
+
+    train.main(tiny(*more, "--resume", epochs=4))
+    expected, resumed = read_checkpoint(unbroken / "last.pth"), read_checkpoint(run_folder / "last.pth")
     assert_same_weights(expected["model"], resumed["model"])
-    assert resumed["epoch"] == 4
-    losses = [[row["train_loss"] for row in rows(folder)] for folder in (run_folder, tmp_path / "unbroken" / "tiny")]
-    assert losses[0] == losses[1]
+    if "--model-ema" in more:
+        assert_same_weights(expected["model_ema"], resumed["model_ema"])
+    torch.testing.assert_close(expected["optimizer"], resumed["optimizer"], rtol=0, atol=0)
+    assert (resumed["epoch"], resumed["best"]) == (4, expected["best"])
+    assert untimed(run_folder) == untimed(unbroken)
+    assert sorted(path.name for path in run_folder.iterdir()) == sorted(path.name for path in unbroken.iterdir())
+
+
+def untimed(folder):
+    """What summary.csv and TensorBoard hold, without what depends on the clock."""
+    table = [{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in rows(folder)]
+    events = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=True).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "train/images_per_s"]
+    return table, {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 def test_resuming_a_finished_run_trains_no_more(tiny, run_folder):
@@ -137,6 +171,47 @@ def test_a_run_is_not_overwritten(tiny, run_folder):
     train.main(tiny(epochs=1))
     with pytest.raises(ValueError, match=r"last\.pth is there already: go on with it by --resume"):
         train.main(tiny(epochs=1))
+
+
+def test_resuming_a_file_of_another_run(tiny, run_folder, tmp_path):
+    train.main(tiny(epochs=1))
+    other = run_folder.with_name("other")
+    train.main(tiny("--experiment", "other", "--resume", run_folder / "last.pth", epochs=2))
+    assert read_checkpoint(other / "last.pth")["epoch"] == 2
+    assert (other / "best.pth").exists()
+    with pytest.raises(ValueError, match=r"other/last\.pth is there already"):
+        train.main(tiny("--experiment", "other", "--resume", run_folder / "last.pth", epochs=2))
+
+
+def test_another_run_is_not_resumed(tiny, data, run_folder, capsys):
+    train.main(tiny(epochs=1))
+    for more, message in (
+        (["--seed", "7"], "its seed is 42, but this run's is 7"),
+        (["--opt", "lamb"], "its opt is 'adamw', but this run's is 'lamb'"),
+        (["--model-ema"], "its model_ema is False, but this run's is True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.main(tiny("--resume", *more))
+    trainer = train.Trainer(train.parse(tiny("--resume", "--weight-decay", "0.5", "--sched", "none", "--lr", "1e-7")))
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-7}
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.5}
+    assert "resumed with another weight_decay: 0.5 instead of 0.05" in capsys.readouterr().out
+    for split in ("train", "val"):
+        (data / split / "amber").rename(data / split / "zinc")
+    with pytest.raises(ValueError, match=r"its classes is .*amber"):
+        train.main(tiny("--resume"))
+
+
+def test_fine_tuning_to_other_classes(tiny, data, run_folder, capsys):
+    train.main(tiny(epochs=1))
+    for split in ("train", "val"):
+        (data / split / "crimson").rename(data / split.replace("train", "spare1").replace("val", "spare2"))
+    options = tiny("--experiment", "second", "--initial-checkpoint", run_folder / "best.pth")
+    trainer = train.Trainer(train.parse(options))
+    assert "has another number of classes: the classifier starts anew" in capsys.readouterr().out
+    old, new = read_weights(run_folder / "best.pth"), trainer.model.state_dict()
+    assert new["head.weight"].shape == (2, 32)
+    assert torch.equal(old["levels.1.blocks.0.attn.rpb"], new["levels.1.blocks.0.attn.rpb"])
 
 
 def test_starting_from_weights(tiny, run_folder):
@@ -163,19 +238,34 @@ def test_a_checkpoint_of_another_model_is_not_resumed(tiny, run_folder):
     ("more", "message"),
     [
         (["--model", "nat_minni"], "there is no model 'nat_minni': did you mean 'nat_mini'"),
-        (["--model-kwargs", "wibble=1"], "model 'nat_mini' does not take these arguments: .*wibble"),
-        (["--num-classes", "2"], "has 3 classes, but the model tells only 2 apart"),
+        (["--model-kwargs", "wibble=1"], "model 'nat_mini' cannot be made with .*wibble"),
+        (["--num-classes", "2"], "has 3 classes, but the model has 2"),
+        (["--aa", "wibble"], "--aa wibble is not an augmentation that timm knows"),
+        (["--sched", "wibble"], "the schedule 'wibble' cannot be made"),
+        (["--warmup-epochs", "2"], "--warmup-epochs 2 leaves none of --epochs 2"),
         (["--opt", "wibble"], "the optimizer 'wibble' cannot be made"),
         (["--batch-size", "7", "--mixup", "0.5"], "--batch-size is 7, but mixup pairs images"),
         (["--batch-size", "100"], "holds 72 images, fewer than --batch-size 100"),
         (["--grad-accum", "10"], "an epoch has 9 batches, fewer than --grad-accum 10"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
-        (["--lr", "1e30", "--clip-grad", "0"], r"the loss is (nan|inf) in epoch \d, update \d+: lower --lr"),
+        (
+            ["--lr", "1e30", "--clip-grad", "0"],
+            r"the loss is (nan|inf) in epoch \d, and the epoch is not saved: lower --lr",
+        ),
     ],
 )
 def test_mistakes_are_named(tiny, more, message):
     with pytest.raises(ValueError, match=message):
         train.main(tiny(*more))
+
+
+def test_a_run_that_diverges_keeps_its_last_good_state(tiny, run_folder):
+    """Also where no loss is looked at during the epoch."""
+    train.main(tiny(epochs=1))
+    before = (run_folder / "last.pth").read_bytes()
+    with pytest.raises(ValueError, match="the epoch is not saved"):
+        train.main(tiny("--resume", "--lr", "1e30", "--clip-grad", "0", "--sched", "none", "--log-interval", "1000"))
+    assert (run_folder / "last.pth").read_bytes() == before
 
 
 def test_an_unreadable_image_is_named_and_can_be_skipped(tiny, data, run_folder, capsys):
@@ -185,7 +275,7 @@ def test_an_unreadable_image_is_named_and_can_be_skipped(tiny, data, run_folder,
         train.main(tiny())
     train.main(tiny("--skip-bad-images"))
     assert [row["bad_images"] for row in rows(run_folder)] == ["1", "1"]
-    assert f"1 training images could not be read and were left out:\n  {bad}" in capsys.readouterr().out
+    assert f"1 training images could not be read; others stood in:\n  {bad}" in capsys.readouterr().out
 
 
 def test_the_command_line_says_one_line_and_exits_with_2(tmp_path):
@@ -200,9 +290,12 @@ def test_the_command_line_says_one_line_and_exits_with_2(tmp_path):
 def test_a_full_disk_stops_with_a_message_and_loses_nothing(tiny, run_folder, monkeypatch):
     train.main(tiny(epochs=1))
     before = (run_folder / "last.pth").read_bytes()
-    real = os.fdopen
-    full = lambda handle, mode: (os.close(handle), real(os.open("/dev/full", os.O_WRONLY), mode))[1]  # noqa: E731
-    monkeypatch.setattr(os, "fdopen", full)
-    with pytest.raises(OSError, match="what was there before is unharmed"):
+    real = os.open
+
+    def full(path, flags, *mode):
+        return real("/dev/full", os.O_WRONLY) if str(path).endswith(".last.pth.tmp") else real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OSError, match=r"last\.pth could not be written; what was there before is unharmed"):
         train.main(tiny("--resume", epochs=2))
     assert (run_folder / "last.pth").read_bytes() == before

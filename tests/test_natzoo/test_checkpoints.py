@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,6 +17,10 @@ from natzoo.checkpoints import load_weights, read_checkpoint, read_weights, writ
 def small(**kwargs):
     arguments = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3, "num_classes": 5, **kwargs}
     return timm.create_model("nat_mini", **arguments)
+
+
+def load(model, path, **kwargs):
+    return load_weights(model, read_weights(path), path, **kwargs)
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def test_averaged_weights_come_first(tmp_path, weights):
 def test_loading(tmp_path, weights):
     write_checkpoint(tmp_path / "a.pth", weights)
     model = small()
-    load_weights(model, tmp_path / "a.pth")
+    load(model, tmp_path / "a.pth")
     assert_same(weights, model.state_dict())
 
 
@@ -65,7 +70,7 @@ def test_another_model_is_refused_with_a_list_and_changes_nothing(tmp_path, weig
     model = small(depths=(2, 1), num_classes=6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError) as error:
-        load_weights(model, tmp_path / "a.pth")
+        load(model, tmp_path / "a.pth")
     text = str(error.value)
     assert "a.pth is of another model" in text
     assert "missing: levels.0.blocks.1." in text
@@ -89,6 +94,38 @@ def test_truncated_file(tmp_path, weights, suffix, keep):
     path.write_bytes(content[: int(len(content) * keep) if keep in (0.5, 0.99) else keep])
     with pytest.raises(ValueError, match=r"a\.(pth|safetensors) is (truncated or no checkpoint|refused)"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_bytes_never_raise_anything_else(tmp_path, weights, suffix):
+    path = tmp_path / f"a{suffix}"
+    write_checkpoint(path, weights) if suffix == ".pth" else save_file(weights, path)
+    content = path.read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        for place in random.integers(0, min(len(content), 2000), 8):
+            damaged[place] = random.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 30
+
+
+def test_a_classifier_of_other_classes_can_be_left_out(tmp_path, weights):
+    write_checkpoint(tmp_path / "a.pth", weights)
+    model = small(num_classes=7)
+    head = model.head.weight.clone()
+    assert load(model, tmp_path / "a.pth", new_classifier=True)
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.norm.weight, weights["norm.weight"])
+    assert not load(small(), tmp_path / "a.pth", new_classifier=True)
+    with pytest.raises(ValueError, match="of another shape"):
+        load(small(embed_dim=32), tmp_path / "a.pth", new_classifier=True)
 
 
 class Payload:
@@ -142,15 +179,33 @@ def test_a_full_disk_during_save(monkeypatch, tmp_path):
     """/dev/full refuses every byte, as a full disk does."""
     path = tmp_path / "a.pth"
     write_checkpoint(path, {"epoch": 1})
-    real = os.fdopen
-    monkeypatch.setattr(
-        os, "fdopen", lambda handle, mode: (os.close(handle), real(os.open("/dev/full", os.O_WRONLY), mode))[1]
-    )
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda *_: real("/dev/full", os.O_WRONLY))
     with pytest.raises(OSError, match="what was there before is unharmed"):
         write_checkpoint(path, {"weights": torch.zeros(100_000)})
     monkeypatch.undo()
     assert read_checkpoint(path) == {"epoch": 1}
     assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_what_a_killed_process_left_is_overwritten(tmp_path):
+    (tmp_path / ".a.pth.tmp").write_bytes(b"half of it")
+    write_checkpoint(tmp_path / "a.pth", {"epoch": 1})
+    assert read_checkpoint(tmp_path / "a.pth") == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_a_file_system_that_cannot_sync_folders(monkeypatch, tmp_path):
+    real = os.fsync
+
+    def refuse_folders(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_checkpoint(tmp_path / "a.pth", {"epoch": 1})
+    assert read_checkpoint(tmp_path / "a.pth") == {"epoch": 1}
 
 
 def test_missing_folder(tmp_path):

@@ -170,15 +170,19 @@ def test_creation_without_classifier_and_with_one_channel(model):
 
 
 def test_gradient_checkpointing_changes_nothing(model):
-    gradients = []
+    gradients, calls = [], []
     for enable in (False, True):
         copied = copy.deepcopy(model).train()
         for module in copied.modules():
             if hasattr(module, "drop_prob"):
                 module.drop_prob = 0.0
         copied.set_grad_checkpointing(enable)
+        count = []
+        copied.levels[0].blocks[0].mlp.register_forward_hook(lambda *_, count=count: count.append(1))
         copied(pictures()).square().sum().backward()
+        calls.append(len(count))
         gradients.append([p.grad for p in copied.parameters()])
+    assert calls == [1, 2]
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
 
@@ -222,6 +226,7 @@ def test_small_model_compiles_without_a_graph_break():
         ({"dilations": [[1]]}, "dilations has 1 stages, but depths has 2"),
         ({"dilations": [[1], [1]]}, "dilations of stage 1 are 1 values, but that stage has 2 blocks"),
         ({"embed_dim": 17}, "does not divide dim"),
+        ({"global_pool": "max"}, "global_pool is 'max', but must be 'avg' or ''"),
     ],
 )
 def test_contradicting_arguments(kwargs, message):

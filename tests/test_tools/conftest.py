@@ -3,5 +3,4 @@
 import sys
 from pathlib import Path
 
-for folder in ("tools", "classification"):
-    sys.path.insert(0, str(Path(__file__).parents[2] / folder))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,25 @@ def test_failed_download(tmp_path, commands):
     assert done.returncode == 2
     assert last_line(done).startswith("error: a download failed")
     assert last_line(done).endswith("check the network and run this again.")
+
+
+def test_an_environment_of_an_old_python(tmp_path, commands):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    commands("python", '[ "$1" = --version ] && echo Python 3.10.2; exit 1').rename(python)
+    done = setup(tmp_path)
+    assert done.returncode == 2
+    assert "venv has Python 3.10.2, but Python 3.11 or newer is needed: remove" in last_line(done)
+
+
+def test_a_second_run_installs_nothing(tmp_path):
+    """And a run that broke off before pip was there is gone on with."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    content = b"".join((SETUP.parents[1] / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    text = f"{SETUP.parents[1]}\n".encode() + content
+    number = subprocess.run(["cksum"], input=text, capture_output=True).stdout.split()[0].decode()
+    (tmp_path / "venv" / f"installed-train-{number}").touch()
+    done = setup(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "is up to date (train)" in done.stdout
+    assert (tmp_path / "venv" / "bin" / "pip3").exists()

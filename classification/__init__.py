@@ -1,0 +1,1 @@
+"""Training, evaluation and use of image classifiers; the scripts run from anywhere."""
