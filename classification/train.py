@@ -51,6 +51,8 @@ _PLACES = (
 )
 # A run that goes on with another of these would not be the same run.
 _KEPT_OPTIONS = ("seed", "opt", "batch_size", "grad_accum", "model_ema", "amp")
+# What a resumed run takes from its options, not from the optimizer's state.
+_HYPERPARAMETERS = ("lr", "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")
 
 
 class Trainer:
@@ -133,10 +135,10 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model_ema"])
-        hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        ours = [{key: group[key] for key in _HYPERPARAMETERS if key in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, ours in zip(self.optimizer.param_groups, hyperparameters, strict=True):
-            group.update(ours)  # a learning rate given anew counts
+        for group, hyperparameters in zip(self.optimizer.param_groups, ours, strict=True):
+            group.update(hyperparameters)
         self.scaler.load_state_dict(state["scaler"])
         self.epoch = state["epoch"]
         if path.resolve().parent == self.folder.resolve():  # elsewhere the best weights are not this run's

@@ -44,7 +44,7 @@ EOF
 explain_pip_failure() {
     if grep -q "No space left on device" "$1"; then
         fail "the disk became full: free some space and run this again."
-    elif grep -qE "Connection|Temporary failure|timed out|SSLError|ProxyError" "$1"; then
+    elif grep -qiE "connection ?error|connection broken|temporary failure|timed out|SSLError|ProxyError|from versions: none" "$1"; then
         fail "a download failed ($(grep -oE 'ERROR: .*' "$1" | head -n 1)): check the network and run this again."
     fi
     fail "pip could not install the packages: $1 tells why."
