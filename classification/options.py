@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+WORKERS = min(8, len(os.sched_getaffinity(0)))  # more than cores only wait for each other
 _RESAMPLING = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
@@ -68,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--train-split", default="train", help="folder of the training images under DATA")
     group.add_argument("--val-split", default="val", help="folder of the validation images under DATA")
-    group.add_argument("--workers", type=non_negative, default=8, help="processes that load images")
+    group.add_argument("--workers", type=non_negative, default=WORKERS, help="processes that load images")
     group.add_argument("--skip-bad-images", default=False, **flag, help="train on where an image cannot be read")
 
     group = parser.add_argument_group("model")

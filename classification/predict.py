@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.devices import pick_device
 from classification.images import read_image
 from classification.models import add_model_options, class_names, evaluation_transform, preprocessing, requested_model
+from classification.options import positive
 from natzoo import command_line
 
 
@@ -62,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Classify pictures.", allow_abbrev=False)
     parser.add_argument("images", nargs="+", help="files, or folders of them")
     add_model_options(parser)
-    parser.add_argument("--topk", type=int, default=5, help="classes shown")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
+    parser.add_argument("--topk", type=positive, default=5, help="classes shown")
+    parser.add_argument("--batch-size", type=positive, default=32, help="pictures at a time")
     args = parser.parse_args(argv)
 
     paths = find_images(args.images)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.devices import autocast_of, pick_device
 from classification.images import FolderImages, check_images, evaluation_loader, split_folder
 from classification.models import add_model_options, evaluation_transform, preprocessing, requested_model
+from classification.options import WORKERS, non_negative, positive
 from natzoo import command_line
 
 
@@ -75,8 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("data", help="folder that holds val/, or one folder a class")
     add_model_options(parser)
     parser.add_argument("--val-split", default="val", help="folder of the images under DATA")
-    parser.add_argument("--batch-size", type=int, default=256, help="images at a time")
-    parser.add_argument("--workers", type=int, default=4, help="processes that load images")
+    parser.add_argument("--batch-size", type=positive, default=256, help="images at a time")
+    parser.add_argument("--workers", type=non_negative, default=WORKERS, help="processes that load images")
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision")
     parser.add_argument("--skip-bad-images", action="store_true", help="go on where an image cannot be read")
     return parser
