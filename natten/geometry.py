@@ -136,10 +136,16 @@ def per_axis(value, rank: int, name: str, kind: type) -> tuple:
         ValueError: if it is neither one value nor `rank` values of the kind.
     """
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    is_kind = all(isinstance(v, Integral | torch.SymInt) and (isinstance(v, bool) == (kind is bool)) for v in values)
-    if len(values) != rank or not is_kind:
+    if len(values) != rank or not all(_is_kind(v, kind) for v in values):
         raise ValueError(f"{name} must be one {kind.__name__} or {rank} of them, one an axis, but is {value!r}.")
     return tuple(v if isinstance(v, torch.SymInt) else kind(v) for v in values)
+
+
+def _is_kind(value, kind: type) -> bool:
+    """Whether a value is a bool, or an int of Python, of NumPy or of torch.compile."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, (int, torch.SymInt, Integral))
 
 
 def check_window(

@@ -31,4 +31,4 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def _is_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch refuses the question for meta
