@@ -27,6 +27,11 @@ def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
         raise ValueError(f"there is no model {name!r}: did you mean {nearest[0]!r}?")
     try:
         return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
+    except OSError as error:
+        url = timm.get_pretrained_cfg(name).url
+        raise ValueError(
+            f"{url} could not be downloaded ({error}): check the network, or get it another way."
+        ) from error
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"model {name!r} cannot be made with {kwargs}: {error}.") from error
 

@@ -162,7 +162,8 @@ def _refuse_unserved(additional_keys: Tensor | None, additional_values: Tensor |
 def _refuse_other_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Fewer key/value heads and another value head_dim are well-formed, but not served yet."""
     heads, kv_heads = query.shape[-2], key.shape[-2]
-    if 0 < kv_heads < heads and heads % kv_heads == 0 and value.shape[-2] == kv_heads:
+    is_same_map = key.shape[:-2] == query.shape[:-2] == value.shape[:-2]
+    if is_same_map and 0 < kv_heads < heads and heads % kv_heads == 0 and value.shape[-2] == kv_heads:
         raise NotImplementedError(
             f"key and value have {kv_heads} heads and query has {heads}: fewer key/value heads are not served by any "
             "backend of this version of natten; repeat key and value along their heads."

@@ -149,6 +149,11 @@ class _NeighborhoodAttention(nn.Module):
                 f"input has shape {tuple(x_BXC.shape)}, but {type(self).__name__} takes {self.rank + 2} dimensions: "
                 f"batch, {self.rank} spatial axes and channels."
             )
+        if x_BXC.shape[-1] != self.qkv.in_features:
+            raise ValueError(
+                f"input has {x_BXC.shape[-1]} channels on its last axis, but this layer has dim "
+                f"{self.qkv.in_features}: it takes channels last."
+            )
         return self.qkv(self._pad(x_BXC)).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _pad(self, x_BXC: Tensor) -> Tensor:

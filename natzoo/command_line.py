@@ -21,7 +21,7 @@ def run(main: Callable[[], Any]) -> None:
         print(f"error: {_text(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; train.py goes on from its last epoch with --resume", file=sys.stderr)
         sys.exit(130)
 
 

@@ -47,7 +47,7 @@ done
 step "done"
 for name in nat dinat; do
     top1=$(grep -o 'top-1 [0-9.]*%' "$output/$name/top1.txt")
-    printf '%-6s %s on held-out digits\n' "$name" "$top1"
+    printf '%-6s %s on held-out digits, at the best epoch\n' "$name" "$top1"
 done
 cat <<EOF
 training took $trained s (less where an earlier run was gone on with)

@@ -60,6 +60,7 @@ def draw_curves(folders: list[Path]) -> plt.Figure:
     left.set(xlabel="epoch", ylabel="loss", title="Loss")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="Validation accuracy")
     for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     return figure

@@ -369,3 +369,12 @@ class EmptyTest(unittest.TestCase):
             logits = function(rank, "_qk")(q.movedim(-2, 1), k.movedim(-2, 1), 3)
             self.assertEqual(logits.shape, (0, 2, *MAPS[rank], 3**rank))
             self.assertEqual(function(rank, "_av")(logits, v.movedim(-2, 1), 3).shape, (0, 2, *MAPS[rank], 4))
+
+
+class ChannelsTest(unittest.TestCase):
+    """What a layer says of channels that are not its own."""
+
+    def test_channels_first(self):
+        layer = natten.NeighborhoodAttention2D(8, 2, 3)
+        with self.assertRaisesRegex(ValueError, "input has 7 channels .* dim 8: it takes channels last"):
+            layer(torch.zeros(1, 8, 7, 7))
