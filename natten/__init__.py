@@ -4,8 +4,8 @@ Functions: `na1d`, `na2d`, `na3d`, each also with `_qkvpacked`, `_qk` and `_av`.
 Layers: `NeighborhoodAttention1D`, `NeighborhoodAttention2D`, `NeighborhoodAttention3D`.
 """
 
+from natten import compat, context, functional  # noqa: F401  older code finds natten.context there
 from natten import dispatch as _dispatch
-from natten import functional
 from natten.dispatch import use_backend
 from natten.functional import *  # noqa: F403
 from natten.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
@@ -21,3 +21,8 @@ __all__ = [
 ]
 
 _dispatch.obey_environment()
+
+
+def __getattr__(name: str):
+    """Names of older releases, such as `natten.has_cuda`; see natten/compat.py."""
+    return compat.old_name(__name__, name)

@@ -3,12 +3,14 @@
 A backend is a module of natten.backends with
 
 - `NAME`, what a caller writes in `backend=`;
-- `refuses(query, key, value, rpb, axes) -> str | None`: why it cannot take the call, or None if it can;
+- `refuses(query) -> str | None`: why it cannot take a call with such a query, or None if it can;
 - `attention(query, key, value, rpb, axes, scale) -> (out, lse)`, heads-last;
-- `attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale) -> (grad_qkv, grad_rpb)`.
+- `attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale) -> (grad_qkv, grad_rpb)`;
+- the halves, heads-first: `query_key(query, key, rpb, axes) -> attn`, `weight_value(attn, value, axes) -> out`,
+  `query_key_backward(grad_attn, query, key, rpb, axes) -> (grad_query, grad_key, grad_rpb)` and
+  `weight_value_backward(grad_out, attn, value, axes) -> (grad_attn, grad_value)`.
 
-These run inside the operators of natten/operators.py, at run time. The halves, `na*_qk` and `na*_av`, are the
-reference's.
+These run inside the operators of natten/operators.py, at run time.
 
 `NATTEN_LOG_LEVEL=DEBUG` tells which backend took each call.
 """
@@ -17,17 +19,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from natten.backends import reference
-from natten.geometry import Axis
+from natten.backends import cpu, reference
 
-LADDER: tuple[ModuleType, ...] = (reference,)  # the fastest first; the reference, which takes every call, last
+LADDER: tuple[ModuleType, ...] = (cpu, reference)  # the fastest first; the reference, which takes every call, last
 NAMES = ("reference", "cpu", "cuda")
 
 log = logging.getLogger("natten")
@@ -71,23 +72,21 @@ def is_plain(backend: str | None) -> bool:
     return backend == reference.NAME or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
-def choose(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: Sequence[Axis], backend: str | None
-) -> ModuleType:
-    """The backend that takes a call.
+def choose(query: Tensor, backend: str | None) -> ModuleType:
+    """The backend that takes a call with such a query (of `na*_av`: such a value).
 
     Raises:
         ValueError: if `backend` names one that does not exist here or that cannot take this call.
     """
     if backend is not None:
         module = find(backend)
-        reason = module.refuses(query, key, value, rpb, axes)
+        reason = module.refuses(query)
         if reason is not None:
             raise ValueError(f"backend {backend!r} cannot take this call: {reason}.")
         _tell("takes", module, query, "it was asked for")
         return module
     for module in LADDER:
-        reason = module.refuses(query, key, value, rpb, axes)
+        reason = module.refuses(query)
         if reason is None:
             _tell("takes", module, query, "it is the fastest that can")
             return module
@@ -98,12 +97,6 @@ def choose(
 def _tell(verb: str, module: ModuleType, query: Tensor, reason: str) -> None:
     shape = tuple(query.shape)
     log.debug("%s %s query %s %s on %s: %s", module.NAME, verb, shape, query.dtype, query.device, reason)
-
-
-def check_halves(backend: str | None) -> None:
-    """Raises ValueError if a backend is asked for that does not compute the halves, `na*_qk` and `na*_av`."""
-    if backend is not None and find(backend) is not reference:
-        raise ValueError(f"backend {backend!r} does not compute na*_qk and na*_av: use 'reference'.")
 
 
 def find(name: str) -> ModuleType:

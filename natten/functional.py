@@ -21,7 +21,7 @@ from natten.geometry import (
     check_tensors,
     make_axes,
 )
-from natten.operators import fused_attention
+from natten.operators import fused_attention, query_key, weight_value
 from natten.precision import apply_autocast
 
 __all__ = [f"na{rank}d{suffix}" for rank in (1, 2, 3) for suffix in ("", "_qkvpacked", "_qk", "_av")]
@@ -195,8 +195,10 @@ def _make_qk(rank: int) -> Callable[..., Tensor]:
         check_same_shape(query=query, key=key)
         axes = make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
         check_rpb(rpb, axes, query.shape[1], query.dtype, query.device)
-        dispatch.check_halves(dispatch.requested(backend))
-        return reference.query_key(query, key, rpb, axes)
+        backend = dispatch.requested(backend)
+        if dispatch.is_plain(backend):
+            return reference.query_key(query, key, rpb, axes)
+        return query_key(query, key, rpb, axes, backend)
 
     return _publish(qk, rank, "_qk", doc=_QK_DOC)
 
@@ -218,8 +220,10 @@ def _make_av(rank: int) -> Callable[..., Tensor]:
             raise ValueError(
                 f"attn has shape {tuple(attn.shape)}, but this value and kernel_size need {tuple(expected)}."
             )
-        dispatch.check_halves(dispatch.requested(backend))
-        return reference.weight_value(attn, value, axes)
+        backend = dispatch.requested(backend)
+        if dispatch.is_plain(backend):
+            return reference.weight_value(attn, value, axes)
+        return weight_value(attn, value, axes, backend)
 
     return _publish(av, rank, "_av", doc=_AV_DOC)
 
@@ -260,3 +264,10 @@ na1d, na2d, na3d = (_make_fused(rank) for rank in (1, 2, 3))
 na1d_qkvpacked, na2d_qkvpacked, na3d_qkvpacked = (_make_packed(rank) for rank in (1, 2, 3))
 na1d_qk, na2d_qk, na3d_qk = (_make_qk(rank) for rank in (1, 2, 3))
 na1d_av, na2d_av, na3d_av = (_make_av(rank) for rank in (1, 2, 3))
+
+
+def __getattr__(name: str) -> Callable:
+    """Names of older releases, which natten/compat.py defines on top of this module."""
+    from natten import compat
+
+    return compat.old_name(__name__, name)

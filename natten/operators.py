@@ -1,12 +1,13 @@
-"""The two fused operators, torch.ops.natten.attention_forward and attention_backward, and autograd around them.
+"""The operators torch.ops.natten.*, each with its backward as another one, and autograd around them.
 
-The operators are opaque to torch.compile; the backend is chosen inside them, at run time. Between forward and backward
-only the inputs, the output and the logsumexp are kept: nothing of size tokens x window.
+They are opaque to torch.compile; the backend is chosen inside them, at run time. Fused attention keeps only its inputs,
+its output and the logsumexp for backward: nothing of size tokens x window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -16,25 +17,40 @@ from natten import dispatch
 from natten.geometry import Axis, make_axes
 from natten.precision import accumulation_dtype
 
-_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale, str? backend"
+# is_causal is a list of int since torch.jit.trace, on whose graphs fvcore counts, takes no list of bool.
+_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float scale, str? backend"
+_HALF_WINDOW = "int[] kernel_size, int[] dilation, int[] is_causal, str? backend"
 
-torch.library.define(
-    "natten::attention_forward",
-    f"(Tensor query, Tensor key, Tensor value, Tensor? rpb, {_WINDOW}) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "natten::attention_backward",
+
+def _define(name: str, schema: str) -> None:
+    torch.library.define(f"natten::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def _axes(space, kernel_size, stride, dilation, is_causal):
+    return make_axes(space, kernel_size, stride, dilation, [bool(causal) for causal in is_causal])
+
+
+def _empty_like_table(rpb: Tensor | None, like: Tensor) -> Tensor:
+    """What stands for the gradient of rpb: operators return no None."""
+    return like.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fused attention, heads-last
+# ---------------------------------------------------------------------------------------------------------------------
+
+_define("attention_forward", f"(Tensor query, Tensor key, Tensor value, Tensor? rpb, {_WINDOW}) -> (Tensor, Tensor)")
+_define(
+    "attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor out, Tensor lse, "
     f"{_WINDOW}) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @torch.library.impl("natten::attention_forward", "default")
 def _forward(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale, backend):
-    axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    return dispatch.choose(query, key, value, rpb, axes, backend).attention(query, key, value, rpb, axes, scale)
+    axes = _axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    return dispatch.choose(query, backend).attention(query, key, value, rpb, axes, scale)
 
 
 @torch.library.register_fake("natten::attention_forward")
@@ -46,11 +62,11 @@ def _forward_fake(query, key, value, rpb, kernel_size, stride, dilation, is_caus
 def _backward(
     grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale, backend
 ):
-    axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    grad_qkv, grad_rpb = dispatch.choose(query, key, value, rpb, axes, backend).attention_backward(
+    axes = _axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    grad_qkv, grad_rpb = dispatch.choose(query, backend).attention_backward(
         grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale
     )
-    return grad_qkv, query.new_empty(0) if grad_rpb is None else grad_rpb
+    return grad_qkv, _empty_like_table(None, query) if grad_rpb is None else grad_rpb
 
 
 @torch.library.register_fake("natten::attention_backward")
@@ -58,7 +74,7 @@ def _backward_fake(
     grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale, backend
 ):
     shape = (*query.shape[:-2], 3, *query.shape[-2:])
-    return query.new_empty(shape), query.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape)
+    return query.new_empty(shape), _empty_like_table(rpb, query)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -99,3 +115,122 @@ def fused_attention(
     """Output and logsumexp of checked heads-last tensors: `qkv` is (query, key, value), or one packed tensor."""
     _, *window = (list(values) for values in zip(*axes, strict=True))
     return _FusedAttention.apply(rpb, (*window, scale, backend), *qkv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two halves, heads-first
+# ---------------------------------------------------------------------------------------------------------------------
+
+_define("query_key_forward", f"(Tensor query, Tensor key, Tensor? rpb, {_HALF_WINDOW}) -> Tensor")
+_define(
+    "query_key_backward",
+    f"(Tensor grad_attn, Tensor query, Tensor key, Tensor? rpb, {_HALF_WINDOW}) -> (Tensor, Tensor, Tensor)",
+)
+_define("weight_value_forward", f"(Tensor attn, Tensor value, {_HALF_WINDOW}) -> Tensor")
+_define("weight_value_backward", f"(Tensor grad_out, Tensor attn, Tensor value, {_HALF_WINDOW}) -> (Tensor, Tensor)")
+
+
+def _half_axes(heads_first: Tensor, kernel_size, dilation, is_causal):
+    return _axes(heads_first.shape[2:-1], kernel_size, 1, dilation, is_causal)
+
+
+@torch.library.impl("natten::query_key_forward", "default")
+def _query_key(query, key, rpb, kernel_size, dilation, is_causal, backend):
+    axes = _half_axes(query, kernel_size, dilation, is_causal)
+    return dispatch.choose(query, backend).query_key(query, key, rpb, axes).contiguous()
+
+
+@torch.library.register_fake("natten::query_key_forward")
+def _query_key_fake(query, key, rpb, kernel_size, dilation, is_causal, backend):
+    return query.new_empty((*query.shape[:-1], prod(kernel_size)))
+
+
+@torch.library.impl("natten::query_key_backward", "default")
+def _query_key_backward(grad_attn, query, key, rpb, kernel_size, dilation, is_causal, backend):
+    axes = _half_axes(query, kernel_size, dilation, is_causal)
+    grads = dispatch.choose(query, backend).query_key_backward(grad_attn, query, key, rpb, axes)
+    grad_query, grad_key, grad_rpb = grads
+    grad_rpb = _empty_like_table(None, query) if grad_rpb is None else grad_rpb
+    return grad_query.contiguous(), grad_key.contiguous(), grad_rpb
+
+
+@torch.library.register_fake("natten::query_key_backward")
+def _query_key_backward_fake(grad_attn, query, key, rpb, kernel_size, dilation, is_causal, backend):
+    return query.new_empty(query.shape), key.new_empty(key.shape), _empty_like_table(rpb, query)
+
+
+@torch.library.impl("natten::weight_value_forward", "default")
+def _weight_value(attn, value, kernel_size, dilation, is_causal, backend):
+    axes = _half_axes(value, kernel_size, dilation, is_causal)
+    return dispatch.choose(value, backend).weight_value(attn, value, axes).contiguous()
+
+
+@torch.library.register_fake("natten::weight_value_forward")
+def _weight_value_fake(attn, value, kernel_size, dilation, is_causal, backend):
+    return value.new_empty(value.shape)
+
+
+@torch.library.impl("natten::weight_value_backward", "default")
+def _weight_value_backward(grad_out, attn, value, kernel_size, dilation, is_causal, backend):
+    axes = _half_axes(value, kernel_size, dilation, is_causal)
+    grads = dispatch.choose(value, backend).weight_value_backward(grad_out, attn, value, axes)
+    return tuple(grad.contiguous() for grad in grads)
+
+
+@torch.library.register_fake("natten::weight_value_backward")
+def _weight_value_backward_fake(grad_out, attn, value, kernel_size, dilation, is_causal, backend):
+    return attn.new_empty(attn.shape), value.new_empty(value.shape)
+
+
+class _QueryKey(torch.autograd.Function):
+    """(rpb, window, query, key) -> attn."""
+
+    @staticmethod
+    def forward(rpb, window, query, key):
+        return torch.ops.natten.query_key_forward(query, key, rpb, *window)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rpb, ctx.window, query, key = inputs
+        ctx.save_for_backward(rpb, query, key)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_attn):
+        rpb, query, key = ctx.saved_tensors
+        grads = torch.ops.natten.query_key_backward(grad_attn, query, key, rpb, *ctx.window)
+        grad_query, grad_key, grad_rpb = grads
+        return (None if rpb is None else grad_rpb), None, grad_query, grad_key
+
+
+class _WeightValue(torch.autograd.Function):
+    """(window, attn, value) -> out."""
+
+    @staticmethod
+    def forward(window, attn, value):
+        return torch.ops.natten.weight_value_forward(attn, value, *window)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.window, attn, value = inputs
+        ctx.save_for_backward(attn, value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        return None, *torch.ops.natten.weight_value_backward(grad_out, *ctx.saved_tensors, *ctx.window)
+
+
+def _half_window(axes: Sequence[Axis], backend: str | None) -> tuple:
+    _, kernel_size, _, dilation, is_causal = (list(values) for values in zip(*axes, strict=True))
+    return kernel_size, dilation, is_causal, backend
+
+
+def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis], backend: str | None) -> Tensor:
+    """Logits [B, H, X, W] of checked heads-first tensors."""
+    return _QueryKey.apply(rpb, _half_window(axes, backend), query, key)
+
+
+def weight_value(attn: Tensor, value: Tensor, axes: Sequence[Axis], backend: str | None) -> Tensor:
+    """Sums [B, H, X, d] of checked heads-first tensors."""
+    return _WeightValue.apply(_half_window(axes, backend), attn, value)

@@ -24,7 +24,7 @@ from natten.precision import accumulation_dtype, no_autocast
 NAME = "reference"
 
 
-def refuses(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> str | None:
+def refuses(query: Tensor) -> str | None:
     """Why this backend cannot take a call; the reference takes every one."""
     return None
 
@@ -125,26 +125,75 @@ def _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles: list[AxisTiles], scale: float) -
 def query_key(q_BHXd: Tensor, k_BHXd: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
     """Unscaled logits [B, H, X, W], keys of a window in row-major order, -inf where a causal window leaves the map."""
     with no_autocast(q_BHXd):
-        tiles = [axis_tiles(axis, 1, q_BHXd.device) for axis in axes]
-        dtype = accumulation_dtype(q_BHXd.dtype)
-        q_BTH1d = _to_tiles(q_BHXd.movedim(1, -2).to(dtype), [axis.query_TQ for axis in tiles])
-        k_BTHWd = _to_tiles(k_BHXd.movedim(1, -2).to(dtype), [axis.key_TK for axis in tiles])
-        bias_TH1W = _bias(rpb, tiles, dtype)
+        tiles = _windows(axes, q_BHXd)
+        q_BTH1d, k_BTHWd = _to_windows(q_BHXd, tiles, "query_TQ"), _to_windows(k_BHXd, tiles, "key_TK")
+        bias_TH1W = _bias(rpb, tiles, q_BTH1d.dtype)
         # Filled, so that these slots are constant to autograd too.
         logits_BTH1W = (q_BTH1d @ k_BTHWd.mT + bias_TH1W).masked_fill(bias_TH1W.isinf(), float("-inf"))
-        return _from_tiles(logits_BTH1W, tiles).movedim(-2, 1).to(q_BHXd.dtype)
+        return _from_windows(logits_BTH1W, tiles, q_BHXd.dtype)
+
+
+def query_key_backward(
+    grad_BHXW: Tensor, q_BHXd: Tensor, k_BHXd: Tensor, rpb: Tensor | None, axes: Sequence[Axis]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `query_key` for query, key and rpb."""
+    with no_autocast(q_BHXd):
+        tiles = _windows(axes, q_BHXd)
+        q_BTH1d, k_BTHWd = _to_windows(q_BHXd, tiles, "query_TQ"), _to_windows(k_BHXd, tiles, "key_TK")
+        is_void = _is_outside(tiles) | _is_repeat(tiles)
+        grad_BTH1W = _to_windows(grad_BHXW, tiles, "query_TQ").masked_fill(is_void, 0.0)
+        grad_q = _from_windows(grad_BTH1W @ k_BTHWd, tiles, q_BHXd.dtype)
+        grad_k = _add_windows(grad_BTH1W.mT @ q_BTH1d, tiles, k_BHXd)
+        grad_rpb = None if rpb is None else _add_bias(grad_BTH1W.sum(0), tiles, rpb)
+        return grad_q, grad_k, grad_rpb
 
 
 def weight_value(weight_BHXW: Tensor, v_BHXd: Tensor, axes: Sequence[Axis]) -> Tensor:
     """Sum over each window of weight times value, [B, H, X, d]; slots of a causal window before the map are ignored."""
     with no_autocast(v_BHXd):
-        tiles = [axis_tiles(axis, 1, v_BHXd.device) for axis in axes]
-        dtype = accumulation_dtype(v_BHXd.dtype)
-        weight_BTH1W = _to_tiles(weight_BHXW.movedim(1, -2).to(dtype), [axis.query_TQ for axis in tiles])
-        v_BTHWd = _to_tiles(v_BHXd.movedim(1, -2).to(dtype), [axis.key_TK for axis in tiles])
-        is_outside = _bias(None, tiles, dtype).isinf()
-        out_BTH1d = weight_BTH1W.masked_fill(is_outside, 0.0) @ v_BTHWd
-        return _from_tiles(out_BTH1d, tiles).movedim(-2, 1).to(v_BHXd.dtype)
+        tiles = _windows(axes, v_BHXd)
+        weight_BTH1W = _to_windows(weight_BHXW, tiles, "query_TQ").masked_fill(_is_outside(tiles), 0.0)
+        return _from_windows(weight_BTH1W @ _to_windows(v_BHXd, tiles, "key_TK"), tiles, v_BHXd.dtype)
+
+
+def weight_value_backward(
+    grad_BHXd: Tensor, weight_BHXW: Tensor, v_BHXd: Tensor, axes: Sequence[Axis]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `weight_value` for the weights and the value."""
+    with no_autocast(v_BHXd):
+        tiles = _windows(axes, v_BHXd)
+        is_void = _is_outside(tiles) | _is_repeat(tiles)
+        weight_BTH1W = _to_windows(weight_BHXW, tiles, "query_TQ").masked_fill(is_void, 0.0)
+        grad_BTH1d, v_BTHWd = _to_windows(grad_BHXd, tiles, "query_TQ"), _to_windows(v_BHXd, tiles, "key_TK")
+        grad_weight_BTH1W = (grad_BTH1d @ v_BTHWd.mT).masked_fill(is_void, 0.0)
+        grad_v = _add_windows(weight_BTH1W.mT @ grad_BTH1d, tiles, v_BHXd)
+        return _from_windows(grad_weight_BTH1W, tiles, weight_BHXW.dtype), grad_v
+
+
+def _windows(axes: Sequence[Axis], x: Tensor) -> list[AxisTiles]:
+    """Tiles of one query each, which have exactly the keys of its window."""
+    return [axis_tiles(axis, 1, x.device) for axis in axes]
+
+
+def _is_outside(tiles: Sequence[AxisTiles]) -> Tensor:
+    """Which slots of a causal window lie before the map, [T, 1, 1, W]."""
+    return _bias(None, tiles, torch.float32).isinf()
+
+
+def _to_windows(x_BHXd: Tensor, tiles: Sequence[AxisTiles], positions: str) -> Tensor:
+    """[B, T, H, 1 or W, d] in the accumulation dtype; `positions` is the field of the tiles that says where."""
+    x_BXHd = x_BHXd.movedim(1, -2).to(accumulation_dtype(x_BHXd.dtype))
+    return _to_tiles(x_BXHd, [getattr(axis, positions) for axis in tiles])
+
+
+def _from_windows(x_BTH1d: Tensor, tiles: Sequence[AxisTiles], dtype: torch.dtype) -> Tensor:
+    return _from_tiles(x_BTH1d, tiles).movedim(-2, 1).to(dtype)
+
+
+def _add_windows(x_BTHWd: Tensor, tiles: Sequence[AxisTiles], like_BHXd: Tensor) -> Tensor:
+    shape = like_BHXd.movedim(1, -2).shape
+    x_BXHd = _add_tiles(x_BTHWd, [axis.key_TK for axis in tiles], shape)
+    return x_BXHd.movedim(-2, 1).to(like_BHXd.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unittest
 from collections.abc import Callable
 
@@ -42,6 +43,7 @@ def forward_inputs() -> dict[str, tuple]:
         "bfloat16 with float32 rpb": (*half, random(2, 5), *window(1)),
         "float64": (*random(3, 1, 6, 2, 4, dtype=torch.float64), None, *window(1)),
         "backend by name": (*random(3, 2, 5, 6, 2, 4), None, *window(2)[:-1], "reference"),
+        "head_dim of the kernels": (*random(3, 2, 5, 6, 2, 8), rpb, *window(2)),
         "no batch": (*random(3, 0, 5, 6, 2, 4), rpb, *window(2)),
     }
 
@@ -57,9 +59,60 @@ def backward_inputs() -> dict[str, tuple]:
     return samples
 
 
+def half_window(rank: int, kernel_size: int = 3, dilation: int = 1, is_causal: bool = False) -> tuple:
+    """The window arguments of an operator of the two halves, then the backend."""
+    return [kernel_size] * rank, [dilation] * rank, [is_causal] * rank, None
+
+
+def half_inputs() -> dict[str, tuple]:
+    """Query or value, rpb and window of the two halves, by what is special about them."""
+    packed = random(2, 5, 6, 2, 2, 8).movedim(-2, 1)
+    return {
+        "plain": (random(2, 2, 5, 6, 4), None, *half_window(2)),
+        "with rpb": (random(2, 2, 5, 6, 8), random(2, 5, 5), *half_window(2)),
+        "causal": (random(1, 2, 7, 8), random(2, 5), *half_window(1, is_causal=True)),
+        "dilation": (random(1, 2, 6, 7, 8, 8), None, *half_window(3, kernel_size=2, dilation=3)),
+        "heads last in memory": (packed.select(-2, 1), None, *half_window(2)),
+        "bfloat16": (random(1, 2, 6, 8, dtype=torch.bfloat16), random(2, 5), *half_window(1)),
+        "float64": (random(1, 2, 6, 8, dtype=torch.float64), None, *half_window(1)),
+        "no batch": (random(0, 2, 5, 6, 8), random(2, 5, 5), *half_window(2)),
+    }
+
+
+def weights_for(x: Tensor, kernel_size: list[int]) -> Tensor:
+    """Weights of every query of a map with its window."""
+    return random(*x.shape[:-1], math.prod(kernel_size), dtype=x.dtype)
+
+
+def query_key_inputs() -> dict[str, tuple]:
+    return {name: (x, x.flip(0), rpb, *window) for name, (x, rpb, *window) in half_inputs().items()}
+
+
+def query_key_backward_inputs() -> dict[str, tuple]:
+    return {
+        name: (weights_for(x, window[0]), x, x.flip(0), rpb, *window)
+        for name, (x, rpb, *window) in half_inputs().items()
+    }
+
+
+def weight_value_inputs() -> dict[str, tuple]:
+    return {name: (weights_for(x, window[0]), x, *window) for name, (x, _, *window) in half_inputs().items()}
+
+
+def weight_value_backward_inputs() -> dict[str, tuple]:
+    return {
+        name: (torch.ones_like(x), weights_for(x, window[0]), x, *window)
+        for name, (x, _, *window) in half_inputs().items()
+    }
+
+
 SAMPLES: dict[str, Callable[[], dict[str, tuple]]] = {
     "natten::attention_forward": forward_inputs,
     "natten::attention_backward": backward_inputs,
+    "natten::query_key_forward": query_key_inputs,
+    "natten::query_key_backward": query_key_backward_inputs,
+    "natten::weight_value_forward": weight_value_inputs,
+    "natten::weight_value_backward": weight_value_backward_inputs,
 }
 
 
@@ -90,7 +143,10 @@ class OpcheckTest(unittest.TestCase):
             for sample, arguments in make_samples().items():
                 with self.subTest(name, sample=sample):
                     on_meta = (x.to("meta") if isinstance(x, Tensor) else x for x in arguments)
-                    for real, fake in zip(operator(*arguments), operator(*on_meta), strict=True):
+                    reals, fakes = operator(*arguments), operator(*on_meta)
+                    if isinstance(reals, Tensor):
+                        reals, fakes = (reals,), (fakes,)
+                    for real, fake in zip(reals, fakes, strict=True):
                         self.assertTrue(real.is_contiguous())
                         self.assertEqual((real.shape, real.dtype), (fake.shape, fake.dtype))
 

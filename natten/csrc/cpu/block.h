@@ -1,0 +1,84 @@
+// A block: up to MAX_ROWS rows of W queries each, taken together because they meet the same keys. What a Map is.
+//
+// A Map (lines.h, dense.h) cuts a submap into blocks, holds the keys and values that a block meets, and applies the three
+// products of micro.h to them. The operators (attention.cpp, halves.cpp) are written once, for any Map.
+#pragma once
+
+#include "fetch.h"
+#include "micro.h"
+#include "scratch.h"
+#include "submap.h"
+
+namespace natten {
+
+enum Side { KEYS, VALUES };  // of the two tensors that queries meet
+
+// Which forms of them an operator uses, and which tensors of queries it reads and writes.
+struct Needs {
+  bool dot[2], gather[2], grad[2];
+  std::vector<TensorName> read, written;
+
+  bool is_loaded(int side) const { return dot[side] || gather[side]; }
+  int dots() const { return dot[0] + dot[1]; }
+  int lane_products() const { return gather[0] + gather[1] + grad[0] + grad[1]; }
+};
+
+constexpr TensorName SIDE_TENSOR[2] = {KEY, VALUE}, SIDE_GRADIENT[2] = {GRAD_KEY, GRAD_VALUE};
+
+struct Block {
+  int rows;
+  int lanes[MAX_ROWS];        // queries of each row
+  int keys[MAX_ROWS];         // vectors of weights of each row
+  int64_t start[MAX_ROWS];    // where these begin among the weights of the block
+  Token token[MAX_ROWS][W];   // place of each query
+
+  // Calls function(r, lane, count) for the queries that stand side by side on the map.
+  template <class Function>
+  NATTEN_INLINE void for_each_run(const Function& function) const {
+    for (int r = 0; r < rows; ++r)
+      for (int lane = 0, end; lane < lanes[r]; lane = end) {
+        const Token& first = token[r][lane];
+        for (end = lane + 1; end < lanes[r] && token[r][end].y == first.y && token[r][end].z == first.z;) ++end;
+        function(r, lane, end - lane);
+      }
+  }
+};
+
+// Queries, or gradients of outputs, of a block: as rows of d, [MAX_ROWS][W][padded], and transposed, [MAX_ROWS][padded][W].
+struct BlockRows {
+  float *natural, *transposed;
+  int dim, padded;
+
+  BlockRows(Scratch& scratch, int dim_, bool has_transposed = true) : dim(dim_), padded(round_up(dim_, W)) {
+    natural = scratch.take(MAX_ROWS * W * padded);
+    transposed = has_transposed ? scratch.take(MAX_ROWS * W * padded) : nullptr;
+  }
+
+  // That lane of the rows from `r` on.
+  Rows lane_of_rows(int r, int lane) const { return {natural + (r * W + lane) * padded, W * padded}; }
+  ConstRows transposed_rows(int r) const { return {transposed + r * W * padded, W * padded}; }
+
+  // Lanes without a query become 0.
+  void load(const Block& block, const View& from, const RowFunctions& functions, float scale) {
+    block.for_each_run([&](int r, int lane, int count) {
+      functions.load(from.at(block.token[r][lane]), from.step[2], count, dim, padded, scale, lane_of_rows(r, lane)[0]);
+    });
+    for (int r = 0; r < block.rows; ++r) {
+      std::memset(lane_of_rows(r, block.lanes[r])[0], 0, sizeof(float) * (W - block.lanes[r]) * padded);
+      if (transposed)
+        for (int d = 0; d < padded; d += W)
+          transpose(lane_of_rows(r, 0)[0] + d, padded, transposed + (r * padded + d) * W, W);
+    }
+  }
+
+  void zero(const Block& block) { std::memset(natural, 0, sizeof(float) * block.rows * W * padded); }
+
+  void store(const Block& block, const View& to, const RowFunctions& functions, const float (*scale)[W]) const {
+    block.for_each_run([&](int r, int lane, int count) {
+      functions.store(lane_of_rows(r, lane)[0], padded, count, dim, &scale[r][lane], to.at(block.token[r][lane]),
+                      to.step[2]);
+    });
+  }
+};
+
+}  // namespace natten

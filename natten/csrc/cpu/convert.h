@@ -1,0 +1,166 @@
+// Rows of float32, bfloat16 or float16 in memory, as float32 in scratch.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "plan.h"
+#include "simd.h"
+
+namespace natten {
+
+NATTEN_INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+NATTEN_INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const { return bits_to_float(uint32_t{bits} << 16); }
+  static BFloat16 from(float x) {  // to nearest even; NaN stays NaN
+    const uint32_t b = float_to_bits(x);
+    const uint32_t rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    return {static_cast<uint16_t>(x != x ? 0x7fc0 : rounded)};
+  }
+};
+
+struct Float16 {
+  uint16_t bits;
+#if defined(__F16C__)
+  operator float() const { return _cvtsh_ss(bits); }
+  static Float16 from(float x) { return {static_cast<uint16_t>(_cvtss_sh(x, 0))}; }
+#else
+  operator float() const {
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+    if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude << 13));  // infinity, NaN
+    // Scaling by 2^112 also makes normal numbers of the subnormal ones.
+    return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 5.192296858534828e+33f));
+  }
+  static Float16 from(float x) {
+    const uint32_t sign = (float_to_bits(x) >> 16) & 0x8000;
+    uint32_t b = float_to_bits(x) & 0x7fffffff;
+    if (b > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+    if (b >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds beyond 65504
+    if (b < 0x38800000) {                                               // subnormal: let the addition round
+      const float shifted = bits_to_float(b) + 0.5f;
+      return {static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000))};
+    }
+    b += 0xc8000fff + ((b >> 13) & 1);
+    return {static_cast<uint16_t>(sign | (b >> 13))};
+  }
+#endif
+};
+
+// --- one vector ------------------------------------------------------------------------------------------------------
+
+NATTEN_INLINE Vec load_vector(const float* x) { return load(x); }
+NATTEN_INLINE void store_vector(float* y, Vec x) { store(y, x); }
+
+template <class T>
+NATTEN_INLINE Vec load_vector(const T* x) {
+  Vec y;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) y[i] = x[i];
+  return y;
+}
+
+template <class T>
+NATTEN_INLINE void store_vector(T* y, Vec x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) y[i] = T::from(x[i]);
+}
+
+typedef uint16_t HalfVec __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef uint32_t UintVec __attribute__((vector_size(4 * W)));
+
+NATTEN_INLINE Vec load_vector(const BFloat16* x) {
+  const UintVec wide = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(x), UintVec);
+  return reinterpret_cast<Vec>(wide << 16);
+}
+
+NATTEN_INLINE void store_vector(BFloat16* y, Vec x) {
+  const UintVec bits = reinterpret_cast<UintVec>(x);
+  const UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const UintVec is_number = reinterpret_cast<UintVec>(x == x);
+  const UintVec result = (rounded & is_number) | (~is_number & 0x7fc0);
+  *reinterpret_cast<HalfVec*>(y) = __builtin_convertvector(result, HalfVec);
+}
+
+#if defined(__AVX512F__)
+NATTEN_INLINE Vec load_vector(const Float16* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+NATTEN_INLINE void store_vector(Float16* y, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+NATTEN_INLINE Vec load_vector(const Float16* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+NATTEN_INLINE void store_vector(Float16* y, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+template <class T>
+NATTEN_INLINE T from_float(float x) {
+  if constexpr (sizeof(T) == 4) return x;
+  else return T::from(x);
+}
+
+// --- rows ------------------------------------------------------------------------------------------------------------
+
+// to[i] = scale * from[i] for i < count. Rows of `from` lie `step` bytes apart; those of `to` have `padded` floats, which
+// is dim rounded up to whole vectors, 0 beyond dim.
+template <class T>
+void load_rows(const char* from, int64_t step, int count, int dim, int padded, float scale, float* to) {
+  for (int i = 0; i < count; ++i, from += step, to += padded) {
+    const T* x = reinterpret_cast<const T*>(from);
+    int d = 0;
+    for (; d + W <= dim; d += W) store(to + d, load_vector(x + d) * scale);
+    for (; d < dim; ++d) to[d] = static_cast<float>(x[d]) * scale;
+    for (; d < padded; ++d) to[d] = 0;
+  }
+}
+
+// to[i] = scale[i] * from[i], or that much more.
+template <class T, bool IS_SUM>
+void store_rows(const float* from, int padded, int count, int dim, const float* scale, char* to, int64_t step) {
+  for (int i = 0; i < count; ++i, from += padded, to += step) {
+    T* y = reinterpret_cast<T*>(to);
+    int d = 0;
+    for (; d + W <= dim; d += W) {
+      Vec x = load(from + d) * scale[i];
+      if constexpr (IS_SUM) x += load_vector(y + d);
+      store_vector(y + d, x);
+    }
+    for (; d < dim; ++d) y[d] = from_float<T>(from[d] * scale[i] + (IS_SUM ? static_cast<float>(y[d]) : 0.f));
+  }
+}
+
+struct RowFunctions {
+  void (*load)(const char* from, int64_t step, int count, int dim, int padded, float scale, float* to);
+  void (*store)(const float* from, int padded, int count, int dim, const float* scale, char* to, int64_t step);
+  void (*add)(const float* from, int padded, int count, int dim, const float* scale, char* to, int64_t step);
+  int size;  // bytes of an element
+};
+
+template <class T>
+constexpr RowFunctions row_functions_of() {
+  return {load_rows<T>, store_rows<T, false>, store_rows<T, true>, sizeof(T)};
+}
+
+inline RowFunctions row_functions(int64_t dtype) {
+  if (dtype == BFLOAT16) return row_functions_of<BFloat16>();
+  if (dtype == FLOAT16) return row_functions_of<Float16>();
+  return row_functions_of<float>();
+}
+
+}  // namespace natten

@@ -1,0 +1,200 @@
+// The Map of small submaps whose window is the whole of them: ordinary attention. All queries meet the same keys.
+#pragma once
+
+#include <vector>
+
+#include "bias.h"
+#include "block.h"
+
+namespace natten {
+
+class DenseMap {
+ public:
+  // Beyond this the bias of all pairs, which this Map lays out, is too much: a LineMap serves.
+  static constexpr int MAX_TOKENS = 256;
+
+  static bool fits(const Plan& plan, const int (&n)[3]) {
+    int tokens = 1;
+    for (int i = 0; i < 3; ++i) {
+      const Axis& axis = plan.axis[i];
+      if (n[i] != axis.kernel_size || axis.is_causal) return false;
+      tokens *= n[i];
+    }
+    return tokens <= MAX_TOKENS;
+  }
+
+  // Only for a problem that `fits` for some submap: all of those have kernel_size tokens an axis.
+  DenseMap(const Call& call, const Needs& needs, Bias& bias, Scratch& scratch)
+      : plan_(*call.plan), needs_(needs), bias_(bias), functions_(row_functions(plan_.dtype)), dim_(plan_.dim),
+        padded_(round_up(dim_, W)) {
+    tokens_ = 1;
+    for (int i = 0; i < 3; ++i) tokens_ *= n_[i] = plan_.axis[i].kernel_size;
+    rows_ = (tokens_ + W - 1) / W;
+    for (int side : {KEYS, VALUES}) {
+      if (needs.dot[side] || needs.gather[side]) rows_of_[side] = scratch.take(size_t(tokens_) * padded_);
+      if (needs.grad[side]) gradient_[side] = scratch.take(size_t(tokens_) * padded_);
+    }
+    zeros_ = scratch.take_zeros(size_t(tokens_) * W);
+    ones_ = scratch.take(n_[2]);
+    std::fill_n(ones_, n_[2], 1.f);
+    token_.reserve(tokens_);
+    for (int z = 0; z < n_[0]; ++z)
+      for (int y = 0; y < n_[1]; ++y)
+        for (int x = 0; x < n_[2]; ++x) token_.push_back({z, y, x});
+    for (int row = 0; row < rows_; ++row) bias_.add_kind(bias_entries(row));
+  }
+
+  // Floats that the weights of a block take.
+  int64_t weights_size() const { return int64_t(MAX_ROWS) * tokens_ * W; }
+
+  template <class Function>
+  void for_each_block(const Submap& submap, const Submap* next, int, const Function& function) {
+    bias_.prepare(submap.head);
+    for (int side : {KEYS, VALUES}) {
+      if (rows_of_[side]) load(submap.view(SIDE_TENSOR[side], functions_.size), rows_of_[side]);
+      if (gradient_[side]) std::memset(gradient_[side], 0, sizeof(float) * tokens_ * padded_);
+    }
+    const int blocks = (rows_ + MAX_ROWS - 1) / MAX_ROWS;
+    fetcher_.clear();
+    if (next) fetch(*next, blocks);
+    for (int i = 0; i < blocks; ++i) {
+      set_block(rows_ * i / blocks, rows_ * (i + 1) / blocks);
+      function(block_);
+    }
+    for (int side : {KEYS, VALUES})
+      if (gradient_[side]) store(gradient_[side], submap.view(SIDE_GRADIENT[side], functions_.size));
+  }
+
+  void dot(const BlockRows& query, Side side, bool is_biased, float* s) {
+    const ConstRows bias = is_biased ? bias_rows() : ConstRows{zeros_, 0};
+    const DotArguments a{dim_, query.transposed_rows(0), {rows_of_[side], padded_}, IntVec{}, bias, {s, stride()}};
+    dot_rows<SHARED>(a, block_.rows, tokens_, [&] { fetcher_.step(Fetcher::DOT_COST); });
+  }
+
+  void gather(float* s, Side side, const BlockRows& out) {
+    for_each_piece(padded_, [&](int d, auto vectors) {
+      for (int lane = 0; lane < W; ++lane) {
+        int rows = block_.rows;
+        while (rows > 0 && block_.lanes[rows - 1] <= lane) --rows;  // the last one may be short
+        if (!rows) break;
+        fetcher_.step(LANE_COST);
+        const Rows sums = out.lane_of_rows(0, lane);
+        with_constant<MAX_ROWS>(rows, [&](auto n) {
+          natten::gather<n, vectors>(tokens_, {s + lane, stride()}, {rows_of_[side] + d, padded_},
+                                     {sums.first + d, sums.stride});
+        });
+      }
+    });
+  }
+
+  void scatter(float* s, const BlockRows& query, Side side) {
+    for_each_piece(padded_, [&](int d, auto vectors) {
+      for_each_part(tokens_, SCATTER_KEYS, [&](int first, int size) {
+        fetcher_.step(LANE_COST);
+        const Rows gradient{gradient_[side] + first * padded_ + d, padded_};
+        with_constant<SCATTER_KEYS>(size, [&](auto n) {
+          for (int r = 0; r < block_.rows; ++r)
+            natten::scatter<n, vectors>(block_.lanes[r], {s + r * stride() + first * W, 1},
+                                        {query.lane_of_rows(r, 0).first + d, padded_}, gradient);
+        });
+      });
+    });
+  }
+
+  void add_bias_gradient(float* s) {
+    for (int r = 0; r < block_.rows; ++r) {
+      float* to = bias_.kinds[first_row_ + r].gradient;
+      const float* from = s + r * stride();
+      for (int j = 0; j < tokens_ * W; j += W) natten::store(to + j, natten::load(to + j) + natten::load(from + j));
+    }
+  }
+
+  template <class Function>
+  void for_each_slot(int, int, const Function& function) const {
+    for (int slot = 0; slot < tokens_; ++slot) function(slot, slot);
+  }
+
+ private:
+  static constexpr int LANE_COST = 7;
+
+  const Plan& plan_;
+  const Needs needs_;
+  Bias& bias_;
+  const RowFunctions functions_;
+  const int dim_, padded_;
+  int n_[3], tokens_, rows_;
+  float *rows_of_[2] = {}, *gradient_[2] = {}, *zeros_, *ones_;
+  std::vector<Token> token_;
+  Block block_;
+  Fetcher fetcher_;
+  int first_row_ = 0;
+
+  // Without a table all rows have the same bias: none.
+  ConstRows bias_rows() const {
+    if (!bias_.has_table()) return {bias_.kinds[0].value, 0};
+    return {bias_.kinds[first_row_].value, bias_.stride};
+  }
+
+  int64_t stride() const { return int64_t(tokens_) * W; }
+
+  std::vector<int> bias_entries(int row) const {
+    std::vector<int> entry(size_t(tokens_) * W);
+    for (int j = 0; j < tokens_; ++j)
+      for (int lane = 0; lane < W; ++lane) {
+        const Token &key = token_[j], &query = token_[std::min(row * W + lane, tokens_ - 1)];
+        const int z = key.z - query.z + n_[0] - 1, y = key.y - query.y + n_[1] - 1, x = key.x - query.x + n_[2] - 1;
+        const int which = (z * (2 * n_[1] - 1) + y) * (2 * n_[2] - 1) + x;
+        entry[size_t(j) * W + lane] = bias_.has_table() ? which : 0;
+      }
+    return entry;
+  }
+
+  // Asks for all that another submap will need.
+  void fetch(const Submap& submap, int blocks) {
+    const auto add = [&](TensorName name, bool is_written) {
+      const View view = submap.view(name, functions_.size);
+      for (int i = 0; i < tokens_; i += n_[2])
+        fetcher_.add(view.at(token_[i]), view.step[2], n_[2], dim_ * functions_.size, is_written);
+    };
+    for (int side : {KEYS, VALUES}) {
+      if (needs_.is_loaded(side)) add(SIDE_TENSOR[side], false);
+      if (needs_.grad[side]) add(SIDE_GRADIENT[side], true);
+    }
+    for (TensorName name : needs_.read) add(name, false);
+    for (TensorName name : needs_.written) add(name, true);
+    const int parts = (tokens_ * rows_ + DOT_BUDGET - 1) / DOT_BUDGET;
+    fetcher_.spread(needs_.dots() * parts * Fetcher::DOT_COST + needs_.lane_products() * blocks * W * LANE_COST / 2);
+  }
+
+  // Calls function(row, token) for each line of tokens, at [tokens][padded] rows.
+  template <class Function>
+  void for_each_line(float* rows, const Function& function) const {
+    for (int i = 0; i < tokens_; i += n_[2]) function(rows + i * padded_, token_[i]);
+  }
+
+  void load(const View& from, float* to) const {
+    for_each_line(to, [&](float* rows, const Token& first) {
+      functions_.load(from.at(first), from.step[2], n_[2], dim_, padded_, 1.f, rows);
+    });
+  }
+
+  void store(float* from, const View& to) const {
+    for_each_line(from, [&](const float* rows, const Token& first) {
+      functions_.store(rows, padded_, n_[2], dim_, ones_, to.at(first), to.step[2]);
+    });
+  }
+
+  void set_block(int first_row, int end_row) {
+    first_row_ = first_row;
+    block_.rows = end_row - first_row;
+    for (int r = 0; r < block_.rows; ++r) {
+      const int first = (first_row + r) * W;
+      block_.lanes[r] = std::min(W, tokens_ - first);
+      block_.keys[r] = tokens_;
+      block_.start[r] = r * stride();
+      for (int lane = 0; lane < block_.lanes[r]; ++lane) block_.token[r][lane] = token_[first + lane];
+    }
+  }
+};
+
+}  // namespace natten

@@ -1,0 +1,466 @@
+// The general Map: rows are queries that stand side by side on the last axis, in adjacent lines of the axis before it.
+//
+// Only the lines of keys that the current block meets are held, in a ring: each line is converted, transposed and, for
+// gradients, written back once. Problems of one axis have one line, of which a strip is held.
+#pragma once
+
+#include <limits>
+#include <vector>
+
+#include "bias.h"
+#include "block.h"
+
+namespace natten {
+
+class LineMap {
+ public:
+  static constexpr int BAND_PAD = MAX_ROWS - 1;
+
+  LineMap(const Call& call, const Needs& needs, Bias& bias, Scratch& scratch, int strips)
+      : call_(call), plan_(*call.plan), needs_(needs), bias_(bias), functions_(row_functions(plan_.dtype)),
+        strips_(strips), dim_(plan_.dim), padded_(round_up(dim_, W)) {
+    for (int i = 0; i < 3; ++i) kernel_[i] = plan_.axis[i].kernel_size;
+    const int longest = (plan_.axis[2].length + plan_.axis[2].dilation - 1) / plan_.axis[2].dilation;
+    is_one_line_ = plan_.axis[0].length == 1 && plan_.axis[1].length == 1;
+    has_gaps_ = plan_.axis[0].length > 1 && plan_.axis[1].is_causal;
+    const int strip = is_one_line_ ? (longest + strips - 1) / strips + 2 * kernel_[2] + 1 : longest;
+    tokens_ = std::min(strip, longest);
+    places_ = tokens_ + kernel_[2] + W;  // what lies beyond the last token stays 0
+    place_stride_ = round_up(places_, 8) + (round_up(places_, 8) % 16 ? 0 : 8);
+    lines_ = ring_lines();
+    for (int side : {KEYS, VALUES}) {
+      const size_t rows = size_t(lines_) * places_ * padded_;
+      natural_[side] = nullptr;
+      if (needs.gather[side]) natural_[side] = scratch.take_zeros(rows);
+      else if (needs.dot[side]) natural_[side] = scratch.take_zeros(size_t(places_) * padded_);  // one line at a time
+      if (needs.dot[side]) transposed_[side] = scratch.take_zeros(size_t(lines_) * padded_ * place_stride_);
+      if (needs.grad[side]) gradient_[side] = scratch.take(rows);
+    }
+    zeros_ = scratch.take_zeros(size_t(kernel_[2]) * W);
+    ones_ = scratch.take(tokens_);
+    std::fill_n(ones_, tokens_, 1.f);
+  }
+
+  // Floats that the weights of a block take. They are to be zero at first.
+  int64_t weights_size() const {
+    if (is_one_line_) return int64_t(kernel_[2] + 2 * BAND_PAD) * W;
+    return MAX_ROWS * row_size() + int64_t(MAX_ROWS + plan_.axis[1].stride) * kernel_[2] * W;
+  }
+
+  // Calls function(block) for each block of strip `strip` of a submap. `next`: the submap that comes after, or null.
+  template <class Function>
+  void for_each_block(const Submap& submap, const Submap* next, int strip, const Function& function) {
+    submap_ = &submap;
+    for (int side : {KEYS, VALUES}) {
+      if (needs_.is_loaded(side)) view_[side] = submap.view(SIDE_TENSOR[side], functions_.size);
+      if (needs_.grad[side]) gradient_view_[side] = submap.view(SIDE_GRADIENT[side], functions_.size);
+    }
+    choose_range(strip);
+    bias_.prepare(submap.head);
+    const int y_rows = rows_per_block(end_[1] - begin_[1]);
+    for (int z = begin_[0]; z < end_[0]; ++z)
+      for (int y = begin_[1]; y < end_[1]; y += y_rows) {
+        const int rows = std::min(y_rows, end_[1] - y);
+        set_lines(z, y, rows);
+        hold(first_kept_line(z, y), end_of_lines(z, y + rows));
+        if (y + rows < end_[1]) fetch(submap, z, y + rows, std::min(y_rows, end_[1] - y - rows));
+        else if (z + 1 < end_[0]) fetch(submap, z + 1, begin_[1], y_rows);
+        else if (next) fetch_first(*next, y_rows);
+        for (const Group& group : groups_) {
+          set_group(group);
+          function(block_);
+        }
+      }
+    hold(packed_end_, packed_end_);
+  }
+
+  // s = query . key, plus the bias or plus nothing.
+  void dot(const BlockRows& query, Side side, bool is_biased, float* s) {
+    const int64_t step = bias_.has_table() ? -int64_t(kernel_[2]) * W : 0;  // from one row's bias to the next's
+    for_each_line([&](int kz, int ky, int first_row, int rows) {
+      const float* keys = transposed_[side] + int64_t(slot(kz, ky)) * padded_ * place_stride_;
+      const ConstRows bias =
+          is_biased ? ConstRows{bias_.kinds[group_->kind].value + bias_offset(kz, ky, first_row), step}
+                    : ConstRows{zeros_, 0};
+      const DotArguments a{dim_, query.transposed_rows(first_row), {keys + group_->lane_key[0] - origin_, place_stride_},
+                           group_->index, bias, weights(s, kz, ky, first_row)};
+      const auto fetch = [&] { fetcher_.step(Fetcher::DOT_COST); };
+      if (group_->access == SHIFTED) dot_rows<SHIFTED>(a, rows, kernel_[2], fetch);
+      else dot_rows<PERMUTED>(a, rows, kernel_[2], fetch);
+    });
+    fill_gaps(s, is_biased ? -std::numeric_limits<float>::infinity() : 0.f);
+  }
+
+  // out += s . value
+  void gather(float* s, Side side, const BlockRows& out) {
+    for_each_line([&](int kz, int ky, int first_row, int rows) {
+      for_each_piece(padded_, [&](int d, auto vectors) {
+        const float* values = natural_line(natural_[side], kz, ky) + d;
+        if (is_one_line_) {
+          for_each_band([&](int lane, int size, int key, int keys, int step) {
+            with_constant<MAX_ROWS>(size, [&](auto n) {
+              natten::gather<n, vectors>(keys, {s + start_of_band(lane), step}, place(values, key),
+                                         {out.lane_of_rows(0, lane)[0] + d, padded_});
+            });
+          });
+          return;
+        }
+        const Rows w = weights(s, kz, ky, first_row), sums = out.lane_of_rows(first_row, 0);
+        with_constant<MAX_ROWS>(rows, [&](auto n) {
+          for (int lane = 0; lane < group_->lanes; ++lane) {
+            natten::gather<n, vectors>(group_->lane_keys[lane], {w.first + lane, w.stride},
+                                       place(values, group_->lane_key[lane]),
+                                       {sums.first + lane * padded_ + d, sums.stride});
+            fetcher_.step(1);
+          }
+        });
+      });
+    });
+  }
+
+  // gradient of the keys or values += s . query
+  void scatter(float* s, const BlockRows& query, Side side) {
+    for_each_line([&](int kz, int ky, int first_row, int rows) {
+      for_each_piece(padded_, [&](int d, auto vectors) {
+        float* gradients = natural_line(gradient_[side], kz, ky) + d;
+        if (is_one_line_) {
+          for_each_band([&](int lane, int size, int key, int keys, int step) {
+            for_each_part(keys, SCATTER_KEYS, [&](int first, int count) {
+              with_constant<SCATTER_KEYS>(count, [&](auto n) {
+                natten::scatter<n, vectors>(size, {s + start_of_band(lane) + first * W, step},
+                                            {query.lane_of_rows(0, lane)[0] + d, padded_},
+                                            place(gradients, key + first));
+              });
+            });
+          });
+          return;
+        }
+        const Rows w = weights(s, kz, ky, first_row), queries = query.lane_of_rows(first_row, 0);
+        for_each_part(kernel_[2], SCATTER_KEYS, [&](int first, int count) {
+          with_constant<SCATTER_KEYS>(count, [&](auto n) {
+            for (int lane = 0; lane < group_->lanes; ++lane) {
+              natten::scatter<n, vectors>(rows, {w.first + lane + first * W, w.stride},
+                                          {queries.first + lane * padded_ + d, queries.stride},
+                                          place(gradients, group_->lane_key[lane] + first));
+              fetcher_.step(1);
+            }
+          });
+        });
+      });
+    });
+  }
+
+  // gradient of the bias += s
+  void add_bias_gradient(float* s) {
+    for_each_line([&](int kz, int ky, int first_row, int rows) {
+      const Rows w = weights(s, kz, ky, first_row);
+      for (int r = 0; r < rows; ++r) {
+        float* to = bias_.kinds[group_->kind].gradient + bias_offset(kz, ky, first_row + r);
+        const float* from = w[r];
+        for (int j = 0; j < kernel_[2] * W; j += W) store(to + j, load(to + j) + load(from + j));
+      }
+    });
+  }
+
+  // Calls function(slot, key): which vector of row r's weights holds each slot of lane's window, -1 for none.
+  template <class Function>
+  void for_each_slot(int r, int lane, const Function& function) const {
+    const int z = block_.token[r][lane].z, y = block_.token[r][lane].y, x = block_.token[r][lane].x;
+    const int first[3] = {windows_[0].missing[z], windows_[1].missing[y], windows_[2].missing[x]};
+    int slot = 0;
+    for (int a = 0; a < kernel_[0]; ++a)
+      for (int b = 0; b < kernel_[1]; ++b) {
+        const bool has_line = a >= first[0] && b >= first[1];
+        const int key_line = (a - first[0]) * kernel_[1] + b - first[1];
+        for (int c = 0; c < kernel_[2]; ++c, ++slot)
+          function(slot, has_line && c >= first[2] ? key_line * kernel_[2] + c - first[2] : -1);
+      }
+  }
+
+ private:
+  // Queries side by side on a line, and where their windows begin.
+  struct Group {
+    int first, lanes, kind;
+    KeyAccess access;
+    IntVec index;                   // first key of each lane, less that of lane 0
+    int lane_key[W], lane_keys[W];  // first key, number of keys
+  };
+
+  const Call& call_;
+  const Plan& plan_;
+  const Needs needs_;
+  Bias& bias_;
+  const RowFunctions functions_;
+  const int strips_, dim_, padded_;
+  int kernel_[3];
+  bool is_one_line_, has_gaps_;
+  int tokens_, places_, place_stride_, lines_;  // of a line; lines of the ring
+  float *natural_[2] = {}, *transposed_[2] = {}, *gradient_[2] = {}, *zeros_, *ones_;
+
+  const Submap* submap_ = nullptr;
+  View view_[2], gradient_view_[2];
+  Windows windows_[3];
+  int begin_[3] = {}, end_[3] = {};  // queries of the strip
+  int origin_ = 0, key_end_ = 0;     // keys of a line that are held
+  int kept_begin_ = 0, packed_end_ = 0;
+  std::vector<Group> groups_;
+  int grouped_n_ = -1, grouped_begin_ = -1, grouped_end_ = -1;
+
+  Block block_;
+  const Group* group_ = nullptr;
+  Fetcher fetcher_;
+
+  int line(int z, int y) const { return z * submap_->n[1] + y; }
+  int slot(int z, int y) const { return line(z, y) % lines_; }
+  float* natural_line(float* data, int z, int y) const { return data + int64_t(slot(z, y)) * places_ * padded_; }
+
+  // The fewest blocks of nearly equal height.
+  static int rows_per_block(int lines) {
+    const int blocks = (lines + MAX_ROWS - 1) / MAX_ROWS;
+    return (lines + blocks - 1) / blocks;
+  }
+
+  // --- what a strip holds --------------------------------------------------------------------------------------------
+
+  int ring_lines() const {
+    int n[2];
+    for (int i : {0, 1}) n[i] = (plan_.axis[i].length + plan_.axis[i].dilation - 1) / plan_.axis[i].dilation;
+    const int strides[2] = {int(plan_.axis[0].stride), int(plan_.axis[1].stride)};
+    if (plan_.axis[0].length > 1) return std::min(n[0], kernel_[0] + strides[0]) * n[1];
+    return std::min(n[1], kernel_[1] + MAX_ROWS + 2 * strides[1]);
+  }
+
+  // One past the last line that a block ending before line y needs.
+  int end_of_lines(int z, int y) const { return line(windows_[0].end[z] - 1, windows_[1].end[y - 1] - 1) + 1; }
+
+  // The first line that this block or a later one needs.
+  int first_kept_line(int z, int y) const {
+    const bool has_planes = plan_.axis[0].length > 1;
+    return has_planes ? line(windows_[0].first[z], 0) : line(0, windows_[1].first[y]);
+  }
+
+  void choose_range(int strip) {
+    const Submap& submap = *submap_;
+    for (int i = 0; i < 3; ++i) {
+      windows_[i].make(plan_.axis[i], submap.n[i]);
+      begin_[i] = 0, end_[i] = submap.n[i];
+    }
+    const int leading = plan_.axis[0].length > 1 ? 0 : plan_.axis[1].length > 1 ? 1 : 2;
+    begin_[leading] = int64_t(submap.n[leading]) * strip / strips_;
+    end_[leading] = int64_t(submap.n[leading]) * (strip + 1) / strips_;
+    origin_ = is_one_line_ ? windows_[2].first[begin_[2]] : 0;
+    key_end_ = submap.n[2];
+    if (is_one_line_) {
+      for (int x = begin_[2]; x < end_[2]; ++x) key_end_ = std::max(x == begin_[2] ? 0 : key_end_, windows_[2].end[x]);
+    }
+    kept_begin_ = packed_end_ = first_kept_line(begin_[0], begin_[1]);
+    make_groups();
+  }
+
+  // Writes back lines before `first`, and brings in those before `end`.
+  void hold(int first, int end) {
+    for (; kept_begin_ < first; ++kept_begin_)
+      for (int side : {KEYS, VALUES})
+        if (needs_.grad[side]) write_gradient(side, kept_begin_);
+    for (; packed_end_ < end; ++packed_end_)
+      for (int side : {KEYS, VALUES})
+        if (needs_.is_loaded(side) || needs_.grad[side]) pack(side, packed_end_);
+  }
+
+  // Asks for what the block of `rows` lines from (z, y) on will need, and for where its results and the gradients that
+  // it completes will go.
+  void fetch(const Submap& submap, int z, int y, int rows) {
+    fetch_lines(submap, packed_end_, end_of_lines(z, y + rows));
+    fetch_queries(submap, z, y, rows);
+    for (int which = kept_begin_; which < first_kept_line(z, y); ++which)
+      for (int side : {KEYS, VALUES})
+        if (needs_.grad[side]) add(gradient_view_[side], first_token(which), key_end_ - origin_, true);
+    spread();
+  }
+
+  // The same for the first block of another submap, if it is of about the same size.
+  void fetch_first(const Submap& submap, int rows) {
+    if (is_one_line_) return fetcher_.clear();
+    fetch_lines(submap, 0, std::min(end_of_lines(0, std::min(rows, submap.n[1])), submap.n[0] * submap.n[1]));
+    fetch_queries(submap, 0, 0, std::min(rows, submap.n[1]));
+    spread();
+  }
+
+  void fetch_lines(const Submap& submap, int begin, int end) {
+    fetcher_.clear();
+    for (int which = begin; which < end; ++which)
+      for (int side : {KEYS, VALUES})
+        if (needs_.is_loaded(side))
+          add(submap.view(SIDE_TENSOR[side], functions_.size), first_token(which), key_end_ - origin_, false);
+  }
+
+  void fetch_queries(const Submap& submap, int z, int y, int rows) {
+    for (int r = 0; r < rows; ++r) {
+      const Token first{z, y + r, begin_[2]};
+      for (TensorName name : needs_.read) add(submap.view(name, functions_.size), first, end_[2] - begin_[2], false);
+      for (TensorName name : needs_.written) add(submap.view(name, functions_.size), first, end_[2] - begin_[2], true);
+    }
+  }
+
+  void add(const View& view, const Token& first, int count, bool is_written) {
+    fetcher_.add(view.at(first), view.step[2], count, dim_ * functions_.size, is_written);
+  }
+
+  void spread() {
+    const int lines = kernel_[0] * (kernel_[1] + block_.rows - 1);
+    const int lanes = end_[2] - begin_[2], groups = static_cast<int>(groups_.size());
+    const int parts = (kernel_[2] * block_.rows + DOT_BUDGET - 1) / DOT_BUDGET;
+    fetcher_.spread(int64_t(lines) * (needs_.dots() * groups * parts * Fetcher::DOT_COST + needs_.lane_products() * lanes));
+  }
+
+  void pack(int side, int which) {
+    const int ring = which % lines_, count = key_end_ - origin_;
+    if (needs_.grad[side])
+      std::memset(gradient_[side] + int64_t(ring) * places_ * padded_, 0, sizeof(float) * places_ * padded_);
+    if (!needs_.is_loaded(side)) return;
+    float* rows = natural_[side] + (needs_.gather[side] ? int64_t(ring) * places_ * padded_ : 0);
+    functions_.load(view_[side].at(first_token(which)), view_[side].step[2], count, dim_, padded_, 1.f, rows);
+    if (count < tokens_)  // a shorter line than may have been here before
+      std::memset(rows + int64_t(count) * padded_, 0, sizeof(float) * (places_ - count) * padded_);
+    if (!needs_.dot[side]) return;
+    float* columns = transposed_[side] + int64_t(ring) * padded_ * place_stride_;
+    for (int i = 0; i < count; i += W)
+      for (int d = 0; d < padded_; d += W)
+        transpose(rows + int64_t(i) * padded_ + d, padded_, columns + int64_t(d) * place_stride_ + i, place_stride_);
+  }
+
+  void write_gradient(int side, int which) {
+    const View& view = gradient_view_[side];
+    const float* rows = gradient_[side] + int64_t(which % lines_) * places_ * padded_;
+    const auto write = strips_ > 1 ? functions_.add : functions_.store;
+    write(rows, padded_, key_end_ - origin_, dim_, ones_, view.at(first_token(which)), view.step[2]);
+  }
+
+  Token first_token(int which) const { return {which / submap_->n[1], which % submap_->n[1], origin_}; }
+
+  // --- groups of queries ---------------------------------------------------------------------------------------------
+
+  void make_groups() {
+    if (grouped_n_ == submap_->n[2] && grouped_begin_ == begin_[2] && grouped_end_ == end_[2]) return;
+    grouped_n_ = submap_->n[2], grouped_begin_ = begin_[2], grouped_end_ = end_[2];
+    groups_.clear();
+    bias_.clear();
+    const Windows& windows = windows_[2];
+    for (int x = begin_[2]; x < end_[2];) {
+      Group group = {};
+      group.first = x, group.access = SHIFTED;
+      const int first_key = windows.first[x];
+      for (; group.lanes < W && x < end_[2] && windows.first[x] - first_key < W; ++group.lanes, ++x) {
+        const int lane = group.lanes;
+        group.index[lane] = windows.first[x] - first_key;
+        group.lane_key[lane] = windows.first[x];
+        group.lane_keys[lane] = windows.end[x] - windows.first[x];
+        if (group.index[lane] != lane) group.access = PERMUTED;
+      }
+      group.kind = bias_.add_kind(bias_entries(group));
+      groups_.push_back(group);
+    }
+  }
+
+  // Entries of the bias table for the keys of a group, line by line of the table.
+  std::vector<int> bias_entries(const Group& group) const {
+    const int lines = bias_.has_table() ? (2 * kernel_[0] - 1) * (2 * kernel_[1] - 1) : 1;
+    const int width = 2 * kernel_[2] - 1;
+    std::vector<int> entry(size_t(lines) * kernel_[2] * W);
+    for (int t = 0; t < lines; ++t)
+      for (int j = 0; j < kernel_[2]; ++j)
+        for (int lane = 0; lane < W; ++lane) {
+          const int real = lane < group.lanes ? lane : 0;
+          const int column = group.lane_key[real] + j - (group.first + real) + kernel_[2] - 1;
+          const int which = bias_.has_table() ? t * width + column : 0;
+          entry[(size_t(t) * kernel_[2] + j) * W + lane] = j < group.lane_keys[real] ? which : -1;
+        }
+    return entry;
+  }
+
+  void set_lines(int z, int y, int rows) {
+    block_.rows = rows;
+    const int planes = windows_[0].end[z] - windows_[0].first[z];
+    for (int r = 0; r < rows; ++r) {
+      block_.keys[r] = planes * (has_gaps_ ? kernel_[1] : line_keys(y + r)) * kernel_[2];
+      block_.start[r] = is_one_line_ ? BAND_PAD * W
+                                     : r * row_size() + int64_t(windows_[1].first[y + r] - windows_[1].first[y]) *
+                                                            kernel_[2] * W;
+      for (int lane = 0; lane < W; ++lane) block_.token[r][lane] = {z, y + r, 0};
+    }
+  }
+
+  void set_group(const Group& group) {
+    group_ = &group;
+    for (int r = 0; r < block_.rows; ++r) {
+      block_.lanes[r] = group.lanes;
+      for (int lane = 0; lane < group.lanes; ++lane) block_.token[r][lane].x = group.first + lane;
+    }
+  }
+
+  // --- products ------------------------------------------------------------------------------------------------------
+
+  int line_keys(int y) const { return windows_[1].end[y] - windows_[1].first[y]; }
+
+  int64_t row_size() const { return int64_t(kernel_[0]) * kernel_[1] * kernel_[2] * W; }
+
+  // Weights of the rows from `first_row` on with the keys of a line. They lie at equal distances although each row's
+  // begin with the first line of its own window: `start` of a row grows by as much as its window moves.
+  Rows weights(float* s, int kz, int ky, int first_row) const {
+    const Token& first = block_.token[0][0];
+    const int line = (kz - windows_[0].first[first.z]) * kernel_[1] + ky - windows_[1].first[first.y];
+    return {s + block_.start[0] + first_row * row_size() + int64_t(line) * kernel_[2] * W, row_size()};
+  }
+
+  // Where a causal axis leaves fewer lines than a window of several planes has room for, no key is.
+  void fill_gaps(float* s, float value) const {
+    if (!has_gaps_) return;
+    for (int r = 0; r < block_.rows; ++r) {
+      const int lines = line_keys(block_.token[r][0].y), line_size = kernel_[2] * W;
+      for (int i = 0; i < block_.keys[r] * W; i += kernel_[1] * line_size)
+        std::fill_n(s + block_.start[r] + i + lines * line_size, (kernel_[1] - lines) * line_size, value);
+    }
+  }
+
+  Strided<float> place(float* line, int x) const { return {line + int64_t(x - origin_) * padded_, padded_}; }
+  ConstRows place(const float* line, int x) const { return {line + int64_t(x - origin_) * padded_, padded_}; }
+
+  int64_t bias_offset(int kz, int ky, int r) const {
+    if (!bias_.has_table()) return 0;
+    const int dz = kz - block_.token[0][0].z + kernel_[0] - 1, dy = ky - block_.token[0][0].y - r + kernel_[1] - 1;
+    return int64_t(dz * (2 * kernel_[1] - 1) + dy) * kernel_[2] * W;
+  }
+
+  // Calls function(kz, ky, first_row, rows) for each line of keys and the rows whose windows hold it.
+  template <class Function>
+  NATTEN_INLINE void for_each_line(const Function& function) {
+    const int z = block_.token[0][0].z, y = block_.token[0][0].y;
+    const int *first = &windows_[1].first[y], *end = &windows_[1].end[y], last = block_.rows - 1;
+    for (int kz = windows_[0].first[z]; kz < windows_[0].end[z]; ++kz)
+      for (int ky = first[0], from = 0, to = 0; ky < end[last]; ++ky) {
+        while (end[from] <= ky) ++from;
+        while (to <= last && first[to] <= ky) ++to;
+        if (from < to) function(kz, ky, from, to - from);
+      }
+  }
+
+  // On a single line, neighbours take the place of rows. Calls function(lane, size, key, keys, step) for bands of up to
+  // MAX_ROWS lanes, which together meet `keys` keys from `key` on: a neighbour's weights lie `step` floats further, zeros
+  // where it does not meet a key.
+  template <class Function>
+  NATTEN_INLINE void for_each_band(const Function& function) const {
+    const int* key = group_->lane_key;
+    for (int lane = 0, end; lane < group_->lanes; lane = end) {
+      end = lane + 1;
+      const int move = end < group_->lanes ? key[end] - key[lane] : 0;
+      while (end < group_->lanes && end - lane < MAX_ROWS && key[end] - key[end - 1] == move &&
+             key[end] - key[lane] <= BAND_PAD)
+        ++end;
+      function(lane, end - lane, key[lane], key[end - 1] - key[lane] + group_->lane_keys[end - 1], 1 - move * W);
+    }
+  }
+
+  int64_t start_of_band(int lane) const { return block_.start[0] + lane; }
+};
+
+}  // namespace natten

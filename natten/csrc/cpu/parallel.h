@@ -1,0 +1,46 @@
+// Threads: OpenMP's if the compiler has it, which is then PyTorch's own pool; else threads made for the call.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <thread>
+#include <vector>
+
+namespace natten {
+
+// Calls function(i) for i in 0 .. count-1, each once, in any order; with one thread in none but
+// this one, since OpenMP hangs in a process forked after a parallel region. What a call throws is thrown here.
+template <class Function>
+void parallel_for(int64_t count, int threads, const Function& function) {
+  if (threads > count) threads = static_cast<int>(count);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) function(i);
+    return;
+  }
+  std::exception_ptr error;
+  std::atomic_flag has_error = ATOMIC_FLAG_INIT;
+  const auto guarded = [&](int64_t i) {
+    try {
+      function(i);
+    } catch (...) {
+      if (!has_error.test_and_set()) error = std::current_exception();
+    }
+  };
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < count; ++i) guarded(i);
+#else
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i; (i = next++) < count;) guarded(i);
+  };
+  std::vector<std::thread> team;
+  for (int t = 1; t < threads; ++t) team.emplace_back(work);
+  work();
+  for (std::thread& thread : team) thread.join();
+#endif
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace natten

@@ -1,0 +1,38 @@
+// What a caller passes: one plan a problem, and the addresses of its tensors. Plain C: natten/backends/cpu.py packs it.
+#pragma once
+
+#include <cstdint>
+
+namespace natten {
+
+enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+struct Axis {
+  int64_t length, kernel_size, stride, dilation, is_causal;
+};
+
+// Strides in elements of a tensor [batch, axis 0, axis 1, axis 2, heads, items], whose items are contiguous.
+struct Strides {
+  int64_t batch, axis[3], head;
+};
+
+// Tensors of a problem. Not every operator has all of them.
+enum TensorName { QUERY, KEY, VALUE, OUT, LSE, ATTN, GRAD_OUT, GRAD_LSE, GRAD_ATTN, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, TENSORS };
+
+struct Plan {
+  int64_t dtype;  // of all tensors but lse, grad_lse and the bias, which are float32
+  int64_t batch, heads, dim;
+  Axis axis[3];  // problems of fewer axes have leading axes of one token, with a window of one
+  double scale;
+  Strides strides[TENSORS];
+};
+
+struct Call {
+  const Plan* plan;
+  void* const* tensors;   // by TensorName
+  const float* rpb;       // [heads, 2K - 1 of each axis], contiguous; or null
+  float* grad_rpb;        // the same shape; or null
+  int threads;
+};
+
+}  // namespace natten

@@ -1,0 +1,72 @@
+// Memory that a thread keeps between calls: asking the system for it anew would cost more than a small problem.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+namespace natten {
+
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { release(); }
+
+  // Forgets everything taken before.
+  void reset() {
+    size_t total = 0;
+    for (const Block& block : blocks_) total += block.size;
+    if (blocks_.size() > 1 || total > KEPT) {
+      release();
+      if (total <= KEPT) add(total);
+    }
+    if (!blocks_.empty()) blocks_.back().used = 0;
+  }
+
+  // Uninitialised floats, on a cache line of their own.
+  float* take(size_t floats) {
+    const size_t size = (floats + 15) / 16 * 16;
+    if (blocks_.empty() || blocks_.back().used + size > blocks_.back().size) add(std::max(size, size_t{1} << 16));
+    Block& block = blocks_.back();
+    block.used += size;
+    return block.data + block.used - size;
+  }
+
+  float* take_zeros(size_t floats) {
+    float* data = take(floats);
+    std::memset(data, 0, floats * sizeof(float));
+    return data;
+  }
+
+ private:
+  static constexpr size_t KEPT = size_t{1} << 24;  // floats: 64 MiB
+  struct Block {
+    float* data;
+    size_t size, used;
+  };
+  std::vector<Block> blocks_;
+
+  void add(size_t size) {
+    void* data = std::aligned_alloc(64, size * sizeof(float));
+    if (!data) throw std::bad_alloc();
+    blocks_.push_back({static_cast<float*>(data), size, 0});
+  }
+
+  void release() {
+    for (const Block& block : blocks_) std::free(block.data);
+    blocks_.clear();
+  }
+};
+
+inline Scratch& thread_scratch() {
+  thread_local Scratch scratch;
+  scratch.reset();
+  return scratch;
+}
+
+}  // namespace natten

@@ -1,0 +1,86 @@
+"""What the tests of natten.build share: folders, an environment and small sources of their own."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from natten import build
+
+ABI_CPP = """
+#include "export.h"
+EXPORT int natten_abi() { return %d; }
+"""
+THREADS_CPP = """
+#include "export.h"
+EXPORT int threads(int n) {
+  int count = 0;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(n) reduction(+ : count)
+  ++count;
+#endif
+  return count;
+}
+"""
+EXPORT_H = '#define EXPORT extern "C" __attribute__((visibility("default")))\n'
+
+
+class BuildTestCase(unittest.TestCase):
+    """Folders and an environment of its own."""
+
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp()).resolve()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.cache, self.next_cache = self.folder / "cache", self.folder / "xdg" / "natten"
+        self.scratch = self.folder / "scratch"
+        self.scratch.mkdir()
+        self.sources = self.folder / "sources"
+        self.sources.mkdir()
+        self.write_sources(build.ABI)
+        environment = {"NATTEN_CACHE_DIR": str(self.cache), "XDG_CACHE_HOME": str(self.folder / "xdg"), "CXX": ""}
+        self.patch(mock.patch.dict(os.environ, environment))
+        self.patch(mock.patch.object(tempfile, "tempdir", str(self.scratch)))
+        self.patch(mock.patch.object(build, "SHIPPED", self.folder / "lib"))
+        self.patch(mock.patch.object(build, "SOURCES", self.sources))
+
+    def patch(self, patcher):
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    def write_sources(self, abi: int):
+        (self.sources / "abi.cpp").write_text(ABI_CPP % abi)
+        (self.sources / "threads.cpp").write_text(THREADS_CPP)
+        (self.sources / "export.h").write_text(EXPORT_H)
+
+    def command(self, name: str, script: str) -> str:
+        """Makes a compiler of a shell script, which is asked for everything but its version; returns its path."""
+        path = self.folder / name
+        path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {shutil.which("c++")} --version\n{script}\n')
+        path.chmod(0o700)
+        return str(path)
+
+    @contextlib.contextmanager
+    def warns(self, *texts: str):
+        """Checks that there is one warning for each text."""
+        with self.assertLogs("natten", "WARNING") as logged:
+            yield
+        self.assertEqual(len(logged.output), len(texts), logged.output)
+        for line, text in zip(logged.output, texts, strict=True):
+            self.assertRegex(line, text)
+
+    def check_compiles(self) -> build.Found:
+        with self.assertLogs("natten", "INFO") as logged:
+            found = build.find()
+        self.assertTrue(any("compiling CPU kernels, once for this machine" in line for line in logged.output))
+        self.assertEqual(found.library.natten_abi(), build.ABI)
+        self.assertEqual(list(self.scratch.iterdir()), [])
+        return found
+
+    def check_kept(self, path: Path):
+        """Checks that a library is found without compiling, and nothing to complain about."""
+        with self.assertNoLogs("natten", "INFO"):
+            found = build.find()
+        self.assertEqual((found.path, found.library.natten_abi()), (path, build.ABI))

@@ -1,0 +1,245 @@
+"""natten.build across processes, as a command, and on the real sources."""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from natten import build, cache, compiler
+from test_natten.builds import BuildTestCase
+
+FIND = "import sys; from pathlib import Path; from natten import build; print(build.find(Path(sys.argv[1])).path)"
+CPU_LIBRARY = """
+import os, sys, threading
+from pathlib import Path
+from natten import build
+build.SOURCES = Path(sys.argv[1])
+found = []
+def find():
+    try:
+        found.append(build.cpu_library())
+    except build.Unavailable as error:
+        found.append(str(error))
+threads = [threading.Thread(target=find) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+child = os.fork()
+find()
+if child == 0:
+    os._exit(len(set(found)))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(set(found)), found[0])
+"""
+MAPPED = """
+import ctypes, sys, torch
+from pathlib import Path
+from natten import build
+print(build.find(Path(sys.argv[1])).library.threads(2))
+print(*{Path(line.split()[-1]).name for line in open("/proc/self/maps") if "omp" in line.split()[-1].rsplit("/")[-1]})
+"""
+
+
+class ProcessTest(BuildTestCase):
+    """Several processes, and such as are killed."""
+
+    def start(self, code: str, **environment: str) -> subprocess.Popen:
+        """A process that runs code in a session of its own, with the sources' folder as its argument."""
+        environment = {**os.environ, "TMPDIR": str(self.scratch), "NATTEN_LOG_LEVEL": "WARNING", **environment}
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(self.sources)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run_code(self, code: str, **environment: str) -> str:
+        process = self.start(code, **environment)
+        output, _ = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0)
+        return output.strip()
+
+    def counting(self) -> tuple[str, Path]:
+        """A slow compiler, and the file to which it adds a line each time: once a source, and for the link."""
+        calls = self.folder / "calls"
+        return self.command("counting", f'echo "$*" >> {calls}; sleep 0.5; exec c++ "$@"'), calls
+
+    def test_two_at_once(self):
+        mine, calls = self.counting()
+        processes = [self.start(FIND, CXX=mine) for _ in range(2)]
+        paths = {process.communicate(timeout=120)[0].strip() for process in processes}
+        self.assertEqual([process.returncode for process in processes], [0, 0])
+        (path,) = paths
+        self.assertEqual(Path(path).parent, self.cache)
+        self.assertEqual(len(calls.read_text().splitlines()), 3)  # two sources and the link, once
+
+    def test_two_at_once_without_locks(self):
+        with mock.patch.object(fcntl, "flock", side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))):
+            found = []
+            threads = [threading.Thread(target=lambda: found.append(build.find())) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        self.assertEqual([f.library.natten_abi() for f in found], [build.ABI] * 2)
+        self.check_kept(found[0].path)
+
+    def test_a_lock_that_is_never_released(self):
+        cache.make(self.cache)
+        with cache.lock(self.cache), mock.patch.object(cache, "_PATIENCE_S", 0.2):
+            self.assertEqual(self.check_compiles().path.parent, self.cache)
+
+    def test_killed(self):
+        started = self.folder / "started"
+        sleeping = self.command("sleeping", f"touch {started}; exec sleep 300")
+        process = self.start(FIND, CXX=sleeping)
+        while not started.exists():
+            self.assertIsNone(process.poll())
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        self.assertEqual([path.name for path in self.cache.iterdir()], [".lock"])
+        for leftover in self.scratch.iterdir():
+            for path in leftover.iterdir():
+                path.unlink()
+            leftover.rmdir()
+        start = time.monotonic()
+        path = self.check_compiles().path
+        self.assertLess(time.monotonic() - start, 60)  # it did not wait for the dead
+        self.check_kept(path)
+
+    def test_a_forked_child_leaves_the_scratch_folder(self):
+        scratch = cache.scratch()
+        with scratch as folder:
+            child = os.fork()
+            if child == 0:
+                scratch.__exit__(None, None, None)
+                os._exit(0)
+            os.waitpid(child, 0)
+            self.assertTrue(folder.exists())
+        self.assertFalse(folder.exists())
+
+    def test_one_library_for_all_threads_and_children(self):
+        mine, calls = self.counting()
+        self.assertRegex(self.run_code(CPU_LIBRARY, CXX=mine), "^1 1 <CDLL '.*libnatten_cpu-")
+        self.assertEqual(len(calls.read_text().splitlines()), 3)
+
+    def test_a_failure_is_remembered(self):
+        calls = self.folder / "calls"
+        broken = self.command("broken", f"echo >> {calls}; exit 1")
+        output = self.run_code(CPU_LIBRARY, CXX=broken, PATH="")
+        self.assertRegex(output, "^1 1 .*/broken .* could not compile the CPU kernels: it ended with status 1")
+        tries = 2 * len(list(self.sources.glob("*.cpp")))  # with OpenMP and without
+        self.assertLessEqual(len(calls.read_text().splitlines()), tries)
+
+    def test_one_openmp_runtime(self):
+        """With PyTorch's under its own name and none beside it."""
+        threads, *runtimes = self.run_code(MAPPED).split()
+        self.assertEqual(threads, "2")
+        self.assertEqual(runtimes, [Path(compiler.share_openmp()._name).name])
+
+
+class CommandTest(BuildTestCase):
+    """python -m natten.build"""
+
+    def run_main(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit status, and what it wrote to stdout and stderr."""
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                build.main(list(arguments))
+            except SystemExit as stop:
+                status = stop.code or 0
+        return status, out.getvalue(), err.getvalue()
+
+    def test_for_this_machine(self):
+        for _ in range(2):
+            status, out, err = self.run_main()
+            self.assertEqual((status, err), (0, ""))
+            self.assertRegex(
+                out, rf"^{self.cache}/libnatten_cpu-\w+.so\ncompiled by .*c\+\+ .*, ready after \d+\.\d s\n$"
+            )
+
+    def test_ahead(self):
+        out = self.folder / "a" / "b"
+        levels = list(build.LEVELS)
+        status, printed, err = self.run_main(*(f"--cpu={level}" for level in levels), "--out", str(out))
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual(printed.split(), [str(out / f"libnatten_cpu-{level}.so") for level in levels])
+        self.assertEqual(sorted(map(str, out.iterdir())), sorted(printed.split()))
+        self.assertEqual(ctypes.CDLL(printed.split()[-1]).natten_abi(), build.ABI)
+        self.assertFalse(self.cache.exists())
+
+    def test_list(self):
+        status, printed, _ = self.run_main("--list")
+        self.assertEqual(status, 0)
+        for text in (*build.LEVELS, "CXX is not set", f"{self.cache} holds no library", "c++", "not compiled yet"):
+            self.assertIn(text, printed)
+        path = build.find().path
+        self.assertRegex(self.run_main("--list")[1], f"the CPU kernels are {path}, compiled by")
+
+    def test_mistakes(self):
+        file = self.folder / "file"
+        file.touch()
+        level = list(build.LEVELS)[-1]
+        for arguments, text in (
+            (("--cpu", "z80", "--out", "x"), f"'z80'.*{level}"),
+            (("--cpu", level), "--out DIR"),
+            (("--out", "x"), "--cpu LEVEL"),
+            (("--list", "--cpu", level, "--out", "x"), "--list"),
+            (("--cpu", level, "--out", str(file)), "File exists|Not a directory"),
+            (("--nonsense",), "--nonsense"),
+        ):
+            with self.subTest(arguments):
+                status, printed, err = self.run_main(*arguments)
+                self.assertEqual((status, printed, err.count("\n")), (2, "", 1))
+                self.assertRegex(err, f"^error: .*({text})")
+
+    def test_no_folder_and_no_compiler(self):
+        nowhere = {"NATTEN_CACHE_DIR": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"}
+        with mock.patch.dict(os.environ, nowhere), self.assertLogs("natten", "WARNING"):
+            status, _, err = self.run_main()
+        self.assertEqual((status, err.count("\n")), (2, 1))
+        self.assertIn("no folder can keep them: set NATTEN_CACHE_DIR", err)
+        with mock.patch.dict(os.environ, PATH=""):
+            status, _, err = self.run_main()
+        self.assertEqual((status, err.count("\n")), (2, 1))
+        self.assertIn("no C++ compiler was found", err)
+
+    def test_as_a_module(self):
+        """Nothing has imported it before, which Python would warn of."""
+        command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "natten.build", "--list"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("the CPU kernels are", done.stdout)
+
+
+class RealSourcesTest(unittest.TestCase):
+    """The kernels of this version."""
+
+    def test_this_machine(self):
+        self.assertEqual(build.cpu_library().natten_abi(), build.ABI)
+        self.assertIs(build.cpu_library(), build.cpu_library())
+
+    @pytest.mark.slow
+    def test_levels(self):
+        """Each level compiles, and what this CPU runs loads."""
+        compilers = compiler.find_compilers()
+        for level, needed in build.LEVELS.items():
+            with self.subTest(level), cache.scratch() as folder:
+                target = folder / "library.so"
+                compiler.compile_library(compilers[0], build.SOURCES, target, f"-march={level}")
+                self.assertGreater(target.stat().st_size, 10_000)
+                if needed <= build.cpu_flags():
+                    self.assertEqual(ctypes.CDLL(str(target)).natten_abi(), build.ABI)

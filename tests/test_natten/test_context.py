@@ -1,0 +1,226 @@
+"""The switches of older releases: they are all there, answer consistently, and disturb nobody."""
+
+from __future__ import annotations
+
+import inspect
+import unittest
+import warnings
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import torch
+
+import natten
+from natten import context, functional
+from test_natten.test_errors import RefusalTestCase, qkv_of
+
+# What code for 0.15 to 0.17.5, and for 0.20 and later, imports.
+_NAMES = """
+    are_deterministic_algorithms_enabled disable_autotuner disable_gemm_na disable_tf32 disable_tiled_na enable_gemm_na
+    enable_tf32 enable_tiled_na force_flex_attention get_memory_usage_preference has_bfloat has_cuda has_fna
+    has_fp32_gemm has_fp64_gemm has_fused_na has_gemm has_half has_tf32_gemm is_autotuner_enabled
+    is_autotuner_enabled_for_backward is_autotuner_enabled_for_forward is_autotuner_thorough_for_backward
+    is_autotuner_thorough_for_forward is_fna_enabled is_fused_na_enabled is_gemm_na_enabled
+    is_kv_parallelism_in_fused_na_enabled is_memory_usage_default is_memory_usage_strict is_memory_usage_unrestricted
+    is_tf32_in_gemm_na_enabled is_tiled_na_enabled set_memory_usage_preference should_force_flex_attention
+    should_use_flex_attention use_autotuner use_deterministic_algorithms use_flex_attention use_fna use_fused_na
+    use_gemm_na use_kv_parallelism_in_fused_na use_tf32_in_gemm_na use_tiled_na
+    allow_flex_compile allow_flex_compile_backprop disable_flex_compile disable_flex_compile_backprop
+    is_flex_compile_allowed is_flex_compile_backprop_allowed
+"""
+NAMES = _NAMES.split()
+QUESTIONS = [name for name in NAMES if name.startswith(("is_", "should_", "get_"))]
+SWITCHES = [name for name in NAMES if name.startswith(("use_", "set_", "allow_", "force_", "enable_", "disable_"))]
+
+
+class SwitchTestCase(RefusalTestCase):
+    """Leaves no switch set."""
+
+    def setUp(self):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        self.addCleanup(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
+        self.addCleanup(context.NattenContext.reset)
+        context.NattenContext.reset()
+
+
+class PlacesTest(unittest.TestCase):
+    """Where older code looks."""
+
+    def test_all_are_in_natten_its_context_and_its_functional(self):
+        for name in NAMES:
+            with self.subTest(name):
+                function = getattr(context, name)
+                self.assertIs(getattr(natten, name), function)
+                self.assertIs(getattr(functional, name), function)
+                self.assertTrue(callable(function) and function.__doc__)
+        self.assertLessEqual(set(NAMES), set(context.__all__))
+
+    def test_signatures_are_those_of_the_older_releases(self):
+        for name, expected in (
+            ("use_fused_na", "(mode=True, kv_parallel=True, use_flex_attention=False, force_flex_attention=False)"),
+            ("use_tiled_na", "(mode=True)"),
+            ("set_memory_usage_preference", "(pref='default')"),
+            ("allow_flex_compile", "(mode=True, backprop=False)"),
+            ("disable_tf32", "()"),
+        ):
+            self.assertEqual(str(inspect.signature(getattr(natten, name))), expected)
+        with self.assertRaises(TypeError):
+            natten.use_tiled_na(wrong=True)
+
+
+class AnswersTest(SwitchTestCase):
+    """What the questions answer after the switches."""
+
+    def check(self, questions: str, *steps: tuple[Callable, str]) -> None:
+        """After each step, of all these questions just those behind it are answered True."""
+        for number, (step, expected) in enumerate(steps):
+            step()
+            with self.subTest(step=number):
+                answers = {name: getattr(natten, name)() for name in questions.split()}
+                self.assertEqual({name for name, answer in answers.items() if answer is True}, set(expected.split()))
+                self.assertEqual({type(answer) for answer in answers.values()}, {bool})
+
+    def test_fused_na(self):
+        fused, kv = "is_fused_na_enabled is_fna_enabled", "is_kv_parallelism_in_fused_na_enabled"
+        use, force = "should_use_flex_attention", "should_force_flex_attention"
+        self.check(
+            f"{fused} {kv} {use} {force}",
+            (lambda: None, kv),
+            (lambda: natten.use_fused_na(), f"{fused} {kv}"),
+            (lambda: natten.use_fna(True, kv_parallel=False), fused),
+            (lambda: natten.use_fna(False), ""),
+            (lambda: natten.use_flex_attention(), f"{fused} {kv} {use}"),
+            (lambda: natten.force_flex_attention(), f"{fused} {kv} {use} {force}"),
+            (lambda: natten.use_fused_na(True, False, True), f"{fused} {use}"),
+            (lambda: natten.use_fused_na(False, force_flex_attention=True), ""),
+            (lambda: natten.use_kv_parallelism_in_fused_na(), kv),
+            (lambda: natten.use_kv_parallelism_in_fused_na(False), ""),
+        )
+
+    def test_autotuner(self):
+        enabled, forward, backward = (f"is_autotuner_enabled{end}" for end in ("", "_for_forward", "_for_backward"))
+        thorough, thorough_back = (f"is_autotuner_thorough_for_{way}" for way in ("forward", "backward"))
+        self.check(
+            f"{enabled} {forward} {backward} {thorough} {thorough_back}",
+            (lambda: None, ""),
+            (lambda: natten.use_autotuner(True), f"{enabled} {forward}"),
+            (lambda: natten.use_autotuner(backward_pass=True), f"{enabled} {forward} {backward}"),
+            (lambda: natten.use_autotuner(False), f"{enabled} {backward}"),
+            (
+                lambda: natten.use_autotuner(None, None, True, True, 5, 5, 9, 9),
+                f"{enabled} {backward} {thorough} {thorough_back}",
+            ),
+            (lambda: natten.use_autotuner(False, False), f"{thorough} {thorough_back}"),
+            (lambda: natten.disable_autotuner(), ""),
+        )
+
+    def test_memory_usage(self):
+        default, strict, unrestricted = (f"is_memory_usage_{kind}" for kind in ("default", "strict", "unrestricted"))
+        self.check(
+            f"{default} {strict} {unrestricted}",
+            (lambda: None, default),
+            (lambda: natten.set_memory_usage_preference("strict"), strict),
+            (lambda: natten.set_memory_usage_preference(pref="unrestricted"), unrestricted),
+            (lambda: natten.set_memory_usage_preference(), default),
+        )
+        natten.set_memory_usage_preference("strict")
+        self.assertIs(natten.get_memory_usage_preference(), context.MemoryUsagePreference.Strict)
+        words = ("'tight'", "'default', 'strict', 'unrestricted'")
+        self.refuses(words, natten.set_memory_usage_preference, "tight")
+        self.assertTrue(natten.is_memory_usage_strict())
+
+    def test_flex_compile(self):
+        allowed, backprop = "is_flex_compile_allowed", "is_flex_compile_backprop_allowed"
+        self.check(
+            f"{allowed} {backprop}",
+            (lambda: None, ""),
+            (lambda: natten.allow_flex_compile(), allowed),
+            (lambda: natten.allow_flex_compile_backprop(), f"{allowed} {backprop}"),
+            (lambda: natten.disable_flex_compile_backprop(), allowed),
+            (lambda: natten.allow_flex_compile(True, True), f"{allowed} {backprop}"),
+            (lambda: natten.disable_flex_compile(), ""),
+            (lambda: natten.allow_flex_compile(False, True), ""),
+        )
+
+    def test_kernels(self):
+        for feature, short in (("tiled_na", "tiled_na"), ("gemm_na", "gemm_na"), ("tf32_in_gemm_na", "tf32")):
+            question, use = f"is_{feature}_enabled", getattr(natten, f"use_{feature}")
+            self.check(
+                question,
+                (lambda: None, question),
+                (getattr(natten, f"disable_{short}"), ""),
+                (getattr(natten, f"enable_{short}"), question),
+                (partial(use, False), ""),
+                (use, question),
+                (partial(use, mode=False), ""),
+            )
+
+    def test_reset(self):
+        start = {name: getattr(natten, name)() for name in QUESTIONS}
+        for name in SWITCHES:
+            getattr(natten, name)()
+        self.assertNotEqual({name: getattr(natten, name)() for name in QUESTIONS}, start)
+        context.NattenContext.reset()
+        self.assertEqual({name: getattr(natten, name)() for name in QUESTIONS}, start)
+        self.assertIs(context.AutotunerContext, context.NattenContext)
+
+
+class TruthTest(SwitchTestCase):
+    """Those that mean something in this release."""
+
+    def test_cuda(self):
+        for is_there in (False, True):
+            with mock.patch("torch.cuda.is_available", return_value=is_there):
+                for name in ("has_cuda", "has_half", "has_bfloat"):
+                    self.assertIs(getattr(natten, name)(), is_there)
+                self.assertIs(natten.has_half(0), is_there)
+
+    def test_kernels(self):
+        for name in ("has_fused_na", "has_fna"):
+            self.assertIs(getattr(natten, name)(), True)
+        for name in ("has_gemm", "has_tf32_gemm", "has_fp32_gemm", "has_fp64_gemm"):
+            self.assertIs(getattr(natten, name)(0), False)
+
+    def test_determinism_is_pytorchs(self):
+        torch.use_deterministic_algorithms(False)
+        natten.use_deterministic_algorithms()
+        self.assertTrue(torch.are_deterministic_algorithms_enabled())
+        self.assertTrue(torch.is_deterministic_algorithms_warn_only_enabled())
+        self.assertTrue(natten.are_deterministic_algorithms_enabled())
+        natten.use_deterministic_algorithms(False)
+        self.assertFalse(torch.are_deterministic_algorithms_enabled())
+        self.assertFalse(natten.are_deterministic_algorithms_enabled())
+
+    def test_determinism_that_raises_is_left_as_it_is(self):
+        torch.use_deterministic_algorithms(True)
+        natten.use_deterministic_algorithms(True)
+        self.assertFalse(torch.is_deterministic_algorithms_warn_only_enabled())
+
+
+class QuietTest(SwitchTestCase):
+    """The switches say one thing, on demand, and change nothing."""
+
+    def test_no_warning_and_one_debug_line(self):
+        for name in SWITCHES:
+            if name != "use_deterministic_algorithms":
+                with self.subTest(name), warnings.catch_warnings(), self.assertLogs("natten", "DEBUG") as logged:
+                    warnings.simplefilter("error")
+                    getattr(natten, name)()
+                self.assertEqual(len(logged.output), 1)
+                self.assertRegex(logged.output[0], f"DEBUG:natten:{name} .* without effect")
+
+    def test_questions_say_nothing(self):
+        with self.assertNoLogs("natten", "DEBUG"):
+            for name in NAMES:
+                if name not in SWITCHES:
+                    getattr(natten, name)()
+
+    def test_results_are_the_same(self):
+        q, k, v = (torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) for x in qkv_of())
+        before = natten.na2d(q, k, v, 3)
+        for name in SWITCHES:
+            getattr(natten, name)()
+            with self.subTest(name):
+                self.assertTrue(torch.equal(natten.na2d(q, k, v, 3), before))

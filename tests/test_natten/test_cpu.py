@@ -1,0 +1,252 @@
+"""The cpu backend against the reference in float64: both are given the same rounded inputs.
+
+Its error is the root of the mean square. Over a whole sweep it must not exceed twice that of the reference in the same
+dtype, which is what another order of summation may cost; over one problem, four times (of few numbers, some err more by
+chance), or one rounding of the largest number where the reference happens to make almost no error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import unittest
+
+import torch
+from torch import Tensor
+
+import natten
+from natten import build
+from test_natten.problems import RANKS, Problem, cotangents, function, gradients, make_qkv, make_rpb, random_problem
+
+PROBLEMS_PER_RANK = 200
+HEAD_DIMS = (8, 16, 24, 32, 40, 64, 72, 128, 256)
+_SPARE = {1: 70, 2: 24, 3: 7}  # tokens beyond kernel_size * dilation: enough for several vectors of queries
+
+
+def problem_of(rank: int, seed: int) -> Problem:
+    """A random problem that the kernels take: head_dim a multiple of 8; some maps wide, some of one window."""
+    rng = random.Random(f"cpu-{rank}-{seed}")
+    problem = random_problem(rank, seed, spare=rng.choice((0, 4, _SPARE[rank])))
+    head_dim = rng.choice(HEAD_DIMS if rng.random() < 0.3 else HEAD_DIMS[:5])
+    return problem._replace(head_dim=head_dim)
+
+
+def fused(problem: Problem, qkv: list[Tensor], rpb: Tensor | None, backend: str) -> list[Tensor]:
+    """Output, logsumexp and the gradients of q, k, v and rpb."""
+    outputs = function(problem.rank)(*qkv, *problem.window, rpb=rpb, return_lse=True, backend=backend)
+    return [*outputs, *gradients(outputs, [*qkv, rpb], cotangents(*outputs, problem.seed))]
+
+
+def halves(problem: Problem, qkv: list[Tensor], rpb: Tensor | None, backend: str) -> list[Tensor]:
+    """Logits, softmax times value, and the gradients of q, k, v and rpb; heads-first."""
+    kernel_size, _, dilation, is_causal = problem.window
+    query, key, value = (x.movedim(-2, 1) for x in qkv)
+    window = (kernel_size, dilation, is_causal)
+    logits = function(problem.rank, "_qk")(query, key, *window, rpb=rpb, backend=backend)
+    out = function(problem.rank, "_av")(logits.softmax(-1), value, *window, backend=backend)
+    sent = cotangents(out, out, problem.seed)[:1]
+    return [logits, out, *gradients((out,), [*qkv, rpb], sent)]
+
+
+def to_double(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().double().requires_grad_()
+
+
+class AgainstReferenceTest(unittest.TestCase):
+    """Seeded random problems of all ranks."""
+
+    def setUp(self):
+        self.errors: list[tuple[float, float]] = []  # of the backend and of the reference, in roundings
+
+    def check(self, compute, problem: Problem, dtype: torch.dtype, rpb_dtype: torch.dtype) -> None:
+        qkv, rpb = make_qkv(problem, dtype), make_rpb(problem, rpb_dtype)
+        found = compute(problem, qkv, rpb, "cpu")
+        peers = compute(problem, qkv, rpb, "reference")
+        exact = compute(problem, [to_double(x) for x in qkv], to_double(rpb), "reference")
+        for index, (x, peer, expected) in enumerate(zip(found, peers, exact, strict=True)):
+            self.assertEqual((x.shape, x.dtype), (peer.shape, peer.dtype))
+            is_finite = expected.isfinite()
+            self.assertTrue(torch.equal(x.isfinite(), is_finite))
+            x, peer, expected = (y.detach().double()[is_finite] for y in (x, peer, expected))
+            rounding = torch.finfo(dtype).eps * max([1.0, *expected.abs().flatten().tolist()])
+            error, peer_error = ((y - expected).square().mean().sqrt().item() / rounding for y in (x, peer))
+            self.assertLessEqual(error, max(4 * peer_error, 1.0), f"result {index}")
+            self.errors.append((error, peer_error))
+
+    def check_all(self, compute, count: int, dtype: torch.dtype, rpb_dtype: torch.dtype) -> None:
+        for rank in RANKS:
+            self.errors = []
+            for seed in range(count):
+                problem = problem_of(rank, seed)
+                with self.subTest(problem=problem):
+                    self.check(compute, problem, dtype, rpb_dtype)
+            error, peer_error = torch.tensor(self.errors).square().mean(0).sqrt().tolist()
+            self.assertLessEqual(error, 2 * peer_error, f"rank {rank}")
+
+    def test_fused_float32(self):
+        self.check_all(fused, PROBLEMS_PER_RANK, torch.float32, torch.float32)
+
+    def test_fused_bfloat16(self):
+        self.check_all(fused, 30, torch.bfloat16, torch.float32)
+
+    def test_fused_float16(self):
+        self.check_all(fused, 30, torch.float16, torch.float16)
+
+    def test_halves_float32(self):
+        self.check_all(halves, 60, torch.float32, torch.float32)
+
+    def test_halves_bfloat16(self):
+        self.check_all(halves, 15, torch.bfloat16, torch.bfloat16)
+
+    def test_large_windows(self):
+        windows = [((300,), 151), ((40, 40), 21), ((20, 20), 20), ((17, 16), (16, 15)), ((6, 9, 20), (3, 5, 13))]
+        for (space, kernel_size), is_causal in itertools.product(windows, (False, True)):
+            problem = problem_of(len(space), 0)
+            kernel_size = natten.geometry.per_axis(kernel_size, len(space), "kernel_size", int)
+            ones = (1,) * len(space)
+            window = problem.window._replace(
+                kernel_size=kernel_size, stride=ones, dilation=ones, is_causal=(is_causal,) * len(space)
+            )
+            problem = problem._replace(space=space, window=window, head_dim=32, has_rpb=True)
+            with self.subTest(problem=problem):
+                self.check(fused, problem, torch.float32, torch.float32)
+
+    def test_one_image_and_head_on_many_threads(self):
+        """Maps that are cut into strips, whose gradients of keys overlap."""
+        before = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, before)
+        torch.set_num_threads(7)
+        for space in ((500,), (61, 9), (40, 5, 6)):
+            problem = problem_of(len(space), 3)._replace(space=space, batch=1, heads=1, has_rpb=True)
+            for stride, causal in ((1, False), (2, False), (2, True)):
+                window = [(3,), (stride,), (1,), (causal,)]
+                window = problem.window._replace(
+                    **{name: value * len(space) for name, value in zip(problem.window._fields, window, strict=True)}
+                )
+                for dtype in (torch.float32, torch.bfloat16):
+                    with self.subTest(space=space, window=window, dtype=dtype):
+                        self.check(fused, problem._replace(window=window), dtype, torch.float32)
+
+
+class PropertiesTest(unittest.TestCase):
+    """What holds beyond single numbers."""
+
+    def setUp(self):
+        generator = torch.Generator().manual_seed(0)
+        self.qkv = torch.randn(2, 20, 23, 3, 3, 16, generator=generator)
+        self.rpb = torch.randn(3, 9, 9, generator=generator)
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+
+    def results(self, threads: int, **options) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        qkv, rpb = self.qkv.clone().requires_grad_(), self.rpb.clone().requires_grad_()
+        out = natten.na2d_qkvpacked(qkv, 5, rpb=rpb, backend="cpu", **options)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), [qkv, rpb])]
+
+    def test_repeated_calls_agree_bit_by_bit(self):
+        for threads in (1, 2, 5):
+            first = self.results(threads)
+            for _ in range(3):
+                for x, y in zip(first, self.results(threads), strict=True):
+                    self.assertTrue(torch.equal(x, y))
+
+    def test_output_does_not_depend_on_the_number_of_threads(self):
+        self.assertTrue(torch.equal(self.results(1)[0], self.results(4)[0]))
+
+    def test_views_of_one_tensor_are_not_copied(self):
+        """q, k and v as they lie in a qkv tensor, heads-first memory, and items that are not contiguous."""
+        expected = natten.na2d(*(x.contiguous() for x in self.qkv.unbind(-3)), 5, backend="cpu")
+        heads_first = [x.movedim(-2, 1).contiguous().movedim(1, -2) for x in self.qkv.unbind(-3)]
+        every_other = [x.repeat_interleave(2, dim=-1)[..., ::2] for x in self.qkv.unbind(-3)]
+        for views in (self.qkv.unbind(-3), heads_first, every_other):
+            self.assertTrue(torch.equal(natten.na2d(*views, 5, backend="cpu"), expected))
+
+    def test_later_tokens_do_not_reach_earlier_ones(self):
+        """However large they are; and no gradient comes back to them."""
+        q, k, v = torch.randn(3, 1, 40, 2, 8, generator=torch.Generator().manual_seed(1))
+        expected = natten.na1d(q, k, v, 9, is_causal=True, backend="cpu")
+        v[:, 20:] = 1e30
+        k, v = k.requires_grad_(), v.requires_grad_()
+        out = natten.na1d(q, k, v, 9, is_causal=True, backend="cpu")
+        self.assertTrue(torch.equal(out[:, :20], expected[:, :20]))
+        grads = torch.autograd.grad(out[:, :20].sum(), [k, v])
+        for grad in grads:
+            self.assertTrue(torch.equal(grad[:, 20:], torch.zeros_like(grad[:, 20:])))
+
+    def test_a_nan_is_not_hidden(self):
+        self.qkv[0, 3, 3, 0, 1, 2] = float("nan")
+        out = natten.na2d_qkvpacked(self.qkv, 5, backend="cpu")
+        self.assertTrue(out[0, 3, 3, 1].isnan().all())
+        self.assertTrue(out[1].isfinite().all())
+
+    def test_large_logits(self):
+        """Softmax takes off the largest logit first."""
+        q, k, v = torch.randn(3, 1, 12, 1, 8, generator=torch.Generator().manual_seed(2)) * 100
+        found = natten.na1d(q, k, v, 5, return_lse=True, backend="cpu")
+        expected = natten.na1d(q.double(), k.double(), v.double(), 5, return_lse=True, backend="reference")
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
+
+    def test_what_it_refuses(self):
+        for shape, dtype, text in (
+            ((1, 9, 2, 4), torch.float32, "multiple of 8"),
+            ((1, 9, 2, 8), torch.float64, "not"),
+        ):
+            x = torch.zeros(shape, dtype=dtype)
+            with self.assertRaisesRegex(ValueError, f"backend 'cpu' cannot take this call: .*{text}"):
+                natten.na1d(x, x, x, 3, backend="cpu")
+            self.assertEqual(natten.na1d(x, x, x, 3).shape, shape)
+
+
+def _attend_in_child(results) -> None:
+    torch.set_num_threads(2)
+    x = torch.ones(4, 30, 2, 8)
+    results.put(natten.na1d(x, x, x, 5, backend="cpu").sum().item())
+
+
+@unittest.skipUnless(hasattr(os, "fork"), "this system does not fork")
+class ForkTest(unittest.TestCase):
+    """A process forked after a parallel region, as workers of a DataLoader are."""
+
+    def test_a_forked_child_does_not_hang(self):
+        x = torch.ones(4, 30, 2, 8)
+        before = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, before)
+        torch.set_num_threads(2)
+        expected = natten.na1d(x, x, x, 5, backend="cpu").sum().item()
+        context = multiprocessing.get_context("fork")
+        results = context.SimpleQueue()
+        child = context.Process(target=_attend_in_child, args=(results,))
+        child.start()
+        child.join(60)
+        hangs = child.is_alive()
+        child.kill()
+        self.assertFalse(hangs)
+        self.assertEqual(results.get(), expected)
+
+
+class UnavailableTest(unittest.TestCase):
+    """No kernels for this machine: the reference serves, with one warning."""
+
+    def test_one_warning_then_the_reference(self):
+        from natten.backends import cpu
+
+        def fail():
+            raise build.Unavailable("there is no compiler, so install one.")
+
+        library, build.cpu_library = build.cpu_library, fail
+        self.addCleanup(setattr, build, "cpu_library", library)
+        cpu._warn.cache_clear()
+        x = torch.ones(1, 9, 2, 8)
+        with self.assertWarnsRegex(RuntimeWarning, "plain PyTorch.*no compiler") as caught:
+            for _ in range(3):
+                natten.na1d(x, x, x, 3)
+        self.assertEqual(len([w for w in caught.warnings if w.category is RuntimeWarning]), 1)
+        with self.assertRaisesRegex(ValueError, "install one"):
+            natten.na1d(x, x, x, 3, backend="cpu")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,230 @@
+"""Counts of arithmetic, against pairs of query and key that are counted one by one, and against torch's own counts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import unittest
+from collections.abc import Callable
+from math import prod
+from unittest import mock
+
+import torch
+from brute_force import axis_window
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
+
+import natten
+from natten.flops import add_natten_handle, get_flops
+from test_natten.problems import RANKS, Problem, function, make_qkv, make_rpb, random_problem
+
+FVCORE_LOG = "fvcore.nn.jit_analysis"
+
+
+def flops(call: Callable) -> int:
+    """What FlopCounterMode counts."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def pairs(problem: Problem) -> int:
+    """Pairs of a query and a key of its window, over batch and heads, counted one by one along each axis."""
+    along_axes = [
+        sum(slot is not None for i in range(length) for slot in axis_window(i, length, *window))
+        for length, *window in zip(problem.space, *problem.window, strict=True)
+    ]
+    return problem.batch * problem.heads * prod(along_axes)
+
+
+def attend(problem: Problem, qkv: list[Tensor], rpb: Tensor | None) -> Tensor:
+    """The fused function on a problem."""
+    return function(problem.rank)(*qkv, *problem.window, rpb=rpb)
+
+
+class Attention(nn.Module):
+    """A call of the fused function as a module, for fvcore."""
+
+    def __init__(self, problem: Problem):
+        super().__init__()
+        self.problem = problem
+        rpb = make_rpb(problem, torch.float32)
+        self.rpb = None if rpb is None else nn.Parameter(rpb.detach())
+
+    def forward(self, *qkv: Tensor) -> Tensor:
+        return attend(self.problem, qkv, self.rpb)
+
+
+def macs(model: nn.Module, *inputs: Tensor) -> dict[str, int]:
+    """What fvcore counts with our handles, by operator."""
+    counter = add_natten_handle(FlopCountAnalysis(model, inputs))
+    return dict(counter.unsupported_ops_warnings(False).by_operator())
+
+
+class FlopCounterModeTest(unittest.TestCase):
+    """torch.utils.flop_counter, in FLOPs."""
+
+    def test_forward_and_backward_of_random_problems(self):
+        for rank in RANKS:
+            for seed in range(20):
+                problem = random_problem(rank, seed)
+                qkv, rpb = make_qkv(problem, torch.float32), make_rpb(problem, torch.float32)
+                with self.subTest(problem=problem):
+                    unit = 2 * pairs(problem) * problem.head_dim
+                    self.assertEqual(flops(lambda p=problem, x=qkv, b=rpb: attend(p, x, b)), 2 * unit)
+                    out = attend(problem, qkv, rpb)
+                    self.assertEqual(flops(lambda out=out: out.sum().backward()), 5 * unit)
+
+    def test_causal_windows_hold_fewer_keys(self):
+        q = torch.zeros(1, 5, 1, 1)
+        self.assertEqual(flops(lambda: natten.na1d(q, q, q, 3)), 4 * 15)
+        self.assertEqual(flops(lambda: natten.na1d(q, q, q, 3, is_causal=True)), 4 * (1 + 2 + 3 + 3 + 3))
+
+    def test_a_window_that_covers_the_map_counts_as_torchs_own_attention(self):
+        shape = 2, 3, 10, 8  # [B, heads, L, head_dim], as torch has it
+        q, k, v = (torch.randn(2, 10, 3, 8, requires_grad=True) for _ in range(3))
+        out = natten.na1d(q, k, v, kernel_size=10)
+        forward, backward = flops(lambda: natten.na1d(q, k, v, kernel_size=10)), flops(lambda: out.sum().backward())
+        self.assertEqual(forward, flop_counter.sdpa_flop_count(shape, shape, shape))
+        self.assertEqual(backward, flop_counter.sdpa_backward_flop_count(shape, shape, shape, shape))
+
+    def test_packed(self):
+        qkv = torch.zeros(1, 6, 7, 3, 2, 4)
+        self.assertEqual(flops(lambda: natten.na2d_qkvpacked(qkv, 3)), 4 * 6 * 7 * 2 * 9 * 4)
+
+    def test_halves(self):
+        q = torch.zeros(1, 2, 6, 7, 4, requires_grad=True)
+        unit = 2 * 6 * 7 * 2 * 9 * 4
+        logits = natten.na2d_qk(q, q, 3)
+        self.assertEqual(flops(lambda: natten.na2d_qk(q, q, 3)), unit)
+        self.assertEqual(flops(lambda: logits.sum().backward()), 2 * unit)
+        attn = logits.detach().requires_grad_()
+        out = natten.na2d_av(attn, q, 3)
+        self.assertEqual(flops(lambda: natten.na2d_av(attn, q, 3)), unit)
+        self.assertEqual(flops(lambda: out.sum().backward()), 2 * unit)
+
+    def test_without_numbers(self):
+        """Fake tensors and the meta device count as real ones do, causal windows too."""
+
+        def count() -> int:
+            q = torch.zeros(1, 9, 8, 2, 4)
+            return flops(lambda: natten.na2d(q, q, q, 3, dilation=2, is_causal=(True, False)))
+
+        real = count()
+        self.assertEqual(real, 4 * 2 * 4 * (1 + 1 + 2 + 2 + 3 * 5) * 8 * 3)
+        with FakeTensorMode():
+            self.assertEqual(count(), real)
+        with torch.device("meta"):
+            self.assertEqual(count(), real)
+
+    def test_operator_called_by_name_of_arguments(self):
+        q = torch.zeros(1, 5, 1, 2)
+        window = {"kernel_size": [3], "stride": [1], "dilation": [1], "is_causal": [True], "scale": 1.0}
+        call = torch.ops.natten.attention_forward
+        count = flops(lambda: call(query=q, key=q, value=q, rpb=None, **window, backend=None))
+        self.assertEqual(count, 4 * 12 * 2)
+
+
+class FvcoreTest(unittest.TestCase):
+    """fvcore, in MACs."""
+
+    def test_random_problems(self):
+        for rank in RANKS:
+            for seed in range(5):
+                problem = random_problem(rank, seed)
+                with self.subTest(problem=problem):
+                    expected = {"attention_forward": 2 * pairs(problem) * problem.head_dim}
+                    if problem.has_rpb:
+                        expected["rpb"] = pairs(problem)
+                    self.assertEqual(macs(Attention(problem), *make_qkv(problem, torch.float32)), expected)
+
+    def test_layer_in_every_gradient_mode(self):
+        layer = natten.NeighborhoodAttention2D(8, 2, 3)
+        tokens, x = 6 * 7, torch.randn(1, 6, 7, 8)
+        expected = {
+            "linear": tokens * (8 * 24 + 8 * 8),
+            "attention_forward": 2 * tokens * 2 * 9 * 4,
+            "rpb": tokens * 2 * 9,
+        }
+        self.assertEqual(macs(layer, x), expected)
+        self.assertEqual(macs(layer, x.clone().requires_grad_()), expected)
+        for without_gradients in (torch.no_grad, torch.inference_mode):
+            with without_gradients():
+                self.assertEqual(macs(layer, x.clone()), expected)
+        self.assertEqual(get_flops(layer, x, disable_warnings=True), sum(expected.values()))
+        self.assertEqual(
+            get_flops(layer, (x.expand(3, -1, -1, -1),), disable_warnings=True), 3 * sum(expected.values())
+        )
+
+    def test_layer_without_bias(self):
+        layer = natten.NeighborhoodAttention1D(8, 2, 3, rel_pos_bias=False)
+        self.assertEqual(macs(layer, torch.zeros(1, 9, 8)), {"linear": 9 * 256, "attention_forward": 2 * 9 * 2 * 3 * 4})
+
+    def test_operator_called_by_itself(self):
+        class Operator(nn.Module):
+            def forward(self, q: Tensor) -> Tensor:
+                return torch.ops.natten.attention_forward(q, q, q, None, [3], [1], [1], [True], 1.0, None)[0]
+
+        self.assertEqual(macs(Operator(), torch.zeros(1, 5, 1, 2)), {"attention_forward": 2 * 12 * 2})
+
+    def test_what_torch_counts_is_twice_that_but_for_the_bias(self):
+        layer, x = natten.NeighborhoodAttention2D(8, 2, 3, dilation=2, is_causal=(True, False)), torch.zeros(1, 7, 8, 8)
+        counted = macs(layer, x)
+        self.assertEqual(flops(lambda: layer(x)), 2 * (counted["linear"] + counted["attention_forward"]))
+
+
+class GetFlopsTest(unittest.TestCase):
+    """The surroundings of the count."""
+
+    def test_plain_pytorch_counts_as_the_operators_do(self):
+        x = torch.zeros(1, 20, 8)
+        layer = natten.NeighborhoodAttention1D(8, 2, 3)
+        plain = natten.NeighborhoodAttention1D(8, 2, 3, backend="reference")
+        expected = get_flops(layer, x, disable_warnings=True)
+        with natten.use_backend("reference"):
+            self.assertEqual(get_flops(layer, x, disable_warnings=True), expected)
+        self.assertEqual(get_flops(plain, x, disable_warnings=True), expected)
+        self.assertEqual((layer.backend, plain.backend), (None, "reference"))
+
+    def test_a_failure_leaves_the_layers_as_they_were(self):
+        plain = natten.NeighborhoodAttention1D(8, 2, 3, backend="reference")
+        with self.assertRaisesRegex(ValueError, "7 channels"):
+            get_flops(plain, torch.zeros(1, 20, 7))
+        self.assertEqual(plain.backend, "reference")
+
+    def test_warnings(self):
+        model = nn.Sequential(natten.NeighborhoodAttention1D(8, 2, 3), nn.GELU())
+        with self.assertLogs(FVCORE_LOG, "WARNING") as logged:
+            get_flops(model, torch.zeros(1, 9, 8))
+        self.assertIn("aten::gelu", "".join(logged.output))
+        self.assertNotIn("natten", "".join(logged.output))
+        self.assertNotIn("Attention", "".join(line for line in logged.output if "Unsupported" in line))
+        with self.assertNoLogs(FVCORE_LOG, "WARNING"):
+            get_flops(model, torch.zeros(1, 9, 8), disable_warnings=True)
+
+    def test_without_fvcore(self):
+        layer = natten.NeighborhoodAttention1D(8, 2, 3)
+        missing = mock.patch.dict(sys.modules, {"fvcore": None, "fvcore.nn": None})
+        with missing, self.assertRaisesRegex(ImportError, "pip install fvcore"):
+            get_flops(layer, torch.zeros(1, 9, 8))
+
+
+class ImportTest(unittest.TestCase):
+    """What an import brings along, each in a process of its own."""
+
+    def modules_after(self, statement: str) -> set[str]:
+        code = f"import sys; {statement}; print(*sys.modules)"
+        return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
+
+    def test_natten_imports_no_counter(self):
+        modules = self.modules_after("import natten")
+        self.assertIn("natten.functional", modules)
+        self.assertFalse(modules & {"fvcore", "natten.flops", "torch.utils.flop_counter"})
+
+    def test_flops_imports_no_fvcore(self):
+        modules = self.modules_after("import natten.flops")
+        self.assertIn("torch.utils.flop_counter", modules)
+        self.assertNotIn("fvcore", modules)

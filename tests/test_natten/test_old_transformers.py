@@ -1,0 +1,77 @@
+"""transformers 4.53's own Nat and Dinat, unmodified, on this operator."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import unittest
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parents[1]
+GOLDENS = TESTS / "goldens" / "hf.json"
+RELEASE = "transformers==4.53.*"
+UNREACHABLE = "connection ?error|connection broken|temporary failure|timed out|SSLError|ProxyError"
+
+
+def make_environment(folder: Path) -> Path:
+    """Installs the old release beside the packages of this environment, and before them; returns its Python."""
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    (packages / "borrowed.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--retries", "1", RELEASE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and (reason := re.search(f".*(?:{UNREACHABLE}).*", done.stderr, re.IGNORECASE)):
+        raise unittest.SkipTest(f"the package index cannot be reached: {reason[0]}")
+    if done.returncode:
+        raise AssertionError(f"{RELEASE} cannot be installed:\n{done.stdout}{done.stderr}")
+    return python
+
+
+@pytest.mark.slow
+class OldTransformersTest(unittest.TestCase):
+    """What the models compute, against numbers of transformers 4.53.3 with the original operator."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.goldens = json.loads(GOLDENS.read_text())
+        with tempfile.TemporaryDirectory() as folder:
+            python = make_environment(Path(folder))
+            environment = {**os.environ, "PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1"}
+            command = [python, Path(__file__).with_name("old_transformers.py"), GOLDENS]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise AssertionError(done.stderr)
+        cls.found = json.loads(done.stdout)
+
+    def test_it_is_the_old_release(self):
+        self.assertRegex(self.found["release"], r"^4\.53\.")
+        self.assertEqual(set(self.found), {"release", "nat", "dinat"})
+
+    def test_numbers(self):
+        for kind in ("nat", "dinat"):
+            golden, found = self.goldens[f"{kind}-128x128"], self.found[kind]
+            for name in ("logits", "hidden_norms", "attention_norms"):
+                with self.subTest(kind, name=name):
+                    expected = torch.tensor(golden[name])
+                    torch.testing.assert_close(torch.tensor(found[name]), expected, atol=1e-5, rtol=1e-5)
+
+    def test_shapes(self):
+        for kind in ("nat", "dinat"):
+            golden, found = self.goldens[f"{kind}-128x128"], self.found[kind]
+            for name in ("hidden_states", "reshaped_hidden_states", "attentions"):
+                with self.subTest(kind, name=name):
+                    self.assertEqual(found[name], golden[name])
+            for name in ("state_dict", "backbone-state_dict"):
+                with self.subTest(kind, name=name):
+                    self.assertEqual(found[name], self.goldens[f"{kind}-{name}"])

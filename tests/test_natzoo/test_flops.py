@@ -1,0 +1,89 @@
+"""Arithmetic of the published models: fvcore's MACs against the published figures, and FLOPs against MACs."""
+
+import pytest
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch.utils.flop_counter import FlopCounterMode
+
+import natzoo  # noqa: F401  registers the models
+from natten.flops import add_natten_handle, get_flops
+
+# Billions of MACs for one image at the published resolution; the papers write FLOPs.
+PUBLISHED = {
+    "nat_mini": 2.7,
+    "nat_tiny": 4.3,
+    "nat_small": 7.8,
+    "nat_base": 13.7,
+    "dinat_mini": 2.7,
+    "dinat_tiny": 4.3,
+    "dinat_small": 7.8,
+    "dinat_base": 13.7,
+    "dinat_large": 30.6,
+    "dinat_large_384": 89.7,
+    "dinat_large_384_11x11": 92.4,
+}
+QUICK = ("nat_mini", "dinat_mini")  # the others take half a minute together
+
+
+def picture(model, device="cpu"):
+    return torch.zeros(1, *model.default_cfg["input_size"], device=device)
+
+
+def flops(call):
+    """What torch's counter counts."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_all_published_models_are_here():
+    assert sorted(PUBLISHED) == sorted(timm.list_models("nat_*") + timm.list_models("dinat_*"))
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED])
+def test_macs_are_the_published(name):
+    model = timm.create_model(name).eval()
+    with torch.no_grad():
+        giga_macs = get_flops(model, picture(model), disable_warnings=True) / 1e9
+    assert abs(giga_macs - PUBLISHED[name]) < 0.1
+
+
+def test_flops_are_twice_the_macs_of_products():
+    """torch counts neither LayerNorm nor the bias, fvcore does; all else agrees to the last MAC."""
+    model = timm.create_model("dinat_mini").eval()
+    x = picture(model)
+    with torch.no_grad():
+        counter = add_natten_handle(FlopCountAnalysis(model, x))
+        counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        macs = counter.by_operator()
+        assert macs.keys() == {"conv", "linear", "attention_forward", "layer_norm", "rpb"}
+        assert flops(lambda: model(x)) == 2 * (macs["conv"] + macs["linear"] + macs["attention_forward"])
+
+
+@pytest.mark.parametrize("name", ["nat_mini", "dinat_small", "dinat_large_384_11x11"])
+def test_flops_of_a_training_step(name):
+    """Every product is followed by two in the backward pass; attention by five halves of its own, the image by none."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    x = picture(model, "meta")
+    with FlopCounterMode(display=False) as forward:
+        logits = model(x)
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    ran, first_conv = forward.get_flop_counts()["Global"], model.patch_embed.proj[0]
+    attention = ran[torch.ops.natten.attention_forward]
+    height, width = picture(model).shape[-2:]
+    gradient_of_image = 2 * first_conv.weight.numel() * (height // 2) * (width // 2)
+    expected = 2 * forward.get_total_flops() + attention // 2 - gradient_of_image
+    assert backward.get_total_flops() == expected
+    assert backward.get_flop_counts()["Global"][torch.ops.natten.attention_backward] == attention * 5 // 2
+
+
+def test_attention_of_the_smallest_model():
+    """The first stage by hand: 56 x 56 tokens, 2 heads of 32, windows of 49, three blocks."""
+    with torch.device("meta"):
+        model = timm.create_model("nat_mini").eval()
+    with FlopCounterMode(display=False) as counter:
+        model.levels[0].forward_blocks(torch.empty(1, 56, 56, 64, device="meta"))
+    assert counter.get_flop_counts()["Global"][torch.ops.natten.attention_forward] == 3 * 4 * 56 * 56 * 2 * 32 * 49
