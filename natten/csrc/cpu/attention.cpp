@@ -40,13 +40,14 @@ NATTEN_INLINE void exponentials(float* s, int keys, Vec& largest, Vec& sum) {
 template <class Map>
 class Forward {
  public:
-  static Needs needs() { return {{true, false}, {false, true}, {false, false}, {QUERY}, {OUT}}; }
+  static Needs needs() { return {{true, false}, {false, true}, {false, false}}; }
 
   Forward(const Call& call, Map& map, Scratch& scratch)
-      : plan_(*call.plan), functions_(row_functions(plan_.dtype)), map_(map), query_(scratch, plan_.dim),
+      : plan_(*call.plan), functions_(row_functions(plan_.dtype)), map_(&map), query_(scratch, plan_.dim),
         out_(scratch, plan_.dim, false), weights_(scratch.take_zeros(map.weights_size())) {}
 
-  void start(const Submap& submap) {
+  void start(Map& map, const Submap& submap) {
+    map_ = &map;
     query_view_ = submap.view(QUERY, functions_.size);
     out_view_ = submap.view(OUT, functions_.size);
     lse_view_ = submap.view(LSE, sizeof(float));
@@ -54,7 +55,7 @@ class Forward {
 
   void operator()(const Block& block) {
     query_.load(block, query_view_, functions_, static_cast<float>(plan_.scale));
-    map_.dot(query_, KEYS, true, weights_);
+    map_->dot(query_, KEYS, true, weights_);
     float inverse[MAX_ROWS][W];
     for (int r = 0; r < block.rows; ++r) {
       Vec largest, sum;
@@ -66,14 +67,14 @@ class Forward {
         *reinterpret_cast<float*>(lse_view_.at(block.token[r][lane])) = lse[lane];
     }
     out_.zero(block);
-    map_.gather(weights_, VALUES, out_);
+    map_->gather(weights_, VALUES, out_);
     out_.store(block, out_view_, functions_, inverse);
   }
 
  private:
   const Plan& plan_;
   const RowFunctions functions_;
-  Map& map_;
+  Map* map_;
   BlockRows query_, out_;
   float* weights_;
   View query_view_, out_view_, lse_view_;
@@ -86,17 +87,18 @@ class Forward {
 template <class Map>
 class Backward {
  public:
-  static Needs needs() { return {{true, true}, {true, false}, {true, true}, {QUERY, GRAD_OUT}, {GRAD_QUERY}}; }
+  static Needs needs() { return {{true, true}, {true, false}, {true, true}}; }
 
   Backward(const Call& call, Map& map, Scratch& scratch)
-      : plan_(*call.plan), call_(call), functions_(row_functions(plan_.dtype)), map_(map), query_(scratch, plan_.dim),
+      : plan_(*call.plan), call_(call), functions_(row_functions(plan_.dtype)), map_(&map), query_(scratch, plan_.dim),
         grad_out_(scratch, plan_.dim), grad_query_(scratch, plan_.dim, false),
         weights_(scratch.take_zeros(map.weights_size())), grad_logits_(scratch.take_zeros(map.weights_size())) {
     for (auto& row : scale_)
       for (float& lane : row) lane = static_cast<float>(plan_.scale);
   }
 
-  void start(const Submap& submap) {
+  void start(Map& map, const Submap& submap) {
+    map_ = &map;
     query_view_ = submap.view(QUERY, functions_.size);
     grad_out_view_ = submap.view(GRAD_OUT, functions_.size);
     grad_query_view_ = submap.view(GRAD_QUERY, functions_.size);
@@ -107,14 +109,14 @@ class Backward {
   void operator()(const Block& block) {
     query_.load(block, query_view_, functions_, static_cast<float>(plan_.scale));
     grad_out_.load(block, grad_out_view_, functions_, 1.f);
-    map_.dot(query_, KEYS, true, weights_);
-    map_.dot(grad_out_, VALUES, false, grad_logits_);
+    map_->dot(query_, KEYS, true, weights_);
+    map_->dot(grad_out_, VALUES, false, grad_logits_);
     for (int r = 0; r < block.rows; ++r) differentiate_softmax(block, r);
-    if (call_.grad_rpb) map_.add_bias_gradient(grad_logits_);
-    map_.scatter(weights_, grad_out_, VALUES);
-    map_.scatter(grad_logits_, query_, KEYS);
+    if (call_.grad_rpb) map_->add_bias_gradient(grad_logits_);
+    map_->scatter(weights_, grad_out_, VALUES);
+    map_->scatter(grad_logits_, query_, KEYS);
     grad_query_.zero(block);
-    map_.gather(grad_logits_, KEYS, grad_query_);
+    map_->gather(grad_logits_, KEYS, grad_query_);
     grad_query_.store(block, grad_query_view_, functions_, scale_);
   }
 
@@ -122,7 +124,7 @@ class Backward {
   const Plan& plan_;
   const Call& call_;
   const RowFunctions functions_;
-  Map& map_;
+  Map* map_;
   BlockRows query_, grad_out_, grad_query_;
   float *weights_, *grad_logits_;
   View query_view_, grad_out_view_, grad_query_view_, lse_view_, grad_lse_view_;

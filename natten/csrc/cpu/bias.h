@@ -16,20 +16,12 @@ inline int64_t table_size(const Plan& plan) {
   return size;
 }
 
-// The bias of all kinds of rows of a submap, for one head at a time. What is stored for a kind has [vectors][W] entries.
+// The bias of all kinds of rows of a submap, for a group of heads at a time. A kind has the same vectors for all heads.
 class Bias {
  public:
-  struct Kind {
-    std::vector<int> entry;  // of the head's table; -1 where the key is not in the window
-    float* value;            // the bias itself; -inf where the key is not in the window; 0 without a table
-    float* gradient;         // what `value` received
-  };
-  std::vector<Kind> kinds;
-  int64_t stride = 0;  // of the values and gradients of kinds, which have equal sizes
-
   // `gradients`: where the gradients of the tables of `first_head` and those after it are added; or null.
   Bias(const Call& call, float* gradients, int64_t first_head)
-      : call_(call), size_(table_size(*call.plan)), gradients_(gradients), first_head_(first_head) {}
+      : call_(call), size_(table_size(*call.plan)), gradients_(gradients), first_gradient_(first_head) {}
   ~Bias() { flush(); }
 
   bool has_table() const { return call_.rpb; }
@@ -37,49 +29,65 @@ class Bias {
   // Forgets all kinds.
   void clear() {
     flush();
-    kinds.clear();
-    head_ = -1;
+    entries_.clear();
+    heads_ = 0;
   }
 
-  // The kind with those entries, made if it is new.
-  int add_kind(std::vector<int> entry) {
-    for (size_t i = 0; i < kinds.size(); ++i)
-      if (kinds[i].entry == entry) return static_cast<int>(i);
-    kinds.push_back({std::move(entry), nullptr, nullptr});
-    return static_cast<int>(kinds.size()) - 1;
+  // The kind with these entries, [vectors][W], of a head's table, made if it is new; -1 where a key is not in the window.
+  int add_kind(std::vector<int> entries) {
+    for (size_t i = 0; i < entries_.size(); ++i)
+      if (entries_[i] == entries) return static_cast<int>(i);
+    entries_.push_back(std::move(entries));
+    return static_cast<int>(entries_.size()) - 1;
   }
 
-  // Makes values and gradients those of a head.
-  void prepare(int64_t head) {
-    if (head == head_ || (head_ >= 0 && !call_.rpb)) return;
+  // Makes values and gradients those of some heads.
+  void prepare(int64_t first_head, int heads) {
+    if (heads == heads_ && (first_head == first_head_ || !call_.rpb)) return;
     flush();
-    head_ = head;
-    stride = kinds[0].entry.size();
-    values_.resize(stride * kinds.size());
+    first_head_ = first_head, heads_ = heads;
+    stride_ = entries_[0].size();
+    values_.resize(heads * entries_.size() * stride_);
     if (gradients_) sums_.assign(values_.size(), 0.f);
-    const float* table = call_.rpb ? call_.rpb + head * size_ : nullptr;
-    for (size_t kind = 0; kind < kinds.size(); ++kind) {
-      const std::vector<int>& entry = kinds[kind].entry;
-      kinds[kind].value = &values_[kind * stride];
-      if (gradients_) kinds[kind].gradient = &sums_[kind * stride];
-      for (int64_t i = 0; i < stride; ++i)
-        kinds[kind].value[i] = entry[i] < 0 ? -std::numeric_limits<float>::infinity() : table ? table[entry[i]] : 0.f;
+    for (int head = 0; head < heads; ++head) {
+      const float* table = call_.rpb ? call_.rpb + (first_head + head) * size_ : nullptr;
+      for (size_t kind = 0; kind < entries_.size(); ++kind) fill(entries_[kind], table, value(head, kind));
     }
   }
+
+  // The bias of a kind for the head-th head: [vectors][W]; -inf where a key is not in the window; 0 without a table.
+  float* value(int head, int kind) { return &values_[(head * entries_.size() + kind) * stride_]; }
+  // What that received.
+  float* gradient(int head, int kind) { return &sums_[(head * entries_.size() + kind) * stride_]; }
+  // From one kind to the next.
+  int64_t stride() const { return stride_; }
 
  private:
   const Call& call_;
   int64_t size_;
   float* gradients_;
-  int64_t first_head_, head_ = -1;
+  int64_t first_gradient_, first_head_ = 0, stride_ = 0;
+  int heads_ = 0;
+  std::vector<std::vector<int>> entries_;
   std::vector<float> values_, sums_;
 
+  static void fill(const std::vector<int>& entries, const float* table, float* value) {
+    const float outside = -std::numeric_limits<float>::infinity();
+    const int64_t count = entries.size();
+    if (table)
+      for (int64_t i = 0; i < count; ++i) value[i] = entries[i] < 0 ? outside : table[entries[i]];
+    else
+      for (int64_t i = 0; i < count; ++i) value[i] = entries[i] < 0 ? outside : 0.f;
+  }
+
   void flush() {
-    if (!gradients_ || head_ < 0) return;
-    float* table = gradients_ + (head_ - first_head_) * size_;
-    for (const Kind& kind : kinds)
-      for (int64_t i = 0; i < stride; ++i)
-        if (kind.entry[i] >= 0) table[kind.entry[i]] += kind.gradient[i];
+    if (!gradients_) return;
+    for (int head = 0; head < heads_; ++head) {
+      float* table = gradients_ + (first_head_ + head - first_gradient_) * size_;
+      for (size_t kind = 0; kind < entries_.size(); ++kind)
+        for (int64_t i = 0; i < stride_; ++i)
+          if (entries_[kind][i] >= 0) table[entries_[kind][i]] += gradient(head, kind)[i];
+    }
   }
 };
 

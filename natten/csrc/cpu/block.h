@@ -1,10 +1,9 @@
 // A block: up to MAX_ROWS rows of W queries each, taken together because they meet the same keys. What a Map is.
 //
-// A Map (lines.h, dense.h) cuts a submap into blocks, holds the keys and values that a block meets, and applies the three
-// products of micro.h to them. The operators (attention.cpp, halves.cpp) are written once, for any Map.
+// A Map (lines.h, dense.h) cuts a submap into bands of blocks, holds the keys and values that a block meets, and applies
+// the three products of micro.h to them. The operators (attention.cpp, halves.cpp) are written once, for any Map.
 #pragma once
 
-#include "fetch.h"
 #include "micro.h"
 #include "scratch.h"
 #include "submap.h"
@@ -13,17 +12,19 @@ namespace natten {
 
 enum Side { KEYS, VALUES };  // of the two tensors that queries meet
 
-// Which forms of them an operator uses, and which tensors of queries it reads and writes.
+// Which forms of them an operator uses.
 struct Needs {
   bool dot[2], gather[2], grad[2];
-  std::vector<TensorName> read, written;
 
   bool is_loaded(int side) const { return dot[side] || gather[side]; }
-  int dots() const { return dot[0] + dot[1]; }
-  int lane_products() const { return gather[0] + gather[1] + grad[0] + grad[1]; }
 };
 
 constexpr TensorName SIDE_TENSOR[2] = {KEY, VALUE}, SIDE_GRADIENT[2] = {GRAD_KEY, GRAD_VALUE};
+
+// Into how many strips submaps are cut, along which axis.
+struct Strips {
+  int axis, count;
+};
 
 struct Block {
   int rows;

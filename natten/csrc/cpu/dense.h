@@ -23,8 +23,10 @@ class DenseMap {
     return tokens <= MAX_TOKENS;
   }
 
+  using Shared = Bias;
+
   // Only for a problem that `fits` for some submap: all of those have kernel_size tokens an axis.
-  DenseMap(const Call& call, const Needs& needs, Bias& bias, Scratch& scratch)
+  DenseMap(const Call& call, const Needs& needs, Bias& bias, Scratch& scratch, const Strips&)
       : plan_(*call.plan), needs_(needs), bias_(bias), functions_(row_functions(plan_.dtype)), dim_(plan_.dim),
         padded_(round_up(dim_, W)) {
     tokens_ = 1;
@@ -47,28 +49,31 @@ class DenseMap {
   // Floats that the weights of a block take.
   int64_t weights_size() const { return int64_t(MAX_ROWS) * tokens_ * W; }
 
+  // `head`: its place among those of the bias.
+  void begin(const Submap& submap, int, int head) { submap_ = submap, head_ = head; }
+
+  int bands() const { return 1; }
+
   template <class Function>
-  void for_each_block(const Submap& submap, const Submap* next, int, const Function& function) {
-    bias_.prepare(submap.head);
+  void for_each_block(int, const Function& function) {
     for (int side : {KEYS, VALUES}) {
-      if (rows_of_[side]) load(submap.view(SIDE_TENSOR[side], functions_.size), rows_of_[side]);
+      if (rows_of_[side]) load(submap_.view(SIDE_TENSOR[side], functions_.size), rows_of_[side]);
       if (gradient_[side]) std::memset(gradient_[side], 0, sizeof(float) * tokens_ * padded_);
     }
-    const int blocks = (rows_ + MAX_ROWS - 1) / MAX_ROWS;
-    fetcher_.clear();
-    if (next) fetch(*next, blocks);
-    for (int i = 0; i < blocks; ++i) {
-      set_block(rows_ * i / blocks, rows_ * (i + 1) / blocks);
+    for (int i = 0; i < blocks(); ++i) {
+      set_block(rows_ * i / blocks(), rows_ * (i + 1) / blocks());
       function(block_);
     }
     for (int side : {KEYS, VALUES})
-      if (gradient_[side]) store(gradient_[side], submap.view(SIDE_GRADIENT[side], functions_.size));
+      if (gradient_[side]) store(gradient_[side], submap_.view(SIDE_GRADIENT[side], functions_.size));
   }
+
+  void end() {}
 
   void dot(const BlockRows& query, Side side, bool is_biased, float* s) {
     const ConstRows bias = is_biased ? bias_rows() : ConstRows{zeros_, 0};
     const DotArguments a{dim_, query.transposed_rows(0), {rows_of_[side], padded_}, IntVec{}, bias, {s, stride()}};
-    dot_rows<SHARED>(a, block_.rows, tokens_, [&] { fetcher_.step(Fetcher::DOT_COST); });
+    dot_rows<SHARED>(a, block_.rows, tokens_);
   }
 
   void gather(float* s, Side side, const BlockRows& out) {
@@ -77,7 +82,6 @@ class DenseMap {
         int rows = block_.rows;
         while (rows > 0 && block_.lanes[rows - 1] <= lane) --rows;  // the last one may be short
         if (!rows) break;
-        fetcher_.step(LANE_COST);
         const Rows sums = out.lane_of_rows(0, lane);
         with_constant<MAX_ROWS>(rows, [&](auto n) {
           natten::gather<n, vectors>(tokens_, {s + lane, stride()}, {rows_of_[side] + d, padded_},
@@ -90,7 +94,6 @@ class DenseMap {
   void scatter(float* s, const BlockRows& query, Side side) {
     for_each_piece(padded_, [&](int d, auto vectors) {
       for_each_part(tokens_, SCATTER_KEYS, [&](int first, int size) {
-        fetcher_.step(LANE_COST);
         const Rows gradient{gradient_[side] + first * padded_ + d, padded_};
         with_constant<SCATTER_KEYS>(size, [&](auto n) {
           for (int r = 0; r < block_.rows; ++r)
@@ -103,7 +106,7 @@ class DenseMap {
 
   void add_bias_gradient(float* s) {
     for (int r = 0; r < block_.rows; ++r) {
-      float* to = bias_.kinds[first_row_ + r].gradient;
+      float* to = bias_.gradient(head_, first_row_ + r);
       const float* from = s + r * stride();
       for (int j = 0; j < tokens_ * W; j += W) natten::store(to + j, natten::load(to + j) + natten::load(from + j));
     }
@@ -115,8 +118,6 @@ class DenseMap {
   }
 
  private:
-  static constexpr int LANE_COST = 7;
-
   const Plan& plan_;
   const Needs needs_;
   Bias& bias_;
@@ -126,13 +127,12 @@ class DenseMap {
   float *rows_of_[2] = {}, *gradient_[2] = {}, *zeros_, *ones_;
   std::vector<Token> token_;
   Block block_;
-  Fetcher fetcher_;
-  int first_row_ = 0;
+  Submap submap_;
+  int first_row_ = 0, head_ = 0;
 
   // Without a table all rows have the same bias: none.
   ConstRows bias_rows() const {
-    if (!bias_.has_table()) return {bias_.kinds[0].value, 0};
-    return {bias_.kinds[first_row_].value, bias_.stride};
+    return {bias_.value(head_, bias_.has_table() ? first_row_ : 0), bias_.has_table() ? bias_.stride() : 0};
   }
 
   int64_t stride() const { return int64_t(tokens_) * W; }
@@ -149,22 +149,7 @@ class DenseMap {
     return entry;
   }
 
-  // Asks for all that another submap will need.
-  void fetch(const Submap& submap, int blocks) {
-    const auto add = [&](TensorName name, bool is_written) {
-      const View view = submap.view(name, functions_.size);
-      for (int i = 0; i < tokens_; i += n_[2])
-        fetcher_.add(view.at(token_[i]), view.step[2], n_[2], dim_ * functions_.size, is_written);
-    };
-    for (int side : {KEYS, VALUES}) {
-      if (needs_.is_loaded(side)) add(SIDE_TENSOR[side], false);
-      if (needs_.grad[side]) add(SIDE_GRADIENT[side], true);
-    }
-    for (TensorName name : needs_.read) add(name, false);
-    for (TensorName name : needs_.written) add(name, true);
-    const int parts = (tokens_ * rows_ + DOT_BUDGET - 1) / DOT_BUDGET;
-    fetcher_.spread(needs_.dots() * parts * Fetcher::DOT_COST + needs_.lane_products() * blocks * W * LANE_COST / 2);
-  }
+  int blocks() const { return (rows_ + MAX_ROWS - 1) / MAX_ROWS; }
 
   // Calls function(row, token) for each line of tokens, at [tokens][padded] rows.
   template <class Function>

@@ -13,7 +13,7 @@ template <class Map>
 class Half {
  public:
   Half(const Call& call, Map& map, Scratch& scratch)
-      : plan_(*call.plan), call_(call), functions_(row_functions(plan_.dtype)), map_(map),
+      : plan_(*call.plan), call_(call), functions_(row_functions(plan_.dtype)), map_(&map),
         weights_(scratch.take_zeros(map.weights_size())) {
     for (const Axis& axis : plan_.axis) slots_ *= axis.kernel_size;
     window_ = scratch.take(slots_);
@@ -24,7 +24,7 @@ class Half {
   const Plan& plan_;
   const Call& call_;
   const RowFunctions functions_;
-  Map& map_;
+  Map* map_;
   float* weights_;
   float* window_;  // of one query
   int slots_ = 1;
@@ -37,7 +37,7 @@ class Half {
       std::fill_n(row, block.keys[r] * W, 0.f);
       for (int lane = 0; lane < block.lanes[r]; ++lane) {
         functions_.load(from.at(block.token[r][lane]), 0, 1, slots_, slots_, 1.f, window_);
-        map_.for_each_slot(r, lane, [&](int slot, int vector) {
+        map_->for_each_slot(r, lane, [&](int slot, int vector) {
           if (vector >= 0) row[vector * W + lane] = window_[slot];
         });
       }
@@ -48,7 +48,7 @@ class Half {
     for (int r = 0; r < block.rows; ++r) {
       const float* row = weights + block.start[r];
       for (int lane = 0; lane < block.lanes[r]; ++lane) {
-        map_.for_each_slot(r, lane, [&](int slot, int vector) {
+        map_->for_each_slot(r, lane, [&](int slot, int vector) {
           window_[slot] = vector < 0 ? absent : row[vector * W + lane];
         });
         functions_.store(window_, slots_, 1, slots_, ones_[0], to.at(block.token[r][lane]), 0);
@@ -60,18 +60,19 @@ class Half {
 template <class Map>
 class QueryKey : Half<Map> {
  public:
-  static Needs needs() { return {{true, false}, {false, false}, {false, false}, {QUERY}, {}}; }
+  static Needs needs() { return {{true, false}, {false, false}, {false, false}}; }
 
   QueryKey(const Call& call, Map& map, Scratch& scratch) : Half<Map>(call, map, scratch), query_(scratch, call.plan->dim) {}
 
-  void start(const Submap& submap) {
+  void start(Map& map, const Submap& submap) {
+    this->map_ = &map;
     query_view_ = submap.view(QUERY, this->functions_.size);
     attn_view_ = submap.view(ATTN, this->functions_.size);
   }
 
   void operator()(const Block& block) {
     query_.load(block, query_view_, this->functions_, 1.f);
-    this->map_.dot(query_, KEYS, true, this->weights_);
+    this->map_->dot(query_, KEYS, true, this->weights_);
     this->write(block, this->weights_, attn_view_, -std::numeric_limits<float>::infinity());
   }
 
@@ -83,12 +84,13 @@ class QueryKey : Half<Map> {
 template <class Map>
 class QueryKeyBackward : Half<Map> {
  public:
-  static Needs needs() { return {{false, false}, {true, false}, {true, false}, {QUERY}, {GRAD_QUERY}}; }
+  static Needs needs() { return {{false, false}, {true, false}, {true, false}}; }
 
   QueryKeyBackward(const Call& call, Map& map, Scratch& scratch)
       : Half<Map>(call, map, scratch), query_(scratch, call.plan->dim, false), grad_query_(scratch, call.plan->dim, false) {}
 
-  void start(const Submap& submap) {
+  void start(Map& map, const Submap& submap) {
+    this->map_ = &map;
     query_view_ = submap.view(QUERY, this->functions_.size);
     grad_query_view_ = submap.view(GRAD_QUERY, this->functions_.size);
     grad_attn_view_ = submap.view(GRAD_ATTN, this->functions_.size);
@@ -97,10 +99,10 @@ class QueryKeyBackward : Half<Map> {
   void operator()(const Block& block) {
     query_.load(block, query_view_, this->functions_, 1.f);
     this->read(block, grad_attn_view_, this->weights_);
-    if (this->call_.grad_rpb) this->map_.add_bias_gradient(this->weights_);
-    this->map_.scatter(this->weights_, query_, KEYS);
+    if (this->call_.grad_rpb) this->map_->add_bias_gradient(this->weights_);
+    this->map_->scatter(this->weights_, query_, KEYS);
     grad_query_.zero(block);
-    this->map_.gather(this->weights_, KEYS, grad_query_);
+    this->map_->gather(this->weights_, KEYS, grad_query_);
     grad_query_.store(block, grad_query_view_, this->functions_, this->ones_);
   }
 
@@ -112,12 +114,13 @@ class QueryKeyBackward : Half<Map> {
 template <class Map>
 class WeightValue : Half<Map> {
  public:
-  static Needs needs() { return {{false, false}, {false, true}, {false, false}, {}, {OUT}}; }
+  static Needs needs() { return {{false, false}, {false, true}, {false, false}}; }
 
   WeightValue(const Call& call, Map& map, Scratch& scratch)
       : Half<Map>(call, map, scratch), out_(scratch, call.plan->dim, false) {}
 
-  void start(const Submap& submap) {
+  void start(Map& map, const Submap& submap) {
+    this->map_ = &map;
     attn_view_ = submap.view(ATTN, this->functions_.size);
     out_view_ = submap.view(OUT, this->functions_.size);
   }
@@ -125,7 +128,7 @@ class WeightValue : Half<Map> {
   void operator()(const Block& block) {
     this->read(block, attn_view_, this->weights_);
     out_.zero(block);
-    this->map_.gather(this->weights_, VALUES, out_);
+    this->map_->gather(this->weights_, VALUES, out_);
     out_.store(block, out_view_, this->functions_, this->ones_);
   }
 
@@ -137,13 +140,14 @@ class WeightValue : Half<Map> {
 template <class Map>
 class WeightValueBackward : Half<Map> {
  public:
-  static Needs needs() { return {{false, true}, {false, false}, {false, true}, {GRAD_OUT}, {}}; }
+  static Needs needs() { return {{false, true}, {false, false}, {false, true}}; }
 
   WeightValueBackward(const Call& call, Map& map, Scratch& scratch)
       : Half<Map>(call, map, scratch), grad_out_(scratch, call.plan->dim),
         grad_weights_(scratch.take_zeros(map.weights_size())) {}
 
-  void start(const Submap& submap) {
+  void start(Map& map, const Submap& submap) {
+    this->map_ = &map;
     attn_view_ = submap.view(ATTN, this->functions_.size);
     grad_attn_view_ = submap.view(GRAD_ATTN, this->functions_.size);
     grad_out_view_ = submap.view(GRAD_OUT, this->functions_.size);
@@ -152,8 +156,8 @@ class WeightValueBackward : Half<Map> {
   void operator()(const Block& block) {
     grad_out_.load(block, grad_out_view_, this->functions_, 1.f);
     this->read(block, attn_view_, this->weights_);
-    this->map_.scatter(this->weights_, grad_out_, VALUES);
-    this->map_.dot(grad_out_, VALUES, false, grad_weights_);
+    this->map_->scatter(this->weights_, grad_out_, VALUES);
+    this->map_->dot(grad_out_, VALUES, false, grad_weights_);
     this->write(block, grad_weights_, grad_attn_view_, 0.f);
   }
 

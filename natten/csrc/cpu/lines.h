@@ -12,18 +12,33 @@
 
 namespace natten {
 
+// Queries side by side on a line, and where their windows begin.
+struct Group {
+  int first, lanes, kind;
+  KeyAccess access;
+  IntVec index;                              // first key of each lane, less that of lane 0
+  int lane_key[W], place[W], lane_keys[W];   // first key, the same less the line's first, number of keys
+};
+
+// What the maps of several heads have in common: the groups of a line, or of a strip of it, and their bias.
+struct Groups : Bias {
+  using Bias::Bias;
+  std::vector<Group> all;
+  int n = -1, begin = -1, end = -1;  // tokens of the line, queries of the strip
+};
+
 class LineMap {
  public:
+  using Shared = Groups;
   static constexpr int BAND_PAD = MAX_ROWS - 1;
 
-  LineMap(const Call& call, const Needs& needs, Bias& bias, Scratch& scratch, int strips)
-      : call_(call), plan_(*call.plan), needs_(needs), bias_(bias), functions_(row_functions(plan_.dtype)),
-        strips_(strips), dim_(plan_.dim), padded_(round_up(dim_, W)) {
+  LineMap(const Call& call, const Needs& needs, Groups& groups, Scratch& scratch, Strips strips)
+      : plan_(*call.plan), needs_(needs), groups_(groups), functions_(row_functions(plan_.dtype)), strips_(strips), dim_(plan_.dim), padded_(round_up(dim_, W)) {
     for (int i = 0; i < 3; ++i) kernel_[i] = plan_.axis[i].kernel_size;
     const int longest = (plan_.axis[2].length + plan_.axis[2].dilation - 1) / plan_.axis[2].dilation;
     is_one_line_ = plan_.axis[0].length == 1 && plan_.axis[1].length == 1;
     has_gaps_ = plan_.axis[0].length > 1 && plan_.axis[1].is_causal;
-    const int strip = is_one_line_ ? (longest + strips - 1) / strips + 2 * kernel_[2] + 1 : longest;
+    const int strip = strips.axis == 2 ? (longest + strips.count - 1) / strips.count + 2 * kernel_[2] + 1 : longest;
     tokens_ = std::min(strip, longest);
     places_ = tokens_ + kernel_[2] + W;  // what lies beyond the last token stays 0
     place_stride_ = round_up(places_, 8) + (round_up(places_, 8) % 16 ? 0 : 8);
@@ -47,46 +62,47 @@ class LineMap {
     return MAX_ROWS * row_size() + int64_t(MAX_ROWS + plan_.axis[1].stride) * kernel_[2] * W;
   }
 
-  // Calls function(block) for each block of strip `strip` of a submap. `next`: the submap that comes after, or null.
-  template <class Function>
-  void for_each_block(const Submap& submap, const Submap* next, int strip, const Function& function) {
-    submap_ = &submap;
+  // Takes up strip `strip` of a submap, whose head is the head-th of the bias. Gradients of keys and values are added to
+  // what is there if there are several strips.
+  void begin(const Submap& submap, int strip, int head) {
+    submap_ = submap, head_ = head;
     for (int side : {KEYS, VALUES}) {
       if (needs_.is_loaded(side)) view_[side] = submap.view(SIDE_TENSOR[side], functions_.size);
       if (needs_.grad[side]) gradient_view_[side] = submap.view(SIDE_GRADIENT[side], functions_.size);
     }
     choose_range(strip);
-    bias_.prepare(submap.head);
-    const int y_rows = rows_per_block(end_[1] - begin_[1]);
-    for (int z = begin_[0]; z < end_[0]; ++z)
-      for (int y = begin_[1]; y < end_[1]; y += y_rows) {
-        const int rows = std::min(y_rows, end_[1] - y);
-        set_lines(z, y, rows);
-        hold(first_kept_line(z, y), end_of_lines(z, y + rows));
-        if (y + rows < end_[1]) fetch(submap, z, y + rows, std::min(y_rows, end_[1] - y - rows));
-        else if (z + 1 < end_[0]) fetch(submap, z + 1, begin_[1], y_rows);
-        else if (next) fetch_first(*next, y_rows);
-        for (const Group& group : groups_) {
-          set_group(group);
-          function(block_);
-        }
-      }
-    hold(packed_end_, packed_end_);
   }
+
+  // Bands of blocks, to be worked on in order.
+  int bands() const { return (end_[0] - begin_[0]) * bands_per_plane(); }
+
+  // Calls function(block) for each block of a band.
+  template <class Function>
+  void for_each_block(int band, const Function& function) {
+    const Band b = band_of(band);
+    set_lines(b);
+    hold(first_kept_line(b), end_of_lines(b));
+    for (const Group& group : groups_.all) {
+      set_group(group);
+      function(block_);
+    }
+  }
+
+  // To be called when all bands are done.
+  void end() { hold(packed_end_, packed_end_); }
 
   // s = query . key, plus the bias or plus nothing.
   void dot(const BlockRows& query, Side side, bool is_biased, float* s) {
-    const int64_t step = bias_.has_table() ? -int64_t(kernel_[2]) * W : 0;  // from one row's bias to the next's
+    const int64_t step = groups_.has_table() ? -int64_t(kernel_[2]) * W : 0;  // from one row's bias to the next's
     for_each_line([&](int kz, int ky, int first_row, int rows) {
       const float* keys = transposed_[side] + int64_t(slot(kz, ky)) * padded_ * place_stride_;
       const ConstRows bias =
-          is_biased ? ConstRows{bias_.kinds[group_->kind].value + bias_offset(kz, ky, first_row), step}
+          is_biased ? ConstRows{groups_.value(head_, group_->kind) + bias_offset(kz, ky, first_row), step}
                     : ConstRows{zeros_, 0};
       const DotArguments a{dim_, query.transposed_rows(first_row), {keys + group_->lane_key[0] - origin_, place_stride_},
                            group_->index, bias, weights(s, kz, ky, first_row)};
-      const auto fetch = [&] { fetcher_.step(Fetcher::DOT_COST); };
-      if (group_->access == SHIFTED) dot_rows<SHIFTED>(a, rows, kernel_[2], fetch);
-      else dot_rows<PERMUTED>(a, rows, kernel_[2], fetch);
+      if (group_->access == SHIFTED) dot_rows<SHIFTED>(a, rows, kernel_[2]);
+      else dot_rows<PERMUTED>(a, rows, kernel_[2]);
     });
     fill_gaps(s, is_biased ? -std::numeric_limits<float>::infinity() : 0.f);
   }
@@ -94,26 +110,19 @@ class LineMap {
   // out += s . value
   void gather(float* s, Side side, const BlockRows& out) {
     for_each_line([&](int kz, int ky, int first_row, int rows) {
+      const float* values = natural_line(natural_[side], kz, ky);
       for_each_piece(padded_, [&](int d, auto vectors) {
-        const float* values = natural_line(natural_[side], kz, ky) + d;
         if (is_one_line_) {
           for_each_band([&](int lane, int size, int key, int keys, int step) {
             with_constant<MAX_ROWS>(size, [&](auto n) {
-              natten::gather<n, vectors>(keys, {s + start_of_band(lane), step}, place(values, key),
+              natten::gather<n, vectors>(keys, {s + start_of_band(lane), step}, place(values + d, key),
                                          {out.lane_of_rows(0, lane)[0] + d, padded_});
             });
           });
           return;
         }
-        const Rows w = weights(s, kz, ky, first_row), sums = out.lane_of_rows(first_row, 0);
-        with_constant<MAX_ROWS>(rows, [&](auto n) {
-          for (int lane = 0; lane < group_->lanes; ++lane) {
-            natten::gather<n, vectors>(group_->lane_keys[lane], {w.first + lane, w.stride},
-                                       place(values, group_->lane_key[lane]),
-                                       {sums.first + lane * padded_ + d, sums.stride});
-            fetcher_.step(1);
-          }
-        });
+        const Lanes lanes = lanes_of(weights(s, kz, ky, first_row), out.lane_of_rows(first_row, 0), d);
+        with_constant<MAX_ROWS>(rows, [&](auto n) { gather_lanes<n, vectors>(lanes, values + d); });
       });
     });
   }
@@ -121,29 +130,24 @@ class LineMap {
   // gradient of the keys or values += s . query
   void scatter(float* s, const BlockRows& query, Side side) {
     for_each_line([&](int kz, int ky, int first_row, int rows) {
+      float* gradients = natural_line(gradient_[side], kz, ky);
       for_each_piece(padded_, [&](int d, auto vectors) {
-        float* gradients = natural_line(gradient_[side], kz, ky) + d;
         if (is_one_line_) {
           for_each_band([&](int lane, int size, int key, int keys, int step) {
             for_each_part(keys, SCATTER_KEYS, [&](int first, int count) {
               with_constant<SCATTER_KEYS>(count, [&](auto n) {
                 natten::scatter<n, vectors>(size, {s + start_of_band(lane) + first * W, step},
                                             {query.lane_of_rows(0, lane)[0] + d, padded_},
-                                            place(gradients, key + first));
+                                            place(gradients + d, key + first));
               });
             });
           });
           return;
         }
-        const Rows w = weights(s, kz, ky, first_row), queries = query.lane_of_rows(first_row, 0);
+        const Lanes lanes = lanes_of(weights(s, kz, ky, first_row), query.lane_of_rows(first_row, 0), d);
         for_each_part(kernel_[2], SCATTER_KEYS, [&](int first, int count) {
           with_constant<SCATTER_KEYS>(count, [&](auto n) {
-            for (int lane = 0; lane < group_->lanes; ++lane) {
-              natten::scatter<n, vectors>(rows, {w.first + lane + first * W, w.stride},
-                                          {queries.first + lane * padded_ + d, queries.stride},
-                                          place(gradients, group_->lane_key[lane] + first));
-              fetcher_.step(1);
-            }
+            scatter_lanes<n, vectors>(lanes, first, rows, gradients + d);
           });
         });
       });
@@ -155,7 +159,7 @@ class LineMap {
     for_each_line([&](int kz, int ky, int first_row, int rows) {
       const Rows w = weights(s, kz, ky, first_row);
       for (int r = 0; r < rows; ++r) {
-        float* to = bias_.kinds[group_->kind].gradient + bias_offset(kz, ky, first_row + r);
+        float* to = groups_.gradient(head_, group_->kind) + bias_offset(kz, ky, first_row + r);
         const float* from = w[r];
         for (int j = 0; j < kernel_[2] * W; j += W) store(to + j, load(to + j) + load(from + j));
       }
@@ -178,47 +182,31 @@ class LineMap {
   }
 
  private:
-  // Queries side by side on a line, and where their windows begin.
-  struct Group {
-    int first, lanes, kind;
-    KeyAccess access;
-    IntVec index;                   // first key of each lane, less that of lane 0
-    int lane_key[W], lane_keys[W];  // first key, number of keys
-  };
-
-  const Call& call_;
   const Plan& plan_;
   const Needs needs_;
-  Bias& bias_;
+  Groups& groups_;
   const RowFunctions functions_;
-  const int strips_, dim_, padded_;
+  const Strips strips_;
+  const int dim_, padded_;
   int kernel_[3];
   bool is_one_line_, has_gaps_;
   int tokens_, places_, place_stride_, lines_;  // of a line; lines of the ring
   float *natural_[2] = {}, *transposed_[2] = {}, *gradient_[2] = {}, *zeros_, *ones_;
 
-  const Submap* submap_ = nullptr;
+  Submap submap_;
+  int head_ = 0;
   View view_[2], gradient_view_[2];
   Windows windows_[3];
   int begin_[3] = {}, end_[3] = {};  // queries of the strip
   int origin_ = 0, key_end_ = 0;     // keys of a line that are held
   int kept_begin_ = 0, packed_end_ = 0;
-  std::vector<Group> groups_;
-  int grouped_n_ = -1, grouped_begin_ = -1, grouped_end_ = -1;
 
   Block block_;
   const Group* group_ = nullptr;
-  Fetcher fetcher_;
 
-  int line(int z, int y) const { return z * submap_->n[1] + y; }
+  int line(int z, int y) const { return z * submap_.n[1] + y; }
   int slot(int z, int y) const { return line(z, y) % lines_; }
   float* natural_line(float* data, int z, int y) const { return data + int64_t(slot(z, y)) * places_ * padded_; }
-
-  // The fewest blocks of nearly equal height.
-  static int rows_per_block(int lines) {
-    const int blocks = (lines + MAX_ROWS - 1) / MAX_ROWS;
-    return (lines + blocks - 1) / blocks;
-  }
 
   // --- what a strip holds --------------------------------------------------------------------------------------------
 
@@ -230,30 +218,46 @@ class LineMap {
     return std::min(n[1], kernel_[1] + MAX_ROWS + 2 * strides[1]);
   }
 
-  // One past the last line that a block ending before line y needs.
-  int end_of_lines(int z, int y) const { return line(windows_[0].end[z] - 1, windows_[1].end[y - 1] - 1) + 1; }
+  // Adjacent lines of queries.
+  struct Band {
+    int z, y, rows;
+  };
 
-  // The first line that this block or a later one needs.
-  int first_kept_line(int z, int y) const {
+  int bands_per_plane() const { return (end_[1] - begin_[1] + MAX_ROWS - 1) / MAX_ROWS; }
+
+  // Bands of a plane have nearly equal heights.
+  Band band_of(int band) const {
+    const int count = bands_per_plane(), i = band % count, lines = end_[1] - begin_[1];
+    const int first = lines * i / count, end = lines * (i + 1) / count;
+    return {begin_[0] + band / count, begin_[1] + first, end - first};
+  }
+
+  // One past the last line that a band needs.
+  int end_of_lines(const Band& b) const {
+    return line(windows_[0].end[b.z] - 1, windows_[1].end[b.y + b.rows - 1] - 1) + 1;
+  }
+
+  // The first line that this band or a later one needs.
+  int first_kept_line(const Band& b) const {
     const bool has_planes = plan_.axis[0].length > 1;
-    return has_planes ? line(windows_[0].first[z], 0) : line(0, windows_[1].first[y]);
+    return has_planes ? line(windows_[0].first[b.z], 0) : line(0, windows_[1].first[b.y]);
   }
 
   void choose_range(int strip) {
-    const Submap& submap = *submap_;
+    const Submap& submap = submap_;
     for (int i = 0; i < 3; ++i) {
       windows_[i].make(plan_.axis[i], submap.n[i]);
       begin_[i] = 0, end_[i] = submap.n[i];
     }
-    const int leading = plan_.axis[0].length > 1 ? 0 : plan_.axis[1].length > 1 ? 1 : 2;
-    begin_[leading] = int64_t(submap.n[leading]) * strip / strips_;
-    end_[leading] = int64_t(submap.n[leading]) * (strip + 1) / strips_;
-    origin_ = is_one_line_ ? windows_[2].first[begin_[2]] : 0;
-    key_end_ = submap.n[2];
-    if (is_one_line_) {
-      for (int x = begin_[2]; x < end_[2]; ++x) key_end_ = std::max(x == begin_[2] ? 0 : key_end_, windows_[2].end[x]);
+    const int axis = strips_.axis, n = submap.n[axis];
+    begin_[axis] = int64_t(n) * strip / strips_.count;
+    end_[axis] = int64_t(n) * (strip + 1) / strips_.count;
+    origin_ = 0, key_end_ = submap.n[2];
+    if (axis == 2 && strips_.count > 1) {
+      origin_ = windows_[2].first[begin_[2]];
+      key_end_ = windows_[2].end[end_[2] - 1];
     }
-    kept_begin_ = packed_end_ = first_kept_line(begin_[0], begin_[1]);
+    kept_begin_ = packed_end_ = first_kept_line(band_of(0));
     make_groups();
   }
 
@@ -265,52 +269,6 @@ class LineMap {
     for (; packed_end_ < end; ++packed_end_)
       for (int side : {KEYS, VALUES})
         if (needs_.is_loaded(side) || needs_.grad[side]) pack(side, packed_end_);
-  }
-
-  // Asks for what the block of `rows` lines from (z, y) on will need, and for where its results and the gradients that
-  // it completes will go.
-  void fetch(const Submap& submap, int z, int y, int rows) {
-    fetch_lines(submap, packed_end_, end_of_lines(z, y + rows));
-    fetch_queries(submap, z, y, rows);
-    for (int which = kept_begin_; which < first_kept_line(z, y); ++which)
-      for (int side : {KEYS, VALUES})
-        if (needs_.grad[side]) add(gradient_view_[side], first_token(which), key_end_ - origin_, true);
-    spread();
-  }
-
-  // The same for the first block of another submap, if it is of about the same size.
-  void fetch_first(const Submap& submap, int rows) {
-    if (is_one_line_) return fetcher_.clear();
-    fetch_lines(submap, 0, std::min(end_of_lines(0, std::min(rows, submap.n[1])), submap.n[0] * submap.n[1]));
-    fetch_queries(submap, 0, 0, std::min(rows, submap.n[1]));
-    spread();
-  }
-
-  void fetch_lines(const Submap& submap, int begin, int end) {
-    fetcher_.clear();
-    for (int which = begin; which < end; ++which)
-      for (int side : {KEYS, VALUES})
-        if (needs_.is_loaded(side))
-          add(submap.view(SIDE_TENSOR[side], functions_.size), first_token(which), key_end_ - origin_, false);
-  }
-
-  void fetch_queries(const Submap& submap, int z, int y, int rows) {
-    for (int r = 0; r < rows; ++r) {
-      const Token first{z, y + r, begin_[2]};
-      for (TensorName name : needs_.read) add(submap.view(name, functions_.size), first, end_[2] - begin_[2], false);
-      for (TensorName name : needs_.written) add(submap.view(name, functions_.size), first, end_[2] - begin_[2], true);
-    }
-  }
-
-  void add(const View& view, const Token& first, int count, bool is_written) {
-    fetcher_.add(view.at(first), view.step[2], count, dim_ * functions_.size, is_written);
-  }
-
-  void spread() {
-    const int lines = kernel_[0] * (kernel_[1] + block_.rows - 1);
-    const int lanes = end_[2] - begin_[2], groups = static_cast<int>(groups_.size());
-    const int parts = (kernel_[2] * block_.rows + DOT_BUDGET - 1) / DOT_BUDGET;
-    fetcher_.spread(int64_t(lines) * (needs_.dots() * groups * parts * Fetcher::DOT_COST + needs_.lane_products() * lanes));
   }
 
   void pack(int side, int which) {
@@ -332,19 +290,19 @@ class LineMap {
   void write_gradient(int side, int which) {
     const View& view = gradient_view_[side];
     const float* rows = gradient_[side] + int64_t(which % lines_) * places_ * padded_;
-    const auto write = strips_ > 1 ? functions_.add : functions_.store;
+    const auto write = strips_.count > 1 ? functions_.add : functions_.store;
     write(rows, padded_, key_end_ - origin_, dim_, ones_, view.at(first_token(which)), view.step[2]);
   }
 
-  Token first_token(int which) const { return {which / submap_->n[1], which % submap_->n[1], origin_}; }
+  Token first_token(int which) const { return {which / submap_.n[1], which % submap_.n[1], origin_}; }
 
   // --- groups of queries ---------------------------------------------------------------------------------------------
 
   void make_groups() {
-    if (grouped_n_ == submap_->n[2] && grouped_begin_ == begin_[2] && grouped_end_ == end_[2]) return;
-    grouped_n_ = submap_->n[2], grouped_begin_ = begin_[2], grouped_end_ = end_[2];
+    if (groups_.n == submap_.n[2] && groups_.begin == begin_[2] && groups_.end == end_[2]) return;
+    groups_.n = submap_.n[2], groups_.begin = begin_[2], groups_.end = end_[2];
+    groups_.all.clear();
     groups_.clear();
-    bias_.clear();
     const Windows& windows = windows_[2];
     for (int x = begin_[2]; x < end_[2];) {
       Group group = {};
@@ -354,17 +312,18 @@ class LineMap {
         const int lane = group.lanes;
         group.index[lane] = windows.first[x] - first_key;
         group.lane_key[lane] = windows.first[x];
+        group.place[lane] = windows.first[x] - origin_;
         group.lane_keys[lane] = windows.end[x] - windows.first[x];
         if (group.index[lane] != lane) group.access = PERMUTED;
       }
-      group.kind = bias_.add_kind(bias_entries(group));
-      groups_.push_back(group);
+      group.kind = groups_.add_kind(bias_entries(group));
+      groups_.all.push_back(group);
     }
   }
 
   // Entries of the bias table for the keys of a group, line by line of the table.
   std::vector<int> bias_entries(const Group& group) const {
-    const int lines = bias_.has_table() ? (2 * kernel_[0] - 1) * (2 * kernel_[1] - 1) : 1;
+    const int lines = groups_.has_table() ? (2 * kernel_[0] - 1) * (2 * kernel_[1] - 1) : 1;
     const int width = 2 * kernel_[2] - 1;
     std::vector<int> entry(size_t(lines) * kernel_[2] * W);
     for (int t = 0; t < lines; ++t)
@@ -372,21 +331,20 @@ class LineMap {
         for (int lane = 0; lane < W; ++lane) {
           const int real = lane < group.lanes ? lane : 0;
           const int column = group.lane_key[real] + j - (group.first + real) + kernel_[2] - 1;
-          const int which = bias_.has_table() ? t * width + column : 0;
+          const int which = groups_.has_table() ? t * width + column : 0;
           entry[(size_t(t) * kernel_[2] + j) * W + lane] = j < group.lane_keys[real] ? which : -1;
         }
     return entry;
   }
 
-  void set_lines(int z, int y, int rows) {
-    block_.rows = rows;
-    const int planes = windows_[0].end[z] - windows_[0].first[z];
-    for (int r = 0; r < rows; ++r) {
-      block_.keys[r] = planes * (has_gaps_ ? kernel_[1] : line_keys(y + r)) * kernel_[2];
-      block_.start[r] = is_one_line_ ? BAND_PAD * W
-                                     : r * row_size() + int64_t(windows_[1].first[y + r] - windows_[1].first[y]) *
-                                                            kernel_[2] * W;
-      for (int lane = 0; lane < W; ++lane) block_.token[r][lane] = {z, y + r, 0};
+  void set_lines(const Band& b) {
+    block_.rows = b.rows;
+    const int planes = windows_[0].end[b.z] - windows_[0].first[b.z];
+    for (int r = 0; r < b.rows; ++r) {
+      const int y = b.y + r, moved = windows_[1].first[y] - windows_[1].first[b.y];
+      block_.keys[r] = planes * (has_gaps_ ? kernel_[1] : line_keys(y)) * kernel_[2];
+      block_.start[r] = is_one_line_ ? BAND_PAD * W : r * row_size() + int64_t(moved) * kernel_[2] * W;
+      for (int lane = 0; lane < W; ++lane) block_.token[r][lane] = {b.z, y, 0};
     }
   }
 
@@ -426,7 +384,7 @@ class LineMap {
   ConstRows place(const float* line, int x) const { return {line + int64_t(x - origin_) * padded_, padded_}; }
 
   int64_t bias_offset(int kz, int ky, int r) const {
-    if (!bias_.has_table()) return 0;
+    if (!groups_.has_table()) return 0;
     const int dz = kz - block_.token[0][0].z + kernel_[0] - 1, dy = ky - block_.token[0][0].y - r + kernel_[1] - 1;
     return int64_t(dz * (2 * kernel_[1] - 1) + dy) * kernel_[2] * W;
   }
@@ -442,6 +400,36 @@ class LineMap {
         while (to <= last && first[to] <= ky) ++to;
         if (from < to) function(kz, ky, from, to - from);
       }
+  }
+
+  // What the loops over the lanes of a group need, in one place: the compiler keeps it in registers.
+  struct Lanes {
+    int count;
+    const int *key, *keys;  // first key of each, less origin; number of keys
+    ConstRows weights;
+    Rows rows;  // of queries or sums
+    int64_t padded;
+  };
+
+  Lanes lanes_of(Rows weights, Rows rows, int d) const {
+    return {group_->lanes, group_->place, group_->lane_keys, {weights.first, weights.stride}, {rows.first + d, rows.stride},
+            padded_};
+  }
+
+  template <int ROWS, int VECS>
+  static void gather_lanes(const Lanes lanes, const float* values) {
+    for (int lane = 0; lane < lanes.count; ++lane)
+      natten::gather<ROWS, VECS>(lanes.keys[lane], {lanes.weights.first + lane, lanes.weights.stride},
+                                 {values + lanes.key[lane] * lanes.padded, lanes.padded},
+                                 {lanes.rows.first + lane * lanes.padded, lanes.rows.stride});
+  }
+
+  template <int KEYS, int VECS>
+  static void scatter_lanes(const Lanes lanes, int first, int rows, float* gradients) {
+    for (int lane = 0; lane < lanes.count; ++lane)
+      natten::scatter<KEYS, VECS>(rows, {lanes.weights.first + lane + first * W, lanes.weights.stride},
+                                  {lanes.rows.first + lane * lanes.padded, lanes.rows.stride},
+                                  {gradients + (lanes.key[lane] + first) * lanes.padded, lanes.padded});
   }
 
   // On a single line, neighbours take the place of rows. Calls function(lane, size, key, keys, step) for bands of up to

@@ -109,14 +109,13 @@ void dot(const DotArguments& a, int first_key) {
   }
 }
 
-// dot over any number of rows and keys. Calls between() between its parts.
-template <KeyAccess ACCESS, class Function>
-inline void dot_rows(const DotArguments& a, int rows, int keys, const Function& between) {
+// dot over any number of rows and keys.
+template <KeyAccess ACCESS>
+inline void dot_rows(const DotArguments& a, int rows, int keys) {
   with_constant<MAX_ROWS>(rows, [&](auto row_count) {
     constexpr int ROWS = row_count, MOST = dot_keys(ROWS);
     for_each_part(keys, MOST, [&](int first, int size) {
       with_constant<MOST>(size, [&](auto key_count) { dot<ROWS, key_count, ACCESS>(a, first); });
-      between();
     });
   });
 }

@@ -11,23 +11,25 @@
 
 namespace natten {
 
-constexpr int CHUNKS_PER_THREAD = 8;
-constexpr int LONGEST_STRIP = 1024;  // tokens of a problem of one axis, so that what a thread holds stays small
+constexpr int CHUNKS_PER_THREAD = 4, TASKS_PER_THREAD = 4;
+constexpr int64_t MAX_HEADS = 16;    // of a task
+// Strips of the last axis hold at most so many queries, so that what a thread holds stays in its cache.
+constexpr int64_t LONGEST_LINE = 1024, LONGEST_OF_MANY_LINES = 112;
 
-// Pieces of the leading axis, worked on apart. With gradients, strips 0, 2, 4.. come before 1, 3, 5..: neighbours share
-// keys, others must not.
-inline int count_strips(const Call& call, bool has_gradients) {
+// Pieces of a submap, worked on apart: of the last axis if it is long, else of the first. With gradients, strips 0, 2, 4..
+// come before 1, 3, 5..: neighbours share keys, others must not.
+inline Strips choose_strips(const Call& call, bool has_gradients) {
   const Plan& plan = *call.plan;
+  const auto tokens = [&](int i) { return plan.axis[i].length / plan.axis[i].dilation; };  // of the shortest class
   const int leading = plan.axis[0].length > 1 ? 0 : plan.axis[1].length > 1 ? 1 : 2;
+  const int64_t longest = leading == 2 ? LONGEST_LINE : LONGEST_OF_MANY_LINES;
+  const int axis = tokens(2) > longest ? 2 : leading;
   int64_t tasks = plan.batch * plan.heads;
-  for (const Axis& axis : plan.axis) tasks *= axis.dilation;
-  const Axis& axis = plan.axis[leading];
-  const int64_t n = axis.length / axis.dilation;  // of the shortest residue class
-  const int64_t shortest = (has_gradients ? 3 : 1) * axis.kernel_size + axis.stride;
-  int64_t strips = (4 * call.threads + tasks - 1) / tasks;
-  if (call.threads == 1 || tasks % call.threads == 0) strips = 1;
-  if (leading == 2) strips = std::max(strips, (n + LONGEST_STRIP - 1) / LONGEST_STRIP);
-  return static_cast<int>(std::max<int64_t>(1, std::min(strips, n / shortest)));
+  for (const Axis& a : plan.axis) tasks *= a.dilation;
+  int64_t count = tasks % call.threads == 0 ? 1 : (TASKS_PER_THREAD * call.threads + tasks - 1) / std::max<int64_t>(tasks, 1);
+  if (axis == 2) count = std::max(count, (tokens(2) + longest - 1) / longest);
+  const int64_t shortest = (has_gradients ? 3 : 1) * plan.axis[axis].kernel_size + plan.axis[axis].stride;
+  return {axis, static_cast<int>(std::max<int64_t>(1, std::min(count, tokens(axis) / shortest)))};
 }
 
 // Strips add to what is there.
@@ -45,96 +47,125 @@ inline void clear(const Call& call, TensorName name) {
   });
 }
 
-// Operator: a class template over the Map, made with (call, map, scratch), and called with (block) for each block.
+// All heads of a token lie side by side in memory, so a task takes many heads, band by band: groups of heads, as few as
+// keep all threads busy. For dense submaps the bias is the larger: these take head by head, and all images in turn.
+inline int64_t count_head_groups(const Call& call, int strips) {
+  int n[3];
+  for (int i = 0; i < 3; ++i) n[i] = call.plan->axis[i].length / call.plan->axis[i].dilation;
+  if (DenseMap::fits(*call.plan, n)) return call.plan->heads;
+  int64_t tasks = call.plan->batch * strips;
+  for (const Axis& axis : call.plan->axis) tasks *= axis.dilation;
+  const int64_t wanted = call.threads == 1 ? 1 : (TASKS_PER_THREAD * call.threads + tasks - 1) / tasks;
+  return std::min(std::max(wanted, (call.plan->heads + MAX_HEADS - 1) / MAX_HEADS), call.plan->heads);
+}
+
+// Operator: a class template over the Map, made with (call, map, scratch), told of each submap by start(map, submap), and
+// called with (block) for each block.
 template <template <class> class Operator>
 class Runner {
  public:
   explicit Runner(const Call& call) : call_(call), plan_(*call.plan) {
     needs_ = Operator<LineMap>::needs();
     const bool has_gradients = needs_.grad[KEYS] || needs_.grad[VALUES];
-    strips_ = count_strips(call, has_gradients);
-    phases_ = has_gradients && strips_ > 1 ? 2 : 1;
+    strips_ = choose_strips(call, has_gradients);
+    phases_ = has_gradients && strips_.count > 1 ? 2 : 1;
     residues_ = 1;
     for (const Axis& axis : plan_.axis) residues_ *= axis.dilation;
   }
 
   void run() {
     for (int side : {KEYS, VALUES})
-      if (needs_.grad[side] && strips_ > 1) clear(call_, SIDE_GRADIENT[side]);
+      if (needs_.grad[side] && strips_.count > 1) clear(call_, SIDE_GRADIENT[side]);
     const int64_t table = table_size(plan_);
     if (call_.grad_rpb) std::memset(call_.grad_rpb, 0, sizeof(float) * plan_.heads * table);
     if (!plan_.batch || !plan_.heads) return;
-    const int64_t most = (strips_ + phases_ - 1) / phases_ * plan_.heads * plan_.batch * residues_;
-    const int64_t chunks = std::min<int64_t>(most, int64_t(CHUNKS_PER_THREAD) * call_.threads);
-    // Each chunk has its own bias gradient, summed in order afterwards: the same sum whichever thread took it.
-    const int64_t heads_per_chunk = (plan_.heads + chunks - 1) / chunks + 1;
-    std::vector<float> gradients(call_.grad_rpb ? phases_ * chunks * heads_per_chunk * table : 0);
-    for (int phase = 0; phase < phases_; ++phase)
+    groups_ = count_head_groups(call_, strips_.count);
+    for (int phase = 0; phase < phases_; ++phase) {
+      const int64_t chunks = std::min<int64_t>(tasks(phase), int64_t(CHUNKS_PER_THREAD) * call_.threads);
+      // Each chunk has its own bias gradient, summed in order afterwards: the same sum whichever thread took it.
+      std::vector<std::vector<float>> gradients(chunks);
       parallel_for(chunks, call_.threads, [&](int64_t chunk) {
-        float* gradient = gradients.empty() ? nullptr : &gradients[(phase * chunks + chunk) * heads_per_chunk * table];
-        run_chunk(phase, chunk, chunks, gradient);
+        const int64_t first = tasks(phase) * chunk / chunks, end = tasks(phase) * (chunk + 1) / chunks;
+        if (call_.grad_rpb) gradients[chunk].resize((end_head(phase, end - 1) - first_head(phase, first)) * table);
+        run_tasks(phase, first, end, call_.grad_rpb ? gradients[chunk].data() : nullptr);
       });
-    if (!call_.grad_rpb) return;
-    for (int phase = 0; phase < phases_; ++phase)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const float* from = &gradients[(phase * chunks + chunk) * heads_per_chunk * table];
-        const int64_t first = begin(phase, chunk, chunks) / tasks_per_head(phase);
-        const int64_t count = std::min(heads_per_chunk, plan_.heads - first) * table;
-        for (int64_t i = 0; i < count; ++i) call_.grad_rpb[first * table + i] += from[i];
+        float* to = call_.grad_rpb + first_head(phase, tasks(phase) * chunk / chunks) * table;
+        for (size_t i = 0; i < gradients[chunk].size(); ++i) to[i] += gradients[chunk][i];
       }
+    }
   }
 
  private:
   const Call& call_;
   const Plan& plan_;
   Needs needs_;
-  int strips_, phases_;
-  int64_t residues_;
+  Strips strips_;
+  int phases_;
+  int64_t residues_, groups_ = 1;
 
-  // Tasks are ordered by head, image, residue class, strip.
-  int strips_in(int phase) const { return (strips_ - phase + phases_ - 1) / phases_; }
-  int64_t tasks_per_head(int phase) const { return plan_.batch * residues_ * strips_in(phase); }
-  int64_t begin(int phase, int64_t chunk, int64_t chunks) const {
-    return plan_.heads * tasks_per_head(phase) * chunk / chunks;
+  // Tasks are ordered by group of heads, image, residue class, strip.
+  int strips_in(int phase) const { return (strips_.count - phase + phases_ - 1) / phases_; }
+  int64_t tasks_per_group(int phase) const { return plan_.batch * residues_ * strips_in(phase); }
+  int64_t tasks(int phase) const { return groups_ * tasks_per_group(phase); }
+  int64_t first_head(int phase, int64_t task) const { return plan_.heads * (task / tasks_per_group(phase)) / groups_; }
+  int64_t end_head(int phase, int64_t task) const { return plan_.heads * (task / tasks_per_group(phase) + 1) / groups_; }
+
+  Submap submap(int phase, int64_t task) const {
+    const int64_t rest = task % tasks_per_group(phase) / strips_in(phase);
+    return Submap(call_, first_head(phase, task), rest / residues_, rest % residues_);
   }
 
+  // What works on submaps that suit one kind of Map: a map for each head, and the operator.
   template <class Map>
-  struct Worker {
-    Bias bias;
-    Map map;
-    Operator<Map> op;
+  class Worker {
+   public:
+    Worker(const Call& call, const Needs& needs, float* gradient, int64_t first_head, Scratch& scratch, Strips strips)
+        : call_(call), needs_(needs), scratch_(scratch), strips_(strips), shared_(call, gradient, first_head) {}
 
-    template <class... Rest>
-    Worker(const Call& call, const Needs& needs, float* gradient, int64_t first_head, Scratch& scratch, Rest... rest)
-        : bias(call, gradient, first_head), map(call, needs, bias, scratch, rest...), op(call, map, scratch) {}
+    void run(Submap submap, int heads, int strip) {
+      const int64_t first = submap.head;
+      for (int h = 0; h < heads; ++h) {
+        if (h == static_cast<int>(maps_.size())) add_map();
+        submap.head = first + h;
+        maps_[h]->begin(submap, strip, h);
+      }
+      shared_.prepare(first, heads);
+      const int bands = maps_[0]->bands();
+      for (int band = 0; band < bands; ++band)
+        for (int h = 0; h < heads; ++h) {
+          submap.head = first + h;
+          op_->start(*maps_[h], submap);
+          maps_[h]->for_each_block(band, [&](const Block& block) { (*op_)(block); });
+        }
+      for (int h = 0; h < heads; ++h) maps_[h]->end();
+    }
 
-    void run(const Submap& submap, const Submap* next, int strip) {
-      op.start(submap);
-      map.for_each_block(submap, next, strip, [&](const Block& block) { op(block); });
+   private:
+    const Call& call_;
+    const Needs& needs_;
+    Scratch& scratch_;
+    Strips strips_;
+    typename Map::Shared shared_;
+    std::vector<std::unique_ptr<Map>> maps_;
+    std::unique_ptr<Operator<Map>> op_;
+
+    void add_map() {
+      maps_.push_back(std::make_unique<Map>(call_, needs_, shared_, scratch_, strips_));
+      if (!op_) op_ = std::make_unique<Operator<Map>>(call_, *maps_[0], scratch_);
     }
   };
 
-  void run_chunk(int phase, int64_t chunk, int64_t chunks, float* gradient) const {
-    const int64_t per_head = tasks_per_head(phase), strips = strips_in(phase);
-    const int64_t first = begin(phase, chunk, chunks), end = begin(phase, chunk + 1, chunks);
+  void run_tasks(int phase, int64_t first, int64_t end, float* gradient) const {
     Scratch& scratch = thread_scratch();
-    std::unique_ptr<Worker<LineMap>> lines;
-    std::unique_ptr<Worker<DenseMap>> dense;
-    const auto submap_of = [&](int64_t task) {
-      const int64_t rest = task % per_head / strips;
-      return Submap(call_, task / per_head, rest / residues_, rest % residues_);
-    };
+    Worker<LineMap> lines(call_, needs_, gradient, first_head(phase, first), scratch, strips_);
+    Worker<DenseMap> dense(call_, needs_, gradient, first_head(phase, first), scratch, strips_);
     for (int64_t task = first; task < end; ++task) {
-      const int strip = static_cast<int>(task % per_head % strips) * phases_ + phase;
-      const Submap submap = submap_of(task), following = submap_of(std::min(task + 1, end - 1));
-      const Submap* next = strips_ == 1 && task + 1 < end ? &following : nullptr;
-      if (DenseMap::fits(plan_, submap.n) && strips_ == 1) {
-        if (!dense) dense = std::make_unique<Worker<DenseMap>>(call_, needs_, gradient, first / per_head, scratch);
-        dense->run(submap, next, strip);
-      } else {
-        if (!lines) lines = std::make_unique<Worker<LineMap>>(call_, needs_, gradient, first / per_head, scratch, strips_);
-        lines->run(submap, next, strip);
-      }
+      const Submap current = submap(phase, task);
+      const int heads = static_cast<int>(end_head(phase, task) - current.head);
+      const int strip = static_cast<int>(task % strips_in(phase)) * phases_ + phase;
+      if (DenseMap::fits(plan_, current.n) && strips_.count == 1) dense.run(current, heads, strip);
+      else lines.run(current, heads, strip);
     }
   }
 };

@@ -53,10 +53,11 @@ struct View {
 
 // All tokens of one image, head and residue class: a small problem without dilation.
 struct Submap {
-  const Call* call;
-  int64_t batch, head, residue[3];
-  int n[3];
+  const Call* call = nullptr;
+  int64_t batch = 0, head = 0, residue[3] = {};
+  int n[3] = {};
 
+  Submap() = default;
   Submap(const Call& c, int64_t head_, int64_t batch_, int64_t residues) : call(&c), batch(batch_), head(head_) {
     for (int i = 2; i >= 0; --i) {
       const Axis& axis = c.plan->axis[i];
