@@ -114,7 +114,10 @@ def fused_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of checked heads-last tensors: `qkv` is (query, key, value), or one packed tensor."""
     _, *window = (list(values) for values in zip(*axes, strict=True))
-    return _FusedAttention.apply(rpb, (*window, scale, backend), *qkv)
+    window = (*window, scale, backend)
+    if not torch.is_grad_enabled():  # autograd costs more than a small problem takes
+        return torch.ops.natten.attention_forward(*_split(qkv), rpb, *window)
+    return _FusedAttention.apply(rpb, window, *qkv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,9 +231,15 @@ def _half_window(axes: Sequence[Axis], backend: str | None) -> tuple:
 
 def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis], backend: str | None) -> Tensor:
     """Logits [B, H, X, W] of checked heads-first tensors."""
-    return _QueryKey.apply(rpb, _half_window(axes, backend), query, key)
+    window = _half_window(axes, backend)
+    if not torch.is_grad_enabled():
+        return torch.ops.natten.query_key_forward(query, key, rpb, *window)
+    return _QueryKey.apply(rpb, window, query, key)
 
 
 def weight_value(attn: Tensor, value: Tensor, axes: Sequence[Axis], backend: str | None) -> Tensor:
     """Sums [B, H, X, d] of checked heads-first tensors."""
-    return _WeightValue.apply(_half_window(axes, backend), attn, value)
+    window = _half_window(axes, backend)
+    if not torch.is_grad_enabled():
+        return torch.ops.natten.weight_value_forward(attn, value, *window)
+    return _WeightValue.apply(window, attn, value)

@@ -90,8 +90,8 @@ def attention_backward(
     axes: Sequence[Axis],
     scale: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `attention` from its inputs and its logsumexp: [B, X, 3, H, d] for q, k and v, and rpb's."""
-    query, key, value, grad_out = (_with_contiguous_rows(x) for x in (query, key, value, grad_out))
+    """Gradients of `attention` from its inputs and outputs: [B, X, 3, H, d] for q, k and v, and rpb's."""
+    query, key, value, out, grad_out = (_with_contiguous_rows(x) for x in (query, key, value, out, grad_out))
     grad_qkv = torch.empty((*query.shape[:-2], 3, *query.shape[-2:]), dtype=query.dtype)
     grad_rpb = None if rpb is None else torch.empty(rpb.shape, dtype=torch.float32)
     grad_query, grad_key, grad_value = grad_qkv.unbind(-3)
@@ -104,6 +104,7 @@ def attention_backward(
         QUERY=query,
         KEY=key,
         VALUE=value,
+        OUT=out,
         LSE=lse,
         GRAD_OUT=grad_out,
         GRAD_LSE=grad_lse,

@@ -11,31 +11,35 @@ namespace natten {
 // Forward
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Logits become exp(logit - largest); their largest and their sum in each lane.
-NATTEN_INLINE void exponentials(float* s, int keys, Vec& largest, Vec& sum) {
-  Vec top[4];
-  for (Vec& x : top) x = load(s);
-  int j = 0;
-  for (; j + 4 <= keys; j += 4)
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) top[i] = maximum(top[i], load(s + (j + i) * W));
-  for (; j < keys; ++j) top[0] = maximum(top[0], load(s + j * W));
-  largest = maximum(maximum(top[0], top[1]), maximum(top[2], top[3]));
-  Vec total[2] = {};
-  for (j = 0; j + 2 <= keys; j += 2)
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const Vec weight = exp(load(s + (j + i) * W) - largest);
-      store(s + (j + i) * W, weight);
-      total[i] += weight;
+// The softmax of some rows, of which only sums are kept. Weights are taken relative to `largest`, the largest logit of the
+// first visit, as long as no logit exceeds it by so much that they could overflow.
+struct Softmax {
+  static constexpr float MOST = 20.f;
+  Vec largest, sum;
+
+  void clear() { largest = broadcast(-1e30f), sum = Vec{}; }
+
+  // Logits become weights. Returns whether weights before must be multiplied by `factor`.
+  NATTEN_INLINE bool add(float* s, int keys, Vec& factor) {
+    Vec top = load(s);
+    for (int j = 1; j < keys; ++j) top = maximum(top, load(s + j * W));
+    const bool is_larger = any(top > largest + MOST);
+    if (is_larger) {
+      const Vec before = largest;
+      largest = maximum(top, largest);
+      factor = exp(before - largest);
+      sum *= factor;
     }
-  if (j < keys) {
-    const Vec weight = exp(load(s + j * W) - largest);
-    store(s + j * W, weight);
-    total[0] += weight;
+    Vec total = {};
+    for (int j = 0; j < keys; ++j) {
+      const Vec weight = exp(load(s + j * W) - largest);
+      store(s + j * W, weight);
+      total += weight;
+    }
+    sum += total;
+    return is_larger;
   }
-  sum = total[0] + total[1];
-}
+};
 
 template <class Map>
 class Forward {
@@ -43,8 +47,8 @@ class Forward {
   static Needs needs() { return {{true, false}, {false, true}, {false, false}}; }
 
   Forward(const Call& call, Map& map, Scratch& scratch)
-      : plan_(*call.plan), functions_(row_functions(plan_.dtype)), map_(&map), query_(scratch, plan_.dim),
-        out_(scratch, plan_.dim, false), weights_(scratch.take_zeros(map.weights_size())) {}
+      : plan_(*call.plan), functions_(row_functions(plan_.dtype)), query_(scratch, plan_.dim),
+        out_(scratch, plan_.dim, false), weights_(map.weights(scratch.take_zeros(map.weights_size()))) {}
 
   void start(Map& map, const Submap& submap) {
     map_ = &map;
@@ -55,29 +59,45 @@ class Forward {
 
   void operator()(const Block& block) {
     query_.load(block, query_view_, functions_, static_cast<float>(plan_.scale));
-    map_->dot(query_, KEYS, true, weights_);
-    float inverse[MAX_ROWS][W];
-    for (int r = 0; r < block.rows; ++r) {
-      Vec largest, sum;
-      exponentials(weights_ + block.start[r], block.keys[r], largest, sum);
-      natten::store(inverse[r], 1.f / sum);
-      float lse[W];
-      natten::store(lse, largest + log(sum));
-      for (int lane = 0; lane < block.lanes[r]; ++lane)
-        *reinterpret_cast<float*>(lse_view_.at(block.token[r][lane])) = lse[lane];
-    }
     out_.zero(block);
-    map_->gather(weights_, VALUES, out_);
-    out_.store(block, out_view_, functions_, inverse);
+    for (int r = 0; r < block.rows; ++r) softmax_[r].clear();
+    map_->for_each_visit([&](const auto& visit) {
+      map_->dot(visit, query_, KEYS, true, weights_);
+      for (int r = 0; r < visit.rows; ++r) {
+        Vec factor;
+        if (softmax_[visit.first_row + r].add(weights_[r], visit.keys, factor)) rescale(visit.first_row + r, factor);
+      }
+      map_->gather(visit, weights_, VALUES, out_);
+    });
+    finish(block);
   }
 
  private:
   const Plan& plan_;
   const RowFunctions functions_;
-  Map* map_;
+  Map* map_ = nullptr;
   BlockRows query_, out_;
-  float* weights_;
+  Rows weights_;
   View query_view_, out_view_, lse_view_;
+  Softmax softmax_[MAX_ROWS];
+
+  void rescale(int r, Vec factor) {
+    for (int lane = 0; lane < W; ++lane) {
+      float* row = out_.lane_of_rows(r, lane)[0];
+      for (int d = 0; d < out_.padded; d += W) natten::store(row + d, natten::load(row + d) * factor[lane]);
+    }
+  }
+
+  void finish(const Block& block) {
+    float inverse[MAX_ROWS][W], lse[W];
+    for (int r = 0; r < block.rows; ++r) {
+      natten::store(inverse[r], 1.f / softmax_[r].sum);
+      natten::store(lse, softmax_[r].largest + log(softmax_[r].sum));
+      for (int lane = 0; lane < block.lanes[r]; ++lane)
+        *reinterpret_cast<float*>(lse_view_.at(block.token[r][lane])) = lse[lane];
+    }
+    out_.store(block, out_view_, functions_, inverse);
+  }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -90,9 +110,10 @@ class Backward {
   static Needs needs() { return {{true, true}, {true, false}, {true, true}}; }
 
   Backward(const Call& call, Map& map, Scratch& scratch)
-      : plan_(*call.plan), call_(call), functions_(row_functions(plan_.dtype)), map_(&map), query_(scratch, plan_.dim),
-        grad_out_(scratch, plan_.dim), grad_query_(scratch, plan_.dim, false),
-        weights_(scratch.take_zeros(map.weights_size())), grad_logits_(scratch.take_zeros(map.weights_size())) {
+      : plan_(*call.plan), call_(call), functions_(row_functions(plan_.dtype)), query_(scratch, plan_.dim),
+        grad_out_(scratch, plan_.dim), out_(scratch, plan_.dim, false), grad_query_(scratch, plan_.dim, false),
+        weights_(map.weights(scratch.take_zeros(map.weights_size()))),
+        grad_logits_(map.weights(scratch.take_zeros(map.weights_size()))) {
     for (auto& row : scale_)
       for (float& lane : row) lane = static_cast<float>(plan_.scale);
   }
@@ -100,6 +121,7 @@ class Backward {
   void start(Map& map, const Submap& submap) {
     map_ = &map;
     query_view_ = submap.view(QUERY, functions_.size);
+    out_view_ = submap.view(OUT, functions_.size);
     grad_out_view_ = submap.view(GRAD_OUT, functions_.size);
     grad_query_view_ = submap.view(GRAD_QUERY, functions_.size);
     lse_view_ = submap.view(LSE, sizeof(float));
@@ -109,14 +131,18 @@ class Backward {
   void operator()(const Block& block) {
     query_.load(block, query_view_, functions_, static_cast<float>(plan_.scale));
     grad_out_.load(block, grad_out_view_, functions_, 1.f);
-    map_->dot(query_, KEYS, true, weights_);
-    map_->dot(grad_out_, VALUES, false, grad_logits_);
-    for (int r = 0; r < block.rows; ++r) differentiate_softmax(block, r);
-    if (call_.grad_rpb) map_->add_bias_gradient(grad_logits_);
-    map_->scatter(weights_, grad_out_, VALUES);
-    map_->scatter(grad_logits_, query_, KEYS);
+    out_.load(block, out_view_, functions_, 1.f);
+    for (int r = 0; r < block.rows; ++r) sum_up(block, r);
     grad_query_.zero(block);
-    map_->gather(grad_logits_, KEYS, grad_query_);
+    map_->for_each_visit([&](const auto& visit) {
+      map_->dot(visit, query_, KEYS, true, weights_);
+      map_->dot(visit, grad_out_, VALUES, false, grad_logits_);
+      for (int r = 0; r < visit.rows; ++r) differentiate(visit.first_row + r, weights_[r], grad_logits_[r], visit.keys);
+      if (call_.grad_rpb) map_->add_bias_gradient(visit, grad_logits_);
+      map_->scatter(visit, weights_, grad_out_, VALUES);
+      map_->scatter(visit, grad_logits_, query_, KEYS);
+      map_->gather(visit, grad_logits_, KEYS, grad_query_);
+    });
     grad_query_.store(block, grad_query_view_, functions_, scale_);
   }
 
@@ -124,32 +150,39 @@ class Backward {
   const Plan& plan_;
   const Call& call_;
   const RowFunctions functions_;
-  Map* map_;
-  BlockRows query_, grad_out_, grad_query_;
-  float *weights_, *grad_logits_;
-  View query_view_, grad_out_view_, grad_query_view_, lse_view_, grad_lse_view_;
+  Map* map_ = nullptr;
+  BlockRows query_, grad_out_, out_, grad_query_;
+  Rows weights_, grad_logits_;
+  View query_view_, out_view_, grad_out_view_, grad_query_view_, lse_view_, grad_lse_view_;
   float scale_[MAX_ROWS][W];
+  Vec lse_[MAX_ROWS], delta_[MAX_ROWS];
 
-  // From logits and gradients of weights: weights, and gradients of logits. Lanes without a query get 0.
-  void differentiate_softmax(const Block& block, int r) {
-    float lse[W], grad_lse[W];
+  // The logsumexp of a row's queries, infinite in lanes without one, whose weights thus vanish; and `delta`, the sum over
+  // keys of weight times its gradient, which is the product of the output and its gradient, less the logsumexp's.
+  void sum_up(const Block& block, int r) {
+    float lse[W], delta[W];
     for (int lane = 0; lane < W; ++lane) {
-      const Token& t = block.token[r][lane < block.lanes[r] ? lane : 0];
-      lse[lane] = lane < block.lanes[r] ? *reinterpret_cast<const float*>(lse_view_.at(t)) : INFINITY;
-      grad_lse[lane] =
-          call_.tensors[GRAD_LSE] ? *reinterpret_cast<const float*>(grad_lse_view_.at(t)) : 0.f;
+      lse[lane] = INFINITY, delta[lane] = 0;
+      if (lane >= block.lanes[r]) continue;
+      const Token& t = block.token[r][lane];
+      lse[lane] = *reinterpret_cast<const float*>(lse_view_.at(t));
+      Vec product = {};
+      const float *out = out_.lane_of_rows(r, lane)[0], *grad = grad_out_.lane_of_rows(r, lane)[0];
+      for (int d = 0; d < out_.padded; d += W) product += natten::load(out + d) * natten::load(grad + d);
+      delta[lane] = total(product);
+      if (call_.tensors[GRAD_LSE]) delta[lane] -= *reinterpret_cast<const float*>(grad_lse_view_.at(t));
     }
-    float *p = weights_ + block.start[r], *ds = grad_logits_ + block.start[r];
-    const int count = block.keys[r] * W;
-    const Vec shift = natten::load(lse);
-    Vec delta = -natten::load(grad_lse);  // sum over keys of weight times its gradient
-    for (int j = 0; j < count; j += W) {
-      const Vec weight = exp(natten::load(p + j) - shift);
+    lse_[r] = natten::load(lse), delta_[r] = natten::load(delta);
+  }
+
+  // Logits become weights, gradients of weights those of logits.
+  NATTEN_INLINE void differentiate(int r, float* p, float* ds, int keys) {
+    const Vec lse = lse_[r], delta = delta_[r];
+    for (int j = 0; j < keys * W; j += W) {
+      const Vec weight = exp(natten::load(p + j) - lse);
       natten::store(p + j, weight);
-      delta += weight * natten::load(ds + j);
+      natten::store(ds + j, weight * (natten::load(ds + j) - delta));
     }
-    for (int j = 0; j < count; j += W)
-      natten::store(ds + j, natten::load(p + j) * (natten::load(ds + j) - delta));
   }
 };
 

@@ -1,7 +1,8 @@
 // A block: up to MAX_ROWS rows of W queries each, taken together because they meet the same keys. What a Map is.
 //
 // A Map (lines.h, dense.h) cuts a submap into bands of blocks, holds the keys and values that a block meets, and applies
-// the three products of micro.h to them. The operators (attention.cpp, halves.cpp) are written once, for any Map.
+// the three products of micro.h to them, one line of keys at a time: its weights stay in the nearest cache. The operators
+// (attention.cpp, halves.cpp) are written once, for any Map.
 #pragma once
 
 #include "micro.h"
@@ -29,8 +30,6 @@ struct Strips {
 struct Block {
   int rows;
   int lanes[MAX_ROWS];        // queries of each row
-  int keys[MAX_ROWS];         // vectors of weights of each row
-  int64_t start[MAX_ROWS];    // where these begin among the weights of the block
   Token token[MAX_ROWS][W];   // place of each query
 
   // Calls function(r, lane, count) for the queries that stand side by side on the map.

@@ -46,8 +46,14 @@ class DenseMap {
     for (int row = 0; row < rows_; ++row) bias_.add_kind(bias_entries(row));
   }
 
-  // Floats that the weights of a block take.
-  int64_t weights_size() const { return int64_t(MAX_ROWS) * tokens_ * W; }
+  // Keys, with which all rows of the block meet.
+  struct Visit {
+    int first_key, first_row, rows, keys;
+  };
+  static constexpr int MOST_KEYS = 64;
+
+  int64_t weights_size() const { return int64_t(MAX_ROWS) * MOST_KEYS * W; }
+  Rows weights(float* memory) const { return {memory, MOST_KEYS * W}; }
 
   // `head`: its place among those of the bias.
   void begin(const Submap& submap, int, int head) { submap_ = submap, head_ = head; }
@@ -70,51 +76,55 @@ class DenseMap {
 
   void end() {}
 
-  void dot(const BlockRows& query, Side side, bool is_biased, float* s) {
-    const ConstRows bias = is_biased ? bias_rows() : ConstRows{zeros_, 0};
-    const DotArguments a{dim_, query.transposed_rows(0), {rows_of_[side], padded_}, IntVec{}, bias, {s, stride()}};
-    dot_rows<SHARED>(a, block_.rows, tokens_);
+  template <class Function>
+  NATTEN_INLINE void for_each_visit(const Function& function) const {
+    for_each_part(tokens_, MOST_KEYS, [&](int first, int count) { function(Visit{first, 0, block_.rows, count}); });
   }
 
-  void gather(float* s, Side side, const BlockRows& out) {
+  void dot(const Visit& visit, const BlockRows& query, Side side, bool is_biased, Rows s) {
+    const ConstRows bias = is_biased ? bias_rows(visit.first_key) : ConstRows{zeros_, 0};
+    const ConstRows keys{rows_of_[side] + visit.first_key * padded_, padded_};
+    dot_rows<SHARED>({dim_, query.transposed_rows(0), keys, IntVec{}, bias, s}, visit.rows, visit.keys);
+  }
+
+  void gather(const Visit& visit, Rows s, Side side, const BlockRows& out) {
     for_each_piece(padded_, [&](int d, auto vectors) {
+      const ConstRows values{rows_of_[side] + visit.first_key * padded_ + d, padded_};
       for (int lane = 0; lane < W; ++lane) {
-        int rows = block_.rows;
+        int rows = visit.rows;
         while (rows > 0 && block_.lanes[rows - 1] <= lane) --rows;  // the last one may be short
         if (!rows) break;
         const Rows sums = out.lane_of_rows(0, lane);
         with_constant<MAX_ROWS>(rows, [&](auto n) {
-          natten::gather<n, vectors>(tokens_, {s + lane, stride()}, {rows_of_[side] + d, padded_},
-                                     {sums.first + d, sums.stride});
+          natten::gather<n, vectors>(visit.keys, {s.first + lane, s.stride}, values, {sums.first + d, sums.stride});
         });
       }
     });
   }
 
-  void scatter(float* s, const BlockRows& query, Side side) {
+  void scatter(const Visit& visit, Rows s, const BlockRows& query, Side side) {
     for_each_piece(padded_, [&](int d, auto vectors) {
-      for_each_part(tokens_, SCATTER_KEYS, [&](int first, int size) {
-        const Rows gradient{gradient_[side] + first * padded_ + d, padded_};
-        with_constant<SCATTER_KEYS>(size, [&](auto n) {
-          for (int r = 0; r < block_.rows; ++r)
-            natten::scatter<n, vectors>(block_.lanes[r], {s + r * stride() + first * W, 1},
-                                        {query.lane_of_rows(r, 0).first + d, padded_}, gradient);
+      for_each_part(visit.keys, SCATTER_KEYS, [&](int first, int count) {
+        const Rows gradients{gradient_[side] + (visit.first_key + first) * padded_ + d, padded_};
+        with_constant<SCATTER_KEYS>(count, [&](auto n) {
+          for (int r = 0; r < visit.rows; ++r)
+            natten::scatter<n, vectors>(block_.lanes[r], {s[r] + first * W, 1},
+                                        {query.lane_of_rows(r, 0).first + d, padded_}, gradients);
         });
       });
     });
   }
 
-  void add_bias_gradient(float* s) {
-    for (int r = 0; r < block_.rows; ++r) {
-      float* to = bias_.gradient(head_, first_row_ + r);
-      const float* from = s + r * stride();
-      for (int j = 0; j < tokens_ * W; j += W) natten::store(to + j, natten::load(to + j) + natten::load(from + j));
+  void add_bias_gradient(const Visit& visit, Rows s) {
+    for (int r = 0; r < visit.rows; ++r) {
+      float* to = bias_.gradient(head_, first_row_ + r) + visit.first_key * W;
+      for (int j = 0; j < visit.keys * W; j += W) natten::store(to + j, natten::load(to + j) + natten::load(s[r] + j));
     }
   }
 
-  template <class Function>
-  void for_each_slot(int, int, const Function& function) const {
-    for (int slot = 0; slot < tokens_; ++slot) function(slot, slot);
+  int first_slot(const Visit& visit, int, int, int* count) const {
+    *count = visit.keys;
+    return visit.first_key;
   }
 
  private:
@@ -131,11 +141,10 @@ class DenseMap {
   int first_row_ = 0, head_ = 0;
 
   // Without a table all rows have the same bias: none.
-  ConstRows bias_rows() const {
-    return {bias_.value(head_, bias_.has_table() ? first_row_ : 0), bias_.has_table() ? bias_.stride() : 0};
+  ConstRows bias_rows(int first_key) const {
+    const float* first = bias_.value(head_, bias_.has_table() ? first_row_ : 0);
+    return {first + first_key * W, bias_.has_table() ? bias_.stride() : 0};
   }
-
-  int64_t stride() const { return int64_t(tokens_) * W; }
 
   std::vector<int> bias_entries(int row) const {
     std::vector<int> entry(size_t(tokens_) * W);
@@ -175,8 +184,6 @@ class DenseMap {
     for (int r = 0; r < block_.rows; ++r) {
       const int first = (first_row + r) * W;
       block_.lanes[r] = std::min(W, tokens_ - first);
-      block_.keys[r] = tokens_;
-      block_.start[r] = r * stride();
       for (int lane = 0; lane < block_.lanes[r]; ++lane) block_.token[r][lane] = token_[first + lane];
     }
   }

@@ -8,52 +8,62 @@
 
 namespace natten {
 
-// What the four operators share: a block's weights here, and a window's weights in memory, in row-major order of its keys.
+// What the four operators share: weights of a visit here, and windows of weights in memory, in row-major order of keys.
 template <class Map>
 class Half {
  public:
   Half(const Call& call, Map& map, Scratch& scratch)
-      : plan_(*call.plan), call_(call), functions_(row_functions(plan_.dtype)), map_(&map),
-        weights_(scratch.take_zeros(map.weights_size())) {
+      : plan_(*call.plan), call_(call), functions_(row_functions(plan_.dtype)),
+        weights_(map.weights(scratch.take_zeros(map.weights_size()))) {
     for (const Axis& axis : plan_.axis) slots_ *= axis.kernel_size;
     window_ = scratch.take(slots_);
     for (auto& row : ones_) std::fill_n(row, W, 1.f);
   }
 
  protected:
+  using Visit = typename Map::Visit;
   const Plan& plan_;
   const Call& call_;
   const RowFunctions functions_;
-  Map* map_;
-  float* weights_;
+  Map* map_ = nullptr;
+  Rows weights_;
   float* window_;  // of one query
   int slots_ = 1;
   float ones_[MAX_ROWS][W];
 
-  // Slots that lie before the map count as absent.
-  void read(const Block& block, const View& from, float* weights) {
-    for (int r = 0; r < block.rows; ++r) {
-      float* row = weights + block.start[r];
-      std::fill_n(row, block.keys[r] * W, 0.f);
-      for (int lane = 0; lane < block.lanes[r]; ++lane) {
-        functions_.load(from.at(block.token[r][lane]), 0, 1, slots_, slots_, 1.f, window_);
-        map_->for_each_slot(r, lane, [&](int slot, int vector) {
-          if (vector >= 0) row[vector * W + lane] = window_[slot];
-        });
+  void read(const Block& block, const Visit& visit, const View& from, Rows weights) {
+    for (int r = 0; r < visit.rows; ++r) {
+      std::fill_n(weights[r], visit.keys * W, 0.f);
+      for (int lane = 0; lane < block.lanes[visit.first_row + r]; ++lane) {
+        int count;
+        const int slot = map_->first_slot(visit, visit.first_row + r, lane, &count);
+        const char* window = from.at(block.token[visit.first_row + r][lane]) + int64_t(slot) * functions_.size;
+        functions_.load(window, 0, 1, count, count, 1.f, window_);
+        for (int j = 0; j < count; ++j) weights[r][j * W + lane] = window_[j];
       }
     }
   }
 
-  void write(const Block& block, const float* weights, const View& to, float absent) {
-    for (int r = 0; r < block.rows; ++r) {
-      const float* row = weights + block.start[r];
-      for (int lane = 0; lane < block.lanes[r]; ++lane) {
-        map_->for_each_slot(r, lane, [&](int slot, int vector) {
-          window_[slot] = vector < 0 ? absent : row[vector * W + lane];
-        });
-        functions_.store(window_, slots_, 1, slots_, ones_[0], to.at(block.token[r][lane]), 0);
+  void write(const Block& block, const Visit& visit, Rows weights, const View& to) {
+    for (int r = 0; r < visit.rows; ++r)
+      for (int lane = 0; lane < block.lanes[visit.first_row + r]; ++lane) {
+        int count;
+        const int slot = map_->first_slot(visit, visit.first_row + r, lane, &count);
+        for (int j = 0; j < count; ++j) window_[j] = weights[r][j * W + lane];
+        char* window = to.at(block.token[visit.first_row + r][lane]) + int64_t(slot) * functions_.size;
+        functions_.store(window_, count, 1, count, ones_[0], window, 0);
       }
-    }
+  }
+
+  // Gives every slot a value, which those of causal windows that lie before the map keep.
+  void fill(const Block& block, const View& to, float value) {
+    bool is_causal = false;
+    for (const Axis& axis : plan_.axis) is_causal |= axis.is_causal;
+    if (!is_causal) return;
+    std::fill_n(window_, slots_, value);
+    for (int r = 0; r < block.rows; ++r)
+      for (int lane = 0; lane < block.lanes[r]; ++lane)
+        functions_.store(window_, slots_, 1, slots_, ones_[0], to.at(block.token[r][lane]), 0);
   }
 };
 
@@ -72,8 +82,11 @@ class QueryKey : Half<Map> {
 
   void operator()(const Block& block) {
     query_.load(block, query_view_, this->functions_, 1.f);
-    this->map_->dot(query_, KEYS, true, this->weights_);
-    this->write(block, this->weights_, attn_view_, -std::numeric_limits<float>::infinity());
+    this->fill(block, attn_view_, -std::numeric_limits<float>::infinity());
+    this->map_->for_each_visit([&](const auto& visit) {
+      this->map_->dot(visit, query_, KEYS, true, this->weights_);
+      this->write(block, visit, this->weights_, attn_view_);
+    });
   }
 
  private:
@@ -98,11 +111,13 @@ class QueryKeyBackward : Half<Map> {
 
   void operator()(const Block& block) {
     query_.load(block, query_view_, this->functions_, 1.f);
-    this->read(block, grad_attn_view_, this->weights_);
-    if (this->call_.grad_rpb) this->map_->add_bias_gradient(this->weights_);
-    this->map_->scatter(this->weights_, query_, KEYS);
     grad_query_.zero(block);
-    this->map_->gather(this->weights_, KEYS, grad_query_);
+    this->map_->for_each_visit([&](const auto& visit) {
+      this->read(block, visit, grad_attn_view_, this->weights_);
+      if (this->call_.grad_rpb) this->map_->add_bias_gradient(visit, this->weights_);
+      this->map_->scatter(visit, this->weights_, query_, KEYS);
+      this->map_->gather(visit, this->weights_, KEYS, grad_query_);
+    });
     grad_query_.store(block, grad_query_view_, this->functions_, this->ones_);
   }
 
@@ -126,9 +141,11 @@ class WeightValue : Half<Map> {
   }
 
   void operator()(const Block& block) {
-    this->read(block, attn_view_, this->weights_);
     out_.zero(block);
-    this->map_->gather(this->weights_, VALUES, out_);
+    this->map_->for_each_visit([&](const auto& visit) {
+      this->read(block, visit, attn_view_, this->weights_);
+      this->map_->gather(visit, this->weights_, VALUES, out_);
+    });
     out_.store(block, out_view_, this->functions_, this->ones_);
   }
 
@@ -144,7 +161,7 @@ class WeightValueBackward : Half<Map> {
 
   WeightValueBackward(const Call& call, Map& map, Scratch& scratch)
       : Half<Map>(call, map, scratch), grad_out_(scratch, call.plan->dim),
-        grad_weights_(scratch.take_zeros(map.weights_size())) {}
+        grad_weights_(map.weights(scratch.take_zeros(map.weights_size()))) {}
 
   void start(Map& map, const Submap& submap) {
     this->map_ = &map;
@@ -155,15 +172,18 @@ class WeightValueBackward : Half<Map> {
 
   void operator()(const Block& block) {
     grad_out_.load(block, grad_out_view_, this->functions_, 1.f);
-    this->read(block, attn_view_, this->weights_);
-    this->map_->scatter(this->weights_, grad_out_, VALUES);
-    this->map_->dot(grad_out_, VALUES, false, grad_weights_);
-    this->write(block, grad_weights_, grad_attn_view_, 0.f);
+    this->fill(block, grad_attn_view_, 0.f);
+    this->map_->for_each_visit([&](const auto& visit) {
+      this->read(block, visit, attn_view_, this->weights_);
+      this->map_->scatter(visit, this->weights_, grad_out_, VALUES);
+      this->map_->dot(visit, grad_out_, VALUES, false, grad_weights_);
+      this->write(block, visit, grad_weights_, grad_attn_view_);
+    });
   }
 
  private:
   BlockRows grad_out_;
-  float* grad_weights_;
+  Rows grad_weights_;
   View attn_view_, grad_attn_view_, grad_out_view_;
 };
 

@@ -16,8 +16,8 @@ namespace natten {
 struct Group {
   int first, lanes, kind;
   KeyAccess access;
-  IntVec index;                              // first key of each lane, less that of lane 0
-  int lane_key[W], place[W], lane_keys[W];   // first key, the same less the line's first, number of keys
+  IntVec index;                 // the same, counted from that of lane 0
+  int place[W], lane_keys[W];   // first key of each lane, counted from the first that the line holds; number of keys
 };
 
 // What the maps of several heads have in common: the groups of a line, or of a strip of it, and their bias.
@@ -37,7 +37,6 @@ class LineMap {
     for (int i = 0; i < 3; ++i) kernel_[i] = plan_.axis[i].kernel_size;
     const int longest = (plan_.axis[2].length + plan_.axis[2].dilation - 1) / plan_.axis[2].dilation;
     is_one_line_ = plan_.axis[0].length == 1 && plan_.axis[1].length == 1;
-    has_gaps_ = plan_.axis[0].length > 1 && plan_.axis[1].is_causal;
     const int strip = strips.axis == 2 ? (longest + strips.count - 1) / strips.count + 2 * kernel_[2] + 1 : longest;
     tokens_ = std::min(strip, longest);
     places_ = tokens_ + kernel_[2] + W;  // what lies beyond the last token stays 0
@@ -56,14 +55,22 @@ class LineMap {
     std::fill_n(ones_, tokens_, 1.f);
   }
 
-  // Floats that the weights of a block take. They are to be zero at first.
+  // A line of keys, and the rows of the block whose windows hold it.
+  struct Visit {
+    int z, y;  // of the keys
+    int first_row, rows, keys;
+  };
+
+  // Floats that the weights of a visit take. They are to be zero at first.
   int64_t weights_size() const {
-    if (is_one_line_) return int64_t(kernel_[2] + 2 * BAND_PAD) * W;
-    return MAX_ROWS * row_size() + int64_t(MAX_ROWS + plan_.axis[1].stride) * kernel_[2] * W;
+    return is_one_line_ ? int64_t(kernel_[2] + 2 * BAND_PAD) * W : int64_t(MAX_ROWS) * kernel_[2] * W;
   }
 
-  // Takes up strip `strip` of a submap, whose head is the head-th of the bias. Gradients of keys and values are added to
-  // what is there if there are several strips.
+  // The weights of a visit's rows, [rows][keys][W], in such memory.
+  Rows weights(float* memory) const { return {memory + (is_one_line_ ? BAND_PAD * W : 0), int64_t(kernel_[2]) * W}; }
+
+  // Takes up strip `strip` of a submap, whose head is the head-th of the bias. Strips of even
+  // number come first.
   void begin(const Submap& submap, int strip, int head) {
     submap_ = submap, head_ = head;
     for (int side : {KEYS, VALUES}) {
@@ -91,94 +98,87 @@ class LineMap {
   // To be called when all bands are done.
   void end() { hold(packed_end_, packed_end_); }
 
+  // Calls function(visit) for each line of keys that the block meets.
+  template <class Function>
+  NATTEN_INLINE void for_each_visit(const Function& function) const {
+    const int z = block_.token[0][0].z, y = block_.token[0][0].y;
+    const int *first = &windows_[1].first[y], *end = &windows_[1].end[y], last = block_.rows - 1;
+    for (int kz = windows_[0].first[z]; kz < windows_[0].end[z]; ++kz)
+      for (int ky = first[0], from = 0, to = 0; ky < end[last]; ++ky) {
+        while (end[from] <= ky) ++from;
+        while (to <= last && first[to] <= ky) ++to;
+        if (from < to) function(Visit{kz, ky, from, to - from, kernel_[2]});
+      }
+  }
+
   // s = query . key, plus the bias or plus nothing.
-  void dot(const BlockRows& query, Side side, bool is_biased, float* s) {
+  void dot(const Visit& visit, const BlockRows& query, Side side, bool is_biased, Rows s) {
     const int64_t step = groups_.has_table() ? -int64_t(kernel_[2]) * W : 0;  // from one row's bias to the next's
-    for_each_line([&](int kz, int ky, int first_row, int rows) {
-      const float* keys = transposed_[side] + int64_t(slot(kz, ky)) * padded_ * place_stride_;
-      const ConstRows bias =
-          is_biased ? ConstRows{groups_.value(head_, group_->kind) + bias_offset(kz, ky, first_row), step}
-                    : ConstRows{zeros_, 0};
-      const DotArguments a{dim_, query.transposed_rows(first_row), {keys + group_->lane_key[0] - origin_, place_stride_},
-                           group_->index, bias, weights(s, kz, ky, first_row)};
-      if (group_->access == SHIFTED) dot_rows<SHIFTED>(a, rows, kernel_[2]);
-      else dot_rows<PERMUTED>(a, rows, kernel_[2]);
-    });
-    fill_gaps(s, is_biased ? -std::numeric_limits<float>::infinity() : 0.f);
+    const float* keys = transposed_[side] + int64_t(slot(visit)) * padded_ * place_stride_ + group_->place[0];
+    const ConstRows bias = is_biased ? ConstRows{groups_.value(head_, group_->kind) + bias_offset(visit), step}
+                                     : ConstRows{zeros_, 0};
+    const DotArguments a{dim_, query.transposed_rows(visit.first_row), {keys, place_stride_}, group_->index, bias, s};
+    if (group_->access == SHIFTED) dot_rows<SHIFTED>(a, visit.rows, kernel_[2]);
+    else dot_rows<PERMUTED>(a, visit.rows, kernel_[2]);
   }
 
   // out += s . value
-  void gather(float* s, Side side, const BlockRows& out) {
-    for_each_line([&](int kz, int ky, int first_row, int rows) {
-      const float* values = natural_line(natural_[side], kz, ky);
-      for_each_piece(padded_, [&](int d, auto vectors) {
-        if (is_one_line_) {
-          for_each_band([&](int lane, int size, int key, int keys, int step) {
-            with_constant<MAX_ROWS>(size, [&](auto n) {
-              natten::gather<n, vectors>(keys, {s + start_of_band(lane), step}, place(values + d, key),
-                                         {out.lane_of_rows(0, lane)[0] + d, padded_});
-            });
+  void gather(const Visit& visit, Rows s, Side side, const BlockRows& out) {
+    const float* values = natural_[side] + int64_t(slot(visit)) * places_ * padded_;
+    for_each_piece(padded_, [&](int d, auto vectors) {
+      if (is_one_line_) {
+        for_each_band([&](int lane, int size, int keys, int64_t step) {
+          with_constant<MAX_ROWS>(size, [&](auto n) {
+            natten::gather<n, vectors>(keys, {s.first + lane, step}, {values + group_->place[lane] * padded_ + d, padded_},
+                                       {out.lane_of_rows(0, lane)[0] + d, padded_});
           });
-          return;
-        }
-        const Lanes lanes = lanes_of(weights(s, kz, ky, first_row), out.lane_of_rows(first_row, 0), d);
-        with_constant<MAX_ROWS>(rows, [&](auto n) { gather_lanes<n, vectors>(lanes, values + d); });
-      });
+        });
+        return;
+      }
+      const Lanes lanes = lanes_of(s, out.lane_of_rows(visit.first_row, 0), d);
+      with_constant<MAX_ROWS>(visit.rows, [&](auto n) { gather_lanes<n, vectors>(lanes, values + d); });
     });
   }
 
   // gradient of the keys or values += s . query
-  void scatter(float* s, const BlockRows& query, Side side) {
-    for_each_line([&](int kz, int ky, int first_row, int rows) {
-      float* gradients = natural_line(gradient_[side], kz, ky);
-      for_each_piece(padded_, [&](int d, auto vectors) {
-        if (is_one_line_) {
-          for_each_band([&](int lane, int size, int key, int keys, int step) {
-            for_each_part(keys, SCATTER_KEYS, [&](int first, int count) {
-              with_constant<SCATTER_KEYS>(count, [&](auto n) {
-                natten::scatter<n, vectors>(size, {s + start_of_band(lane) + first * W, step},
-                                            {query.lane_of_rows(0, lane)[0] + d, padded_},
-                                            place(gradients + d, key + first));
-              });
+  void scatter(const Visit& visit, Rows s, const BlockRows& query, Side side) {
+    float* gradients = gradient_[side] + int64_t(slot(visit)) * places_ * padded_;
+    for_each_piece(padded_, [&](int d, auto vectors) {
+      if (is_one_line_) {
+        for_each_band([&](int lane, int size, int keys, int64_t step) {
+          for_each_part(keys, SCATTER_KEYS, [&](int first, int count) {
+            with_constant<SCATTER_KEYS>(count, [&](auto n) {
+              natten::scatter<n, vectors>(size, {s.first + lane + first * W, step},
+                                          {query.lane_of_rows(0, lane)[0] + d, padded_},
+                                          {gradients + (group_->place[lane] + first) * padded_ + d, padded_});
             });
           });
-          return;
-        }
-        const Lanes lanes = lanes_of(weights(s, kz, ky, first_row), query.lane_of_rows(first_row, 0), d);
-        for_each_part(kernel_[2], SCATTER_KEYS, [&](int first, int count) {
-          with_constant<SCATTER_KEYS>(count, [&](auto n) {
-            scatter_lanes<n, vectors>(lanes, first, rows, gradients + d);
-          });
+        });
+        return;
+      }
+      const Lanes lanes = lanes_of(s, query.lane_of_rows(visit.first_row, 0), d);
+      for_each_part(kernel_[2], SCATTER_KEYS, [&](int first, int count) {
+        with_constant<SCATTER_KEYS>(count, [&](auto n) {
+          scatter_lanes<n, vectors>(lanes, first, visit.rows, gradients + d);
         });
       });
     });
   }
 
   // gradient of the bias += s
-  void add_bias_gradient(float* s) {
-    for_each_line([&](int kz, int ky, int first_row, int rows) {
-      const Rows w = weights(s, kz, ky, first_row);
-      for (int r = 0; r < rows; ++r) {
-        float* to = groups_.gradient(head_, group_->kind) + bias_offset(kz, ky, first_row + r);
-        const float* from = w[r];
-        for (int j = 0; j < kernel_[2] * W; j += W) store(to + j, load(to + j) + load(from + j));
-      }
-    });
+  void add_bias_gradient(const Visit& visit, Rows s) {
+    float* to = groups_.gradient(head_, group_->kind) + bias_offset(visit);
+    for (int r = 0; r < visit.rows; ++r, to -= kernel_[2] * W)
+      for (int j = 0; j < kernel_[2] * W; j += W) store(to + j, load(to + j) + load(s[r] + j));
   }
 
-  // Calls function(slot, key): which vector of row r's weights holds each slot of lane's window, -1 for none.
-  template <class Function>
-  void for_each_slot(int r, int lane, const Function& function) const {
-    const int z = block_.token[r][lane].z, y = block_.token[r][lane].y, x = block_.token[r][lane].x;
-    const int first[3] = {windows_[0].missing[z], windows_[1].missing[y], windows_[2].missing[x]};
-    int slot = 0;
-    for (int a = 0; a < kernel_[0]; ++a)
-      for (int b = 0; b < kernel_[1]; ++b) {
-        const bool has_line = a >= first[0] && b >= first[1];
-        const int key_line = (a - first[0]) * kernel_[1] + b - first[1];
-        for (int c = 0; c < kernel_[2]; ++c, ++slot)
-          function(slot, has_line && c >= first[2] ? key_line * kernel_[2] + c - first[2] : -1);
-      }
+  // Where the keys of a visit stand in the window of a query, of which they are `count`.
+  int first_slot(const Visit& visit, int r, int lane, int* count) const {
+    const Token& t = block_.token[r][lane];
+    const int a = visit.z - windows_[0].first[t.z] + windows_[0].missing[t.z];
+    const int b = visit.y - windows_[1].first[t.y] + windows_[1].missing[t.y];
+    *count = group_->lane_keys[lane];
+    return (a * kernel_[1] + b) * kernel_[2] + windows_[2].missing[t.x];
   }
 
  private:
@@ -189,7 +189,7 @@ class LineMap {
   const Strips strips_;
   const int dim_, padded_;
   int kernel_[3];
-  bool is_one_line_, has_gaps_;
+  bool is_one_line_;
   int tokens_, places_, place_stride_, lines_;  // of a line; lines of the ring
   float *natural_[2] = {}, *transposed_[2] = {}, *gradient_[2] = {}, *zeros_, *ones_;
 
@@ -199,14 +199,13 @@ class LineMap {
   Windows windows_[3];
   int begin_[3] = {}, end_[3] = {};  // queries of the strip
   int origin_ = 0, key_end_ = 0;     // keys of a line that are held
-  int kept_begin_ = 0, packed_end_ = 0;
+  int kept_begin_ = 0, packed_end_ = 0;  // lines of the ring
+  int own_begin_ = 0, own_end_ = 0;      // keys along the axis of the strips whose gradient no strip has written before
 
   Block block_;
   const Group* group_ = nullptr;
 
   int line(int z, int y) const { return z * submap_.n[1] + y; }
-  int slot(int z, int y) const { return line(z, y) % lines_; }
-  float* natural_line(float* data, int z, int y) const { return data + int64_t(slot(z, y)) * places_ * padded_; }
 
   // --- what a strip holds --------------------------------------------------------------------------------------------
 
@@ -257,6 +256,11 @@ class LineMap {
       origin_ = windows_[2].first[begin_[2]];
       key_end_ = windows_[2].end[end_[2] - 1];
     }
+    own_begin_ = 0, own_end_ = windows_[axis].n;
+    if (strip % 2) {
+      own_begin_ = windows_[axis].end[begin_[axis] - 1];
+      if (strip + 1 < strips_.count) own_end_ = windows_[axis].first[end_[axis]];
+    }
     kept_begin_ = packed_end_ = first_kept_line(band_of(0));
     make_groups();
   }
@@ -287,11 +291,24 @@ class LineMap {
         transpose(rows + int64_t(i) * padded_ + d, padded_, columns + int64_t(d) * place_stride_ + i, place_stride_);
   }
 
+  // Strips of odd number come later, and add to what their neighbours have written.
   void write_gradient(int side, int which) {
+    const Token line = first_token(which);
+    const int at[2] = {line.z, line.y};
+    const bool is_own = strips_.axis == 2 || (at[strips_.axis] >= own_begin_ && at[strips_.axis] < own_end_);
+    const int begin = strips_.axis == 2 ? std::max(own_begin_, origin_) : is_own ? origin_ : key_end_;
+    const int end = strips_.axis == 2 ? std::min(own_end_, key_end_) : key_end_;
+    write_gradient(functions_.add, side, line, origin_, begin);
+    write_gradient(functions_.store, side, line, begin, end);
+    write_gradient(functions_.add, side, line, end, key_end_);
+  }
+
+  void write_gradient(decltype(RowFunctions::store) write, int side, const Token& line, int begin, int end) {
     const View& view = gradient_view_[side];
-    const float* rows = gradient_[side] + int64_t(which % lines_) * places_ * padded_;
-    const auto write = strips_.count > 1 ? functions_.add : functions_.store;
-    write(rows, padded_, key_end_ - origin_, dim_, ones_, view.at(first_token(which)), view.step[2]);
+    const float* rows = gradient_[side] + int64_t((line.z * submap_.n[1] + line.y) % lines_) * places_ * padded_;
+    if (begin < end)
+      write(rows + int64_t(begin - origin_) * padded_, padded_, end - begin, dim_, ones_, view.at({line.z, line.y, begin}),
+            view.step[2]);
   }
 
   Token first_token(int which) const { return {which / submap_.n[1], which % submap_.n[1], origin_}; }
@@ -311,7 +328,6 @@ class LineMap {
       for (; group.lanes < W && x < end_[2] && windows.first[x] - first_key < W; ++group.lanes, ++x) {
         const int lane = group.lanes;
         group.index[lane] = windows.first[x] - first_key;
-        group.lane_key[lane] = windows.first[x];
         group.place[lane] = windows.first[x] - origin_;
         group.lane_keys[lane] = windows.end[x] - windows.first[x];
         if (group.index[lane] != lane) group.access = PERMUTED;
@@ -330,7 +346,7 @@ class LineMap {
       for (int j = 0; j < kernel_[2]; ++j)
         for (int lane = 0; lane < W; ++lane) {
           const int real = lane < group.lanes ? lane : 0;
-          const int column = group.lane_key[real] + j - (group.first + real) + kernel_[2] - 1;
+          const int column = origin_ + group.place[real] + j - (group.first + real) + kernel_[2] - 1;
           const int which = groups_.has_table() ? t * width + column : 0;
           entry[(size_t(t) * kernel_[2] + j) * W + lane] = j < group.lane_keys[real] ? which : -1;
         }
@@ -339,13 +355,8 @@ class LineMap {
 
   void set_lines(const Band& b) {
     block_.rows = b.rows;
-    const int planes = windows_[0].end[b.z] - windows_[0].first[b.z];
-    for (int r = 0; r < b.rows; ++r) {
-      const int y = b.y + r, moved = windows_[1].first[y] - windows_[1].first[b.y];
-      block_.keys[r] = planes * (has_gaps_ ? kernel_[1] : line_keys(y)) * kernel_[2];
-      block_.start[r] = is_one_line_ ? BAND_PAD * W : r * row_size() + int64_t(moved) * kernel_[2] * W;
-      for (int lane = 0; lane < W; ++lane) block_.token[r][lane] = {b.z, y, 0};
-    }
+    for (int r = 0; r < b.rows; ++r)
+      for (int lane = 0; lane < W; ++lane) block_.token[r][lane] = {b.z, b.y + r, 0};
   }
 
   void set_group(const Group& group) {
@@ -360,46 +371,30 @@ class LineMap {
 
   int line_keys(int y) const { return windows_[1].end[y] - windows_[1].first[y]; }
 
-  int64_t row_size() const { return int64_t(kernel_[0]) * kernel_[1] * kernel_[2] * W; }
+  int slot(const Visit& visit) const { return line(visit.z, visit.y) % lines_; }
 
-  // Weights of the rows from `first_row` on with the keys of a line. They lie at equal distances although each row's
-  // begin with the first line of its own window: `start` of a row grows by as much as its window moves.
-  Rows weights(float* s, int kz, int ky, int first_row) const {
-    const Token& first = block_.token[0][0];
-    const int line = (kz - windows_[0].first[first.z]) * kernel_[1] + ky - windows_[1].first[first.y];
-    return {s + block_.start[0] + first_row * row_size() + int64_t(line) * kernel_[2] * W, row_size()};
-  }
-
-  // Where a causal axis leaves fewer lines than a window of several planes has room for, no key is.
-  void fill_gaps(float* s, float value) const {
-    if (!has_gaps_) return;
-    for (int r = 0; r < block_.rows; ++r) {
-      const int lines = line_keys(block_.token[r][0].y), line_size = kernel_[2] * W;
-      for (int i = 0; i < block_.keys[r] * W; i += kernel_[1] * line_size)
-        std::fill_n(s + block_.start[r] + i + lines * line_size, (kernel_[1] - lines) * line_size, value);
-    }
-  }
-
-  Strided<float> place(float* line, int x) const { return {line + int64_t(x - origin_) * padded_, padded_}; }
-  ConstRows place(const float* line, int x) const { return {line + int64_t(x - origin_) * padded_, padded_}; }
-
-  int64_t bias_offset(int kz, int ky, int r) const {
+  // Where the bias of a visit's first row begins; that of the next row lies a line before.
+  int64_t bias_offset(const Visit& visit) const {
     if (!groups_.has_table()) return 0;
-    const int dz = kz - block_.token[0][0].z + kernel_[0] - 1, dy = ky - block_.token[0][0].y - r + kernel_[1] - 1;
+    const Token& t = block_.token[visit.first_row][0];
+    const int dz = visit.z - t.z + kernel_[0] - 1, dy = visit.y - t.y + kernel_[1] - 1;
     return int64_t(dz * (2 * kernel_[1] - 1) + dy) * kernel_[2] * W;
   }
 
-  // Calls function(kz, ky, first_row, rows) for each line of keys and the rows whose windows hold it.
+  // On a single line, neighbours take the place of rows. Calls function(lane, size, keys, step) for bands of up to MAX_ROWS
+  // lanes, which together meet `keys` keys: a neighbour's weights lie `step` floats further, zeros where it does not meet
+  // a key.
   template <class Function>
-  NATTEN_INLINE void for_each_line(const Function& function) {
-    const int z = block_.token[0][0].z, y = block_.token[0][0].y;
-    const int *first = &windows_[1].first[y], *end = &windows_[1].end[y], last = block_.rows - 1;
-    for (int kz = windows_[0].first[z]; kz < windows_[0].end[z]; ++kz)
-      for (int ky = first[0], from = 0, to = 0; ky < end[last]; ++ky) {
-        while (end[from] <= ky) ++from;
-        while (to <= last && first[to] <= ky) ++to;
-        if (from < to) function(kz, ky, from, to - from);
-      }
+  NATTEN_INLINE void for_each_band(const Function& function) const {
+    const int* key = group_->place;
+    for (int lane = 0, end; lane < group_->lanes; lane = end) {
+      end = lane + 1;
+      const int move = end < group_->lanes ? key[end] - key[lane] : 0;
+      while (end < group_->lanes && end - lane < MAX_ROWS && key[end] - key[end - 1] == move &&
+             key[end] - key[lane] <= BAND_PAD)
+        ++end;
+      function(lane, end - lane, key[end - 1] - key[lane] + group_->lane_keys[end - 1], int64_t(1 - move * W));
+    }
   }
 
   // What the loops over the lanes of a group need, in one place: the compiler keeps it in registers.
@@ -431,24 +426,6 @@ class LineMap {
                                   {lanes.rows.first + lane * lanes.padded, lanes.rows.stride},
                                   {gradients + (lanes.key[lane] + first) * lanes.padded, lanes.padded});
   }
-
-  // On a single line, neighbours take the place of rows. Calls function(lane, size, key, keys, step) for bands of up to
-  // MAX_ROWS lanes, which together meet `keys` keys from `key` on: a neighbour's weights lie `step` floats further, zeros
-  // where it does not meet a key.
-  template <class Function>
-  NATTEN_INLINE void for_each_band(const Function& function) const {
-    const int* key = group_->lane_key;
-    for (int lane = 0, end; lane < group_->lanes; lane = end) {
-      end = lane + 1;
-      const int move = end < group_->lanes ? key[end] - key[lane] : 0;
-      while (end < group_->lanes && end - lane < MAX_ROWS && key[end] - key[end - 1] == move &&
-             key[end] - key[lane] <= BAND_PAD)
-        ++end;
-      function(lane, end - lane, key[lane], key[end - 1] - key[lane] + group_->lane_keys[end - 1], 1 - move * W);
-    }
-  }
-
-  int64_t start_of_band(int lane) const { return block_.start[0] + lane; }
 };
 
 }  // namespace natten

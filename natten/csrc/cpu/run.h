@@ -12,7 +12,7 @@
 namespace natten {
 
 constexpr int CHUNKS_PER_THREAD = 4, TASKS_PER_THREAD = 4;
-constexpr int64_t MAX_HEADS = 16;    // of a task
+constexpr int64_t MAX_HEADS = 2;  // of a task: more do not fit the cache
 // Strips of the last axis hold at most so many queries, so that what a thread holds stays in its cache.
 constexpr int64_t LONGEST_LINE = 1024, LONGEST_OF_MANY_LINES = 112;
 
@@ -30,21 +30,6 @@ inline Strips choose_strips(const Call& call, bool has_gradients) {
   if (axis == 2) count = std::max(count, (tokens(2) + longest - 1) / longest);
   const int64_t shortest = (has_gradients ? 3 : 1) * plan.axis[axis].kernel_size + plan.axis[axis].stride;
   return {axis, static_cast<int>(std::max<int64_t>(1, std::min(count, tokens(axis) / shortest)))};
-}
-
-// Strips add to what is there.
-inline void clear(const Call& call, TensorName name) {
-  const Plan& plan = *call.plan;
-  const Strides& strides = plan.strides[name];
-  const int size = row_functions(plan.dtype).size;
-  parallel_for(plan.batch * plan.axis[0].length, call.threads, [&](int64_t i) {
-    char* base = static_cast<char*>(call.tensors[name]) +
-                 (i / plan.axis[0].length * strides.batch + i % plan.axis[0].length * strides.axis[0]) * size;
-    for (int64_t y = 0; y < plan.axis[1].length; ++y)
-      for (int64_t x = 0; x < plan.axis[2].length; ++x)
-        for (int64_t h = 0; h < plan.heads; ++h)
-          std::memset(base + (y * strides.axis[1] + x * strides.axis[2] + h * strides.head) * size, 0, plan.dim * size);
-  });
 }
 
 // All heads of a token lie side by side in memory, so a task takes many heads, band by band: groups of heads, as few as
@@ -74,8 +59,6 @@ class Runner {
   }
 
   void run() {
-    for (int side : {KEYS, VALUES})
-      if (needs_.grad[side] && strips_.count > 1) clear(call_, SIDE_GRADIENT[side]);
     const int64_t table = table_size(plan_);
     if (call_.grad_rpb) std::memset(call_.grad_rpb, 0, sizeof(float) * plan_.heads * table);
     if (!plan_.batch || !plan_.heads) return;

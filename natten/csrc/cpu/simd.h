@@ -51,6 +51,30 @@ NATTEN_INLINE Vec maximum(Vec a, Vec b) {
 #endif
 }
 
+// Whether any lane of a comparison holds.
+NATTEN_INLINE bool any(IntVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
+#else
+  int result = 0;
+  for (int lane = 0; lane < W; ++lane) result |= mask[lane];
+  return result;
+#endif
+}
+
+// The sum of all lanes.
+NATTEN_INLINE float total(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x);
+#else
+  float sum = 0;
+  for (int lane = 0; lane < W; ++lane) sum += x[lane];
+  return sum;
+#endif
+}
+
 // x[index[lane]] in each lane, for indices 0 .. W-1.
 NATTEN_INLINE Vec permute(Vec x, IntVec index) {
 #if defined(__AVX512F__)
