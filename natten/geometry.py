@@ -212,7 +212,7 @@ def _cached_axes(*arguments, types: tuple) -> tuple[Axis, ...]:
 
 
 def _freeze(value):
-    return tuple(value) if isinstance(value, Sequence) else value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _types(value):

@@ -1,7 +1,7 @@
 """The cpu backend against the reference in float64: both are given the same rounded inputs.
 
 Its error is the root of the mean square. Over a whole sweep it must not exceed twice that of the reference in the same
-dtype, which is what another order of summation may cost; over one problem, four times (of few numbers, some err more by
+dtype, which is what another order of summation may cost; over one problem, eight times (of few numbers, some err more by
 chance), or one rounding of the largest number where the reference happens to make almost no error.
 """
 
@@ -72,7 +72,7 @@ class AgainstReferenceTest(unittest.TestCase):
             x, peer, expected = (y.detach().double()[is_finite] for y in (x, peer, expected))
             rounding = torch.finfo(dtype).eps * max([1.0, *expected.abs().flatten().tolist()])
             error, peer_error = ((y - expected).square().mean().sqrt().item() / rounding for y in (x, peer))
-            self.assertLessEqual(error, max(4 * peer_error, 1.0), f"result {index}")
+            self.assertLessEqual(error, max(8 * peer_error, 1.0), f"result {index}")
             self.errors.append((error, peer_error))
 
     def check_all(self, compute, count: int, dtype: torch.dtype, rpb_dtype: torch.dtype) -> None:

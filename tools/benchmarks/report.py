@@ -1,0 +1,131 @@
+"""Results as rows: a CSV in long format, with the machine and the versions in every row, and a table to read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import platform
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import natten
+from benchmarks.entry import Entry
+from benchmarks.timing import Timing
+from natzoo.checkpoints import write_atomically
+
+COLUMNS = (
+    *("kind", "group", "case", "provider", "pass", "dtype", "threads", "device"),
+    *("p20_ms", "p50_ms", "p80_ms", "n", "gflop", "percent_of_gemm", "percent_of_floor"),
+    *("gemm_gflops", "copy_gb_s", "peak_memory_mb", "images_per_s"),
+    *("torch_version", "timm_version", "natten_version", "cpu_model", "date"),
+)
+Row = dict[str, Any]
+
+
+def make_row(entry: Entry, timing: Timing, peak_memory_mb: float | None) -> Row:
+    """One row of the table; what a kind of measurement does not have is empty."""
+    subject = timing.subject
+    images_per_s = subject.batch / timing.p50 * 1e3 if subject.batch else None
+    words = dict(zip(COLUMNS[:5], (entry.kind, entry.group, entry.case, entry.provider, entry.pass_name), strict=True))
+    figures = {
+        "p20_ms": timing.p20,
+        "p50_ms": timing.p50,
+        "p80_ms": timing.p80,
+        "n": timing.count,
+        "gflop": subject.gflop,
+        "percent_of_gemm": timing.percent_of_gemm,
+        "percent_of_floor": timing.percent_of_floor,
+        "gemm_gflops": timing.gemm_gflops,
+        "copy_gb_s": timing.copy_gb_s,
+        "peak_memory_mb": peak_memory_mb,
+        "images_per_s": images_per_s,
+    }
+    return {**words, **entry.setting._asdict(), **figures, **_surroundings()}
+
+
+@cache
+def _surroundings() -> Row:
+    return {
+        "torch_version": torch.__version__,
+        "timm_version": timm.__version__,
+        "natten_version": natten.__version__,
+        "cpu_model": _cpu_model(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """Writes all rows, replacing an older file."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows({name: _format(row[name]) for name in COLUMNS} for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _format(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+_TITLES = {
+    "provider": "provider",
+    "pass": "pass",
+    "what": "case",
+    "p50_ms": "ms",
+    "spread": "p20-p80",
+    "relative": "relative",
+    "percent_of_gemm": "% GEMM",
+    "percent_of_floor": "% floor",
+    "peak_memory_mb": "peak MB",
+    "images_per_s": "images/s",
+}
+_WORDS = ("provider", "pass", "what")
+
+
+def format_table(rows: list[Row]) -> str:
+    """The rows to read, group by group; `relative` is the time over that of the first row of the group and pass."""
+    first: dict[tuple[str, str], float] = {}
+    lines = [_TITLES]
+    for row in rows:
+        base_ms = first.setdefault((row["group"], row["pass"]), row["p50_ms"])
+        derived = {
+            "what": f"{row['case']} {row['dtype']} {row['threads']} threads",
+            "spread": f"{row['p20_ms']:.4g}-{row['p80_ms']:.4g}",
+            "relative": f"{row['p50_ms'] / base_ms:.2f}",
+        }
+        lines.append({name: _short({**row, **derived}[name]) for name in _TITLES})
+    used = [name for name in _TITLES if any(line[name] for line in lines[1:])]
+    widths = {name: max(len(line[name]) for line in lines) for name in used}
+    text = [_line(lines[0], widths)]
+    for row, line, above in zip(rows, lines[1:], [None, *rows], strict=False):
+        if above is None or row["group"] != above["group"]:
+            text.append(f"-- {row['group']}")
+        text.append(_line(line, widths))
+    return "\n".join(text)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _line(values: dict[str, str], widths: dict[str, int]) -> str:
+    """Words to the left, figures to the right."""
+    cells = (values[n].ljust(width) if n in _WORDS else values[n].rjust(width) for n, width in widths.items())
+    return "  ".join(cells).rstrip()
