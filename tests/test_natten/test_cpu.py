@@ -1,8 +1,8 @@
 """The cpu backend against the reference in float64: both are given the same rounded inputs.
 
 Its error is the root of the mean square. Over a whole sweep it must not exceed twice that of the reference in the same
-dtype, which is what another order of summation may cost; over one problem, eight times (of few numbers, some err more by
-chance), or one rounding of the largest number where the reference happens to make almost no error.
+dtype, which is what another order of summation may cost; over one problem, eight times (of few numbers, some err more
+by chance), or one rounding of the largest number where the reference happens to make almost no error.
 """
 
 from __future__ import annotations

@@ -40,10 +40,10 @@ def sanitizer_runtime(compiler: str) -> str | None:
     """
     paths = []
     for name in ("libasan.so", "libstdc++.so.6"):
-        told = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-        if not Path(told).is_absolute():
-            return None
-        paths.append(told)
+        told = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout
+        paths.append(told.strip())
+    if not all(Path(path).is_absolute() for path in paths):
+        return None
     return " ".join(paths)
 
 
