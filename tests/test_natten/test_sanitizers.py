@@ -34,14 +34,14 @@ _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-
 
 
 def sanitizer_runtime(compiler: str) -> str | None:
-    """What must be loaded before Python is: the compiler's AddressSanitizer, and the library whose exceptions it watches.
+    """What must be loaded before Python: the compiler's AddressSanitizer, and the library whose exceptions it watches.
 
     None if the compiler has none.
     """
     paths = []
     for name in ("libasan.so", "libstdc++.so.6"):
-        told = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout
-        paths.append(told.strip())
+        command = [compiler, f"-print-file-name={name}"]
+        paths.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
     if not all(Path(path).is_absolute() for path in paths):
         return None
     return " ".join(paths)

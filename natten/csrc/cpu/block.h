@@ -44,19 +44,21 @@ struct Block {
   }
 };
 
-// Queries, or gradients of outputs, of a block: as rows of d, [MAX_ROWS][W][padded], and transposed, [MAX_ROWS][padded][W].
+// Queries, or gradients of outputs, of a block: as rows of d, [MAX_ROWS][W][padded], and transposed, [MAX_ROWS][padded][W],
+// the MAX_ROWS at distances of `stride`.
 struct BlockRows {
   float *natural, *transposed;
-  int dim, padded;
+  int dim, padded, stride;
 
   BlockRows(Scratch& scratch, int dim_, bool has_transposed = true) : dim(dim_), padded(round_up(dim_, W)) {
-    natural = scratch.take(MAX_ROWS * W * padded);
-    transposed = has_transposed ? scratch.take(MAX_ROWS * W * padded) : nullptr;
+    stride = uncrowded(padded) * W;
+    natural = scratch.take(MAX_ROWS * stride);
+    transposed = has_transposed ? scratch.take(MAX_ROWS * stride) : nullptr;
   }
 
   // That lane of the rows from `r` on.
-  Rows lane_of_rows(int r, int lane) const { return {natural + (r * W + lane) * padded, W * padded}; }
-  ConstRows transposed_rows(int r) const { return {transposed + r * W * padded, W * padded}; }
+  Rows lane_of_rows(int r, int lane) const { return {natural + r * stride + lane * padded, stride}; }
+  ConstRows transposed_rows(int r) const { return {transposed + r * stride, stride}; }
 
   // Lanes without a query become 0.
   void load(const Block& block, const View& from, const RowFunctions& functions, float scale) {
@@ -64,14 +66,15 @@ struct BlockRows {
       functions.load(from.at(block.token[r][lane]), from.step[2], count, dim, padded, scale, lane_of_rows(r, lane)[0]);
     });
     for (int r = 0; r < block.rows; ++r) {
-      std::memset(lane_of_rows(r, block.lanes[r])[0], 0, sizeof(float) * (W - block.lanes[r]) * padded);
+      if (block.lanes[r] < W)
+        std::memset(lane_of_rows(r, block.lanes[r])[0], 0, sizeof(float) * (W - block.lanes[r]) * padded);
       if (transposed)
         for (int d = 0; d < padded; d += W)
-          transpose(lane_of_rows(r, 0)[0] + d, padded, transposed + (r * padded + d) * W, W);
+          transpose(lane_of_rows(r, 0)[0] + d, padded, transposed + r * stride + d * W, W);
     }
   }
 
-  void zero(const Block& block) { std::memset(natural, 0, sizeof(float) * block.rows * W * padded); }
+  void zero(const Block& block) { std::memset(natural, 0, sizeof(float) * block.rows * stride); }
 
   void store(const Block& block, const View& to, const RowFunctions& functions, const float (*scale)[W]) const {
     block.for_each_run([&](int r, int lane, int count) {

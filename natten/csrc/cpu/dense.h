@@ -52,8 +52,8 @@ class DenseMap {
   };
   static constexpr int MOST_KEYS = 64;
 
-  int64_t weights_size() const { return int64_t(MAX_ROWS) * MOST_KEYS * W; }
-  Rows weights(float* memory) const { return {memory, MOST_KEYS * W}; }
+  int64_t weights_size() const { return int64_t(MAX_ROWS) * uncrowded(MOST_KEYS) * W; }
+  Rows weights(float* memory) const { return {memory, int64_t(uncrowded(MOST_KEYS)) * W}; }
 
   // `head`: its place among those of the bias.
   void begin(const Submap& submap, int, int head) { submap_ = submap, head_ = head; }

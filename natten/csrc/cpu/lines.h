@@ -39,8 +39,9 @@ class LineMap {
     is_one_line_ = plan_.axis[0].length == 1 && plan_.axis[1].length == 1;
     const int strip = strips.axis == 2 ? (longest + strips.count - 1) / strips.count + 2 * kernel_[2] + 1 : longest;
     tokens_ = std::min(strip, longest);
-    places_ = tokens_ + kernel_[2] + W;  // what lies beyond the last token stays 0
-    place_stride_ = round_up(places_, 8) + (round_up(places_, 8) % 16 ? 0 : 8);
+    // What lies beyond the last token stays 0.
+    places_ = std::max(round_up(tokens_, W), tokens_ + kernel_[2]);
+    place_stride_ = uncrowded((tokens_ + W + 7) / 8) * 8;
     lines_ = ring_lines();
     for (int side : {KEYS, VALUES}) {
       const size_t rows = size_t(lines_) * places_ * padded_;
@@ -63,11 +64,13 @@ class LineMap {
 
   // Floats that the weights of a visit take. They are to be zero at first.
   int64_t weights_size() const {
-    return is_one_line_ ? int64_t(kernel_[2] + 2 * BAND_PAD) * W : int64_t(MAX_ROWS) * kernel_[2] * W;
+    return is_one_line_ ? int64_t(kernel_[2] + 2 * BAND_PAD) * W : int64_t(MAX_ROWS) * uncrowded(kernel_[2]) * W;
   }
 
   // The weights of a visit's rows, [rows][keys][W], in such memory.
-  Rows weights(float* memory) const { return {memory + (is_one_line_ ? BAND_PAD * W : 0), int64_t(kernel_[2]) * W}; }
+  Rows weights(float* memory) const {
+    return {memory + (is_one_line_ ? BAND_PAD * W : 0), int64_t(uncrowded(kernel_[2])) * W};
+  }
 
   // Takes up strip `strip` of a submap, whose head is the head-th of the bias. Strips of even
   // number come first.

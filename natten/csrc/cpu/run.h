@@ -11,7 +11,7 @@
 
 namespace natten {
 
-constexpr int CHUNKS_PER_THREAD = 4, TASKS_PER_THREAD = 4;
+constexpr int CHUNKS_PER_THREAD = 2, TASKS_PER_THREAD = 4;
 constexpr int64_t MAX_HEADS = 2;  // of a task: more do not fit the cache
 // Strips of the last axis hold at most so many queries, so that what a thread holds stays in its cache.
 constexpr int64_t LONGEST_LINE = 1024, LONGEST_OF_MANY_LINES = 112;
