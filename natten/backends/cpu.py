@@ -1,7 +1,7 @@
 """The cpu backend: fused kernels in C++ (natten/csrc/cpu), compiled for this machine by natten/build.py.
 
 Python passes a plan, which describes a problem down to the strides of its tensors, and the tensors' addresses. Plans
-are kept, since making one costs more than a small problem takes.
+are kept, since making one costs more than a small problem takes. Inputs must be finite, as for the reference.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TENSORS = (
     *("QUERY", "KEY", "VALUE", "OUT", "LSE", "ATTN", "GRAD_OUT", "GRAD_LSE", "GRAD_ATTN"),
     *("GRAD_QUERY", "GRAD_KEY", "GRAD_VALUE"),
 )
-_PLAN = Struct(f"<4q 15q d {len(_TENSORS) * 5}q")
+_PLAN = Struct(f"=4q 15q d {len(_TENSORS) * 5}q")
 _ADDRESSES = ctypes.c_void_p * len(_TENSORS)
 _NO_AXIS = (1, 1, 1, 1, 0)
 _NO_STRIDES = (0,) * 5
@@ -72,8 +72,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, X, H, d] in the query's dtype and logsumexp [B, X, H] in float32, both contiguous."""
     query, key, value = (_with_contiguous_rows(x) for x in (query, key, value))
-    out = torch.empty(query.shape, dtype=query.dtype)
-    lse = torch.empty(query.shape[:-1], dtype=torch.float32)
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     _run("natten_attention", axes, scale, rpb, QUERY=query, KEY=key, VALUE=value, OUT=out, LSE=lse)
     return out, lse
 
@@ -92,8 +92,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `attention` from its inputs and outputs: [B, X, 3, H, d] for q, k and v, and rpb's."""
     query, key, value, out, grad_out = (_with_contiguous_rows(x) for x in (query, key, value, out, grad_out))
-    grad_qkv = torch.empty((*query.shape[:-2], 3, *query.shape[-2:]), dtype=query.dtype)
-    grad_rpb = None if rpb is None else torch.empty(rpb.shape, dtype=torch.float32)
+    grad_qkv = query.new_empty((*query.shape[:-2], 3, *query.shape[-2:]))
+    grad_rpb = None if rpb is None else rpb.new_empty(rpb.shape, dtype=torch.float32)
     grad_query, grad_key, grad_value = grad_qkv.unbind(-3)
     _run(
         "natten_attention_backward",
@@ -123,7 +123,7 @@ def attention_backward(
 def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
     """Unscaled logits [B, H, X, W] of [B, H, X, d]; -inf in slots of a causal window before the map."""
     query, key = _with_contiguous_rows(query), _with_contiguous_rows(key)
-    attn = torch.empty((*query.shape[:-1], _window_size(axes)), dtype=query.dtype)
+    attn = query.new_empty((*query.shape[:-1], _window_size(axes)))
     _run("natten_query_key", axes, 1.0, rpb, **_heads_last(QUERY=query, KEY=key, ATTN=attn))
     return attn
 
@@ -133,8 +133,8 @@ def query_key_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of `query_key` for query, key and rpb."""
     query, key, grad_attn = (_with_contiguous_rows(x) for x in (query, key, grad_attn))
-    grad_query, grad_key = torch.empty(query.shape, dtype=query.dtype), torch.empty(key.shape, dtype=key.dtype)
-    grad_rpb = None if rpb is None else torch.empty(rpb.shape, dtype=torch.float32)
+    grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
+    grad_rpb = None if rpb is None else rpb.new_empty(rpb.shape, dtype=torch.float32)
     tensors = _heads_last(QUERY=query, KEY=key, GRAD_ATTN=grad_attn, GRAD_QUERY=grad_query, GRAD_KEY=grad_key)
     _run("natten_query_key_backward", axes, 1.0, rpb, grad_rpb, **tensors)
     return grad_query, grad_key, None if rpb is None else grad_rpb.to(rpb.dtype)
@@ -143,7 +143,7 @@ def query_key_backward(
 def weight_value(attn: Tensor, value: Tensor, axes: Sequence[Axis]) -> Tensor:
     """Sums [B, H, X, d] of values by weights [B, H, X, W]."""
     attn, value = _with_contiguous_rows(attn), _with_contiguous_rows(value)
-    out = torch.empty(value.shape, dtype=value.dtype)
+    out = value.new_empty(value.shape)
     _run("natten_weight_value", axes, 1.0, None, **_heads_last(VALUE=value, ATTN=attn, OUT=out))
     return out
 
@@ -151,7 +151,7 @@ def weight_value(attn: Tensor, value: Tensor, axes: Sequence[Axis]) -> Tensor:
 def weight_value_backward(grad_out: Tensor, attn: Tensor, value: Tensor, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
     """Gradients of `weight_value` for attn and value."""
     attn, value, grad_out = (_with_contiguous_rows(x) for x in (attn, value, grad_out))
-    grad_attn, grad_value = torch.empty(attn.shape, dtype=attn.dtype), torch.empty(value.shape, dtype=value.dtype)
+    grad_attn, grad_value = attn.new_empty(attn.shape), value.new_empty(value.shape)
     tensors = _heads_last(VALUE=value, ATTN=attn, GRAD_OUT=grad_out, GRAD_ATTN=grad_attn, GRAD_VALUE=grad_value)
     _run("natten_weight_value_backward", axes, 1.0, None, **tensors)
     return grad_attn, grad_value
@@ -193,10 +193,15 @@ def _run(
     strides = tuple(None if x is None else x.stride() for x in given)
     plan = _plan(_DTYPES[shaped.dtype], shaped.shape, tuple(axes), scale, strides)
     addresses = _ADDRESSES(*map(_address, given))
-    if getattr(_library(), function)(
+    failed = getattr(_library(), function)(
         plan, addresses, ctypes.c_void_p(_address(table)), ctypes.c_void_p(_address(grad_rpb)), _threads()
-    ):
+    )
+    if failed == 1:
         raise MemoryError(f"natten's CPU kernels ran out of memory on tensors of shape {tuple(shaped.shape)}.")
+    if failed:
+        raise RuntimeError(
+            f"natten's CPU kernels failed on tensors of shape {tuple(shaped.shape)}: set backend='reference'."
+        )
 
 
 @lru_cache(maxsize=1024)

@@ -118,8 +118,8 @@ class AgainstReferenceTest(unittest.TestCase):
         before = torch.get_num_threads()
         self.addCleanup(torch.set_num_threads, before)
         torch.set_num_threads(7)
-        for space in ((500,), (61, 9), (40, 5, 6)):
-            problem = problem_of(len(space), 3)._replace(space=space, batch=1, heads=1, has_rpb=True)
+        for space in ((500,), (61, 9), (9, 300), (40, 5, 6), (4, 5, 260)):
+            problem = problem_of(len(space), 3)._replace(space=space, batch=1, heads=1, head_dim=16, has_rpb=True)
             for stride, causal in ((1, False), (2, False), (2, True)):
                 window = [(3,), (stride,), (1,), (causal,)]
                 window = problem.window._replace(
@@ -224,6 +224,7 @@ class ForkTest(unittest.TestCase):
         hangs = child.is_alive()
         child.kill()
         self.assertFalse(hangs)
+        self.assertEqual(child.exitcode, 0)
         self.assertEqual(results.get(), expected)
 
 

@@ -1,5 +1,6 @@
 // Fused attention, forward and backward: NAT, section 3 (arXiv:2204.07143), in the order of flash attention's backward
 // (arXiv:2205.14135): only the output and the logsumexp are kept between the two, weights are computed again.
+#include <cfloat>
 #include <cmath>
 
 #include "export.h"
@@ -14,12 +15,12 @@ namespace natten {
 // The softmax of some rows, of which only sums are kept. Weights are taken relative to `largest`, the largest logit of the
 // first visit, as long as no logit exceeds it by so much that they could overflow.
 struct Softmax {
-  static constexpr float MOST = 20.f;
+  static constexpr float MOST = 8.f;
   Vec largest, sum;
 
-  void clear() { largest = broadcast(-1e30f), sum = Vec{}; }
+  void clear() { largest = broadcast(-FLT_MAX), sum = Vec{}; }
 
-  // Logits become weights. Returns whether weights before must be multiplied by `factor`.
+  // Logits become weights. Returns whether those before must be multiplied by `factor`, which is set only then.
   NATTEN_INLINE bool add(float* s, int keys, Vec& factor) {
     Vec top = load(s);
     for (int j = 1; j < keys; ++j) top = maximum(top, load(s + j * W));

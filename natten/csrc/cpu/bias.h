@@ -45,7 +45,8 @@ class Bias {
   void prepare(int64_t first_head, int heads) {
     if (heads == heads_ && (first_head == first_head_ || !call_.rpb)) return;
     flush();
-    first_head_ = first_head, heads_ = heads;
+    heads_ = 0;  // until all is in place: the destructor looks at it
+    first_head_ = first_head;
     stride_ = entries_[0].size();
     values_.resize(heads * entries_.size() * stride_);
     if (gradients_) sums_.assign(values_.size(), 0.f);
@@ -53,6 +54,7 @@ class Bias {
       const float* table = call_.rpb ? call_.rpb + (first_head + head) * size_ : nullptr;
       for (size_t kind = 0; kind < entries_.size(); ++kind) fill(entries_[kind], table, value(head, kind));
     }
+    heads_ = heads;
   }
 
   // The bias of a kind for the head-th head: [vectors][W]; -inf where a key is not in the window; 0 without a table.

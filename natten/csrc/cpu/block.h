@@ -5,6 +5,9 @@
 // (attention.cpp, halves.cpp) are written once, for any Map.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+
 #include "micro.h"
 #include "scratch.h"
 #include "submap.h"

@@ -1,8 +1,5 @@
-// The C interface, which natten/backends/cpu.py calls. Every function returns 0, or 1 if memory ran out.
+// The C interface, which natten/backends/cpu.py calls. Every function returns 0, or 1 if memory ran
+// out, or 2 if anything else failed.
 #pragma once
 
-#if defined(_WIN32)
-#define NATTEN_EXPORT extern "C" __declspec(dllexport)
-#else
 #define NATTEN_EXPORT extern "C" __attribute__((visibility("default")))
-#endif

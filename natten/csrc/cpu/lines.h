@@ -1,7 +1,8 @@
 // The general Map: rows are queries that stand side by side on the last axis, in adjacent lines of the axis before it.
 //
-// Only the lines of keys that the current block meets are held, in a ring: each line is converted, transposed and, for
-// gradients, written back once. Problems of one axis have one line, of which a strip is held.
+// Only the lines of keys that this band of blocks or a later one meets are held, in a ring (of three axes: whole planes):
+// each line is converted, transposed and, for gradients, written back once. Of long lines a strip is held. Where there is
+// but one line, neighbours on it take the place of rows in gather and scatter.
 #pragma once
 
 #include <limits>
@@ -16,7 +17,7 @@ namespace natten {
 struct Group {
   int first, lanes, kind;
   KeyAccess access;
-  IntVec index;                 // the same, counted from that of lane 0
+  IntVec index;                 // first key of each lane, counted from that of lane 0; for PERMUTED
   int place[W], lane_keys[W];   // first key of each lane, counted from the first that the line holds; number of keys
 };
 
@@ -33,7 +34,8 @@ class LineMap {
   static constexpr int BAND_PAD = MAX_ROWS - 1;
 
   LineMap(const Call& call, const Needs& needs, Groups& groups, Scratch& scratch, Strips strips)
-      : plan_(*call.plan), needs_(needs), groups_(groups), functions_(row_functions(plan_.dtype)), strips_(strips), dim_(plan_.dim), padded_(round_up(dim_, W)) {
+      : plan_(*call.plan), needs_(needs), groups_(groups), functions_(row_functions(plan_.dtype)), strips_(strips),
+        dim_(plan_.dim), padded_(round_up(dim_, W)) {
     for (int i = 0; i < 3; ++i) kernel_[i] = plan_.axis[i].kernel_size;
     const int longest = (plan_.axis[2].length + plan_.axis[2].dilation - 1) / plan_.axis[2].dilation;
     is_one_line_ = plan_.axis[0].length == 1 && plan_.axis[1].length == 1;
@@ -215,9 +217,8 @@ class LineMap {
   int ring_lines() const {
     int n[2];
     for (int i : {0, 1}) n[i] = (plan_.axis[i].length + plan_.axis[i].dilation - 1) / plan_.axis[i].dilation;
-    const int strides[2] = {int(plan_.axis[0].stride), int(plan_.axis[1].stride)};
-    if (plan_.axis[0].length > 1) return std::min(n[0], kernel_[0] + strides[0]) * n[1];
-    return std::min(n[1], kernel_[1] + MAX_ROWS + 2 * strides[1]);
+    if (plan_.axis[0].length > 1) return std::min(n[0], kernel_[0]) * n[1];
+    return std::min<int>(n[1], kernel_[1] + MAX_ROWS + plan_.axis[1].stride);
   }
 
   // Adjacent lines of queries.
@@ -372,8 +373,6 @@ class LineMap {
 
   // --- products ------------------------------------------------------------------------------------------------------
 
-  int line_keys(int y) const { return windows_[1].end[y] - windows_[1].first[y]; }
-
   int slot(const Visit& visit) const { return line(visit.z, visit.y) % lines_; }
 
   // Where the bias of a visit's first row begins; that of the next row lies a line before.
@@ -396,6 +395,7 @@ class LineMap {
       while (end < group_->lanes && end - lane < MAX_ROWS && key[end] - key[end - 1] == move &&
              key[end] - key[lane] <= BAND_PAD)
         ++end;
+      // Lane + i meets the band's j-th key at its own j - i * move: at s + lane + i + (j - i * move) * W.
       function(lane, end - lane, key[end - 1] - key[lane] + group_->lane_keys[end - 1], int64_t(1 - move * W));
     }
   }

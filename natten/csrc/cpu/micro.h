@@ -9,7 +9,7 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -30,7 +30,7 @@ struct Strided {
 using Rows = Strided<float>;
 using ConstRows = Strided<const float>;
 
-// Calls function(integral_constant<int, n>) for n in 1 .. MAX.
+// Calls function(integral_constant<int, n>), for n in 1 .. MAX.
 template <int MAX, class Function>
 NATTEN_INLINE void with_constant(int n, const Function& function) {
   if constexpr (MAX > 1)

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -36,7 +37,11 @@ void parallel_for(int64_t count, int threads, const Function& function) {
     for (int64_t i; (i = next++) < count;) guarded(i);
   };
   std::vector<std::thread> team;
-  for (int t = 1; t < threads; ++t) team.emplace_back(work);
+  team.reserve(threads - 1);
+  try {
+    for (int t = 1; t < threads; ++t) team.emplace_back(work);
+  } catch (const std::system_error&) {  // the threads that could start do all the work
+  }
   work();
   for (std::thread& thread : team) thread.join();
 #endif

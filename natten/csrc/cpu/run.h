@@ -72,6 +72,7 @@ class Runner {
         if (call_.grad_rpb) gradients[chunk].resize((end_head(phase, end - 1) - first_head(phase, first)) * table);
         run_tasks(phase, first, end, call_.grad_rpb ? gradients[chunk].data() : nullptr);
       });
+      if (!call_.grad_rpb) continue;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         float* to = call_.grad_rpb + first_head(phase, tasks(phase) * chunk / chunks) * table;
         for (size_t i = 0; i < gradients[chunk].size(); ++i) to[i] += gradients[chunk][i];
@@ -147,13 +148,13 @@ class Runner {
       const Submap current = submap(phase, task);
       const int heads = static_cast<int>(end_head(phase, task) - current.head);
       const int strip = static_cast<int>(task % strips_in(phase)) * phases_ + phase;
-      if (DenseMap::fits(plan_, current.n) && strips_.count == 1) dense.run(current, heads, strip);
+      if (DenseMap::fits(plan_, current.n)) dense.run(current, heads, strip);
       else lines.run(current, heads, strip);
     }
   }
 };
 
-// Runs a whole call. 0, or 1 if memory ran out.
+// Runs a whole call. 0, or 1 if memory ran out, or 2 if anything else failed: no exception leaves the library.
 template <template <class> class Operator>
 int run(const Call& call) {
   try {
@@ -161,6 +162,8 @@ int run(const Call& call) {
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
+  } catch (...) {
+    return 2;
   }
 }
 

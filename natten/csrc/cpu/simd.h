@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -88,7 +87,8 @@ NATTEN_INLINE Vec permute(Vec x, IntVec index) {
 #endif
 }
 
-// e^x within 2 units in the last place; exactly 0 below e^-87, NaN for NaN. x <= 88.
+// e^x within 2 units in the last place; exactly 0 below e^-87, NaN for NaN (if its lowest 9 bits are 0, as in all that arithmetic makes).
+// x <= 88.
 NATTEN_INLINE Vec exp(Vec x) {
   constexpr float LOG2_E = 1.44269504f, LOWEST = -87.f;
   const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
