@@ -17,7 +17,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from natten.geometry import Axis
+from natten.geometry import Axis, check_rpb
 
 NAME = "cpu"
 
@@ -190,8 +190,10 @@ def _run(
     table = None if rpb is None else rpb.float().contiguous()
     given = [tensors.get(name) for name in _TENSORS]
     shaped = given[0] if given[0] is not None else given[2]  # query or value
-    strides = tuple(None if x is None else x.stride() for x in given)
-    plan = _plan(_DTYPES[shaped.dtype], shaped.shape, tuple(axes), scale, strides)
+    layouts = tuple(None if x is None else (x.dtype, x.shape, x.stride()) for x in given)
+    plan = _plan(shaped.dtype, shaped.shape, tuple(axes), scale, layouts)
+    if rpb is not None:
+        check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
     addresses = _ADDRESSES(*map(_address, given))
     failed = getattr(_library(), function)(
         plan, addresses, ctypes.c_void_p(_address(table)), ctypes.c_void_p(_address(grad_rpb)), _threads()
@@ -205,17 +207,36 @@ def _run(
 
 
 @lru_cache(maxsize=1024)
-def _plan(dtype: int, shape: torch.Size, axes: tuple[Axis, ...], scale: float, strides: tuple) -> bytes:
-    """A plan for heads-last tensors [B, X, H, d], of those strides; lse has no d, weights have
-    their window instead."""
-    rank = len(axes)
-    no_axes = 3 - rank
-    values = [dtype, shape[0], shape[-2], shape[-1]]
+def _plan(dtype: torch.dtype, shape: torch.Size, axes: tuple[Axis, ...], scale: float, layouts: tuple) -> bytes:
+    """A plan for tensors of those dtypes, shapes and strides, on a map whose query or value has `dtype` and `shape`.
+
+    Raises:
+        ValueError: if a tensor does not go with that: an operator called past the public functions, which check first.
+    """
+    no_axes = 3 - len(axes)
+    values = [_DTYPES[dtype], shape[0], shape[-2], shape[-1]]
     values += (*_NO_AXIS * no_axes, *(int(value) for axis in axes for value in axis))
     values.append(scale)
-    for s in strides:
-        values += _NO_STRIDES if s is None else (s[0], *(0,) * no_axes, *s[1 : rank + 2])
+    for name, layout in zip(_TENSORS, layouts, strict=True):
+        if layout is None:
+            values += _NO_STRIDES
+            continue
+        _check_layout(name, layout, dtype, shape, axes)
+        strides = layout[2]
+        values += strides[0], *(0,) * no_axes, *strides[1 : len(axes) + 2]
     return _PLAN.pack(*values)
+
+
+def _check_layout(name: str, layout: tuple, dtype: torch.dtype, shape: torch.Size, axes: tuple[Axis, ...]) -> None:
+    items = {"LSE": (), "GRAD_LSE": (), "ATTN": (_window_size(axes),), "GRAD_ATTN": (_window_size(axes),)}
+    expected = (*shape[:-1], *items.get(name, (shape[-1],)))
+    if items.get(name) == ():
+        dtype = torch.float32
+    if layout[:2] != (dtype, expected):
+        raise ValueError(
+            f"{name.lower()} is {layout[0]} of shape {tuple(layout[1])}, heads last, but these kernel_size and tensors "
+            f"need {dtype} of shape {expected}."
+        )
 
 
 _is_forked = False

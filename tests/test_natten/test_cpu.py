@@ -199,6 +199,18 @@ class PropertiesTest(unittest.TestCase):
                 natten.na1d(x, x, x, 3, backend="cpu")
             self.assertEqual(natten.na1d(x, x, x, 3).shape, shape)
 
+    def test_operators_called_directly_check_their_tensors(self):
+        """They take addresses, so that nothing else would."""
+        x, window = torch.zeros(1, 9, 2, 8), ([3], [1], [1], [0], 1.0, "cpu")
+        attend = torch.ops.natten.attention_forward
+        for arguments, text in (
+            ((x, x[:, :8], x, None), "key .* of shape"),
+            ((x, x, x.half(), None), "value .* needs? torch.float32|value is torch.float16"),
+            ((x, x, x, torch.zeros(2, 3)), "rpb has shape"),
+        ):
+            with self.assertRaisesRegex(ValueError, text):
+                attend(*arguments, *window)
+
 
 def _attend_in_child(results) -> None:
     torch.set_num_threads(2)
