@@ -26,41 +26,34 @@ class Bias {
 
   bool has_table() const { return call_.rpb; }
 
-  // Forgets all kinds.
-  void clear() {
-    flush();
-    entries_.clear();
-    heads_ = 0;
-  }
-
-  // The kind with these entries, [vectors][W], of a head's table, made if it is new; -1 where a key is not in the window.
+  // A new kind, with these entries, [vectors][W], of a head's table; -1 where a key is not in the window.
   int add_kind(std::vector<int> entries) {
-    for (size_t i = 0; i < entries_.size(); ++i)
-      if (entries_[i] == entries) return static_cast<int>(i);
     entries_.push_back(std::move(entries));
     return static_cast<int>(entries_.size()) - 1;
   }
 
-  // Makes values and gradients those of some heads.
+  // Makes values and gradients those of some heads, for all kinds there are.
   void prepare(int64_t first_head, int heads) {
-    if (heads == heads_ && (first_head == first_head_ || !call_.rpb)) return;
+    const bool is_same_head = first_head == first_head_ || !call_.rpb;
+    if (heads == heads_ && is_same_head && kinds_ == entries_.size()) return;
     flush();
     heads_ = 0;  // until all is in place: the destructor looks at it
     first_head_ = first_head;
+    kinds_ = entries_.size();
     stride_ = entries_[0].size();
-    values_.resize(heads * entries_.size() * stride_);
+    values_.resize(heads * kinds_ * stride_);
     if (gradients_) sums_.assign(values_.size(), 0.f);
     for (int head = 0; head < heads; ++head) {
       const float* table = call_.rpb ? call_.rpb + (first_head + head) * size_ : nullptr;
-      for (size_t kind = 0; kind < entries_.size(); ++kind) fill(entries_[kind], table, value(head, kind));
+      for (size_t kind = 0; kind < kinds_; ++kind) fill(entries_[kind], table, value(head, kind));
     }
     heads_ = heads;
   }
 
   // The bias of a kind for the head-th head: [vectors][W]; -inf where a key is not in the window; 0 without a table.
-  float* value(int head, int kind) { return &values_[(head * entries_.size() + kind) * stride_]; }
+  float* value(int head, int kind) { return &values_[(head * kinds_ + kind) * stride_]; }
   // What that received.
-  float* gradient(int head, int kind) { return &sums_[(head * entries_.size() + kind) * stride_]; }
+  float* gradient(int head, int kind) { return &sums_[(head * kinds_ + kind) * stride_]; }
   // From one kind to the next.
   int64_t stride() const { return stride_; }
 
@@ -70,6 +63,7 @@ class Bias {
   float* gradients_;
   int64_t first_gradient_, first_head_ = 0, stride_ = 0;
   int heads_ = 0;
+  size_t kinds_ = 0;  // that have values
   std::vector<std::vector<int>> entries_;
   std::vector<float> values_, sums_;
 
@@ -86,7 +80,7 @@ class Bias {
     if (!gradients_) return;
     for (int head = 0; head < heads_; ++head) {
       float* table = gradients_ + (first_head_ + head - first_gradient_) * size_;
-      for (size_t kind = 0; kind < entries_.size(); ++kind)
+      for (size_t kind = 0; kind < kinds_; ++kind)
         for (int64_t i = 0; i < stride_; ++i)
           if (entries_[kind][i] >= 0) table[entries_[kind][i]] += gradient(head, kind)[i];
     }

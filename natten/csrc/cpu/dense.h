@@ -148,15 +148,19 @@ class DenseMap {
 
   std::vector<int> bias_entries(int row) const {
     std::vector<int> entry(size_t(tokens_) * W);
-    for (int j = 0; j < tokens_; ++j)
-      for (int lane = 0; lane < W; ++lane) {
-        const Token &key = token_[j], &query = token_[std::min(row * W + lane, tokens_ - 1)];
-        const int z = key.z - query.z + n_[0] - 1, y = key.y - query.y + n_[1] - 1, x = key.x - query.x + n_[2] - 1;
-        const int which = (z * (2 * n_[1] - 1) + y) * (2 * n_[2] - 1) + x;
-        entry[size_t(j) * W + lane] = bias_.has_table() ? which : 0;
-      }
+    if (!bias_.has_table()) return entry;
+    int query[W];
+    for (int lane = 0; lane < W; ++lane) query[lane] = place_in_table(token_[std::min(row * W + lane, tokens_ - 1)]);
+    const int middle = place_in_table({n_[0] - 1, n_[1] - 1, n_[2] - 1});
+    for (int j = 0; j < tokens_; ++j) {
+      const int key = place_in_table(token_[j]) + middle;
+      for (int lane = 0; lane < W; ++lane) entry[size_t(j) * W + lane] = key - query[lane];
+    }
     return entry;
   }
+
+  // The table is linear in the distance of key and query.
+  int place_in_table(const Token& t) const { return (t.z * (2 * n_[1] - 1) + t.y) * (2 * n_[2] - 1) + t.x; }
 
   int blocks() const { return (rows_ + MAX_ROWS - 1) / MAX_ROWS; }
 

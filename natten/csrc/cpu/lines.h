@@ -5,7 +5,8 @@
 // but one line, neighbours on it take the place of rows in gather and scatter.
 #pragma once
 
-#include <limits>
+#include <algorithm>
+#include <array>
 #include <vector>
 
 #include "bias.h"
@@ -21,10 +22,15 @@ struct Group {
   int place[W], lane_keys[W];   // first key of each lane, counted from the first that the line holds; number of keys
 };
 
+// Where the windows of a group begin, less the place of each query, and how many keys they have: groups that agree in
+// this have the same bias.
+using Pattern = std::array<int, 2 * W>;
+
 // What the maps of several heads have in common: the groups of a line, or of a strip of it, and their bias.
 struct Groups : Bias {
   using Bias::Bias;
   std::vector<Group> all;
+  std::vector<Pattern> patterns;     // by kind
   int n = -1, begin = -1, end = -1;  // tokens of the line, queries of the strip
 };
 
@@ -323,7 +329,6 @@ class LineMap {
     if (groups_.n == submap_.n[2] && groups_.begin == begin_[2] && groups_.end == end_[2]) return;
     groups_.n = submap_.n[2], groups_.begin = begin_[2], groups_.end = end_[2];
     groups_.all.clear();
-    groups_.clear();
     const Windows& windows = windows_[2];
     for (int x = begin_[2]; x < end_[2];) {
       Group group = {};
@@ -336,23 +341,40 @@ class LineMap {
         group.lane_keys[lane] = windows.end[x] - windows.first[x];
         if (group.index[lane] != lane) group.access = PERMUTED;
       }
-      group.kind = groups_.add_kind(bias_entries(group));
+      group.kind = kind_of(pattern_of(group));
       groups_.all.push_back(group);
     }
   }
 
+  // Lanes without a query repeat the first.
+  Pattern pattern_of(const Group& group) const {
+    Pattern pattern;
+    for (int lane = 0; lane < W; ++lane) {
+      const int real = lane < group.lanes ? lane : 0;
+      pattern[lane] = origin_ + group.place[real] - (group.first + real);
+      pattern[W + lane] = group.lane_keys[real];
+    }
+    return pattern;
+  }
+
+  int kind_of(const Pattern& pattern) {
+    std::vector<Pattern>& known = groups_.patterns;
+    const auto found = std::find(known.begin(), known.end(), pattern);
+    if (found != known.end()) return static_cast<int>(found - known.begin());
+    known.push_back(pattern);
+    return groups_.add_kind(bias_entries(pattern));
+  }
+
   // Entries of the bias table for the keys of a group, line by line of the table.
-  std::vector<int> bias_entries(const Group& group) const {
+  std::vector<int> bias_entries(const Pattern& pattern) const {
     const int lines = groups_.has_table() ? (2 * kernel_[0] - 1) * (2 * kernel_[1] - 1) : 1;
     const int width = 2 * kernel_[2] - 1;
     std::vector<int> entry(size_t(lines) * kernel_[2] * W);
     for (int t = 0; t < lines; ++t)
       for (int j = 0; j < kernel_[2]; ++j)
         for (int lane = 0; lane < W; ++lane) {
-          const int real = lane < group.lanes ? lane : 0;
-          const int column = origin_ + group.place[real] + j - (group.first + real) + kernel_[2] - 1;
-          const int which = groups_.has_table() ? t * width + column : 0;
-          entry[(size_t(t) * kernel_[2] + j) * W + lane] = j < group.lane_keys[real] ? which : -1;
+          const int which = groups_.has_table() ? t * width + pattern[lane] + j + kernel_[2] - 1 : 0;
+          entry[(size_t(t) * kernel_[2] + j) * W + lane] = j < pattern[W + lane] ? which : -1;
         }
     return entry;
   }

@@ -11,7 +11,7 @@
 
 namespace natten {
 
-constexpr int CHUNKS_PER_THREAD = 2, TASKS_PER_THREAD = 4;
+constexpr int CHUNKS_PER_THREAD = 2, TASKS_PER_THREAD = 4, FEW_TASKS = 8;
 constexpr int64_t MAX_HEADS = 2;  // of a task: more do not fit the cache
 // Strips of the last axis hold at most so many queries, so that what a thread holds stays in its cache.
 constexpr int64_t LONGEST_LINE = 1024, LONGEST_OF_MANY_LINES = 112;
@@ -64,7 +64,7 @@ class Runner {
     if (!plan_.batch || !plan_.heads) return;
     groups_ = count_head_groups(call_, strips_.count);
     for (int phase = 0; phase < phases_; ++phase) {
-      const int64_t chunks = std::min<int64_t>(tasks(phase), int64_t(CHUNKS_PER_THREAD) * call_.threads);
+      const int64_t chunks = count_chunks(tasks(phase));
       // Each chunk has its own bias gradient, summed in order afterwards: the same sum whichever thread took it.
       std::vector<std::vector<float>> gradients(chunks);
       parallel_for(chunks, call_.threads, [&](int64_t chunk) {
@@ -94,6 +94,12 @@ class Runner {
   int64_t tasks(int phase) const { return groups_ * tasks_per_group(phase); }
   int64_t first_head(int phase, int64_t task) const { return plan_.heads * (task / tasks_per_group(phase)) / groups_; }
   int64_t end_head(int phase, int64_t task) const { return plan_.heads * (task / tasks_per_group(phase) + 1) / groups_; }
+
+  // Pieces that threads take in turn: each sets up its maps anew, so they are few, but of nearly the same size.
+  int64_t count_chunks(int64_t tasks) const {
+    const int64_t chunks = int64_t(CHUNKS_PER_THREAD) * call_.threads;
+    return tasks % chunks == 0 || tasks > FEW_TASKS * chunks ? chunks : std::min(tasks, FEW_TASKS * chunks);
+  }
 
   Submap submap(int phase, int64_t task) const {
     const int64_t rest = task % tasks_per_group(phase) / strips_in(phase);
