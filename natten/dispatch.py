@@ -69,7 +69,9 @@ def is_plain(backend: str | None) -> bool:
     So it does when the reference is asked for by name, and while a model is exported, since neither ONNX nor a machine
     without natten knows our operators.
     """
-    return backend == reference.NAME or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    if backend == reference.NAME or torch.compiler.is_exporting():
+        return True
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()  # the older way of exporting
 
 
 def choose(query: Tensor, backend: str | None) -> ModuleType:

@@ -14,6 +14,7 @@ from torch import Tensor
 from natten import dispatch
 from natten.backends import reference
 from natten.geometry import (
+    Axis,
     BoolOrTuple,
     IntOrTuple,
     check_rpb,
@@ -21,6 +22,7 @@ from natten.geometry import (
     check_tensors,
     make_axes,
 )
+from natten.memo import remember
 from natten.operators import fused_attention, query_key, weight_value
 from natten.precision import apply_autocast
 
@@ -52,10 +54,8 @@ def _make_fused(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     ) -> Tensor | tuple[Tensor, Tensor]:
         _refuse_unserved(additional_keys, additional_values, window_padding)
         query, key, value = qkv = apply_autocast(query, key, value)
-        check_tensors(rank, query=query, key=key, value=value)
-        _refuse_other_heads(query, key, value)
-        check_same_shape(query=query, key=key, value=value)
-        return _attend(qkv, query, kernel_size, stride, dilation, is_causal, scale, rpb, return_lse, backend)
+        axes = _check_fused(rank, query, key, value, rpb, kernel_size, stride, dilation, is_causal)
+        return _attend(qkv, axes, scale, rpb, return_lse, backend)
 
     return _publish(fused, rank, "", inputs="query, key, value: [B, {space}, heads, head_dim], of any strides")
 
@@ -77,15 +77,9 @@ def _make_packed(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
         window_padding: str = "shift",
     ) -> Tensor | tuple[Tensor, Tensor]:
         _refuse_unserved(additional_keys, additional_values, window_padding)
-        if qkv.dim() != rank + 4 or qkv.shape[-3] != 3:
-            raise ValueError(
-                f"qkv has shape {tuple(qkv.shape)}, but must have {rank + 4} dimensions: batch, {rank} spatial axes, "
-                "3 (query, key and value), heads and head_dim."
-            )
         (qkv,) = apply_autocast(qkv)
-        query = qkv.select(-3, 0)
-        check_tensors(rank, qkv=query)
-        return _attend((qkv,), query, kernel_size, stride, dilation, is_causal, scale, rpb, return_lse, backend)
+        axes = _check_packed(rank, qkv, rpb, kernel_size, stride, dilation, is_causal)
+        return _attend((qkv,), axes, scale, rpb, return_lse, backend)
 
     return _publish(
         packed, rank, "_qkvpacked", inputs="qkv: [B, {space}, 3, heads, head_dim]; backward makes one gradient"
@@ -132,11 +126,33 @@ def _publish(function: Callable, rank: int, suffix: str, inputs: str = "", doc: 
     return function
 
 
-def _attend(qkv, query, kernel_size, stride, dilation, is_causal, scale, rpb, return_lse, backend):
-    """Runs `qkv`, which is (query, key, value) of equal shape or one packed tensor, whose query is `query`."""
+@remember
+def _check_fused(rank, query, key, value, rpb, kernel_size, stride, dilation, is_causal) -> tuple[Axis, ...]:
+    check_tensors(rank, query=query, key=key, value=value)
+    _refuse_other_heads(query, key, value)
+    check_same_shape(query=query, key=key, value=value)
     axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
     check_rpb(rpb, axes, query.shape[-2], query.dtype, query.device)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return axes
+
+
+@remember
+def _check_packed(rank, qkv, rpb, kernel_size, stride, dilation, is_causal) -> tuple[Axis, ...]:
+    if qkv.dim() != rank + 4 or qkv.shape[-3] != 3:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}, but must have {rank + 4} dimensions: batch, {rank} spatial axes, "
+            "3 (query, key and value), heads and head_dim."
+        )
+    query = qkv.select(-3, 0)
+    check_tensors(rank, qkv=query)
+    axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    check_rpb(rpb, axes, query.shape[-2], query.dtype, query.device)
+    return axes
+
+
+def _attend(qkv, axes, scale, rpb, return_lse, backend):
+    """Runs checked tensors: `qkv` is (query, key, value) or one packed tensor."""
+    scale = qkv[0].shape[-1] ** -0.5 if scale is None else float(scale)
     backend = dispatch.requested(backend)
     if dispatch.is_plain(backend):
         query, key, value = qkv if len(qkv) == 3 else qkv[0].unbind(-3)
@@ -147,6 +163,8 @@ def _attend(qkv, query, kernel_size, stride, dilation, is_causal, scale, rpb, re
 
 
 def _refuse_unserved(additional_keys: Tensor | None, additional_values: Tensor | None, window_padding: str) -> None:
+    if additional_keys is None and additional_values is None and window_padding == "shift":
+        return
     if window_padding not in ("shift", "zeros", "valid"):
         raise ValueError(f"window_padding is {window_padding!r}, but must be 'shift', 'zeros' or 'valid'.")
     given = {
@@ -191,10 +209,7 @@ def _make_qk(rank: int) -> Callable[..., Tensor]:
         backend: str | None = None,
     ) -> Tensor:
         query, key = apply_autocast(query, key)
-        check_tensors(rank, query=query, key=key)
-        check_same_shape(query=query, key=key)
-        axes = make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
-        check_rpb(rpb, axes, query.shape[1], query.dtype, query.device)
+        axes = _check_qk(rank, query, key, rpb, kernel_size, dilation, is_causal)
         backend = dispatch.requested(backend)
         if dispatch.is_plain(backend):
             return reference.query_key(query, key, rpb, axes)
@@ -213,19 +228,32 @@ def _make_av(rank: int) -> Callable[..., Tensor]:
         backend: str | None = None,
     ) -> Tensor:
         attn, value = apply_autocast(attn, value)
-        check_tensors(rank, attn=attn, value=value)
-        axes = make_axes(value.shape[2:-1], kernel_size, 1, dilation, is_causal)
-        expected = (*value.shape[:-1], prod([axis.kernel_size for axis in axes]))
-        if attn.shape != expected:
-            raise ValueError(
-                f"attn has shape {tuple(attn.shape)}, but this value and kernel_size need {tuple(expected)}."
-            )
+        axes = _check_av(rank, attn, value, kernel_size, dilation, is_causal)
         backend = dispatch.requested(backend)
         if dispatch.is_plain(backend):
             return reference.weight_value(attn, value, axes)
         return weight_value(attn, value, axes, backend)
 
     return _publish(av, rank, "_av", doc=_AV_DOC)
+
+
+@remember
+def _check_qk(rank, query, key, rpb, kernel_size, dilation, is_causal) -> tuple[Axis, ...]:
+    check_tensors(rank, query=query, key=key)
+    check_same_shape(query=query, key=key)
+    axes = make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
+    check_rpb(rpb, axes, query.shape[1], query.dtype, query.device)
+    return axes
+
+
+@remember
+def _check_av(rank, attn, value, kernel_size, dilation, is_causal) -> tuple[Axis, ...]:
+    check_tensors(rank, attn=attn, value=value)
+    axes = make_axes(value.shape[2:-1], kernel_size, 1, dilation, is_causal)
+    expected = (*value.shape[:-1], prod([axis.kernel_size for axis in axes]))
+    if attn.shape != expected:
+        raise ValueError(f"attn has shape {tuple(attn.shape)}, but this value and kernel_size need {tuple(expected)}.")
+    return axes
 
 
 _QK_DOC = """Logits of each query with the keys of its window, not scaled: scale the query first.

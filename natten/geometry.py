@@ -15,12 +15,13 @@ This is DiNAT's equations 1 and 2 (arXiv:2209.15001), with NAT (arXiv:2204.07143
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from natten.memo import remember
 
 IntOrTuple = int | Sequence[int]
 BoolOrTuple = bool | Sequence[bool]
@@ -183,15 +184,10 @@ def make_axes(
     Raises:
         ValueError: as `check_window`, and where kernel_size * dilation exceeds the length of an axis.
     """
-    if torch.compiler.is_compiling():
-        return _make_axes(tuple(space), kernel_size, stride, dilation, is_causal)
-    arguments = [_freeze(value) for value in (space, kernel_size, stride, dilation, is_causal)]
-    try:
-        return _cached_axes(*arguments, types=tuple(map(_types, arguments)))
-    except TypeError:  # symbolic lengths have no hash
-        return _make_axes(*arguments)
+    return _make_axes(tuple(space), kernel_size, stride, dilation, is_causal)
 
 
+@remember
 def _make_axes(space, kernel_size, stride, dilation, is_causal) -> tuple[Axis, ...]:
     window = check_window(len(space), kernel_size, stride, dilation, is_causal)
     axes = tuple(Axis(*values) for values in zip(space, *window, strict=True))
@@ -203,20 +199,6 @@ def _make_axes(space, kernel_size, stride, dilation, is_causal) -> tuple[Axis, .
                 f"NeighborhoodAttention{len(axes)}D, which pads small maps."
             )
     return axes
-
-
-@lru_cache(maxsize=4096)
-def _cached_axes(*arguments, types: tuple) -> tuple[Axis, ...]:
-    """`types` tells True from 1, which are equal as keys."""
-    return _make_axes(*arguments)
-
-
-def _freeze(value):
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _types(value):
-    return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
 
 
 def check_tensors(rank: int, **tensors: Tensor) -> None:

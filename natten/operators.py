@@ -6,11 +6,13 @@ its output and the logsumexp for backward: nothing of size tokens x window.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from natten import dispatch
@@ -33,6 +35,37 @@ def _axes(space, kernel_size, stride, dilation, is_causal):
 def _empty_like_table(rpb: Tensor | None, like: Tensor) -> Tensor:
     """What stands for the gradient of rpb: operators return no None."""
     return like.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The way past the dispatcher and autograd, which take longer than a small problem
+# ---------------------------------------------------------------------------------------------------------------------
+
+_KINDS = (Tensor, torch.nn.Parameter)
+
+
+def _is_seen(*tensors: Tensor | None) -> bool:
+    """Whether something looks on: torch.compile, a tracer, a profiler, a mode or transform, another class of tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+        or _is_transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(x is not None and (type(x) not in _KINDS or x.is_meta) for x in tensors)
+        or torch.overrides.has_torch_function(tensors)
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    return not torch.compiler.is_compiling() and _is_transformed()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,17 +110,39 @@ def _backward_fake(
     return query.new_empty(shape), _empty_like_table(rpb, query)
 
 
+def _attend(qkv, rpb, axes, scale, backend):
+    query, key, value = _split(qkv)
+    if _is_seen(*qkv, rpb):
+        return torch.ops.natten.attention_forward(query, key, value, rpb, *_window(axes), scale, backend)
+    return dispatch.choose(query, backend).attention(query, key, value, rpb, axes, scale)
+
+
+def _attend_backward(grad_out, grad_lse, qkv, rpb, out, lse, axes, scale, backend):
+    tensors = (grad_out, grad_lse, *_split(qkv), rpb, out, lse)
+    if _is_seen(*tensors):
+        return torch.ops.natten.attention_backward(*tensors, *_window(axes), scale, backend)
+    return dispatch.choose(out, backend).attention_backward(*tensors, axes, scale)
+
+
+def _split(qkv: Sequence[Tensor]) -> Sequence[Tensor]:
+    return qkv[0].unbind(-3) if len(qkv) == 1 else qkv
+
+
+def _window(axes: Sequence[Axis]) -> list[list]:
+    """kernel_size, stride, dilation and is_causal."""
+    return [list(values) for values in zip(*axes, strict=True)][1:]
+
+
 class _FusedAttention(torch.autograd.Function):
-    """(rpb, window, qkv) or (rpb, window, query, key, value) -> (out, lse)."""
+    """(rpb, (axes, scale, backend), qkv) or (rpb, .., query, key, value) -> (out, lse)."""
 
     @staticmethod
-    def forward(rpb, window, *qkv):
-        query, key, value = _split(qkv)
-        return torch.ops.natten.attention_forward(query, key, value, rpb, *window)
+    def forward(rpb, problem, *qkv):
+        return _attend(qkv, rpb, *problem)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rpb, ctx.window, *qkv = inputs
+        rpb, ctx.problem, *qkv = inputs
         ctx.save_for_backward(rpb, *output, *qkv)
         ctx.set_materialize_grads(False)
 
@@ -95,29 +150,20 @@ class _FusedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         rpb, out, lse, *qkv = ctx.saved_tensors
-        query, key, value = _split(qkv)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grad_qkv, grad_rpb = torch.ops.natten.attention_backward(
-            grad_out, grad_lse, query, key, value, rpb, out, lse, *ctx.window
-        )
+        grad_qkv, grad_rpb = _attend_backward(grad_out, grad_lse, qkv, rpb, out, lse, *ctx.problem)
         grads = (grad_qkv,) if len(qkv) == 1 else grad_qkv.unbind(-3)
         return (None if rpb is None else grad_rpb), None, *grads
-
-
-def _split(qkv: Sequence[Tensor]) -> Sequence[Tensor]:
-    return qkv[0].unbind(-3) if len(qkv) == 1 else qkv
 
 
 def fused_attention(
     qkv: Sequence[Tensor], rpb: Tensor | None, axes: Sequence[Axis], scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of checked heads-last tensors: `qkv` is (query, key, value), or one packed tensor."""
-    _, *window = (list(values) for values in zip(*axes, strict=True))
-    window = (*window, scale, backend)
-    if not torch.is_grad_enabled():  # autograd costs more than a small problem takes
-        return torch.ops.natten.attention_forward(*_split(qkv), rpb, *window)
-    return _FusedAttention.apply(rpb, window, *qkv)
+    if not _needs_grad(*qkv, rpb):
+        return _attend(qkv, rpb, axes, scale, backend)
+    return _FusedAttention.apply(rpb, (axes, scale, backend), *qkv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,7 +278,7 @@ def _half_window(axes: Sequence[Axis], backend: str | None) -> tuple:
 def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis], backend: str | None) -> Tensor:
     """Logits [B, H, X, W] of checked heads-first tensors."""
     window = _half_window(axes, backend)
-    if not torch.is_grad_enabled():
+    if not _needs_grad(query, key, rpb):
         return torch.ops.natten.query_key_forward(query, key, rpb, *window)
     return _QueryKey.apply(rpb, window, query, key)
 
@@ -240,6 +286,11 @@ def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axi
 def weight_value(attn: Tensor, value: Tensor, axes: Sequence[Axis], backend: str | None) -> Tensor:
     """Sums [B, H, X, d] of checked heads-first tensors."""
     window = _half_window(axes, backend)
-    if not torch.is_grad_enabled():
+    if not _needs_grad(attn, value):
         return torch.ops.natten.weight_value_forward(attn, value, *window)
     return _WeightValue.apply(window, attn, value)
+
+
+# Function.apply asks for the signature at every call; made here, it need not be found out anew.
+for _function in (_FusedAttention, _QueryKey, _WeightValue):
+    _function.forward.__signature__ = inspect.signature(_function.forward)

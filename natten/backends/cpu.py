@@ -9,15 +9,17 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 from struct import Struct
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from natten.geometry import Axis, check_rpb
+from natten.memo import remember
 
 NAME = "cpu"
 
@@ -28,7 +30,8 @@ _TENSORS = (
     *("GRAD_QUERY", "GRAD_KEY", "GRAD_VALUE"),
 )
 _PLAN = Struct(f"=4q 15q d {len(_TENSORS) * 5}q")
-_ADDRESSES = ctypes.c_void_p * len(_TENSORS)
+_ADDRESSES = Struct(f"{len(_TENSORS)}P")
+_ARGUMENTS = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
 _NO_AXIS = (1, 1, 1, 1, 0)
 _NO_STRIDES = (0,) * 5
 
@@ -57,9 +60,15 @@ def _warn(reason: str) -> None:
 
 
 def _library() -> ctypes.CDLL:
-    from natten import build  # here, so that `python -m natten.build` is not imported before it runs
+    return _build().cpu_library()
 
-    return build.cpu_library()
+
+@cache
+def _build() -> ModuleType:
+    """natten.build, imported late so that `python -m natten.build` is not imported before it runs."""
+    from natten import build
+
+    return build
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,7 +81,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, X, H, d] in the query's dtype and logsumexp [B, X, H] in float32, both contiguous."""
     query, key, value = (_with_contiguous_rows(x) for x in (query, key, value))
-    out = query.new_empty(query.shape)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     _run("natten_attention", axes, scale, rpb, QUERY=query, KEY=key, VALUE=value, OUT=out, LSE=lse)
     return out, lse
@@ -174,8 +183,8 @@ def _with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _run(
@@ -187,17 +196,11 @@ def _run(
     **tensors: Tensor | None,
 ) -> None:
     """Calls an exported function with heads-last tensors, named as in TensorName, and the bias table."""
+    shaped = tensors["QUERY"] if "QUERY" in tensors else tensors["VALUE"]
     table = None if rpb is None else rpb.float().contiguous()
-    given = [tensors.get(name) for name in _TENSORS]
-    shaped = given[0] if given[0] is not None else given[2]  # query or value
-    layouts = tuple(None if x is None else (x.dtype, x.shape, x.stride()) for x in given)
-    plan = _plan(shaped.dtype, shaped.shape, tuple(axes), scale, layouts)
-    if rpb is not None:
-        check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
-    addresses = _ADDRESSES(*map(_address, given))
-    failed = getattr(_library(), function)(
-        plan, addresses, ctypes.c_void_p(_address(table)), ctypes.c_void_p(_address(grad_rpb)), _threads()
-    )
+    plan = _plan(shaped, axes, scale, rpb, tuple(tensors), *tensors.values())
+    addresses = _ADDRESSES.pack(*[_address(tensors.get(name)) for name in _TENSORS])
+    failed = _function(_library(), function)(plan, addresses, _address(table), _address(grad_rpb), _threads())
     if failed == 1:
         raise MemoryError(f"natten's CPU kernels ran out of memory on tensors of shape {tuple(shaped.shape)}.")
     if failed:
@@ -206,36 +209,47 @@ def _run(
         )
 
 
-@lru_cache(maxsize=1024)
-def _plan(dtype: torch.dtype, shape: torch.Size, axes: tuple[Axis, ...], scale: float, layouts: tuple) -> bytes:
-    """A plan for tensors of those dtypes, shapes and strides, on a map whose query or value has `dtype` and `shape`.
+@cache
+def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
+    function = getattr(library, name)
+    function.argtypes, function.restype = _ARGUMENTS, ctypes.c_int
+    return function
+
+
+@remember
+def _plan(
+    shaped: Tensor, axes: tuple[Axis, ...], scale: float, rpb: Tensor | None, names: tuple, *tensors: Tensor | None
+) -> bytes:
+    """A plan for the named tensors, on a map whose query or value is `shaped`.
 
     Raises:
-        ValueError: if a tensor does not go with that: an operator called past the public functions, which check first.
+        ValueError: if one does not go with that: an operator called past the public functions, which check first.
     """
+    check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
     no_axes = 3 - len(axes)
-    values = [_DTYPES[dtype], shape[0], shape[-2], shape[-1]]
+    values = [_DTYPES[shaped.dtype], shaped.shape[0], shaped.shape[-2], shaped.shape[-1]]
     values += (*_NO_AXIS * no_axes, *(int(value) for axis in axes for value in axis))
     values.append(scale)
-    for name, layout in zip(_TENSORS, layouts, strict=True):
-        if layout is None:
+    given = dict(zip(names, tensors, strict=True))
+    for name in _TENSORS:
+        x = given.get(name)
+        if x is None:
             values += _NO_STRIDES
             continue
-        _check_layout(name, layout, dtype, shape, axes)
-        strides = layout[2]
+        _check_layout(name, x, shaped, axes)
+        strides = x.stride()
         values += strides[0], *(0,) * no_axes, *strides[1 : len(axes) + 2]
     return _PLAN.pack(*values)
 
 
-def _check_layout(name: str, layout: tuple, dtype: torch.dtype, shape: torch.Size, axes: tuple[Axis, ...]) -> None:
+def _check_layout(name: str, x: Tensor, shaped: Tensor, axes: tuple[Axis, ...]) -> None:
     items = {"LSE": (), "GRAD_LSE": (), "ATTN": (_window_size(axes),), "GRAD_ATTN": (_window_size(axes),)}
-    expected = (*shape[:-1], *items.get(name, (shape[-1],)))
-    if items.get(name) == ():
-        dtype = torch.float32
-    if layout[:2] != (dtype, expected):
+    expected = (*shaped.shape[:-1], *items.get(name, (shaped.shape[-1],)))
+    dtype = torch.float32 if items.get(name) == () else shaped.dtype
+    if (x.dtype, x.shape, x.device) != (dtype, expected, shaped.device):
         raise ValueError(
-            f"{name.lower()} is {layout[0]} of shape {tuple(layout[1])}, heads last, but these kernel_size and tensors "
-            f"need {dtype} of shape {expected}."
+            f"{name.lower()} is {x.dtype} of shape {tuple(x.shape)} on {x.device}, heads last, but these kernel_size "
+            f"and tensors need {dtype} of shape {expected} on {shaped.device}."
         )
 
 
