@@ -36,7 +36,16 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from natten import cache
-from natten.compiler import FLAGS, NATIVE, CompileError, Compiler, compile_library, find_compilers, share_openmp
+from natten.compiler import (
+    FLAGS,
+    NATIVE,
+    CompileError,
+    Compiler,
+    compile_library,
+    find_compilers,
+    has_openmp_of,
+    share_openmp,
+)
 
 ABI = 1  # as natten_abi() of the library returns
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
@@ -157,7 +166,7 @@ def _shipped() -> Found | None:
 def _kept_or_compiled(sources: Path, may_compile: bool) -> Found:
     names = {compiler: _file_name(compiler, sources) for compiler in _compilers()}
     with ExitStack() as stack:
-        made = functools.cache(lambda: _compile(sources, names, stack.enter_context(cache.scratch())))
+        made = functools.cache(lambda: _compile(sources, names, _scratch(stack)))
         for folder in cache.folders():
             try:
                 found = _look(folder, names)
@@ -177,6 +186,13 @@ def _kept_or_compiled(sources: Path, may_compile: bool) -> Found:
             "of yours."
         )
         return Found(_load(path), None, origin)
+
+
+def _scratch(stack: ExitStack) -> Path:
+    try:
+        return stack.enter_context(cache.scratch())
+    except OSError as error:  # not the fault of a cache folder
+        raise Unavailable(f"the CPU kernels need a temporary folder: {_text(error)}; set TMPDIR to another.") from error
 
 
 def _look(folder: Path, names: Mapping[Compiler, str]) -> Found | None:
@@ -271,6 +287,7 @@ def _key_parts(compiler: Compiler, sources: Path) -> Iterator[bytes]:
         yield os.fsencode(path.relative_to(sources))
         yield path.read_bytes()
     yield " ".join((*FLAGS, NATIVE, *compiler.command, compiler.version)).encode()
+    yield b"OpenMP" if has_openmp_of(compiler) else b""
     yield " ".join((platform.machine(), *sorted(cpu_flags()))).encode()
 
 

@@ -84,7 +84,7 @@ def compile_library(compiler: Compiler, sources: Path, target: Path, cpu: str = 
         CompileError: if the compiler fails, also without OpenMP.
     """
     for threads in (("-fopenmp", "-pthread"), ("-pthread",)):
-        if "-fopenmp" in threads and not _has_openmp_of(compiler):
+        if "-fopenmp" in threads and not has_openmp_of(compiler):
             log.debug("PyTorch's OpenMP does not serve %s: the CPU kernels use threads of their own", compiler)
             continue
         try:
@@ -150,7 +150,7 @@ def share_openmp() -> ctypes.CDLL | None:
         return None
 
 
-def _has_openmp_of(compiler: Compiler) -> bool:
+def has_openmp_of(compiler: Compiler) -> bool:
     """Whether PyTorch's runtime has what this compiler's -fopenmp calls."""
     entry = "__kmpc_fork_call" if "clang" in compiler.version else "GOMP_parallel"
     return hasattr(share_openmp(), entry)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import natten
 
@@ -149,6 +150,59 @@ class OpcheckTest(unittest.TestCase):
                     for real, fake in zip(reals, fakes, strict=True):
                         self.assertTrue(real.is_contiguous())
                         self.assertEqual((real.shape, real.dtype), (fake.shape, fake.dtype))
+
+
+class PastTheDispatcherTest(unittest.TestCase):
+    """Plain calls do not go through the operators; whoever looks on sees them all the same."""
+
+    def setUp(self):
+        self.x = random(1, 6, 7, 3, 2, 8)
+        self.rpb = random(2, 5, 5)
+        self.weight = random(1, 6, 7, 2, 8, seed=1)
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (natten.na2d_qkvpacked(x, 3, rpb=self.rpb) * self.weight).sum()
+
+    def test_a_profiler_sees_the_operators(self):
+        x = self.x.clone().requires_grad_()
+        with torch.autograd.profiler.profile() as seen:
+            self.loss(x).backward()
+        names = {event.name for event in seen.function_events}
+        self.assertLessEqual({"natten::attention_forward", "natten::attention_backward"}, names)
+
+    def test_a_mode_sees_them(self):
+        names = []
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                names.append(function.name())
+                return function(*args, **(kwargs or {}))
+
+        with Recorder():
+            self.loss(self.x)
+        self.assertIn("natten::attention_forward", names)
+
+    def test_they_give_the_same(self):
+        query, key, value = self.x.unbind(-3)
+        direct = natten.na2d(query, key, value, 3, rpb=self.rpb, return_lse=True, scale=0.5)
+        for x, y in zip(
+            direct, torch.ops.natten.attention_forward(*self.x.unbind(-3), self.rpb, *window(2)), strict=True
+        ):
+            self.assertTrue(torch.equal(x, y))
+
+    def test_transforms(self):
+        x = self.x.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(self.loss(x), x)
+        torch.testing.assert_close(torch.func.grad(self.loss)(self.x), expected)
+        # Differentiated outside of a transform that does not concern it.
+        inside = torch.func.grad(lambda factor, x: self.loss(x) * factor)
+        torch.testing.assert_close(
+            torch.func.grad(lambda x: inside(torch.tensor(2.0), x))(self.x), expected, rtol=1e-4, atol=1e-5
+        )
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(self.x, torch.ones_like(self.x))
+            with self.assertRaises((RuntimeError, NotImplementedError)):  # rather than losing the tangent
+                self.loss(dual)
 
 
 class MetaTest(unittest.TestCase):

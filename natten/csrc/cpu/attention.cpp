@@ -13,7 +13,7 @@ namespace natten {
 // ---------------------------------------------------------------------------------------------------------------------
 
 // The softmax of some rows, of which only sums are kept. Weights are taken relative to `largest`, the largest logit of the
-// first visit, as long as no logit exceeds it by so much that they could overflow.
+// first visit, as long as no logit exceeds it by so much that they could overflow. Lanes do not depend on each other.
 struct Softmax {
   static constexpr float MOST = 8.f;
   Vec largest, sum;
@@ -24,10 +24,11 @@ struct Softmax {
   NATTEN_INLINE bool add(float* s, int keys, Vec& factor) {
     Vec top = load(s);
     for (int j = 1; j < keys; ++j) top = maximum(top, load(s + j * W));
-    const bool is_larger = any(top > largest + MOST);
+    const auto exceeds = top > largest + MOST;
+    const bool is_larger = any(exceeds);
     if (is_larger) {
       const Vec before = largest;
-      largest = maximum(top, largest);
+      largest = select(exceeds, top, largest);
       factor = exp(before - largest);
       sum *= factor;
     }

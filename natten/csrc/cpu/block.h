@@ -3,6 +3,10 @@
 // A Map (lines.h, dense.h) cuts a submap into bands of blocks, holds the keys and values that a block meets, and applies
 // the three products of micro.h to them, one line of keys at a time: its weights stay in the nearest cache. The operators
 // (attention.cpp, halves.cpp) are written once, for any Map.
+//
+// run.h calls begin(submap, strip, head), then for_each_block(band, function) for all bands in order, then end(), which
+// writes the last gradients. In function(block), for_each_visit gives the lines of keys that the block meets; dot, gather,
+// scatter and add_bias_gradient take such a visit.
 #pragma once
 
 #include <algorithm>

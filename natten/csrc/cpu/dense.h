@@ -14,11 +14,11 @@ class DenseMap {
   static constexpr int MAX_TOKENS = 256;
 
   static bool fits(const Plan& plan, const int (&n)[3]) {
-    int tokens = 1;
+    int64_t tokens = 1;
     for (int i = 0; i < 3; ++i) {
       const Axis& axis = plan.axis[i];
       if (n[i] != axis.kernel_size || axis.is_causal) return false;
-      tokens *= n[i];
+      tokens *= std::min(n[i], MAX_TOKENS + 1);
     }
     return tokens <= MAX_TOKENS;
   }
@@ -27,7 +27,7 @@ class DenseMap {
 
   // Only for a problem that `fits` for some submap: all of those have kernel_size tokens an axis.
   DenseMap(const Call& call, const Needs& needs, Bias& bias, Scratch& scratch, const Strips&)
-      : plan_(*call.plan), needs_(needs), bias_(bias), functions_(row_functions(plan_.dtype)), dim_(plan_.dim),
+      : plan_(*call.plan), bias_(bias), functions_(row_functions(plan_.dtype)), dim_(plan_.dim),
         padded_(round_up(dim_, W)) {
     tokens_ = 1;
     for (int i = 0; i < 3; ++i) tokens_ *= n_[i] = plan_.axis[i].kernel_size;
@@ -129,7 +129,6 @@ class DenseMap {
 
  private:
   const Plan& plan_;
-  const Needs needs_;
   Bias& bias_;
   const RowFunctions functions_;
   const int dim_, padded_;

@@ -22,8 +22,8 @@ struct Group {
   int place[W], lane_keys[W];   // first key of each lane, counted from the first that the line holds; number of keys
 };
 
-// Where the windows of a group begin, less the place of each query, and how many keys they have: groups that agree in
-// this have the same bias.
+// Where the windows of a group begin, less the place of each query (with a table), and how many keys they have: groups
+// that agree in this have the same bias.
 using Pattern = std::array<int, 2 * W>;
 
 // What the maps of several heads have in common: the groups of a line, or of a strip of it, and their bias.
@@ -351,7 +351,7 @@ class LineMap {
     Pattern pattern;
     for (int lane = 0; lane < W; ++lane) {
       const int real = lane < group.lanes ? lane : 0;
-      pattern[lane] = origin_ + group.place[real] - (group.first + real);
+      pattern[lane] = groups_.has_table() ? origin_ + group.place[real] - (group.first + real) : 0;
       pattern[W + lane] = group.lane_keys[real];
     }
     return pattern;

@@ -10,6 +10,11 @@
 
 namespace natten {
 
+// An odd number of units: distances of a power of two would crowd the same sets of a cache.
+constexpr int uncrowded(int units) { return units | 1; }
+
+inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
+
 class Scratch {
  public:
   Scratch() = default;
@@ -31,6 +36,9 @@ class Scratch {
   // Uninitialised floats, on a cache line of their own.
   float* take(size_t floats) {
     const size_t size = (floats + 15) / 16 * 16;
+#if defined(__SANITIZE_ADDRESS__)
+    add(size);  // alone, so that an access beyond its end is seen
+#endif
     if (blocks_.empty() || blocks_.back().used + size > blocks_.back().size) add(std::max(size, size_t{1} << 16));
     Block& block = blocks_.back();
     block.used += size;
@@ -52,9 +60,10 @@ class Scratch {
   std::vector<Block> blocks_;
 
   void add(size_t size) {
-    void* data = std::aligned_alloc(64, size * sizeof(float));
-    if (!data) throw std::bad_alloc();
-    blocks_.push_back({static_cast<float*>(data), size, 0});
+    blocks_.push_back({});
+    blocks_.back().data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+    if (!blocks_.back().data) throw std::bad_alloc();
+    blocks_.back().size = size;
   }
 
   void release() {

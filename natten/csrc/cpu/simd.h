@@ -134,13 +134,6 @@ NATTEN_INLINE Vec log(Vec x) {
 
 template <int DISTANCE>
 NATTEN_INLINE void exchange(Vec& a, Vec& b) {
-  IntVec upper, lower;
-#pragma GCC unroll 16
-  for (int lane = 0; lane < W; ++lane) {
-    const bool high = lane & DISTANCE;
-    upper[lane] = high ? W + lane - DISTANCE : lane;
-    lower[lane] = high ? W + lane : lane + DISTANCE;
-  }
 #if defined(__clang__)
   Vec x, y;
 #pragma GCC unroll 16
@@ -150,6 +143,13 @@ NATTEN_INLINE void exchange(Vec& a, Vec& b) {
     y[lane] = high ? b[lane] : a[lane + DISTANCE];
   }
 #else
+  IntVec upper, lower;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < W; ++lane) {
+    const bool high = lane & DISTANCE;
+    upper[lane] = high ? W + lane - DISTANCE : lane;
+    lower[lane] = high ? W + lane : lane + DISTANCE;
+  }
   const Vec x = __builtin_shuffle(a, b, upper), y = __builtin_shuffle(a, b, lower);
 #endif
   a = x;

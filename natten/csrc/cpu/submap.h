@@ -82,9 +82,4 @@ struct Submap {
   }
 };
 
-// An odd number of units: distances of a power of two would crowd the same sets of a cache.
-constexpr int uncrowded(int units) { return units | 1; }
-
-inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
-
 }  // namespace natten
