@@ -10,7 +10,8 @@ What is compared is timed in turns, round after round, together with a matrix pr
 percentiles over the rounds. "% GEMM" is the least work of the operator (4 B H N K d floating-point operations forward,
 14 forward and backward, K keys a query) over the time, as a part of the float32 rate of the matrix product;
 "% floor" is the time that this work at that rate or the least traffic at the copy's rate takes, whichever is longer,
-over the time. Left out of the times: compiling, and the making of masks and indices that a program can keep.
+over the time. Left out of the times: compiling, the making of masks and indices that a program can keep, and the
+fetching of memory that the call before gave back.
 Before it is timed, each result of an operator is compared with the reference.
 """
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import layers, models, ops
 from benchmarks.entry import DTYPES, Entry, Setting
-from benchmarks.memory import peak_mb, peak_mb_in_fresh_process
+from benchmarks.memory import keep_freed_memory, peak_mb, peak_mb_in_fresh_process
 from benchmarks.report import Row, format_table, make_row, write_csv
 from benchmarks.timing import time_group
 
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     module = KINDS[args.kind]
     if args.out.is_dir():
         raise ValueError(f"--out {args.out} is a folder: name the table to write in it.")
+    keep_freed_memory()
     groups = args.case or module.GROUPS
     plans = [module.plan(group, args.provider, setting_of(args)) for group in dict.fromkeys(groups)]
     rows: list[Row] = []

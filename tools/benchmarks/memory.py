@@ -19,6 +19,7 @@ import torch
 from benchmarks.entry import Entry, Subject
 
 _STATUS = Path("/proc/self/status")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def peak_mb(entry: Entry, make: Callable[[Entry], Subject]) -> float:
@@ -54,6 +55,17 @@ def peak_mb_in_fresh_process(entry: Entry, script: str) -> float:
     if done.returncode:
         raise RuntimeError(f"memory of {entry} could not be measured: {(done.stderr.splitlines() or ['?'])[-1]}")
     return float(done.stdout.split()[-2])
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library (glibc) keep what is freed, so that no call is charged with getting the same memory again.
+
+    As it is, large results are given back and fetched anew from call to call, by chance of what lies beside them.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
 def _return_freed_memory() -> None:
