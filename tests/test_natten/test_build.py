@@ -168,7 +168,7 @@ class FolderTest(BuildTestCase):
                 found = build.find()
             self.assertIsNone(found.path)
             self.assertEqual((found.library.natten_abi(), list(self.scratch.iterdir())), (build.ABI, []))
-            with self.assertRaisesRegex(build.Unavailable, "could not be compiled or loaded: .*temporary"):
+            with self.assertRaisesRegex(build.Unavailable, "need a temporary folder: .*TMPDIR"):
                 os_error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
                 with mock.patch.object(tempfile, "mkdtemp", side_effect=os_error):
                     build.find()
