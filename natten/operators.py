@@ -80,10 +80,12 @@ _define(
 )
 
 
-@torch.library.impl("natten::attention_forward", "default")
 def _forward(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale, backend):
     axes = _axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
     return dispatch.choose(query, backend).attention(query, key, value, rpb, axes, scale)
+
+
+torch.library.impl("natten::attention_forward", "default")(_forward)
 
 
 @torch.library.register_fake("natten::attention_forward")
@@ -91,7 +93,6 @@ def _forward_fake(query, key, value, rpb, kernel_size, stride, dilation, is_caus
     return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
 
 
-@torch.library.impl("natten::attention_backward", "default")
 def _backward(
     grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale, backend
 ):
@@ -102,6 +103,9 @@ def _backward(
     return grad_qkv, _empty_like_table(None, query) if grad_rpb is None else grad_rpb
 
 
+torch.library.impl("natten::attention_backward", "default")(_backward)
+
+
 @torch.library.register_fake("natten::attention_backward")
 def _backward_fake(
     grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale, backend
@@ -110,39 +114,32 @@ def _backward_fake(
     return query.new_empty(shape), _empty_like_table(rpb, query)
 
 
-def _attend(qkv, rpb, axes, scale, backend):
-    query, key, value = _split(qkv)
-    if _is_seen(*qkv, rpb):
-        return torch.ops.natten.attention_forward(query, key, value, rpb, *_window(axes), scale, backend)
-    return dispatch.choose(query, backend).attention(query, key, value, rpb, axes, scale)
+def _attend(qkv, rpb, window):
+    arguments = (*_split(qkv), rpb)
+    forward = torch.ops.natten.attention_forward if _is_seen(*arguments) else _forward
+    return forward(*arguments, *window)
 
 
-def _attend_backward(grad_out, grad_lse, qkv, rpb, out, lse, axes, scale, backend):
-    tensors = (grad_out, grad_lse, *_split(qkv), rpb, out, lse)
-    if _is_seen(*tensors):
-        return torch.ops.natten.attention_backward(*tensors, *_window(axes), scale, backend)
-    return dispatch.choose(out, backend).attention_backward(*tensors, axes, scale)
+def _attend_backward(grad_out, grad_lse, qkv, rpb, out, lse, window):
+    arguments = (grad_out, grad_lse, *_split(qkv), rpb, out, lse)
+    backward = torch.ops.natten.attention_backward if _is_seen(*arguments) else _backward
+    return backward(*arguments, *window)
 
 
 def _split(qkv: Sequence[Tensor]) -> Sequence[Tensor]:
     return qkv[0].unbind(-3) if len(qkv) == 1 else qkv
 
 
-def _window(axes: Sequence[Axis]) -> list[list]:
-    """kernel_size, stride, dilation and is_causal."""
-    return [list(values) for values in zip(*axes, strict=True)][1:]
-
-
 class _FusedAttention(torch.autograd.Function):
-    """(rpb, (axes, scale, backend), qkv) or (rpb, .., query, key, value) -> (out, lse)."""
+    """(rpb, window, qkv) or (rpb, window, query, key, value) -> (out, lse)."""
 
     @staticmethod
-    def forward(rpb, problem, *qkv):
-        return _attend(qkv, rpb, *problem)
+    def forward(rpb, window, *qkv):
+        return _attend(qkv, rpb, window)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rpb, ctx.problem, *qkv = inputs
+        rpb, ctx.window, *qkv = inputs
         ctx.save_for_backward(rpb, *output, *qkv)
         ctx.set_materialize_grads(False)
 
@@ -152,7 +149,7 @@ class _FusedAttention(torch.autograd.Function):
         rpb, out, lse, *qkv = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grad_qkv, grad_rpb = _attend_backward(grad_out, grad_lse, qkv, rpb, out, lse, *ctx.problem)
+        grad_qkv, grad_rpb = _attend_backward(grad_out, grad_lse, qkv, rpb, out, lse, ctx.window)
         grads = (grad_qkv,) if len(qkv) == 1 else grad_qkv.unbind(-3)
         return (None if rpb is None else grad_rpb), None, *grads
 
@@ -161,9 +158,11 @@ def fused_attention(
     qkv: Sequence[Tensor], rpb: Tensor | None, axes: Sequence[Axis], scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of checked heads-last tensors: `qkv` is (query, key, value), or one packed tensor."""
+    _, *window = (list(values) for values in zip(*axes, strict=True))
+    window = (*window, scale, backend)
     if not _needs_grad(*qkv, rpb):
-        return _attend(qkv, rpb, axes, scale, backend)
-    return _FusedAttention.apply(rpb, (axes, scale, backend), *qkv)
+        return _attend(qkv, rpb, window)
+    return _FusedAttention.apply(rpb, window, *qkv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
