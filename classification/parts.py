@@ -111,7 +111,9 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
     """The scheduler of each update's learning rate, or None, and the number of epochs with the cooldown."""
     if args.sched != "none" and args.warmup_epochs >= args.epochs:
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs} leaves none of --epochs {args.epochs}: make it less.")
+        raise ValueError(
+            f"--warmup-epochs {args.warmup_epochs} leaves none of --epochs {args.epochs}: use fewer warm-up epochs."
+        )
     try:
         return create_scheduler_v2(
             optimizer,

@@ -112,9 +112,8 @@ def find(name: str) -> ModuleType:
             return module
     if name in NAMES:
         raise ValueError(f"backend {name!r} cannot be used: this version of natten has no {name} kernels yet.")
-    raise ValueError(
-        f"backend {name!r} is unknown: use one of {', '.join(map(repr, NAMES))}, or None to let natten choose."
-    )
+    here = ", ".join(repr(module.NAME) for module in LADDER)
+    raise ValueError(f"backend {name!r} is unknown: use one of {here}, or None to let natten choose.")
 
 
 def obey_environment() -> None:
