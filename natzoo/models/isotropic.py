@@ -20,9 +20,9 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 import natten
+from natzoo.checkpoints.rpb import resize_rpb
 from natzoo.models.classifier import Classifier
 from natzoo.models.layers import NeighborhoodBlock, drop_path_rates, init_linear, to_nchw, to_nhwc
-from natzoo.models.rpb import resize_rpb
 from natzoo.models.weights import DINAT_URL, cfg
 
 __all__ = ["Isotropic"]
