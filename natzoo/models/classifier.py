@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from natzoo.checkpoints import load_weights, read_weights
 from natzoo.models.layers import check_pooling, init_linear
+
+log = logging.getLogger("natzoo")
 
 
 class Classifier(nn.Module):
@@ -28,6 +32,12 @@ class Classifier(nn.Module):
         self.head_hidden_size = self.num_features
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+    @torch.jit.ignore
+    def load_pretrained(self, path: str, prefix: str = "") -> None:
+        """Loads a file of weights, as timm asks for with `pretrained=True`; another number of classes starts anew."""
+        for note in load_weights(self, read_weights(path), path, new_classifier=True):
+            log.warning("%s: %s", path, note)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

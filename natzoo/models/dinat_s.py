@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from natzoo.models.build import build
 from natzoo.models.hierarchy import HierarchicalTransformer
 from natzoo.models.layers import to_nhwc
 from natzoo.models.weights import DINAT_URL, cfg, cfg_22k, cfg_384
@@ -66,13 +67,7 @@ class DiNAT_s(HierarchicalTransformer):
 
 
 def _create_dinat_s(variant: str, pretrained: bool = False, **kwargs: Any) -> DiNAT_s:
-    return build_model_with_cfg(
-        DiNAT_s,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(DiNAT_s, variant, pretrained, maps=(0, 1, 2, 3), **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 import natten
 from natzoo.checkpoints.rpb import resize_rpb
+from natzoo.models.build import build
 from natzoo.models.classifier import Classifier
 from natzoo.models.layers import NeighborhoodBlock, drop_path_rates, init_linear, to_nchw, to_nhwc
 from natzoo.models.weights import DINAT_URL, cfg
@@ -254,13 +255,7 @@ class Isotropic(Classifier):
 
 
 def _create_isotropic(variant: str, pretrained: bool = False, **kwargs: Any) -> Isotropic:
-    return build_model_with_cfg(
-        Isotropic,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (2, 5, 8, 11), "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(Isotropic, variant, pretrained, maps=(2, 5, 8, 11), **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from natzoo.models.build import build
 from natzoo.models.hierarchy import HierarchicalTransformer
 from natzoo.models.layers import to_nchw, to_nhwc
 from natzoo.models.weights import DINAT_URL, cfg, cfg_22k, cfg_384
@@ -61,13 +62,7 @@ class NAT(HierarchicalTransformer):
 
 
 def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
-    return build_model_with_cfg(
-        NAT,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(NAT, variant, pretrained, maps=(0, 1, 2, 3), **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
