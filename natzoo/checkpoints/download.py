@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -117,13 +118,18 @@ def _transfer_with_patience(url: str, path: Path) -> Path:
         try:
             return _transfer(url, path)
         except (OSError, HTTPException) as error:
-            code = error.code if isinstance(error, urllib.error.HTTPError) else None
-            may_pass = code is None or code >= 500 or code in (408, 429)
-            if not may_pass or attempt == TRIES - 1:
+            if not _may_pass(error) or attempt == TRIES - 1:
                 raise
             tqdm.write(f"{path.name}: {_reason(error)}; trying again")
             time.sleep(PAUSE_S * 2**attempt)
     raise AssertionError("the last try returns or raises")
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in (408, 429)
+    reason = getattr(error, "reason", None)
+    return not (isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME)  # no net, or no such host
 
 
 def _transfer(url: str, path: Path) -> Path:

@@ -56,13 +56,13 @@ def _published(entry: zoo.Entry) -> Path:
 
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     failure: Exception | None = None
     for name in _HUB_FILES:
         try:
             return Path(hf_hub_download(repository, name))
-        except EntryNotFoundError as error:  # the repository has the other one
+        except RemoteEntryNotFoundError as error:  # the repository has the other one
             failure = error
         except Exception as error:  # the library raises those of several others
             failure = error
