@@ -34,8 +34,8 @@ def build_model(args: argparse.Namespace, classes: list[str], device: torch.devi
     model = create_model(args.model, {**args.model_kwargs, **given})
     if args.initial_checkpoint:
         weights = read_weights(args.initial_checkpoint)
-        if load_weights(model, weights, args.initial_checkpoint, new_classifier=True):
-            print(f"{args.initial_checkpoint} has another number of classes: the classifier starts anew")
+        for note in load_weights(model, weights, args.initial_checkpoint, new_classifier=True):
+            print(f"{args.initial_checkpoint}: {note}")
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     record = {

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from natzoo.checkpoints.adapt import adapt
+
 
 def load_weights(
     model: nn.Module, weights: dict[str, Tensor], path: str | os.PathLike, new_classifier: bool = False
-) -> bool:
-    """Loads weights into a model; every parameter must be there, and nothing else.
+) -> list[str]:
+    """Loads weights into a model, made to fit as `adapt` says; then every parameter must be there, and nothing else.
 
     Args:
-        model: a timm model.
+        model: a model of natzoo.
         weights: what `read_weights` returned.
         path: the file that they are from, for the messages.
         new_classifier: whether a classifier for another number of classes is left as it is in the model.
 
     Returns:
-        Whether the classifier was left so.
+        Sentences that say what was changed.
 
     Raises:
         ValueError: if the weights are of another model; lists what is missing, unexpected or of another shape. The
             model is then unchanged.
     """
     own = model.state_dict()
-    other_shape = {name for name in own.keys() & weights.keys() if weights[name].shape != own[name].shape}
-    classifier = f"{model.default_cfg['classifier']}." if new_classifier else None
-    is_left = bool(classifier and other_shape) and all(name.startswith(classifier) for name in other_shape)
-    if is_left:
-        weights = {name: own[name] if name.startswith(classifier) else value for name, value in weights.items()}
-        other_shape = set()
+    weights, notes = adapt(weights, model, new_classifier)
+    other_shape = (name for name in own.keys() & weights.keys() if weights[name].shape != own[name].shape)
     complaints = [
         _complain("missing", own.keys() - weights.keys()),
         _complain("unexpected", weights.keys() - own.keys()),
@@ -44,8 +43,11 @@ def load_weights(
     text = "; ".join(complaint for complaint in complaints if complaint)
     if text:
         raise ValueError(f"{path} is of another model than the {type(model).__name__} built here: {text}.")
+    broken = _complain("not finite", (name for name, value in weights.items() if not value.isfinite().all()))
+    if broken:
+        warnings.warn(f"{path} is damaged, or from training that failed: it has weights {broken}.", stacklevel=2)
     model.load_state_dict(weights)
-    return is_left
+    return notes
 
 
 def _complain(what: str, names: Iterable[str], shown: int = 4) -> str:

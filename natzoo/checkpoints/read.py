@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from natzoo.checkpoints.pickles import load_plain_pickle
+
 # Where training scripts put the weights, best first: an average of the weights is what one evaluates and publishes.
 _WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Everything a .pth, .pth.tar, .pt or .safetensors file holds, on the CPU.
+    """Everything a .pth, .pth.tar, .pt, .bin or .safetensors file holds, or a plain pickle (.pkl), on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -31,7 +33,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device="cpu")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".pkl":
+            checkpoint = load_plain_pickle(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it is not plain weights, and unpickling more could run code ({_reason(error)})."

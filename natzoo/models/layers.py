@@ -26,6 +26,7 @@ class NeighborhoodBlock(nn.Module):
         attn_drop: dropout rate on attention weights.
         drop_path: rate of stochastic depth, for each of the two branches.
         layer_scale: initial value of the learned factor on each branch; None for no such factor.
+        attn: an attention layer to use instead, [B, H, W, C] -> [B, H, W, C].
     """
 
     def __init__(
@@ -41,13 +42,14 @@ class NeighborhoodBlock(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        attn: nn.Module | None = None,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **dd)
-        self.attn = NeighborhoodAttention2D(
+        self.attn = attn or NeighborhoodAttention2D(
             dim, num_heads, kernel_size, dilation, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
         )
         self.norm2 = nn.LayerNorm(dim, **dd)
@@ -129,6 +131,11 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     last = max(sum(depths) - 1, 1)
     rates = iter(rate * block / last for block in range(sum(depths)))
     return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def check_pooling(global_pool: str) -> None:
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"global_pool is {global_pool!r}, but must be 'avg' or ''.")
 
 
 def init_linear(module: nn.Module) -> None:

@@ -11,17 +11,15 @@ A DiNAT is a NAT with `dilations`; dilations have no parameters. The published w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from natzoo.models.layers import NeighborhoodBlock, check_dilations, drop_path_rates, init_linear, to_nchw, to_nhwc
+from natzoo.models.build import build
+from natzoo.models.hierarchy import HierarchicalTransformer
+from natzoo.models.layers import to_nchw, to_nhwc
+from natzoo.models.weights import DINAT_URL, cfg, cfg_22k, cfg_384
 
 __all__ = ["NAT"]
 
@@ -55,254 +53,16 @@ class ConvDownsampler(nn.Module):
         return self.norm(to_nhwc(self.reduction(to_nchw(x_BHWC))))
 
 
-class NATStage(nn.Module):
-    """Blocks at one resolution, then the downsampler to the next; the last stage has none."""
+class NAT(HierarchicalTransformer):
+    """Neighborhood Attention Transformer; with `dilations`, Dilated Neighborhood Attention Transformer."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        dilations: Sequence[int],
-        drop_path: Sequence[float],
-        downsample: bool,
-        device=None,
-        dtype=None,
-        **block_args: Any,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.grad_checkpointing = False
-        self.blocks = nn.ModuleList(
-            NeighborhoodBlock(dim, num_heads, dilation=dilation, drop_path=rate, **block_args, **dd)
-            for dilation, rate in zip(dilations, drop_path, strict=True)
-        )
-        self.downsample = ConvDownsampler(dim, **dd) if downsample else None
-
-    def forward_blocks(self, x_BHWC: Tensor) -> Tensor:
-        """The stage's feature map, before downsampling."""
-        for block in self.blocks:
-            recompute = self.grad_checkpointing and self.training and not torch.jit.is_scripting()
-            x_BHWC = checkpoint(block, x_BHWC) if recompute else block(x_BHWC)
-        return x_BHWC
-
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        x_BHWC = self.forward_blocks(x_BHWC)
-        return x_BHWC if self.downsample is None else self.downsample(x_BHWC)
-
-
-class NAT(nn.Module):
-    """Neighborhood Attention Transformer; with `dilations`, Dilated Neighborhood Attention Transformer.
-
-    Takes images [B, in_chans, H, W] of any size and returns logits [B, num_classes].
-
-    Args:
-        in_chans: channels of the image.
-        num_classes: classes; 0 for no classifier.
-        global_pool: "avg", or "" to classify each token.
-        depths: blocks of each stage.
-        num_heads: attention heads of each stage.
-        embed_dim: channels of the first stage; each further one has twice as many.
-        kernel_size: window, in tokens.
-        dilations: one dilation a block, as one list a stage; None for 1 everywhere.
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
-        qkv_bias: whether the qkv projections have a bias.
-        drop_rate: dropout rate before the classifier.
-        proj_drop_rate: dropout rate after the projections of attention and MLP.
-        attn_drop_rate: dropout rate on attention weights.
-        drop_path_rate: rate of stochastic depth at the last block, rising linearly from 0.
-        layer_scale: initial value of the learned factor on each branch; None for none.
-
-    Raises:
-        ValueError: where depths, num_heads and dilations do not fit each other.
-    """
-
-    output_fmt = "NHWC"
-
-    def __init__(
-        self,
-        *,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        depths: Sequence[int] = (3, 4, 6, 5),
-        num_heads: Sequence[int] = (2, 4, 8, 16),
-        embed_dim: int = 64,
-        kernel_size: int = 7,
-        dilations: Sequence[Sequence[int]] | None = None,
-        mlp_ratio: float = 3.0,
-        qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        layer_scale: float | None = None,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        if len(num_heads) != len(depths):
-            raise ValueError(f"num_heads has {len(num_heads)} stages, but depths has {len(depths)}.")
-        dilations = check_dilations(dilations, depths)
-        _check_pooling(global_pool)
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.num_features = self.head_hidden_size = embed_dim * 2 ** (len(depths) - 1)
-        self.feature_info: list[dict[str, Any]] = []
-
-        self.patch_embed = ConvTokenizer(in_chans, embed_dim, **dd)
-        self.levels = nn.ModuleList()
-        rates = drop_path_rates(drop_path_rate, depths)
-        for stage in range(len(depths)):
-            dim = embed_dim * 2**stage
-            self.levels.append(
-                NATStage(
-                    dim,
-                    num_heads[stage],
-                    dilations[stage],
-                    rates[stage],
-                    downsample=stage < len(depths) - 1,
-                    kernel_size=kernel_size,
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    proj_drop=proj_drop_rate,
-                    attn_drop=attn_drop_rate,
-                    layer_scale=layer_scale,
-                    **dd,
-                )
-            )
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**stage, "module": f"levels.{stage}"})
-        self.norm = nn.LayerNorm(self.num_features, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._make_head(**dd)
-        self.apply(init_linear)
-
-    def _make_head(self, **dd: Any) -> nn.Module:
-        return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
-
-    # ----- timm's contract --------------------------------------------------------------------------------------------
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith("rpb")}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = r"^levels\.(\d+)"
-        if not coarse:
-            blocks = [
-                (r"^levels\.(\d+)\.blocks\.(\d+)", None),
-                (r"^levels\.(\d+)\.downsample", (99999,)),  # with the block before it
-                (r"^norm", (99999,)),
-            ]
-        return {"stem": r"^patch_embed", "blocks": blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for level in self.levels:
-            level.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a new one; its pooling too if given."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            _check_pooling(global_pool)
-            self.global_pool = global_pool
-        weight = self.patch_embed.norm.weight
-        self.head = self._make_head(device=weight.device, dtype=weight.dtype)
-        self.head.apply(init_linear)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of chosen stages, before each downsampler, at 1/4, 1/8, 1/16 and 1/32 of the image.
-
-        Args:
-            x: images [B, in_chans, H, W].
-            indices: the last n stages, or these stages; None for all.
-            norm: whether the last stage's map goes through the final norm.
-            stop_early: whether to stop after the last stage asked for.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: whether to return the maps alone, not also the final features [B, H, W, C].
-
-        Raises:
-            ValueError: on another output_fmt.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}, but must be 'NCHW' or 'NHWC'.")
-        take, last = feature_take_indices(len(self.levels), indices)
-        levels = self.levels[: last + 1] if stop_early else self.levels
-        intermediates = []
-        x = self.patch_embed(x)
-        for index, level in enumerate(levels):
-            x = level.forward_blocks(x)
-            if index in take:
-                is_final = index == len(self.levels) - 1
-                feature = self.norm(x) if norm and is_final else x
-                intermediates.append(to_nchw(feature).contiguous() if output_fmt == "NCHW" else feature)
-            if level.downsample is not None and index < len(levels) - 1:
-                x = level.downsample(x)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x) if len(levels) == len(self.levels) else x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes the stages after the last one asked for, and with it what stands behind."""
-        take, last = feature_take_indices(len(self.levels), indices)
-        self.levels = self.levels[: last + 1]
-        self.levels[-1].downsample = None
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.num_classes = 0
-            self.head = nn.Identity()
-        return take
-
-    # ----- forward ----------------------------------------------------------------------------------------------------
-
-    def forward_features(self, x_BCHW: Tensor) -> Tensor:
-        """Final feature map [B, H/32, W/32, num_features], normalised."""
-        x_BHWC = self.patch_embed(x_BCHW)
-        for level in self.levels:
-            x_BHWC = level(x_BHWC)
-        return self.norm(x_BHWC)
-
-    def forward_head(self, x_BHWC: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits [B, num_classes] of a final feature map; the pooled features with pre_logits."""
-        x = x_BHWC.mean((1, 2)) if self.global_pool == "avg" else x_BHWC
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x_BCHW))
-
-
-def _check_pooling(global_pool: str) -> None:
-    if global_pool not in ("avg", ""):
-        raise ValueError(f"global_pool is {global_pool!r}, but must be 'avg' or ''.")
+    stages_name = "levels"
+    make_tokenizer = ConvTokenizer
+    make_downsampler = ConvDownsampler
 
 
 def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
-    return build_model_with_cfg(
-        NAT,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(NAT, variant, pretrained, maps=(0, 1, 2, 3), **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,43 +70,25 @@ def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj.0",
-        "classifier": "head",
-        "license": "mit",
-        **kwargs,
-    }
-
-
-def _cfg_384(url: str) -> dict[str, Any]:
-    return _cfg(url, input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
-
-
 _NAT_URL = "https://shi-labs.com/projects/nat/checkpoints/CLS/"
-_DINAT_URL = "https://shi-labs.com/projects/dinat/checkpoints/imagenet1k/"
+_1K, _22K = DINAT_URL + "imagenet1k/", DINAT_URL + "imagenet22k/"
+_FIRST = {"first_conv": "patch_embed.proj.0"}
 
 default_cfgs = generate_default_cfgs(
     {
-        "nat_mini.in1k": _cfg(_NAT_URL + "nat_mini.pth"),
-        "nat_tiny.in1k": _cfg(_NAT_URL + "nat_tiny.pth"),
-        "nat_small.in1k": _cfg(_NAT_URL + "nat_small.pth"),
-        "nat_base.in1k": _cfg(_NAT_URL + "nat_base.pth"),
-        "dinat_mini.in1k": _cfg(_DINAT_URL + "dinat_mini_in1k_224.pth"),
-        "dinat_tiny.in1k": _cfg(_DINAT_URL + "dinat_tiny_in1k_224.pth"),
-        "dinat_small.in1k": _cfg(_DINAT_URL + "dinat_small_in1k_224.pth"),
-        "dinat_base.in1k": _cfg(_DINAT_URL + "dinat_base_in1k_224.pth"),
-        "dinat_large.in22k_ft_in1k": _cfg(_DINAT_URL + "dinat_large_in22k_in1k_224.pth"),
-        "dinat_large_384.in22k_ft_in1k": _cfg_384(_DINAT_URL + "dinat_large_in22k_in1k_384.pth"),
-        "dinat_large_384_11x11.in22k_ft_in1k": _cfg_384(_DINAT_URL + "dinat_large_in22k_in1k_384_11x11.pth"),
+        "nat_mini.in1k": cfg(_NAT_URL + "nat_mini.pth", **_FIRST),
+        "nat_tiny.in1k": cfg(_NAT_URL + "nat_tiny.pth", **_FIRST),
+        "nat_small.in1k": cfg(_NAT_URL + "nat_small.pth", **_FIRST),
+        "nat_base.in1k": cfg(_NAT_URL + "nat_base.pth", **_FIRST),
+        "dinat_mini.in1k": cfg(_1K + "dinat_mini_in1k_224.pth", **_FIRST),
+        "dinat_tiny.in1k": cfg(_1K + "dinat_tiny_in1k_224.pth", **_FIRST),
+        "dinat_small.in1k": cfg(_1K + "dinat_small_in1k_224.pth", **_FIRST),
+        "dinat_base.in1k": cfg(_1K + "dinat_base_in1k_224.pth", **_FIRST),
+        "dinat_large.in22k_ft_in1k": cfg(_1K + "dinat_large_in22k_in1k_224.pth", **_FIRST),
+        "dinat_large_384.in22k_ft_in1k": cfg_384(_1K + "dinat_large_in22k_in1k_384.pth", **_FIRST),
+        "dinat_large_384_11x11.in22k_ft_in1k": cfg_384(_1K + "dinat_large_in22k_in1k_384_11x11.pth", **_FIRST),
+        "dinat_large_21k.in22k": cfg_22k(_22K + "dinat_large_in22k_224.pth", **_FIRST),
+        "dinat_large_21k_11x11.in22k": cfg_22k(_22K + "dinat_large_in22k_224_11x11interp.pth", **_FIRST),
     }
 )
 
@@ -452,3 +194,17 @@ def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
     return _create_nat(
         "dinat_large_384_11x11", pretrained, **{**_LARGE, "dilations": _DILATIONS_224, "kernel_size": 11, **kwargs}
     )
+
+
+@register_model
+def dinat_large_21k(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large with the classes of ImageNet-22K."""
+    kwargs = {**_LARGE, "drop_path_rate": 0.2, "dilations": _DILATIONS_224, **kwargs}
+    return _create_nat("dinat_large_21k", pretrained, **kwargs)
+
+
+@register_model
+def dinat_large_21k_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """The same with the relative position bias of 11x11 windows: a start for larger images."""
+    kwargs = {**_LARGE, "drop_path_rate": 0.2, "dilations": _DILATIONS_224, "kernel_size": 11, **kwargs}
+    return _create_nat("dinat_large_21k_11x11", pretrained, **kwargs)

@@ -1,0 +1,106 @@
+"""Weights made to fit a model that differs from the one they are of: in names, classes, input channels or window."""
+
+from __future__ import annotations
+
+import re
+
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from natzoo.checkpoints.keys import from_hf, is_hf
+from natzoo.checkpoints.rpb import resize_rpb
+
+_STAGE_NORM = re.compile(r"norm\d\.")  # of a backbone for detection and segmentation
+_INDEX = "relative_position_index"  # of ViT-rpb: follows from the size of the map
+
+
+def published_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under their published names, whatever layout they have: data-parallel, compiled, OpenMMLab, Hugging Face.
+
+    Of a detector or segmenter the backbone alone is taken.
+    """
+    weights = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): value for name, value in weights.items()}
+    backbone = {
+        name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")
+    }
+    weights = backbone or weights
+    return from_hf(weights) if is_hf(weights) else weights
+
+
+def adapt(
+    weights: dict[str, Tensor], model: nn.Module, new_classifier: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights for a model, and sentences that say what was changed.
+
+    - Names become the published ones, as by `published_names`.
+    - A bias table of another window is stretched, as published for 7x7 to 11x11 windows.
+    - The first convolution takes other numbers of input channels: colours are summed or repeated, as timm does.
+    - With `new_classifier` a classifier of other classes is left as it is in the model; a model without one takes none.
+    - A backbone for detection and segmentation, with norm0 .. norm3, takes those of a classifier, which has none of
+      them, and leaves out its final norm.
+
+    What differs otherwise is left for the caller to refuse.
+    """
+    own = model.state_dict()
+    about = getattr(model, "default_cfg", None) or {}
+    weights = published_names(weights)
+    notes: list[str] = []
+    _take_tables(weights, own, notes)
+    _take_first_convolution(weights, own, about.get("first_conv"), notes)
+    _take_classifier(weights, own, about.get("classifier", "head"), new_classifier, notes)
+    _take_stage_norms(weights, own, notes)
+    return weights, notes
+
+
+def _take_tables(weights: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> None:
+    sizes = set()
+    for name in own.keys() & weights.keys():
+        old, new = weights[name], own[name]
+        if name.endswith(_INDEX):
+            weights[name] = new
+        elif name.endswith("rpb") and old.shape != new.shape and old.dim() == 3 and old.shape[0] == new.shape[0]:
+            weights[name] = resize_rpb(old, tuple(new.shape[1:]))
+            sizes.add((*old.shape[1:], *new.shape[1:]))
+    for a, b, c, d in sorted(sizes):
+        notes.append(f"the relative position bias was stretched from {a}x{b} to {c}x{d}")
+
+
+def _take_first_convolution(
+    weights: dict[str, Tensor], own: dict[str, Tensor], first: str | None, notes: list[str]
+) -> None:
+    name = f"{first}.weight"
+    if name not in own or name not in weights:
+        return
+    old, new = weights[name], own[name]
+    if old.dim() == new.dim() and old.shape[1] == 3 and old.shape[1] != new.shape[1]:
+        weights[name] = adapt_input_conv(new.shape[1], old)
+        notes.append(f"the first convolution was made to take {new.shape[1]} channels instead of 3")
+
+
+def _take_classifier(
+    weights: dict[str, Tensor], own: dict[str, Tensor], classifier: str, new_classifier: bool, notes: list[str]
+) -> None:
+    theirs = {name for name in weights if name.startswith(f"{classifier}.")}
+    ours = {name for name in own if name.startswith(f"{classifier}.")}
+    if theirs and not ours:
+        for name in theirs:
+            del weights[name]
+    elif (
+        new_classifier and ours and any(name not in weights or weights[name].shape != own[name].shape for name in ours)
+    ):
+        for name in theirs - ours:
+            del weights[name]
+        weights.update({name: own[name] for name in ours})
+        classes = own[f"{classifier}.weight"].shape[0]
+        notes.append(f"the classifier starts anew: it has {classes} classes, but the weights have another number")
+
+
+def _take_stage_norms(weights: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> None:
+    ours = {name for name in own if _STAGE_NORM.match(name)}
+    theirs = {name for name in weights if _STAGE_NORM.match(name)}
+    if not ours or theirs:
+        return
+    weights.update({name: own[name] for name in ours})
+    for name in [name for name in weights if name.startswith("norm.") and name not in own]:
+        del weights[name]
+    notes.append("the norms of the stages' maps start anew: a classifier has none")

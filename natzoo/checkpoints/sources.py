@@ -1,0 +1,78 @@
+"""Where weights are: a name, an address or a path becomes a file on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from natzoo.checkpoints import zoo
+from natzoo.checkpoints.download import DownloadError, cache_folder, fetch
+
+_HUB = "hf-hub:"
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def locate(what: str | os.PathLike) -> Path:
+    """The file of some weights, downloaded if it is not here yet.
+
+    Args:
+        what: a path; the name of a published checkpoint (a registered model, or an entry of natzoo/zoo.yaml); a URL; or
+            "hf-hub:OWNER/NAME", a repository of the Hugging Face hub.
+
+    Raises:
+        ValueError: if it is none of these.
+        DownloadError: if no source gives the file; each source's failure is told.
+    """
+    path, text = Path(what), str(what)
+    if path.is_file():
+        return path
+    if text.startswith(_HUB):
+        return _from_hub(text.removeprefix(_HUB))
+    if urlsplit(text).scheme in ("http", "https"):
+        return fetch([text], cache_folder() / _file_name(text))
+    if path.suffix in (".pth", ".tar", ".pt", ".bin", ".safetensors", ".pkl") or len(path.parts) > 1:
+        raise FileNotFoundError(f"there is no checkpoint {path}: check the path.")
+    return _published(zoo.find(text))
+
+
+def path_in_cache(entry: zoo.Entry) -> Path:
+    """Where the file of a published checkpoint is kept."""
+    return cache_folder() / _file_name(entry.url)
+
+
+def _published(entry: zoo.Entry) -> Path:
+    """From the project's site, else from the hub."""
+    try:
+        return fetch([entry.url], path_in_cache(entry), entry.sha256)
+    except DownloadError as error:
+        if entry.hub is None:
+            raise
+        try:
+            return _from_hub(entry.hub)
+        except DownloadError as second:
+            raise DownloadError(f"{error} Nor does the Hugging Face hub give it: {second}") from second
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    failure: Exception | None = None
+    for name in _HUB_FILES:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except RemoteEntryNotFoundError as error:  # the repository has the other one
+            failure = error
+        except Exception as error:  # the library raises those of several others
+            failure = error
+            break
+    reason = (str(failure).strip().splitlines() or ["?"])[0]
+    raise DownloadError(f"{repository} on the Hugging Face hub gave none of {', '.join(_HUB_FILES)} ({reason})")
+
+
+def _file_name(url: str) -> str:
+    name = Path(unquote(urlsplit(url).path)).name
+    if not name:
+        raise ValueError(f"{url} names no file.")
+    return name

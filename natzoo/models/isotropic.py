@@ -1,0 +1,327 @@
+"""Isotropic models: all maps of one size, as in ViT, with neighborhood attention, dilated or not, or full attention.
+
+Paper:
+    Dilated Neighborhood Attention Transformer, Hassani and Shi, 2022 (arXiv:2209.15001), section 4.4 and table 9: ViT
+    (arXiv:2010.11929) without class token and position embedding; ViT-rpb has a relative position bias instead.
+
+The published weights load as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+import natten
+from natzoo.checkpoints.rpb import resize_rpb
+from natzoo.models.build import build
+from natzoo.models.classifier import Classifier
+from natzoo.models.layers import NeighborhoodBlock, drop_path_rates, init_linear, to_nchw, to_nhwc
+from natzoo.models.weights import DINAT_URL, cfg
+
+__all__ = ["Isotropic"]
+
+PATCH_SIZE = 16
+
+
+class PatchEmbed(nn.Module):
+    """16x16 patches, then LayerNorm: [B, in_chans, H, W] -> [B, H/16, W/16, embed_dim]; zeros fill the last patches."""
+
+    def __init__(self, in_chans: int, embed_dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=PATCH_SIZE, stride=PATCH_SIZE, **dd)
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        height, width = x_BCHW.shape[-2:]
+        x_BCHW = nn.functional.pad(x_BCHW, (0, -width % PATCH_SIZE, 0, -height % PATCH_SIZE))
+        return self.norm(to_nhwc(self.proj(x_BCHW)))
+
+
+class BiasedAttention(nn.Module):
+    """Multi-head self-attention over a whole map, with a relative position bias: a window that is the map.
+
+    Takes and returns [B, H, W, dim], H and W at least 2. On maps smaller than `map_size` the middle of the bias table
+    serves; for larger ones it is stretched.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        map_size: tuple[int, int],
+        *,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        height, width = map_size
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.rpb = nn.Parameter(torch.empty(num_heads, 2 * height - 1, 2 * width - 1, **dd))
+        # Of no use here, but part of the published weights.
+        self.register_buffer("relative_position_index", relative_position_index(height, width, device))
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        trunc_normal_(self.rpb, std=0.02)
+
+    def bias(self, height: int, width: int) -> Tensor:
+        """The table for a map, [heads, 2 height - 1, 2 width - 1]."""
+        table = resize_rpb(self.rpb, (max(2 * height - 1, self.rpb.shape[1]), max(2 * width - 1, self.rpb.shape[2])))
+        y, x = table.shape[1] // 2 - height + 1, table.shape[2] // 2 - width + 1
+        return table[:, y : y + 2 * height - 1, x : x + 2 * width - 1]
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        height, width = x_BHWC.shape[1:3]
+        if min(height, width) < 2:
+            raise ValueError(f"the map has {height}x{width} patches of {PATCH_SIZE} pixels, but needs at least 2x2.")
+        qkv_BHW3hd = self.qkv(x_BHWC).unflatten(-1, (3, self.num_heads, -1))
+        x_BHWhd = natten.na2d_qkvpacked(qkv_BHW3hd, (height, width), rpb=self.bias(height, width))
+        return self.proj_drop(self.proj(x_BHWhd.flatten(-2)))
+
+
+def relative_position_index(height: int, width: int, device=None) -> Tensor:
+    """Entry of the flattened bias table for each pair of tokens, [H W, H W]: key less query, from 0."""
+    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    dy, dx = y[None] - y[:, None] + height - 1, x[None] - x[:, None] + width - 1
+    return dy * (2 * width - 1) + dx
+
+
+class Isotropic(Classifier):
+    """Tokens of 16x16 pixels, blocks of neighborhood attention (or full attention), their mean, and a classifier.
+
+    Takes images [B, in_chans, H, W] of any size and returns logits [B, num_classes].
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: classes; 0 for no classifier.
+        global_pool: "avg", or "" to classify each token.
+        img_size: height and width that full attention's bias is for; neighborhood attention does not depend on it.
+        depth: blocks.
+        num_heads: attention heads.
+        embed_dim: channels.
+        kernel_size: window, in tokens; None for full attention with a relative position bias (ViT-rpb).
+        dilations: one dilation a block; None for 1 everywhere.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of embed_dim.
+        qkv_bias: whether the qkv projections have a bias.
+        drop_rate: dropout rate before the classifier.
+        proj_drop_rate: dropout rate after the projections of attention and MLP.
+        drop_path_rate: rate of stochastic depth at the last block, rising linearly from 0.
+
+    Raises:
+        ValueError: if there is not one dilation a block, or dilations without a window.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        img_size: int | tuple[int, int] = 224,
+        depth: int = 12,
+        num_heads: int = 12,
+        embed_dim: int = 384,
+        kernel_size: int | None = 7,
+        dilations: Sequence[int] | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if dilations is not None and (kernel_size is None or len(dilations) != depth):
+            raise ValueError(
+                f"dilations are {len(dilations)} values, but must be {depth}, one a block, and need a kernel_size."
+            )
+        self.num_features = embed_dim
+        self.grad_checkpointing = False
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, **dd)
+        sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+        map_size = tuple(-(-side // PATCH_SIZE) for side in sides)
+        self.layers = nn.Sequential()
+        (rates,) = drop_path_rates(drop_path_rate, [depth])
+        for index in range(depth):
+            attn = None
+            if kernel_size is None:
+                attn = BiasedAttention(
+                    embed_dim, num_heads, map_size, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **dd
+                )
+            block = NeighborhoodBlock(
+                embed_dim,
+                num_heads,
+                kernel_size or 7,
+                1 if dilations is None else dilations[index],
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_drop=proj_drop_rate,
+                drop_path=rates[index],
+                attn=attn,
+                **dd,
+            )
+            self.layers.append(block)
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": PATCH_SIZE, "module": f"layers.{index}"} for index in range(depth)
+        ]
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+        self.make_classifier(num_classes, global_pool, drop_rate, **dd)
+        self.apply(init_linear)
+
+    # ----- timm's contract --------------------------------------------------------------------------------------------
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^patch_embed", "blocks": [(r"^layers\.(\d+)", None), (r"^norm", (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Feature maps of chosen blocks, all at 1/16 of the image.
+
+        Args:
+            x: images [B, in_chans, H, W].
+            indices: the last n blocks, or these blocks; None for all.
+            norm: whether the maps go through the final norm.
+            stop_early: whether to stop after the last block asked for.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: whether to return the maps alone, not also the final features [B, H, W, C].
+
+        Raises:
+            ValueError: on another output_fmt.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}, but must be 'NCHW' or 'NHWC'.")
+        take, last = feature_take_indices(len(self.layers), indices)
+        intermediates = []
+        x = self.patch_embed(x)
+        for index, block in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+            x = self._run(block, x)
+            if index in take:
+                feature = self.norm(x) if norm else x
+                intermediates.append(to_nchw(feature).contiguous() if output_fmt == "NCHW" else feature)
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the blocks after the last one asked for, and with it what stands behind."""
+        take, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.num_classes = 0
+            self.head = nn.Identity()
+        return take
+
+    # ----- forward ----------------------------------------------------------------------------------------------------
+
+    def _run(self, block: nn.Module, x_BHWC: Tensor) -> Tensor:
+        recompute = self.grad_checkpointing and self.training and not torch.jit.is_scripting()
+        return checkpoint(block, x_BHWC) if recompute else block(x_BHWC)
+
+    def forward_features(self, x_BCHW: Tensor) -> Tensor:
+        """Final feature map [B, H/16, W/16, embed_dim], normalised."""
+        x_BHWC = self.patch_embed(x_BCHW)
+        for block in self.layers:
+            x_BHWC = self._run(block, x_BHWC)
+        return self.norm(x_BHWC)
+
+
+def _create_isotropic(variant: str, pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    return build(Isotropic, variant, pretrained, maps=(2, 5, 8, 11), **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _isotropic_cfg(file: str) -> dict[str, Any]:
+    return cfg(f"{DINAT_URL}isotropic/{file}_in1k_224.pth", pool_size=(14, 14), first_conv="patch_embed.proj")
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.in1k": _isotropic_cfg(name)
+        for name in (
+            "nat_isotropic_small",
+            "nat_isotropic_base",
+            "dinat_isotropic_small",
+            "dinat_isotropic_base",
+            "vitrpb_small",
+            "vitrpb_base",
+        )
+    }
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registered models
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SMALL = {"num_heads": 12, "embed_dim": 384, "drop_path_rate": 0.1}
+_BASE = {"num_heads": 24, "embed_dim": 768, "drop_path_rate": 0.4}
+_DILATIONS = (1, 2) * 6
+
+
+@register_model
+def nat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """Isotropic NAT, small: 22M parameters, 4.3 GMACs."""
+    return _create_isotropic("nat_isotropic_small", pretrained, **{**_SMALL, **kwargs})
+
+
+@register_model
+def nat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """Isotropic NAT, base: 86M parameters, 16.9 GMACs."""
+    return _create_isotropic("nat_isotropic_base", pretrained, **{**_BASE, **kwargs})
+
+
+@register_model
+def dinat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """Isotropic DiNAT, small: 22M parameters, 4.3 GMACs."""
+    return _create_isotropic("dinat_isotropic_small", pretrained, **{**_SMALL, "dilations": _DILATIONS, **kwargs})
+
+
+@register_model
+def dinat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """Isotropic DiNAT, base: 86M parameters, 16.9 GMACs."""
+    return _create_isotropic("dinat_isotropic_base", pretrained, **{**_BASE, "dilations": _DILATIONS, **kwargs})
+
+
+@register_model
+def vitrpb_small(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """ViT with relative position bias, small: 22M parameters, 4.6 GMACs."""
+    return _create_isotropic("vitrpb_small", pretrained, **{**_SMALL, "kernel_size": None, **kwargs})
+
+
+@register_model
+def vitrpb_base(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """ViT with relative position bias, base: 86M parameters, 17.5 GMACs."""
+    return _create_isotropic("vitrpb_base", pretrained, **{**_BASE, "kernel_size": None, **kwargs})

@@ -1,0 +1,156 @@
+"""From a name to a model with weights, without any net: downloads are made up."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from natzoo.checkpoints import DownloadError, locate, sources, write_checkpoint, zoo
+from natzoo.checkpoints.keys import to_hf
+
+SMALL = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3}
+
+
+def small(name="nat_mini", seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return timm.create_model(name, **{**SMALL, **kwargs}).eval()
+
+
+@pytest.fixture
+def weights():
+    return small().state_dict()
+
+
+@pytest.fixture
+def downloads(monkeypatch, tmp_path, weights):
+    """Every download gives the same weights; what was asked for is listed."""
+    asked = []
+
+    def fetch(urls, path, sha256=None):
+        asked.extend(urls)
+        write_checkpoint(tmp_path / path.name, weights)
+        return tmp_path / path.name
+
+    monkeypatch.setattr(sources, "fetch", fetch)
+    return asked
+
+
+def assert_loaded(model, weights):
+    own = model.state_dict()
+    for name, value in weights.items():
+        assert torch.equal(own[name], value), name
+
+
+# ----- the list -----
+
+
+def test_the_list_and_the_models_agree():
+    entries = {name: entry for name, entry in zoo.entries().items() if entry.task == "classification"}
+    assert sorted(entries) == sorted(timm.list_models(["nat_*", "dinat_*", "vitrpb_*"]))
+    for name, entry in entries.items():
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg.url == entry.url
+        assert cfg.num_classes == entry.facts.get("classes", 1000)
+        assert cfg.input_size[1] == entry.facts.get("size", 224)
+
+
+def test_the_list_is_whole():
+    tasks = [entry.task for entry in zoo.entries().values()]
+    assert {task: tasks.count(task) for task in tasks} == {
+        "classification": 25,
+        "detection": 21,
+        "segmentation": 13,
+        "mask2former": 8,
+    }
+    assert (
+        sum(map(len, filter(lambda rows: isinstance(rows, dict), yaml.safe_load(zoo.LIST.read_text()).values()))) == 67
+    )
+
+
+# ----- names -----
+
+
+def test_what_can_be_located(downloads, tmp_path, weights):
+    write_checkpoint(tmp_path / "a.pth", weights)
+    assert locate(tmp_path / "a.pth") == tmp_path / "a.pth"
+    locate("https://example.org/some/b.pth?download=1")
+    locate("nat_mini.in1k")
+    locate("maskrcnn_dinat_mini")
+    assert downloads == [
+        "https://example.org/some/b.pth?download=1",
+        "https://shi-labs.com/projects/nat/checkpoints/CLS/nat_mini.pth",
+        "https://shi-labs.com/projects/dinat/checkpoints/coco/maskrcnn_dinat_mini.pth",
+    ]
+
+
+def test_what_cannot():
+    with pytest.raises(ValueError, match="did you mean nat_mini"):
+        locate("nat_minni")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*nowhere\.pth"):
+        locate("weights/nowhere.pth")
+    with pytest.raises(ValueError, match="names no file"):
+        locate("https://example.org/")
+
+
+def test_the_hub_serves_where_the_site_does_not(monkeypatch, tmp_path, weights):
+    import huggingface_hub
+
+    def fetch(urls, path, sha256=None):
+        raise DownloadError(f"{path.name} could not be downloaded.")
+
+    def download(repository, name):
+        assert (repository, name) == ("shi-labs/nat-mini-in1k-224", "model.safetensors")
+        save_file({name: value.contiguous() for name, value in to_hf(weights, "nat.").items()}, tmp_path / name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert_loaded(small(seed=1, pretrained=True), weights)
+
+    def offline(repository, name):
+        raise ConnectionError("no net")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(DownloadError, match=r"nat_mini\.pth could not be downloaded.*hub give it.*no net"):
+        small(pretrained=True)
+
+
+# ----- models -----
+
+
+@pytest.mark.parametrize("name", ["nat_mini", "nat_mini.in1k"])
+def test_pretrained(downloads, weights, name):
+    assert_loaded(small(name, seed=1, pretrained=True), weights)
+    assert downloads == [zoo.find("nat_mini").url]
+
+
+def test_pretrained_from_a_file_and_an_address(downloads, tmp_path, weights):
+    write_checkpoint(tmp_path / "mine.pth", {"model": weights})
+    overlay = {"file": str(tmp_path / "mine.pth")}
+    assert_loaded(small(seed=1, pretrained=True, pretrained_cfg_overlay=overlay), weights)
+    assert downloads == []
+    overlay = {"url": "https://example.org/other.pth"}
+    assert_loaded(small(seed=1, pretrained=True, pretrained_cfg_overlay=overlay), weights)
+    assert downloads == ["https://example.org/other.pth"]
+
+
+def test_pretrained_for_other_classes_channels_and_windows(downloads, weights, caplog):
+    model = small(seed=1, pretrained=True, num_classes=7, in_chans=1, kernel_size=5)
+    assert_loaded(model, {name: value for name, value in weights.items() if "norm" in name})
+    text = caplog.text
+    for part in ("7 classes", "1 channels", "stretched from 5x5 to 9x9"):
+        assert part in text
+
+
+def test_pretrained_feature_extractor(downloads, weights):
+    features = small(seed=1, pretrained=True, features_only=True, out_indices=(0,))
+    assert torch.equal(features.model.patch_embed.norm.weight, weights["patch_embed.norm.weight"])
+    assert [m.shape for m in features(torch.zeros(1, 3, 32, 32))] == [(1, 16, 8, 8)]
+
+
+def test_random_weights_are_no_pretrained_ones(downloads):
+    small()
+    assert downloads == []

@@ -1,0 +1,92 @@
+"""Published checkpoints: which there are, getting them, checking them.
+
+    python tools/download.py list
+    python tools/download.py list --task detection
+    python tools/download.py get nat_mini dinat_tiny
+    python tools/download.py get nat_mini --out weights
+    python tools/download.py verify
+
+Files go to NATZOO_CACHE_DIR, or natzoo in XDG_CACHE_HOME or ~/.cache, from where `pretrained=True` takes them. A broken
+download is continued by the next one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from natzoo import command_line
+from natzoo.checkpoints import locate, write_atomically
+from natzoo.checkpoints.download import check
+from natzoo.checkpoints.sources import path_in_cache
+from natzoo.checkpoints.zoo import entries, find
+
+TASKS = ("classification", "detection", "segmentation", "mask2former")
+
+
+def show(args: argparse.Namespace) -> None:
+    """One line a checkpoint: name, whether it is here, what was published of it, where it is."""
+    for entry in entries().values():
+        if args.task in (None, entry.task):
+            state = "here" if path_in_cache(entry).exists() else "-"
+            facts = " ".join(f"{key}={value}" for key, value in entry.facts.items() if not isinstance(value, str))
+            print(f"{entry.name:40} {entry.task:14} {state:5} {facts}\n{'':4}{entry.url}")
+
+
+def get(args: argparse.Namespace) -> None:
+    """Downloads what is not here yet; with --out copies it."""
+    for name in dict.fromkeys(args.names):
+        path = locate(find(name).name)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            target = args.out / path.name
+            with path.open("rb") as source:
+                write_atomically(target, lambda file, source=source: shutil.copyfileobj(source, file))
+            path = target
+        print(path)
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Checks the hash of every file that is here.
+
+    Raises:
+        ValueError: naming the first that is damaged.
+    """
+    chosen = [find(name) for name in args.names] or list(entries().values())
+    paths = [path_in_cache(entry) for entry in chosen]
+    for path in paths:
+        if path.exists():
+            print(f"{check(path)}  {path}")
+        elif args.names:
+            raise FileNotFoundError(f"{path} is not here: `python tools/download.py get` downloads it.")
+    if not any(path.exists() for path in paths):
+        print(f"no checkpoint is in {path_in_cache(chosen[0]).parent}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="all published checkpoints")
+    listing.add_argument("--task", choices=TASKS, help="only those of one task")
+    listing.set_defaults(run=show)
+    getting = commands.add_parser("get", help="download some")
+    getting.add_argument("names", nargs="+", metavar="NAME", help="as `list` shows them")
+    getting.add_argument("--out", type=Path, metavar="DIR", help="also copy them there")
+    getting.set_defaults(run=get)
+    verifying = commands.add_parser("verify", help="check what is here")
+    verifying.add_argument("names", nargs="*", metavar="NAME", help="all that are here unless given")
+    verifying.set_defaults(run=verify)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
