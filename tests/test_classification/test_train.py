@@ -208,7 +208,7 @@ def test_fine_tuning_to_other_classes(tiny, data, run_folder, capsys):
         (data / split / "crimson").rename(data / split.replace("train", "spare1").replace("val", "spare2"))
     options = tiny("--experiment", "second", "--initial-checkpoint", run_folder / "best.pth")
     trainer = train.Trainer(train.parse(options))
-    assert "has another number of classes: the classifier starts anew" in capsys.readouterr().out
+    assert "the classifier starts anew: it has 2 classes" in capsys.readouterr().out
     old, new = read_weights(run_folder / "best.pth"), trainer.model.state_dict()
     assert new["head.weight"].shape == (2, 32)
     assert torch.equal(old["levels.1.blocks.0.attn.rpb"], new["levels.1.blocks.0.attn.rpb"])
