@@ -69,7 +69,8 @@ def is_plain(backend: str | None) -> bool:
     So it does when the reference is asked for by name, and while a model is exported, since neither ONNX nor a machine
     without natten knows our operators.
     """
-    if backend == reference.NAME or torch.compiler.is_exporting():
+    # The flag rather than torch.compiler.is_exporting(), which older versions of torch.compile take for True.
+    if backend == reference.NAME or torch.compiler._is_exporting_flag:
         return True
     return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()  # the older way of exporting
 

@@ -158,11 +158,13 @@ def fused_attention(
     qkv: Sequence[Tensor], rpb: Tensor | None, axes: Sequence[Axis], scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of checked heads-last tensors: `qkv` is (query, key, value), or one packed tensor."""
+    needs_grad = _needs_grad(*qkv, rpb)
+    if not needs_grad and not _is_seen(*qkv, rpb):  # straight to the backend: small problems feel every step
+        query, key, value = _split(qkv)
+        return dispatch.choose(query, backend).attention(query, key, value, rpb, axes, scale)
     _, *window = (list(values) for values in zip(*axes, strict=True))
     window = (*window, scale, backend)
-    if not _needs_grad(*qkv, rpb):
-        return _attend(qkv, rpb, window)
-    return _FusedAttention.apply(rpb, window, *qkv)
+    return _FusedAttention.apply(rpb, window, *qkv) if needs_grad else _attend(qkv, rpb, window)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

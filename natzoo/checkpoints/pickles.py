@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections import OrderedDict
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,30 +43,65 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to things outside of the file")
 
 
-class _Array(np.ndarray):
-    """Stands for numpy.ndarray, so that its own constructor cannot be called."""
+class _Array:
+    """Stands for an array while its pickle is read: NumPy itself sees only what was checked."""
 
-    def __new__(cls, *arguments: Any) -> _Array:
+    content: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _version, shape, dtype, in_columns, content = state
+        self.content = _array(content, dtype, shape, "F" if in_columns else "C")
+
+
+class _Dtype:
+    """Stands for a dtype of numbers."""
+
+    order = "<"
+
+    def __init__(self, code: str, *flags: Any):
+        if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
+            raise pickle.UnpicklingError(f"it holds an array of {code!r}, which are no numbers")
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+        if self.order not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError(f"it holds numbers in the unknown byte order {self.order!r}")
+
+    def numpy(self) -> np.dtype:
+        return np.dtype(self.order + self.code)
+
+
+def _reconstruct(kind: type, shape: tuple, code: bytes) -> _Array:
+    """An array that the pickle then fills."""
+    if kind is not _Array:
         raise pickle.UnpicklingError("it makes an array in an unusual way")
+    return _Array()
 
 
-def _reconstruct(kind: type, shape: tuple, code: bytes) -> np.ndarray:
-    """An empty array, which the pickle then fills: NumPy checks that shape and bytes agree."""
-    if kind is not _Array or shape != (0,) or code not in (b"b", "b"):
-        raise pickle.UnpicklingError("it makes an array in an unusual way")
-    return np.ndarray.__new__(np.ndarray, (0,), "b")
-
-
-def _dtype(code: str, *flags: Any) -> np.dtype:
-    return np.dtype(_checked_code(code))
-
-
-def _scalar(dtype: np.dtype, content: bytes | str) -> Any:
+def _array(content: bytes | str | list, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
+    """An array of checked numbers; protocols before 3 may write their bytes as text."""
     content = content.encode("latin1") if isinstance(content, str) else content
-    dtype = np.dtype(_checked_code(dtype.str.lstrip("<>|=")))
-    if len(content) != dtype.itemsize:
-        raise pickle.UnpicklingError("a number has the wrong size")
-    return np.frombuffer(content, dtype)[0].item()
+    if not (
+        isinstance(dtype, _Dtype)
+        and isinstance(content, (bytes, bytearray))
+        and isinstance(shape, tuple)
+        and all(type(length) is int and length >= 0 for length in shape)
+        and order in ("C", "F")
+    ):
+        raise pickle.UnpicklingError("it makes an array in an unusual way")
+    if len(content) != prod(shape) * dtype.numpy().itemsize:
+        raise pickle.UnpicklingError(f"it holds {len(content)} bytes for an array {shape} of {dtype.code}")
+    return np.frombuffer(content, dtype.numpy()).reshape(shape, order=order)
+
+
+def _frombuffer(content: bytes, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
+    """How protocol 5 writes arrays."""
+    return _array(content, dtype, shape, order)
+
+
+def _scalar(dtype: _Dtype, content: bytes | str) -> Any:
+    return _array(content, dtype, (), "C").item()
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -82,20 +118,9 @@ def _no_bytes(*arguments: Any) -> bytes:
     return b""
 
 
-def _frombuffer(content: bytes, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
-    """How protocol 5 writes arrays. NumPy checks that shape and bytes agree."""
-    return np.frombuffer(content, dtype).reshape(shape, order=order)
-
-
-def _checked_code(code: Any) -> str:
-    if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
-        raise pickle.UnpicklingError(f"it holds an array of {code!r}, which are no numbers")
-    return code
-
-
 _ALLOWED = {
     ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _dtype,
+    ("numpy", "dtype"): _Dtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy.core.numeric", "_frombuffer"): _frombuffer,
@@ -107,8 +132,14 @@ _ALLOWED = {
 
 
 def _to_tensors(value: Any) -> Any:
+    if isinstance(value, _Array):
+        if value.content is None:
+            raise pickle.UnpicklingError("it holds an array without content")
+        value = value.content
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
+    if isinstance(value, _Dtype):
+        raise pickle.UnpicklingError("it holds a dtype, which is no plain data")
     if isinstance(value, dict):
         return {key: _to_tensors(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -9,9 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from natzoo.checkpoints import load_weights, read_weights
-from natzoo.models.layers import check_pooling, init_linear
+from natzoo.models.layers import check_pooling, init_linear, to_nchw
 
 log = logging.getLogger("natzoo")
+
+
+def check_output_fmt(output_fmt: str) -> None:
+    """Raises ValueError unless it is one that `forward_intermediates` knows."""
+    if output_fmt not in ("NCHW", "NHWC"):
+        raise ValueError(f"output_fmt is {output_fmt!r}, but must be 'NCHW' or 'NHWC'.")
 
 
 class Classifier(nn.Module):
@@ -59,6 +65,19 @@ class Classifier(nn.Module):
         x = x_BHWC.mean((1, 2)) if self.global_pool == "avg" else x_BHWC
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
+
+    def make_intermediate(self, x_BHWC: Tensor, norm: bool, output_fmt: str) -> Tensor:
+        """A feature map as `forward_intermediates` gives it."""
+        feature = self.norm(x_BHWC) if norm else x_BHWC
+        return to_nchw(feature).contiguous() if output_fmt == "NCHW" else feature
+
+    def prune_end(self, prune_norm: bool, prune_head: bool) -> None:
+        """Removes what stands behind the last stage, for `prune_intermediate_layers`."""
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.num_classes = 0
+            self.head = nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x_BCHW))

@@ -9,35 +9,19 @@ The published weights load as they are.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 
 from natzoo.models.build import build
 from natzoo.models.hierarchy import HierarchicalTransformer
-from natzoo.models.layers import to_nhwc
-from natzoo.models.weights import DINAT_URL, cfg, cfg_22k, cfg_384
+from natzoo.models.layers import PatchEmbed
+from natzoo.models.weights import published
 
 __all__ = ["DiNAT_s"]
-
-
-class PatchEmbed(nn.Module):
-    """4x4 patches, then LayerNorm: [B, in_chans, H, W] -> [B, H/4, W/4, embed_dim]; zeros fill the last patches."""
-
-    patch_size = 4
-
-    def __init__(self, in_chans: int = 3, embed_dim: int = 96, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size, **dd)
-        self.norm = nn.LayerNorm(embed_dim, **dd)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        height, width = x_BCHW.shape[-2:]
-        x_BCHW = F.pad(x_BCHW, (0, -width % self.patch_size, 0, -height % self.patch_size))
-        return self.norm(to_nhwc(self.proj(x_BCHW)))
 
 
 class PatchMerging(nn.Module):
@@ -62,7 +46,7 @@ class DiNAT_s(HierarchicalTransformer):
     """Dilated Neighborhood Attention Transformer in the layout of Swin."""
 
     stages_name = "layers"
-    make_tokenizer = PatchEmbed
+    make_tokenizer = partial(PatchEmbed, 4)
     make_downsampler = PatchMerging
 
 
@@ -74,18 +58,16 @@ def _create_dinat_s(variant: str, pretrained: bool = False, **kwargs: Any) -> Di
 # Published weights
 # ---------------------------------------------------------------------------------------------------------------------
 
-_FIRST = {"first_conv": "patch_embed.proj"}
-_1K, _22K = DINAT_URL + "imagenet1k/", DINAT_URL + "imagenet22k/"
-
-default_cfgs = generate_default_cfgs(
-    {
-        "dinat_s_tiny.in1k": cfg(_1K + "dinat_s_tiny_in1k_224.pth", **_FIRST),
-        "dinat_s_small.in1k": cfg(_1K + "dinat_s_small_in1k_224.pth", **_FIRST),
-        "dinat_s_base.in1k": cfg(_1K + "dinat_s_base_in1k_224.pth", **_FIRST),
-        "dinat_s_large.in22k_ft_in1k": cfg(_1K + "dinat_s_large_in1k_224.pth", **_FIRST),
-        "dinat_s_large_384.in22k_ft_in1k": cfg_384(_1K + "dinat_s_large_in1k_384.pth", **_FIRST),
-        "dinat_s_large_21k.in22k": cfg_22k(_22K + "dinat_s_large_in22k_224.pth", **_FIRST),
-    }
+default_cfgs = published(
+    (
+        "dinat_s_tiny.in1k",
+        "dinat_s_small.in1k",
+        "dinat_s_base.in1k",
+        "dinat_s_large.in22k_ft_in1k",
+        "dinat_s_large_384.in22k_ft_in1k",
+        "dinat_s_large_21k.in22k",
+    ),
+    first_conv="patch_embed.proj",
 )
 
 

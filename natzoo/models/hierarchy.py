@@ -13,8 +13,8 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from natzoo.models.classifier import Classifier
-from natzoo.models.layers import NeighborhoodBlock, check_dilations, drop_path_rates, init_linear, to_nchw
+from natzoo.models.classifier import Classifier, check_output_fmt
+from natzoo.models.layers import NeighborhoodBlock, check_dilations, drop_path_rates, init_linear
 
 
 class Stage(nn.Module):
@@ -189,8 +189,7 @@ class HierarchicalTransformer(Classifier):
         Raises:
             ValueError: on another output_fmt.
         """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}, but must be 'NCHW' or 'NHWC'.")
+        check_output_fmt(output_fmt)
         take, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early else self.stages
         intermediates = []
@@ -199,8 +198,7 @@ class HierarchicalTransformer(Classifier):
             x = stage.forward_blocks(x)
             if index in take:
                 is_final = index == len(self.stages) - 1
-                feature = self.norm(x) if norm and is_final else x
-                intermediates.append(to_nchw(feature).contiguous() if output_fmt == "NCHW" else feature)
+                intermediates.append(self.make_intermediate(x, norm and is_final, output_fmt))
             if stage.downsample is not None and index < len(stages) - 1:
                 x = stage.downsample(x)
         if intermediates_only:
@@ -215,11 +213,7 @@ class HierarchicalTransformer(Classifier):
         setattr(self, self.stages_name, self.stages[: last + 1])
         self.stages[-1].downsample = None
         self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.num_classes = 0
-            self.head = nn.Identity()
+        self.prune_end(prune_norm, prune_head)
         return take
 
     # ----- forward ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -22,28 +22,13 @@ from torch import Tensor, nn
 import natten
 from natzoo.checkpoints.rpb import resize_rpb
 from natzoo.models.build import build
-from natzoo.models.classifier import Classifier
-from natzoo.models.layers import NeighborhoodBlock, drop_path_rates, init_linear, to_nchw, to_nhwc
-from natzoo.models.weights import DINAT_URL, cfg
+from natzoo.models.classifier import Classifier, check_output_fmt
+from natzoo.models.layers import NeighborhoodBlock, PatchEmbed, drop_path_rates, init_linear
+from natzoo.models.weights import published
 
 __all__ = ["Isotropic"]
 
 PATCH_SIZE = 16
-
-
-class PatchEmbed(nn.Module):
-    """16x16 patches, then LayerNorm: [B, in_chans, H, W] -> [B, H/16, W/16, embed_dim]; zeros fill the last patches."""
-
-    def __init__(self, in_chans: int, embed_dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=PATCH_SIZE, stride=PATCH_SIZE, **dd)
-        self.norm = nn.LayerNorm(embed_dim, **dd)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        height, width = x_BCHW.shape[-2:]
-        x_BCHW = nn.functional.pad(x_BCHW, (0, -width % PATCH_SIZE, 0, -height % PATCH_SIZE))
-        return self.norm(to_nhwc(self.proj(x_BCHW)))
 
 
 class BiasedAttention(nn.Module):
@@ -83,7 +68,7 @@ class BiasedAttention(nn.Module):
         return table[:, y : y + 2 * height - 1, x : x + 2 * width - 1]
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        height, width = x_BHWC.shape[1:3]
+        height, width = map(int, x_BHWC.shape[1:3])  # torch.jit.trace makes tensors of sizes
         if min(height, width) < 2:
             raise ValueError(f"the map has {height}x{width} patches of {PATCH_SIZE} pixels, but needs at least 2x2.")
         qkv_BHW3hd = self.qkv(x_BHWC).unflatten(-1, (3, self.num_heads, -1))
@@ -152,7 +137,7 @@ class Isotropic(Classifier):
             )
         self.num_features = embed_dim
         self.grad_checkpointing = False
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, **dd)
+        self.patch_embed = PatchEmbed(PATCH_SIZE, in_chans, embed_dim, **dd)
         sides = (img_size, img_size) if isinstance(img_size, int) else img_size
         map_size = tuple(-(-side // PATCH_SIZE) for side in sides)
         self.layers = nn.Sequential()
@@ -215,16 +200,14 @@ class Isotropic(Classifier):
         Raises:
             ValueError: on another output_fmt.
         """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}, but must be 'NCHW' or 'NHWC'.")
+        check_output_fmt(output_fmt)
         take, last = feature_take_indices(len(self.layers), indices)
         intermediates = []
         x = self.patch_embed(x)
         for index, block in enumerate(self.layers[: last + 1] if stop_early else self.layers):
             x = self._run(block, x)
             if index in take:
-                feature = self.norm(x) if norm else x
-                intermediates.append(to_nchw(feature).contiguous() if output_fmt == "NCHW" else feature)
+                intermediates.append(self.make_intermediate(x, norm, output_fmt))
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
     def prune_intermediate_layers(
@@ -233,11 +216,7 @@ class Isotropic(Classifier):
         """Removes the blocks after the last one asked for, and with it what stands behind."""
         take, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.num_classes = 0
-            self.head = nn.Identity()
+        self.prune_end(prune_norm, prune_head)
         return take
 
     # ----- forward ----------------------------------------------------------------------------------------------------
@@ -262,23 +241,17 @@ def _create_isotropic(variant: str, pretrained: bool = False, **kwargs: Any) -> 
 # Published weights
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-def _isotropic_cfg(file: str) -> dict[str, Any]:
-    return cfg(f"{DINAT_URL}isotropic/{file}_in1k_224.pth", pool_size=(14, 14), first_conv="patch_embed.proj")
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.in1k": _isotropic_cfg(name)
-        for name in (
-            "nat_isotropic_small",
-            "nat_isotropic_base",
-            "dinat_isotropic_small",
-            "dinat_isotropic_base",
-            "vitrpb_small",
-            "vitrpb_base",
-        )
-    }
+default_cfgs = published(
+    (
+        "nat_isotropic_small.in1k",
+        "nat_isotropic_base.in1k",
+        "dinat_isotropic_small.in1k",
+        "dinat_isotropic_base.in1k",
+        "vitrpb_small.in1k",
+        "vitrpb_base.in1k",
+    ),
+    first_conv="patch_embed.proj",
+    stride=PATCH_SIZE,
 )
 
 

@@ -12,6 +12,22 @@ from torch import Tensor, nn
 from natten import NeighborhoodAttention2D
 
 
+class PatchEmbed(nn.Module):
+    """Square patches, then LayerNorm: [B, in_chans, H, W] -> [B, H/P, W/P, embed_dim]; zeros fill the last patches."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **dd)
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        height, width = x_BCHW.shape[-2:]
+        x_BCHW = F.pad(x_BCHW, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        return self.norm(to_nhwc(self.proj(x_BCHW)))
+
+
 class NeighborhoodBlock(nn.Module):
     """Pre-norm transformer block with neighborhood attention (NAT, arXiv:2204.07143, figure 5).
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 
 from natzoo.models.build import build
 from natzoo.models.hierarchy import HierarchicalTransformer
 from natzoo.models.layers import to_nchw, to_nhwc
-from natzoo.models.weights import DINAT_URL, cfg, cfg_22k, cfg_384
+from natzoo.models.weights import published
 
 __all__ = ["NAT"]
 
@@ -69,27 +69,23 @@ def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
 # Published weights
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-_NAT_URL = "https://shi-labs.com/projects/nat/checkpoints/CLS/"
-_1K, _22K = DINAT_URL + "imagenet1k/", DINAT_URL + "imagenet22k/"
-_FIRST = {"first_conv": "patch_embed.proj.0"}
-
-default_cfgs = generate_default_cfgs(
-    {
-        "nat_mini.in1k": cfg(_NAT_URL + "nat_mini.pth", **_FIRST),
-        "nat_tiny.in1k": cfg(_NAT_URL + "nat_tiny.pth", **_FIRST),
-        "nat_small.in1k": cfg(_NAT_URL + "nat_small.pth", **_FIRST),
-        "nat_base.in1k": cfg(_NAT_URL + "nat_base.pth", **_FIRST),
-        "dinat_mini.in1k": cfg(_1K + "dinat_mini_in1k_224.pth", **_FIRST),
-        "dinat_tiny.in1k": cfg(_1K + "dinat_tiny_in1k_224.pth", **_FIRST),
-        "dinat_small.in1k": cfg(_1K + "dinat_small_in1k_224.pth", **_FIRST),
-        "dinat_base.in1k": cfg(_1K + "dinat_base_in1k_224.pth", **_FIRST),
-        "dinat_large.in22k_ft_in1k": cfg(_1K + "dinat_large_in22k_in1k_224.pth", **_FIRST),
-        "dinat_large_384.in22k_ft_in1k": cfg_384(_1K + "dinat_large_in22k_in1k_384.pth", **_FIRST),
-        "dinat_large_384_11x11.in22k_ft_in1k": cfg_384(_1K + "dinat_large_in22k_in1k_384_11x11.pth", **_FIRST),
-        "dinat_large_21k.in22k": cfg_22k(_22K + "dinat_large_in22k_224.pth", **_FIRST),
-        "dinat_large_21k_11x11.in22k": cfg_22k(_22K + "dinat_large_in22k_224_11x11interp.pth", **_FIRST),
-    }
+default_cfgs = published(
+    (
+        "nat_mini.in1k",
+        "nat_tiny.in1k",
+        "nat_small.in1k",
+        "nat_base.in1k",
+        "dinat_mini.in1k",
+        "dinat_tiny.in1k",
+        "dinat_small.in1k",
+        "dinat_base.in1k",
+        "dinat_large.in22k_ft_in1k",
+        "dinat_large_384.in22k_ft_in1k",
+        "dinat_large_384_11x11.in22k_ft_in1k",
+        "dinat_large_21k.in22k",
+        "dinat_large_21k_11x11.in22k",
+    ),
+    first_conv="patch_embed.proj.0",
 )
 
 

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import generate_default_cfgs
 
-DINAT_URL = "https://shi-labs.com/projects/dinat/checkpoints/"
+from natzoo.checkpoints import zoo
 
 
-def cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    """timm's description of weights trained on ImageNet-1K at 224x224."""
+def published(names: Iterable[str], first_conv: str, stride: int = 32) -> dict[str, Any]:
+    """timm's `default_cfgs` of a family: what natzoo/zoo.yaml and the papers' evaluation protocol say.
+
+    Args:
+        names: registered names with timm's tags, "MODEL.TAG".
+        first_conv: name of the convolution that takes the image.
+        stride: pixels of the image a token of the last map stands for.
+    """
+    return generate_default_cfgs({name: _cfg(zoo.find(name), first_conv, stride) for name in names})
+
+
+def _cfg(entry: zoo.Entry, first_conv: str, stride: int) -> dict[str, Any]:
+    size = entry.facts.get("size", 224)
     return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
+        "url": entry.url,
+        "num_classes": entry.facts.get("classes", 1000),
+        "input_size": (3, size, size),
+        "pool_size": (size // stride, size // stride),
+        "crop_pct": 0.875 if size == 224 else 1.0,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
         "classifier": "head",
         "license": "mit",
-        **kwargs,
     }
-
-
-def cfg_384(url: str, **kwargs: Any) -> dict[str, Any]:
-    """The same at 384x384."""
-    return cfg(url, input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0, **kwargs)
-
-
-def cfg_22k(url: str, **kwargs: Any) -> dict[str, Any]:
-    """Weights of ImageNet-22K, to start from; the published code assumes 21841 classes without saying so."""
-    return cfg(url, num_classes=21841, **kwargs)

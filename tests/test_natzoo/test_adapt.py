@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from natzoo.checkpoints import load_weights, read_weights
+from natzoo.checkpoints import load_weights, read_checkpoint, read_weights
 from natzoo.checkpoints.keys import from_hf, to_hf
 from natzoo.models.layers import init_linear
 
@@ -190,6 +190,37 @@ def test_detectron_weights(tmp_path, protocol):
     content = {"model": arrays, "__author__": "somebody", "matching_heuristics": True, "scale": np.float32(2), "b": b""}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
     assert_same(read_weights(tmp_path / "a.pkl"), weights)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("code", [">f4", "<f4", ">i8", "<f8", "<f2", "|b1", "|u1"])
+def test_arrays_of_any_numbers(tmp_path, code, protocol):
+    """Also those of other byte orders, by columns, and without any entry."""
+    numbers = np.arange(6).reshape(2, 3).astype(code)
+    content = {"rows": numbers, "columns": np.asfortranarray(numbers), "none": numbers[:0], "one": numbers[1, 1]}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+    read = read_checkpoint(tmp_path / "a.pkl")
+    assert read["rows"].tolist() == read["columns"].tolist() == numbers.tolist()
+    assert read["rows"].dtype == torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("="))).dtype
+    assert read["none"].shape == (0, 3)
+    assert read["one"] == numbers[1, 1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"K\x02K\x03\x86", b"K\x02K\x7f\x86"),
+        (b"K\x02K\x03\x86", b"K\x02J\xff\xff\xff\xff\x86"),
+        (b"f4", b"O4"),
+        (b"f4", b"f9"),
+    ],
+)
+def test_an_array_that_lies_about_itself(tmp_path, old, new):
+    content = pickle.dumps({"a": np.zeros((2, 3), "f4")}, 4)
+    assert old in content
+    (tmp_path / "a.pkl").write_bytes(content.replace(old, new))
+    with pytest.raises(ValueError, match=r"a\.pkl is (refused|truncated)"):
+        read_checkpoint(tmp_path / "a.pkl")
 
 
 @pytest.mark.parametrize(
