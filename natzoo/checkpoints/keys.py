@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# Published -> Hugging Face, in a block and outside. Dots stand for themselves.
-_BLOCK = {
+# Published -> Hugging Face, in a block and outside. natzoo.hf tells transformers the same of a block.
+BLOCK = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attn.rpb": "attention.self.rpb",
@@ -27,8 +27,8 @@ _OUTSIDE = {
     "norm": "layernorm",
 }
 _HEAD, _HF_HEAD = "head.", "classifier."
-_HF_SCALES = "layer_scale_parameters"
-_QKV = ("query", "key", "value")
+HF_SCALES = "layer_scale_parameters"
+QKV = ("query", "key", "value")
 
 
 def is_hf(names: Iterable[str]) -> bool:
@@ -75,10 +75,10 @@ def _hf_parts(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
     layer, rest = f"encoder.levels.{block[1] or 0}.layers.{block[2]}.", block[3]
     if rest.startswith("attn.qkv."):
         kind = rest.removeprefix("attn.qkv.")
-        return [(f"{layer}attention.self.{n}.{kind}", x) for n, x in zip(_QKV, value.chunk(3), strict=True)]
+        return [(f"{layer}attention.self.{n}.{kind}", x) for n, x in zip(QKV, value.chunk(3), strict=True)]
     if rest in ("gamma1", "gamma2"):
         return [(layer + rest, value)]
-    return [(layer + _rename(rest, _BLOCK), value)]
+    return [(layer + _rename(rest, BLOCK), value)]
 
 
 def _join_scales(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def _join_scales(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in weights.items():
         if name.endswith(".gamma1"):
             layer = name.removesuffix("gamma1")
-            joined[layer + _HF_SCALES] = torch.stack([value, weights[f"{layer}gamma2"]])
+            joined[layer + HF_SCALES] = torch.stack([value, weights[f"{layer}gamma2"]])
         elif not name.endswith(".gamma2"):
             joined[name] = value
     return joined
@@ -105,7 +105,7 @@ def from_hf(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     weights = {re.sub(r"^(?:nat|dinat)\.", "", name): value for name, value in weights.items()}
     block_name = _block_name(weights)
-    block_backwards, outside_backwards = ({new: old for old, new in names.items()} for names in (_BLOCK, _OUTSIDE))
+    block_backwards, outside_backwards = ({new: old for old, new in names.items()} for names in (BLOCK, _OUTSIDE))
     renamed = {}
     for name, value in weights.items():
         downsample = re.fullmatch(r"encoder\.levels\.(\d+)\.downsample\.(.+)", name)
@@ -122,10 +122,10 @@ def from_hf(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             renamed[_rename(name, outside_backwards)] = value
         else:
             layer, rest = block_name.format(stage=block[1], block=block[2]), block[3]
-            if rest == _HF_SCALES:
+            if rest == HF_SCALES:
                 renamed[f"{layer}gamma1"], renamed[f"{layer}gamma2"] = value
             elif re.fullmatch(r"attention\.self\.query\.\w+", rest):
-                parts = [weights[name.replace(".query.", f".{n}.")] for n in _QKV]
+                parts = [weights[name.replace(".query.", f".{n}.")] for n in QKV]
                 renamed[f"{layer}attn.qkv.{rest.rsplit('.', 1)[1]}"] = torch.cat(parts)
             elif not re.fullmatch(r"attention\.self\.(key|value)\.\w+", rest):
                 renamed[layer + _rename(rest, block_backwards)] = value

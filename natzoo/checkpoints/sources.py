@@ -17,8 +17,9 @@ def locate(what: str | os.PathLike) -> Path:
     """The file of some weights, downloaded if it is not here yet.
 
     Args:
-        what: a path; the name of a published checkpoint (a registered model, or an entry of natzoo/zoo.yaml); a URL; or
-            "hf-hub:OWNER/NAME", a repository of the Hugging Face hub.
+        what: a path of a file, or of a folder as transformers and timm write it; the name of a published checkpoint (a
+            registered model, or an entry of natzoo/zoo.yaml); a URL; or "hf-hub:OWNER/NAME", a repository of the
+            Hugging Face hub.
 
     Raises:
         ValueError: if it is none of these.
@@ -27,6 +28,8 @@ def locate(what: str | os.PathLike) -> Path:
     path, text = Path(what), str(what)
     if path.is_file():
         return path
+    if path.is_dir():
+        return _in_folder(path)
     if text.startswith(_HUB):
         return _from_hub(text.removeprefix(_HUB))
     if urlsplit(text).scheme in ("http", "https"):
@@ -39,6 +42,15 @@ def locate(what: str | os.PathLike) -> Path:
 def path_in_cache(entry: zoo.Entry) -> Path:
     """Where the file of a published checkpoint is kept."""
     return cache_folder() / _file_name(entry.url)
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in _HUB_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(
+        f"the folder {folder} holds none of {', '.join(_HUB_FILES)}: give the path of a checkpoint."
+    )
 
 
 def _published(entry: zoo.Entry) -> Path:

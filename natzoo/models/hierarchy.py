@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from natzoo.models.classifier import Classifier, check_output_fmt
-from natzoo.models.layers import NeighborhoodBlock, check_dilations, drop_path_rates, init_linear
+from natzoo.models.layers import NeighborhoodBlock, check_dilations, drop_path_rates, init_linear, run_blocks
 
 
 class Stage(nn.Module):
@@ -42,10 +41,7 @@ class Stage(nn.Module):
 
     def forward_blocks(self, x_BHWC: Tensor) -> Tensor:
         """The stage's feature map, before downsampling."""
-        for block in self.blocks:
-            recompute = self.grad_checkpointing and self.training and not torch.jit.is_scripting()
-            x_BHWC = checkpoint(block, x_BHWC) if recompute else block(x_BHWC)
-        return x_BHWC
+        return run_blocks(self.blocks, x_BHWC, self.grad_checkpointing)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         x_BHWC = self.forward_blocks(x_BHWC)

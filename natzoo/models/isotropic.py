@@ -16,14 +16,13 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models import register_model
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 import natten
 from natzoo.checkpoints.rpb import resize_rpb
 from natzoo.models.build import build
 from natzoo.models.classifier import Classifier, check_output_fmt
-from natzoo.models.layers import NeighborhoodBlock, PatchEmbed, drop_path_rates, init_linear
+from natzoo.models.layers import NeighborhoodBlock, PatchEmbed, drop_path_rates, init_linear, run_blocks
 from natzoo.models.weights import published
 
 __all__ = ["Isotropic"]
@@ -67,11 +66,24 @@ class BiasedAttention(nn.Module):
         y, x = table.shape[1] // 2 - height + 1, table.shape[2] // 2 - width + 1
         return table[:, y : y + 2 * height - 1, x : x + 2 * width - 1]
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        height, width = map(int, x_BHWC.shape[1:3])  # torch.jit.trace makes tensors of sizes
+    def attention_weights(self, x_BHWC: Tensor) -> Tensor:
+        """What `forward` weighs values by: [B, num_heads, H, W, H * W]."""
+        height, width = x_BHWC.shape[1:3]
+        q_BhHWd, k_BhHWd = (x.movedim(-2, 1) for x in self._project(x_BHWC).unbind(-3)[:2])
+        scale = q_BhHWd.shape[-1] ** -0.5
+        logits = natten.na2d_qk(q_BhHWd * scale, k_BhHWd, (height, width), rpb=self.bias(height, width))
+        return logits.softmax(-1)
+
+    def _project(self, x_BHWC: Tensor) -> Tensor:
+        """Packed query, key and value [B, H, W, 3, heads, head_dim]."""
+        height, width = x_BHWC.shape[1:3]
         if min(height, width) < 2:
             raise ValueError(f"the map has {height}x{width} patches of {PATCH_SIZE} pixels, but needs at least 2x2.")
-        qkv_BHW3hd = self.qkv(x_BHWC).unflatten(-1, (3, self.num_heads, -1))
+        return self.qkv(x_BHWC).unflatten(-1, (3, self.num_heads, -1))
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        height, width = map(int, x_BHWC.shape[1:3])  # torch.jit.trace makes tensors of sizes
+        qkv_BHW3hd = self._project(x_BHWC)
         x_BHWhd = natten.na2d_qkvpacked(qkv_BHW3hd, (height, width), rpb=self.bias(height, width))
         return self.proj_drop(self.proj(x_BHWhd.flatten(-2)))
 
@@ -205,7 +217,7 @@ class Isotropic(Classifier):
         intermediates = []
         x = self.patch_embed(x)
         for index, block in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = self._run(block, x)
+            x = run_blocks((block,), x, self.grad_checkpointing)
             if index in take:
                 intermediates.append(self.make_intermediate(x, norm, output_fmt))
         return intermediates if intermediates_only else (self.norm(x), intermediates)
@@ -221,16 +233,10 @@ class Isotropic(Classifier):
 
     # ----- forward ----------------------------------------------------------------------------------------------------
 
-    def _run(self, block: nn.Module, x_BHWC: Tensor) -> Tensor:
-        recompute = self.grad_checkpointing and self.training and not torch.jit.is_scripting()
-        return checkpoint(block, x_BHWC) if recompute else block(x_BHWC)
-
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
         """Final feature map [B, H/16, W/16, embed_dim], normalised."""
         x_BHWC = self.patch_embed(x_BCHW)
-        for block in self.layers:
-            x_BHWC = self._run(block, x_BHWC)
-        return self.norm(x_BHWC)
+        return self.norm(run_blocks(self.layers, x_BHWC, self.grad_checkpointing))
 
 
 def _create_isotropic(variant: str, pretrained: bool = False, **kwargs: Any) -> Isotropic:

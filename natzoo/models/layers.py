@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from natten import NeighborhoodAttention2D
@@ -88,7 +89,7 @@ class LeanMlp(Mlp):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        is_lean = torch.is_grad_enabled() and self.training and not self.drop1.p
+        is_lean = torch.is_grad_enabled() and self.training and not self.drop1.p and type(self.act) is nn.GELU
         if not is_lean or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().forward(x)
         return self.drop2(_GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias))
@@ -120,6 +121,14 @@ class _GeluLinear(torch.autograd.Function):
             (grad_rows.mT @ hidden_rows).to(weight.dtype),
             grad_rows.sum(0).to(ctx.bias_dtype),
         )
+
+
+def run_blocks(blocks: Iterable[nn.Module], x_BHWC: Tensor, recompute: bool) -> Tensor:
+    """A map after some blocks; in training with `recompute` nothing inside of them is kept for the backward pass."""
+    for block in blocks:
+        again = recompute and block.training and not torch.jit.is_scripting()
+        x_BHWC = checkpoint(block, x_BHWC) if again else block(x_BHWC)
+    return x_BHWC
 
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:

@@ -1,0 +1,106 @@
+"""From natzoo's models to Hugging Face's: configuration, layers and how pictures are prepared."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo
+from torch import nn
+from transformers import BitImageProcessor
+from transformers.image_utils import PILImageResampling
+
+from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
+from natzoo.hf.modeling import DinatForImageClassification, Encoder, NatForImageClassification
+from natzoo.models import NAT, DiNAT_s, Isotropic
+from natzoo.models.isotropic import BiasedAttention
+
+_LAYOUT_OF = {NAT: "nat", DiNAT_s: "dinat_s", Isotropic: "isotropic"}
+_IMAGENET_CLASSES = 1000
+
+
+def from_timm(model: NAT | DiNAT_s | Isotropic) -> NatForImageClassification:
+    """The same classifier for transformers, Dinat if it has dilations, else Nat. It has the very layers of `model`.
+
+    Raises:
+        ValueError: if it is no classifier of natzoo.
+    """
+    config = make_config(model)
+    with torch.device("meta"):  # all that has weights is replaced
+        result = (DinatForImageClassification if isinstance(config, DinatConfig) else NatForImageClassification)(config)
+    base = result.base_model
+    base.embeddings, base.encoder, base.layernorm = model.patch_embed, Encoder(model), model.norm
+    result.classifier = model.head
+    return result.train(model.training)
+
+
+def make_config(model: NAT | DiNAT_s | Isotropic) -> NatConfig:
+    """The configuration of `from_timm`'s result."""
+    layout = _LAYOUT_OF.get(type(model))
+    if layout is None or not isinstance(model.norm, nn.LayerNorm):
+        raise ValueError(
+            f"{type(model).__name__} is no whole classifier of natzoo: make it by timm.create_model(NAME)."
+        )
+    stages = [list(level.blocks) for level in Encoder(model).levels]
+    attention = stages[0][0].attn
+    fields = {
+        "layout": layout,
+        "patch_size": LAYOUTS[layout],
+        "num_channels": _first_convolution(model).in_channels,
+        "embed_dim": attention.qkv.in_features,
+        "depths": [len(blocks) for blocks in stages],
+        "num_heads": [blocks[0].attn.num_heads for blocks in stages],
+        "num_labels": model.num_classes,
+        **_block_fields(stages[-1][-1]),
+        **_labels(model.num_classes),
+    }
+    if isinstance(attention, BiasedAttention):
+        sides = [LAYOUTS[layout] * (side // 2 + 1) for side in attention.rpb.shape[1:]]
+        return NatConfig(kernel_size=None, image_size=sides, **fields)
+    dilations = [[block.attn.dilation[0] for block in blocks] for blocks in stages]
+    fields["kernel_size"] = attention.kernel_size[0]
+    if all(dilation == 1 for stage in dilations for dilation in stage):
+        return NatConfig(**fields)
+    return DinatConfig(dilations=dilations, **fields)
+
+
+def _first_convolution(model: nn.Module) -> nn.Conv2d:
+    return next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))
+
+
+def _block_fields(block: nn.Module) -> dict[str, Any]:
+    """What the last block tells of all."""
+    return {
+        "mlp_ratio": block.mlp.fc1.out_features / block.mlp.fc1.in_features,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "hidden_dropout_prob": block.mlp.drop2.p,
+        "attention_probs_dropout_prob": block.attn.proj_drop.p,
+        "drop_path_rate": getattr(block.drop_path, "drop_prob", 0.0),
+        "layer_scale_init_value": 0.0 if block.gamma1 is None else 1e-5,
+        "layer_norm_eps": block.norm1.eps,
+    }
+
+
+def _labels(classes: int) -> dict[str, Any]:
+    """Names of ImageNet's classes, if there are as many."""
+    if classes != _IMAGENET_CLASSES:
+        return {}
+    info = ImageNetInfo("imagenet-1k")
+    names = {index: info.index_to_description(index) for index in range(classes)}
+    return {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+
+
+def image_processor(model: nn.Module) -> BitImageProcessor:
+    """What prepares pictures as the published evaluation does, by the model's `pretrained_cfg`: the shorter side is
+    resized, the middle cut out, and colours are normalised."""
+    cfg = model.pretrained_cfg
+    _, height, width = cfg["input_size"]
+    return BitImageProcessor(
+        size={"shortest_edge": math.floor(min(height, width) / cfg["crop_pct"])},
+        crop_size={"height": height, "width": width},
+        resample=PILImageResampling[cfg["interpolation"].upper()],
+        image_mean=list(cfg["mean"]),
+        image_std=list(cfg["std"]),
+        do_convert_rgb=True,
+    )

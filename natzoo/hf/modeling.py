@@ -1,0 +1,383 @@
+"""Nat and Dinat as transformers' users know them, of the layers of natzoo.models.
+
+Only the outputs, the places of dropout and the initialisation are Hugging Face's; the names of weights in files too,
+to which natzoo/hf/conversion.py translates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
+from natzoo.models import NAT, DiNAT_s, Isotropic
+from natzoo.models.isotropic import BiasedAttention, relative_position_index
+from natzoo.models.layers import NeighborhoodBlock, run_blocks, to_nchw
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class NatModelOutput(ModelOutput):
+    """Last map [B, H, W, C], normalised; its mean [B, C]; and, where asked for, what happened on the way.
+
+    hidden_states: [B, H, W, C], the first tokens and then each stage's, behind its downsampler.
+    attentions: [B, heads, H, W, kernel_size ** 2], the last block's of each stage; H and W are padded to the window.
+    reshaped_hidden_states: the same as hidden_states, [B, C, H, W].
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class NatImageClassifierOutput(ModelOutput):
+    """Loss, if labels were given, and logits [B, num_labels]; the rest as in NatModelOutput."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[Tensor, ...] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a configuration to natzoo's layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_trunk(config: NatConfig) -> NAT | DiNAT_s | Isotropic:
+    """The model of natzoo that a configuration describes, without classifier.
+
+    Raises:
+        ValueError: naming the field that does not fit.
+    """
+    if config.layout not in LAYOUTS:
+        raise ValueError(f"layout is {config.layout!r}, but must be one of {', '.join(map(repr, LAYOUTS))}.")
+    patch_size = LAYOUTS[config.layout]
+    if config.patch_size not in (patch_size, [patch_size] * 2, (patch_size,) * 2):
+        raise ValueError(f"patch_size is {config.patch_size}, but layout {config.layout!r} has only {patch_size}.")
+    shared = {
+        "in_chans": config.num_channels,
+        "num_classes": 0,
+        "embed_dim": config.embed_dim,
+        "kernel_size": config.kernel_size,
+        "mlp_ratio": config.mlp_ratio,
+        "qkv_bias": config.qkv_bias,
+        "drop_path_rate": config.drop_path_rate,
+    }
+    dilations = getattr(config, "dilations", None)
+    if config.layout == "isotropic":
+        return _make_isotropic(config, dilations, shared)
+    if config.kernel_size is None:
+        raise ValueError(f"kernel_size is None, but layout {config.layout!r} needs a window.")
+    trunk = (NAT if config.layout == "nat" else DiNAT_s)(
+        depths=config.depths,
+        num_heads=config.num_heads,
+        dilations=dilations,
+        attn_drop_rate=config.attention_probs_dropout_prob,
+        layer_scale=config.layer_scale_init_value if config.layer_scale_init_value > 0 else None,
+        **shared,
+    )
+    _adjust(trunk, config)
+    return trunk
+
+
+def _make_isotropic(config: NatConfig, dilations: list | None, shared: dict[str, Any]) -> Isotropic:
+    for name in ("attention_probs_dropout_prob", "layer_scale_init_value"):
+        if getattr(config, name) > 0:
+            raise ValueError(f"{name} is {getattr(config, name)}, but isotropic models have no such thing: use 0.")
+    if len(config.depths) != 1 or len(config.num_heads) != 1:
+        raise ValueError(f"depths is {config.depths} and num_heads {config.num_heads}, but isotropic is one stage.")
+    trunk = Isotropic(
+        depth=config.depths[0],
+        num_heads=config.num_heads[0],
+        dilations=None if dilations is None else dilations[0],
+        img_size=config.image_size if isinstance(config.image_size, int) else tuple(config.image_size),
+        **shared,
+    )
+    _adjust(trunk, config)
+    return trunk
+
+
+def _adjust(trunk: nn.Module, config: NatConfig) -> None:
+    """Puts dropout where Hugging Face has it, and what natzoo's models know only one of."""
+    for block in trunk.modules():
+        if isinstance(block, NeighborhoodBlock):
+            block.norm1.eps = block.norm2.eps = config.layer_norm_eps
+            block.attn.proj_drop.p = config.attention_probs_dropout_prob
+            block.mlp.drop2.p = config.hidden_dropout_prob
+            if config.hidden_act != "gelu":
+                block.mlp.act = ACT2FN[config.hidden_act]
+    trunk.norm.eps = config.layer_norm_eps
+
+
+class IsotropicStage(nn.Module):
+    """The blocks of an isotropic model, as the one stage that it is."""
+
+    downsample = None
+
+    def __init__(self, blocks: nn.Sequential):
+        super().__init__()
+        self.blocks = blocks
+        self.grad_checkpointing = False
+
+    def forward_blocks(self, x_BHWC: Tensor) -> Tensor:
+        return run_blocks(self.blocks, x_BHWC, self.grad_checkpointing)
+
+
+class StageOutput(NamedTuple):
+    """A stage's map [B, H, W, C], what its downsampler makes of it, and its last block's attention weights."""
+
+    before: Tensor
+    after: Tensor
+    attention: Tensor | None
+
+
+class Encoder(nn.Module):
+    """The stages of a model."""
+
+    def __init__(self, trunk: NAT | DiNAT_s | Isotropic):
+        super().__init__()
+        isotropic = isinstance(trunk, Isotropic)
+        self.levels = nn.ModuleList([IsotropicStage(trunk.layers)]) if isotropic else trunk.stages
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """transformers' switch, for all stages."""
+        return any(level.grad_checkpointing for level in self.levels)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        for level in self.levels:
+            level.grad_checkpointing = enable
+
+    def forward(self, x_BHWC: Tensor, output_attentions: bool = False, stages: int | None = None) -> list[StageOutput]:
+        """Runs the first `stages` stages, by default all."""
+        outputs = []
+        for level in self.levels[:stages]:
+            with _watch(level.blocks[-1].attn, output_attentions) as weights:
+                before = level.forward_blocks(x_BHWC)
+            x_BHWC = before if level.downsample is None else level.downsample(before)
+            outputs.append(StageOutput(before, x_BHWC, weights[0] if weights else None))
+        return outputs
+
+
+@contextmanager
+def _watch(attn: nn.Module, enabled: bool) -> Iterator[list[Tensor]]:
+    """A list, to which the layer's attention weights are added when it runs."""
+    weights: list[Tensor] = []
+    if not enabled:
+        yield weights
+        return
+    hook = attn.register_forward_pre_hook(lambda module, inputs: weights.append(module.attention_weights(*inputs)))
+    try:
+        yield weights
+    finally:
+        hook.remove()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class NatPreTrainedModel(PreTrainedModel):
+    """What all models here share: initialisation, loading and saving."""
+
+    config_class = NatConfig
+    base_model_prefix = "nat"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("NeighborhoodBlock",)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(getattr(module, "rpb", None), nn.Parameter):
+            init.trunc_normal_(module.rpb, std=self.config.initializer_range)
+        if isinstance(module, BiasedAttention):
+            height, width = (side // 2 + 1 for side in module.rpb.shape[1:])
+            init.copy_(module.relative_position_index, relative_position_index(height, width))
+        if isinstance(module, NeighborhoodBlock) and module.gamma1 is not None:
+            init.constant_(module.gamma1, self.config.layer_scale_init_value)
+            init.constant_(module.gamma2, self.config.layer_scale_init_value)
+
+    def _add_parts(self, config: NatConfig) -> NAT | DiNAT_s | Isotropic:
+        """Takes what makes tokens and maps from a model of natzoo, which it returns."""
+        trunk = make_trunk(config)
+        self.embeddings = trunk.patch_embed
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.encoder = Encoder(trunk)
+        return trunk
+
+    def _embed(self, pixel_values: Tensor | None) -> Tensor:
+        """First tokens [B, H, W, embed_dim] of images [B, num_channels, H, W]."""
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing: give images [batch, channels, height, width].")
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, but must be "
+                f"[batch, {self.config.num_channels}, height, width]."
+            )
+        return self.dropout(self.embeddings(pixel_values))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.embeddings.proj
+
+
+class NatModel(NatPreTrainedModel):
+    """The network without classifier; images [B, num_channels, H, W] of any size."""
+
+    def __init__(self, config: NatConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        trunk = self._add_parts(config)
+        self.num_features = trunk.num_features
+        self.layernorm = trunk.norm
+        self.add_pooling_layer = add_pooling_layer
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> NatModelOutput:
+        attentions, hidden = _asked(self.config, output_attentions, output_hidden_states)
+        tokens_BHWC = self._embed(pixel_values)
+        stages = self.encoder(tokens_BHWC, attentions)
+        last_BHWC = self.layernorm(stages[-1].after)
+        maps = (tokens_BHWC, *(stage.after for stage in stages)) if hidden else None
+        return NatModelOutput(
+            last_hidden_state=last_BHWC,
+            pooler_output=last_BHWC.mean((1, 2)) if self.add_pooling_layer else None,
+            hidden_states=maps,
+            attentions=tuple(stage.attention for stage in stages) if attentions else None,
+            reshaped_hidden_states=tuple(map(to_nchw, maps)) if hidden else None,
+        )
+
+
+class NatForImageClassification(NatPreTrainedModel):
+    """The network with a linear classifier of the mean of its last map's tokens."""
+
+    base_class = NatModel
+
+    def __init__(self, config: NatConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.add_module(self.base_model_prefix, self.base_class(config))
+        features = self.base_model.num_features
+        self.classifier = nn.Linear(features, self.num_labels) if self.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> NatImageClassifierOutput:
+        """Labels: classes [B], or for regression and several classes at once as config.problem_type says."""
+        outputs = self.base_model(
+            pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        return NatImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            reshaped_hidden_states=outputs.reshaped_hidden_states,
+        )
+
+
+class NatBackbone(BackboneMixin, NatPreTrainedModel):
+    """Maps for detection and segmentation: of the stages that config.out_features names, before downsampling, each
+    with a norm of its own, [B, C, H, W]."""
+
+    def __init__(self, config: NatConfig):
+        super().__init__(config)
+        self._add_parts(config)
+        self.num_features = [config.embed_dim, *(config.embed_dim * 2**stage for stage in range(len(config.depths)))]
+        self.hidden_states_norms = nn.ModuleDict(
+            {name: nn.LayerNorm(channels) for name, channels in zip(self.out_features, self.channels, strict=True)}
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BackboneOutput:
+        attentions, _ = _asked(self.config, output_attentions, None)
+        tokens_BHWC = self._embed(pixel_values)
+        stages = self.encoder(tokens_BHWC, attentions)
+        maps = (tokens_BHWC, *(stage.before for stage in stages))
+        return BackboneOutput(
+            feature_maps=tuple(
+                to_nchw(self.hidden_states_norms[name](x_BHWC)).contiguous()
+                for name, x_BHWC in zip(self.stage_names, maps, strict=True)
+                if name in self.out_features
+            ),
+            hidden_states=maps,
+            attentions=tuple(stage.attention for stage in stages) if attentions else None,
+        )
+
+
+def _asked(config: NatConfig, attentions: bool | None, hidden_states: bool | None) -> tuple[bool, bool]:
+    """Which outputs a call asks for, or else the configuration."""
+    return (
+        config.output_attentions if attentions is None else attentions,
+        config.output_hidden_states if hidden_states is None else hidden_states,
+    )
+
+
+# ----- the same, under the names of DiNAT -----
+
+
+class DinatPreTrainedModel(NatPreTrainedModel):
+    """As NatPreTrainedModel, with dilations."""
+
+    config_class = DinatConfig
+    base_model_prefix = "dinat"
+
+
+class DinatModel(DinatPreTrainedModel, NatModel):
+    """As NatModel, with dilations."""
+
+
+class DinatForImageClassification(DinatPreTrainedModel, NatForImageClassification):
+    """As NatForImageClassification, with dilations."""
+
+    base_class = DinatModel
+
+
+class DinatBackbone(DinatPreTrainedModel, NatBackbone):
+    """As NatBackbone, with dilations."""

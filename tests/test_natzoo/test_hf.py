@@ -1,0 +1,490 @@
+"""natzoo.hf against the numbers of transformers' own Nat and Dinat, and against what their users rely on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from deterministic import array, image, value
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    OneFormerConfig,
+    OneFormerModel,
+    pipeline,
+)
+
+import natzoo.hf as hf
+from natzoo.checkpoints import load_weights, read_weights
+from natzoo.checkpoints.keys import to_hf
+from natzoo.hf.export import make_config
+from natzoo.models import NAT, DiNAT_s, Isotropic
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+GOLDEN = json.loads((GOLDENS / "hf.json").read_text())
+BACKBONES = json.loads((GOLDENS / "backbones.json").read_text())  # of the original's code for detection
+CONFIGS = {"nat": hf.NatConfig, "dinat": hf.DinatConfig}
+ALL_STAGES = ["stem", "stage1", "stage2", "stage3", "stage4"]
+
+# What the hub has: config.json of shi-labs/nat-mini-in1k-224 by its older transformers, labels left out.
+HUB_CONFIG = {
+    "architectures": ["NatForImageClassification"],
+    "attention_probs_dropout_prob": 0.0,
+    "depths": [3, 4, 6, 5],
+    "drop_path_rate": 0.2,
+    "embed_dim": 64,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "hidden_size": 512,
+    "image_size": 224,
+    "initializer_range": 0.02,
+    "kernel_size": 7,
+    "layer_norm_eps": 1e-05,
+    "layer_scale_init_value": 0.0,
+    "mlp_ratio": 3.0,
+    "model_type": "nat",
+    "num_channels": 3,
+    "num_heads": [2, 4, 8, 16],
+    "num_layers": 4,
+    "patch_norm": True,
+    "patch_size": 4,
+    "path_norm": True,
+    "qkv_bias": True,
+    "torch_dtype": "float32",
+    "transformers_version": "4.26.0.dev0",
+}
+
+
+def small(kind="dinat", **changes):
+    """A configuration of the goldens' size, or smaller."""
+    return CONFIGS[kind](**{**GOLDEN[f"{kind}-128x128"]["config"], **changes})
+
+
+def hub_value(name, shape):
+    if name.endswith("layer_scale_parameters"):
+        return array(name, shape, 0.1, 0.5)
+    return value(name, shape)
+
+
+@pytest.fixture(params=CONFIGS)
+def hub_folder(request, tmp_path):
+    """A folder as on the hub: its weights have the goldens' names and values."""
+    kind = request.param
+    weights = {name: torch.from_numpy(hub_value(name, shape)) for name, shape in GOLDEN[f"{kind}-state_dict"].items()}
+    small(kind).save_pretrained(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ----- numbers of the original -----
+
+
+def test_numbers_are_the_originals(hub_folder):
+    model = AutoModelForImageClassification.from_pretrained(hub_folder).eval()
+    golden = GOLDEN[f"{model.config.model_type}-128x128"]
+    with torch.no_grad():
+        out = model(image((128, 128), batch=2), output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(out.logits, torch.tensor(golden["logits"]), atol=2e-4, rtol=0)
+    for name, norms in (("hidden_states", "hidden_norms"), ("attentions", "attention_norms")):
+        assert [list(x.shape) for x in getattr(out, name)] == golden[name]
+        assert [x.norm().item() for x in getattr(out, name)] == pytest.approx(golden[norms], rel=1e-4)
+    assert [list(x.shape) for x in out.reshaped_hidden_states] == golden["reshaped_hidden_states"]
+    assert all(
+        torch.equal(a.movedim(-1, 1), b) for a, b in zip(out.hidden_states, out.reshaped_hidden_states, strict=True)
+    )
+
+
+def test_what_is_saved_has_the_names_of_the_hub(hub_folder, tmp_path_factory):
+    target = tmp_path_factory.mktemp("saved")
+    AutoModelForImageClassification.from_pretrained(hub_folder).save_pretrained(target)
+    before, after = (load_file(folder / "model.safetensors") for folder in (hub_folder, target))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_backbone_has_the_names_of_the_hub(tmp_path, kind):
+    backbone = AutoBackbone.from_config(small(kind, out_features=ALL_STAGES[1:]))
+    backbone.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {name: list(x.shape) for name, x in saved.items()} == GOLDEN[f"{kind}-backbone-state_dict"]
+    assert same_weights(type(backbone).from_pretrained(tmp_path), backbone)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_maps_for_detection_are_the_originals(tmp_path, name):
+    """Dilations up to 28, far wider than the maps, which the padding of the layers takes care of."""
+    golden = BACKBONES[name]
+    layout = "dinat_s" if name.startswith("dinat_s") else "nat"
+    config = CONFIGS[name.split("_")[0]](**golden["config"], layout=layout, out_features=ALL_STAGES[1:])
+    config.save_pretrained(tmp_path)
+    published = {key: torch.from_numpy(value(key, shape)) for key, shape in golden["state_dict"].items()}
+    save_file(to_hf(published, ""), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    kind = hf.DinatBackbone if name.startswith("dinat") else hf.NatBackbone
+    backbone, information = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not information["missing_keys"] and not information["unexpected_keys"]
+    for size, expected in golden["sizes"].items():
+        with torch.no_grad():
+            maps = backbone.eval()(image(tuple(map(int, size.split("x"))))).feature_maps
+        assert [list(x.shape) for x in maps] == expected["shapes"]
+        assert [x.norm().item() for x in maps] == pytest.approx(expected["norms"], rel=1e-4)
+        for x, corner in zip(maps, expected["corner"], strict=True):
+            torch.testing.assert_close(x[0, :4, -1, -1], torch.tensor(corner), atol=1e-4, rtol=1e-4)
+
+
+# ----- what users of transformers rely on -----
+
+
+def test_the_auto_classes(hub_folder):
+    name = "Nat" if AutoConfig.from_pretrained(hub_folder).model_type == "nat" else "Dinat"
+    assert type(AutoConfig.from_pretrained(hub_folder)) is getattr(hf, f"{name}Config")
+    assert type(AutoModel.from_pretrained(hub_folder)) is getattr(hf, f"{name}Model")
+    assert type(AutoModelForImageClassification.from_pretrained(hub_folder)) is getattr(
+        hf, f"{name}ForImageClassification"
+    )
+    assert type(AutoBackbone.from_config(AutoConfig.from_pretrained(hub_folder))) is getattr(hf, f"{name}Backbone")
+
+
+def test_a_model_takes_its_part_of_a_classifier(hub_folder):
+    model, information = AutoModel.from_pretrained(hub_folder, output_loading_info=True)
+    assert not information["missing_keys"]
+    whole = AutoModelForImageClassification.from_pretrained(hub_folder)
+    assert same_weights(model, whole.base_model)
+    out = model.eval()(image((97, 61)))
+    assert out.last_hidden_state.shape == (1, 4, 2, 256)
+    torch.testing.assert_close(out.pooler_output, out.last_hidden_state.mean((1, 2)))
+
+
+def test_a_backbone_takes_its_part_of_a_classifier(hub_folder):
+    """The norms of its maps are new, as a classifier has none."""
+    kind = type(AutoBackbone.from_config(AutoConfig.from_pretrained(hub_folder)))  # which itself takes no folders
+    backbone, information = kind.from_pretrained(
+        hub_folder, out_features=["stem", "stage2", "stage4"], output_loading_info=True
+    )
+    assert {name.split(".")[0] for name in information["missing_keys"]} == {"hidden_states_norms"}
+    assert backbone.channels == [32, 64, 256]
+    out = backbone.eval()(image((100, 64)), output_hidden_states=True)
+    assert [tuple(x.shape) for x in out.feature_maps] == [(1, 32, 25, 16), (1, 64, 13, 8), (1, 256, 4, 2)]
+    normalised = nn.functional.layer_norm(out.hidden_states[2], (64,))
+    torch.testing.assert_close(out.feature_maps[1], normalised.permute(0, 3, 1, 2))
+    assert AutoBackbone.from_config(small())(image((64, 64))).hidden_states is None
+
+
+def test_a_configuration_of_the_hub(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIG))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is hf.NatConfig
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (512, 4, [2, 4, 8, 16])
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+    assert model.num_parameters() == 19_984_174 - 998 * 513  # two classes
+
+
+def test_defaults_are_the_mini_models():
+    for config, name in ((hf.NatConfig(num_labels=1000), "nat_mini"), (hf.DinatConfig(num_labels=1000), "dinat_mini")):
+        with torch.device("meta"):
+            made, known = AutoModelForImageClassification.from_config(config), timm.create_model(name)
+        theirs, ours = made.config.to_dict(), make_config(known).to_dict()
+        for field in ("id2label", "label2id", "drop_path_rate", "architectures"):  # transformers' rate is 0.1
+            theirs.pop(field), ours.pop(field)
+        assert json.dumps(theirs, sort_keys=True) == json.dumps(ours, sort_keys=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        (torch.tensor([1, 3]), "single_label_classification"),
+        (torch.rand(2, 10), "multi_label_classification"),
+        (torch.rand(2, 10), "regression"),
+    ],
+)
+def test_losses(labels, problem):
+    model = hf.NatForImageClassification(small("nat", problem_type=problem))
+    out = model(image((64, 64), batch=2), labels=labels)
+    out.loss.backward()
+    expected = {
+        "single_label_classification": nn.functional.cross_entropy,
+        "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
+        "regression": nn.functional.mse_loss,
+    }[problem]
+    torch.testing.assert_close(out.loss, expected(out.logits, labels))
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_tuples_and_configured_outputs():
+    model = hf.DinatForImageClassification(small(output_hidden_states=True, output_attentions=True)).eval()
+    x = image((64, 64))
+    out = model(x)
+    assert len(out.hidden_states) == 5 and len(out.attentions) == 4
+    for a, b in zip(model(x, return_dict=False), out.to_tuple(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert model(x, output_hidden_states=False, output_attentions=False).to_tuple()[0].shape == (1, 10)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = hf.DinatForImageClassification(small(drop_path_rate=0.0)).train()
+        if enabled:
+            model.gradient_checkpointing_enable()
+        assert model.is_gradient_checkpointing == enabled
+        model(image((64, 64))).logits.sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_new_weights_are_as_configured():
+    model = hf.DinatForImageClassification(small(layer_scale_init_value=0.25, initializer_range=0.5, embed_dim=64))
+    block = model.dinat.encoder.levels[1].blocks[0]
+    assert block.attn.qkv.weight.std().item() == pytest.approx(0.5, rel=0.05)
+    assert torch.equal(block.gamma1, torch.full((128,), 0.25)) and torch.equal(block.gamma2, block.gamma1)
+    assert not block.attn.qkv.bias.any() and torch.equal(block.norm1.weight, torch.ones(128))
+    assert block.attn.rpb.std().item() > 0.3
+
+
+def test_configured_layers():
+    model = hf.NatModel(
+        small("nat", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2, hidden_act="relu", layer_norm_eps=1e-3)
+    )
+    block = model.encoder.levels[0].blocks[0]
+    assert (model.dropout.p, block.mlp.drop1.p, block.mlp.drop2.p) == (0.1, 0.0, 0.1)
+    assert (block.attn.attn_drop.p, block.attn.proj_drop.p) == (0.2, 0.2)
+    assert isinstance(block.mlp.act, nn.ReLU)
+    assert (block.norm1.eps, model.layernorm.eps, model.embeddings.norm.eps) == (1e-3, 1e-3, 1e-5)
+    x = image((64, 64))
+    assert not torch.equal(model.train()(x).pooler_output, model(x).pooler_output)
+
+
+def test_another_number_of_labels(hub_folder):
+    model = AutoModelForImageClassification.from_pretrained(hub_folder, num_labels=3, ignore_mismatched_sizes=True)
+    assert model.classifier.out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"patch_size": 8}, "patch_size is 8, but layout 'nat' has only 4"),
+        ({"layout": "wibble"}, "layout is 'wibble'"),
+        ({"kernel_size": None}, "kernel_size is None"),
+        ({"dilations": [[1], [1]]}, "dilations has 2 stages"),
+        ({"layout": "isotropic", "patch_size": 16, "layer_scale_init_value": 0.0}, "isotropic is one stage"),
+        ({"layout": "isotropic", "patch_size": 16}, "layer_scale_init_value is 1e-05"),
+    ],
+)
+def test_configurations_that_cannot_be(changes, text):
+    with pytest.raises(ValueError, match=text):
+        hf.DinatModel(small(**changes))
+
+
+def test_pictures_that_cannot_be():
+    model = hf.NatModel(small("nat"))
+    with pytest.raises(ValueError, match="pixel_values is missing"):
+        model()
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 64, 64\), but must be \[batch, 3, height, width\]"):
+        model(torch.zeros(1, 1, 64, 64))
+
+
+# ----- from timm's models, and back -----
+
+
+def variants():
+    """One small model of each kind."""
+    return [
+        NAT(depths=(1, 2), num_heads=(2, 4), embed_dim=16, kernel_size=3, layer_scale=1e-5, num_classes=5),
+        NAT(depths=(2, 2), num_heads=(2, 4), embed_dim=16, dilations=([1, 2], [1, 1]), drop_path_rate=0.2),
+        DiNAT_s(depths=(2, 1), num_heads=(2, 4), embed_dim=16, dilations=([1, 4], [1]), mlp_ratio=2.0, num_classes=5),
+        Isotropic(depth=2, num_heads=2, embed_dim=16, dilations=(1, 2), kernel_size=5, num_classes=5),
+        Isotropic(depth=2, num_heads=2, embed_dim=16, kernel_size=None, img_size=(64, 96), num_classes=5, in_chans=3),
+    ]
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_from_timm_to_a_folder_and_back(tmp_path, index):
+    model = variants()[index].eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x = image((64, 96))
+    with torch.no_grad():
+        expected = model(x)
+    hf.from_timm(model).save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    out = loaded(x, output_attentions=True, output_hidden_states=True)
+    torch.testing.assert_close(out.logits, expected, atol=1e-6, rtol=1e-6)
+    assert len(out.attentions) == len(loaded.config.depths) == len(out.hidden_states) - 1
+    assert torch.equal(out.attentions[0].sum(-1).round(decimals=4), torch.ones(out.attentions[0].shape[:-1]))
+    again = variants()[index]
+    assert load_weights(again, read_weights(tmp_path / "model.safetensors"), tmp_path) == []
+    assert same_weights(again, model)
+
+
+@pytest.mark.parametrize("name", timm.list_models(["nat_*", "dinat_*", "vitrpb_*"]))
+def test_every_model_has_a_configuration(name):
+    """Built again of its configuration, it has the same weights."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        config = make_config(model)
+        made = AutoModelForImageClassification.from_config(AutoConfig.for_model(**config.to_dict()))
+        assert (type(config) is hf.DinatConfig) == name.startswith("dinat")
+        assert made.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
+        again = hf.from_timm(model)
+    shapes = [{key: x.shape for key, x in m.state_dict().items()} for m in (made, again)]
+    assert shapes[0] == shapes[1]
+    assert config.num_labels == model.num_classes
+    assert config.drop_path_rate > 0
+
+
+def test_labels_and_preparation_of_a_published_model(tmp_path):
+    model = timm.create_model("dinat_large_384", depths=(1, 1), num_heads=(1, 2), embed_dim=32, dilations=((1,), (1,)))
+    assert hf.from_timm(model).config.id2label[0].startswith("tench")
+    processor = hf.image_processor(model)
+    processor.save_pretrained(tmp_path)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8))
+    prepared = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt").pixel_values
+    assert prepared.shape == (1, 3, 384, 384)
+    config = timm.data.resolve_data_config(model.pretrained_cfg)
+    expected = timm.data.create_transform(**config)(picture)
+    assert (prepared[0] - expected).abs().max() < 0.05  # torchvision resizes tensors and pictures not quite alike
+
+
+def test_only_whole_classifiers_are_exported():
+    with pytest.raises(ValueError, match="no whole classifier"):
+        hf.from_timm(nn.Linear(2, 2))
+
+
+# ----- inside of other things -----
+
+
+def test_pipeline(tmp_path):
+    model = NAT(depths=(1, 1), num_heads=(1, 2), embed_dim=32, num_classes=3)
+    model.pretrained_cfg = timm.get_pretrained_cfg("nat_mini").to_dict()
+    exported = hf.from_timm(model)
+    exported.config.id2label = {0: "cat", 1: "dog", 2: "bird"}
+    exported.save_pretrained(tmp_path)
+    hf.image_processor(model).save_pretrained(tmp_path)
+    classify = pipeline("image-classification", model=str(tmp_path), device="cpu")
+    result = classify(Image.new("RGB", (300, 200), "red"), top_k=3)
+    assert {entry["label"] for entry in result} == {"cat", "dog", "bird"}
+    assert sum(entry["score"] for entry in result) == pytest.approx(1, abs=1e-3)
+
+
+def detector_config():
+    return small(out_features=ALL_STAGES[1:], embed_dim=16, kernel_size=3)
+
+
+def test_mask2former(tmp_path):
+    """Forward, backward, and its files, in which the backbone's weights have the names of the hub."""
+    config = Mask2FormerConfig(
+        backbone_config=detector_config(),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        num_attention_heads=2,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        num_queries=4,
+        train_num_points=64,
+        num_labels=3,
+    )
+    model = Mask2FormerForUniversalSegmentation(config)
+    assert isinstance(model.model.pixel_level_module.encoder, hf.DinatBackbone)
+    x = image((64, 64))
+    out = model(x, mask_labels=[torch.ones(1, 64, 64)], class_labels=[torch.tensor([1])])
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert model.model.pixel_level_module.encoder.encoder.levels[0].blocks[0].attn.rpb.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    prefix = "model.pixel_level_module.encoder.encoder.levels.0.layers.0."
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {f"{prefix}attention.self.query.weight", f"{prefix}layer_scale_parameters"} <= names
+    again = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path)
+    assert same_weights(again, model)
+
+
+# Dilations of the published OneFormer-DiNAT configurations (published-facts: COCO and ADE20K share theirs).
+_LARGE_MAPS = [[1, 20, 1], [1, 5, 1, 10], [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5], [1, 2, 1, 2, 1]]
+_ONEFORMER = {
+    "coco": (11, _LARGE_MAPS),
+    "ade20k": (11, _LARGE_MAPS),
+    "cityscapes": (7, [[1, 18, 1], [1, 5, 1, 9], [1, 2, 1, 3, 1, 4] * 3, [1, 2, 1, 2, 1]]),
+}
+
+
+@pytest.mark.parametrize("data", _ONEFORMER)
+def test_published_oneformer_configurations(data):
+    kernel_size, dilations = _ONEFORMER[data]
+    backbone = hf.DinatConfig(
+        embed_dim=192,
+        depths=[3, 4, 18, 5],
+        num_heads=[6, 12, 24, 48],
+        kernel_size=kernel_size,
+        dilations=dilations,
+        mlp_ratio=2.0,
+        drop_path_rate=0.3,
+        out_features=ALL_STAGES[1:],
+    )
+    config = OneFormerConfig.from_dict(OneFormerConfig(backbone_config=backbone, is_training=False).to_dict())
+    with torch.device("meta"):
+        model = OneFormerModel(config)
+    assert isinstance(model.pixel_level_module.encoder, hf.DinatBackbone)
+    assert model.pixel_level_module.encoder.channels == [192, 384, 768, 1536]
+    assert model.pixel_level_module.encoder.encoder.levels[0].blocks[1].attn.dilation == (dilations[0][1],) * 2
+
+
+def test_oneformer_runs():
+    config = OneFormerConfig(
+        backbone_config=detector_config(),
+        is_training=False,
+        hidden_dim=32,
+        mask_dim=32,
+        conv_dim=32,
+        num_attention_heads=2,
+        encoder_layers=1,
+        decoder_layers=2,
+        dim_feedforward=16,
+        encoder_feedforward_dim=16,
+        num_queries=4,
+        text_encoder_width=32,
+        text_encoder_num_layers=1,
+        task_seq_len=7,
+    )
+    model = OneFormerModel(config)
+    out = model(image((64, 64)), task_inputs=torch.zeros(1, 7))
+    assert out.transformer_decoder_mask_predictions.isfinite().all()
+    out.transformer_decoder_mask_predictions.sum().backward()
+    assert model.pixel_level_module.encoder.encoder.levels[0].blocks[0].attn.rpb.grad.abs().sum() > 0
+
+
+def test_without_transformers(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('no transformers', name='transformers')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport natzoo\nimport natzoo.hf"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode
+    assert "natzoo.hf needs transformers 5: install the extra hf" in result.stderr
