@@ -4,7 +4,7 @@ from natzoo.checkpoints.download import DownloadError
 from natzoo.checkpoints.load import load_weights
 from natzoo.checkpoints.read import read_checkpoint, read_weights, weights_of
 from natzoo.checkpoints.sources import locate
-from natzoo.checkpoints.write import write_atomically, write_checkpoint
+from natzoo.checkpoints.write import write_atomically, write_checkpoint, write_weights
 
 __all__ = [
     "DownloadError",
@@ -15,4 +15,5 @@ __all__ = [
     "weights_of",
     "write_atomically",
     "write_checkpoint",
+    "write_weights",
 ]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from natzoo.checkpoints.pickles import load_plain_pickle
+from natzoo.checkpoints.write import RECORD
 
 # Where training scripts put the weights, best first: an average of the weights is what one evaluates and publishes.
 _WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
@@ -19,6 +21,8 @@ _WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Everything a .pth, .pth.tar, .pt, .bin or .safetensors file holds, or a plain pickle (.pkl), on the CPU.
+
+    Of a .safetensors file the weights alone, or where `write_weights` left a record, both, as state_dict and record.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -32,7 +36,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         pass
     try:
         if path.suffix == ".safetensors":
-            return load_file(path, device="cpu")
+            return _read_safetensors(path)
         if path.suffix == ".pkl":
             checkpoint = load_plain_pickle(path)
         else:
@@ -46,6 +50,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, but a checkpoint is a dict of tensors.")
     return checkpoint
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        record = (file.metadata() or {}).get(RECORD)
+    return weights if record is None else {"state_dict": weights, RECORD: json.loads(record)}
 
 
 def weights_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:

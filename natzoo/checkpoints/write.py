@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
+
+RECORD = "record"  # entry of a checkpoint that says of which model it is
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
@@ -53,6 +59,37 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> Non
             raise OSError(None, str(error).splitlines()[0]) from error
 
     write_atomically(path, write)
+
+
+def write_weights(path: str | os.PathLike, weights: dict[str, Tensor], record: dict[str, Any] | None = None) -> None:
+    """Writes weights atomically, in the form that the name's ending tells.
+
+    Args:
+        path: .safetensors; .pth, .pt or .bin for torch.load; .pkl for detectron2, a plain pickle of NumPy arrays.
+        weights: of any layout.
+        record: plain data that says of which model they are, as train.py's checkpoints have it; `read_checkpoint` gives
+            it back. A .pkl has no place for it.
+
+    Raises:
+        ValueError: on another ending.
+        OSError: as `write_atomically`.
+    """
+    # Copies, since neither format may hold two views of one memory.
+    weights = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in weights.items()
+    }
+    suffix = Path(path).suffix
+    if suffix == ".safetensors":
+        metadata = {"format": "pt"} if record is None else {"format": "pt", RECORD: json.dumps(record)}
+        write_atomically(path, lambda file: file.write(save(weights, metadata)))
+    elif suffix in (".pth", ".pt", ".bin"):
+        write_checkpoint(path, weights if record is None else {"state_dict": weights, RECORD: record})
+    elif suffix == ".pkl":
+        arrays = {name: value.numpy() for name, value in weights.items()}
+        content = {"model": arrays, "__author__": "natzoo", "matching_heuristics": True}
+        write_atomically(path, lambda file: pickle.dump(content, file))
+    else:
+        raise ValueError(f"{path} has the unknown ending {suffix!r}: use .safetensors, .pth, .pt, .bin or .pkl.")
 
 
 def _sync_folder(folder: Path) -> None:

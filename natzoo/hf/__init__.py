@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
 
 from natzoo.hf import auto, conversion
 from natzoo.hf.configuration import DinatConfig, NatConfig
-from natzoo.hf.export import from_timm, image_processor
+from natzoo.hf.export import from_timm, image_processor, save_folder
 from natzoo.hf.modeling import (
     DinatBackbone,
     DinatForImageClassification,
@@ -41,4 +41,5 @@ __all__ = [
     "NatPreTrainedModel",
     "from_timm",
     "image_processor",
+    "save_folder",
 ]

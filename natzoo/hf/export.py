@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -104,3 +108,34 @@ def image_processor(model: nn.Module) -> BitImageProcessor:
         image_std=list(cfg["std"]),
         do_convert_rgb=True,
     )
+
+
+def save_folder(
+    model: NAT | DiNAT_s | Isotropic, folder: str | os.PathLike, classes: Sequence[str] | None = None
+) -> None:
+    """Writes a classifier as Hugging Face has it: config.json, model.safetensors and preprocessor_config.json.
+
+    Args:
+        model: as for `from_timm`; its `pretrained_cfg` says how pictures are prepared.
+        folder: a new one; it appears when all of it is written.
+        classes: names of the classes; ImageNet's unless given, if there are as many.
+
+    Raises:
+        ValueError: as `from_timm`; if the number of names is not that of the classes.
+        FileExistsError: if there is such a folder already and it is not empty.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already: choose another folder.")
+    exported = from_timm(model)
+    if classes is not None:
+        if len(classes) != model.num_classes:
+            raise ValueError(f"{len(classes)} names are given, but the model has {model.num_classes} classes.")
+        exported.config.id2label = dict(enumerate(classes))
+        exported.config.label2id = {name: index for index, name in enumerate(classes)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / folder.name
+        exported.save_pretrained(whole)
+        image_processor(model).save_pretrained(whole)
+        os.replace(whole, folder)

@@ -1,0 +1,143 @@
+"""tools/convert.py: every form into every other, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import natzoo.hf
+from natzoo.checkpoints import read_checkpoint, read_weights, write_checkpoint
+from natzoo.checkpoints.adapt import published_names
+
+ROOT = Path(__file__).parents[2]
+KWARGS = {"depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "embed_dim": 16}
+RECORD = {
+    "model": "nat_mini",
+    "model_kwargs": KWARGS,
+    "num_classes": 3,
+    "classes": ["cat", "dog", "bird"],
+    "preprocessing": {
+        "input_size": [3, 64, 64],
+        "crop_pct": 0.5,
+        "interpolation": "bicubic",
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+    },
+}
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys, tmp_path):
+    """Runs the tool in tmp_path: (exit status, what it printed). In this process, since starting one takes seconds."""
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / "tools" / "convert.py"), run_name="__main__")
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+        return 0, capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("nat_mini", num_classes=3, **KWARGS).eval()
+
+
+@pytest.fixture
+def trained(model, tmp_path):
+    """A checkpoint of train.py, whose averaged weights are those to take."""
+    content = {
+        "epoch": 3,
+        "model": {name: torch.zeros_like(value) for name, value in model.state_dict().items()},
+        "model_ema": model.state_dict(),
+        "optimizer": {"state": {}},
+        "record": RECORD,
+    }
+    write_checkpoint(tmp_path / "last.pth", content)
+    return tmp_path / "last.pth"
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_there_and_back_through_every_form(convert, trained, model, tmp_path):
+    """Bit-equal at the end; each form is one that its readers know."""
+    source = "last.pth"
+    for target in ("a.safetensors", "hf/a", "b.pth", "c.pkl", "d.bin", "e.safetensors"):
+        status, text = convert(source, target)
+        assert (status, target in text, "float32, sha256" in text) == (0, True, True), text
+        source = target
+    expected = model.state_dict()
+    for name in ("a.safetensors", "hf/a/model.safetensors", "b.pth", "c.pkl", "d.bin", "e.safetensors"):
+        weights = read_weights(tmp_path / name)
+        assert same(published_names(weights), expected), name
+    assert pickle.loads((tmp_path / "c.pkl").read_bytes())["matching_heuristics"] is True
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_what_train_py_noted_stays_with_the_weights(convert, trained, tmp_path):
+    assert convert("last.pth", "a.safetensors")[0] == 0
+    assert read_checkpoint(tmp_path / "a.safetensors")["record"] == json.loads(json.dumps(RECORD))
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+def test_a_folder_for_transformers(convert, trained, model, tmp_path):
+    assert convert("last.pth", "hf/nat")[0] == 0
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "hf" / "nat").eval()
+    assert type(loaded) is natzoo.hf.NatForImageClassification
+    assert loaded.config.id2label == {0: "cat", 1: "dog", 2: "bird"}
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(x).logits, model(x))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf" / "nat")
+    assert (dict(processor.size), list(processor.image_mean)) == ({"shortest_edge": 128}, [0.1, 0.2, 0.3])
+    status, text = convert("last.pth", "hf/nat")
+    assert status == 2 and "exists already" in text
+
+
+def test_dtype(convert, trained, tmp_path):
+    assert convert("last.pth", "half.pth", "--dtype", "float16")[0] == 0
+    assert {x.dtype for x in read_weights(tmp_path / "half.pth").values()} == {torch.float16}
+
+
+def test_a_detector_keeps_its_parts_but_not_its_optimizer(convert, model, tmp_path):
+    parts = {f"backbone.{name}": value for name, value in model.state_dict().items() if not name.startswith("head")}
+    parts["roi_head.fc.weight"] = torch.ones(2)
+    write_checkpoint(tmp_path / "iter_1.pth", {"state_dict": parts, "optimizer": {}, "meta": {"iter": 1}})
+    assert convert("iter_1.pth", "published.pth")[0] == 0
+    assert same(read_checkpoint(tmp_path / "published.pth"), parts)
+    assert convert("iter_1.pth", "backbone.pth", "--backbone")[0] == 0
+    names = read_weights(tmp_path / "backbone.pth").keys()
+    assert "levels.0.blocks.0.attn.rpb" in names and not any(name.startswith(("backbone", "roi")) for name in names)
+
+
+def test_mistakes(convert, trained, model, tmp_path):
+    write_checkpoint(tmp_path / "bare.pth", model.state_dict())
+    for arguments, text in (
+        (("nowhere.pth", "a.pth"), "there is no checkpoint nowhere.pth"),
+        (("nat_mimi", "a.pth"), "did you mean nat_mini"),
+        (("bare.pth", "a.zip"), "unknown ending '.zip'"),
+        (("bare.pth", "folder"), "name it with --model"),
+        (("bare.pth", "folder", "--model", "wibble"), "there is no model 'wibble'"),
+        (("bare.pth", "a.pth", "--model", "dinat_s_tiny"), "of another model"),
+        (("bare.pth", "missing/a.pth"), "could not be written"),
+    ):
+        status, message = convert(*arguments)
+        assert (status, "Traceback" in message) == (2, False), message
+        assert text in message
+        assert not (tmp_path / "a.pth").exists() and not (tmp_path / "folder").exists()
