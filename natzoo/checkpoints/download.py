@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -129,7 +130,7 @@ def _transfer_with_patience(url: str, path: Path) -> Path:
         except (OSError, HTTPException) as error:
             if not _may_pass(error) or attempt == TRIES - 1:
                 raise
-            tqdm.write(f"{path.name}: {_reason(error)}; trying again")
+            tqdm.write(f"{path.name}: {_reason(error)}; trying again", file=sys.stderr)
             time.sleep(PAUSE_S * 2**attempt)
     raise AssertionError("the last try returns or raises")
 
