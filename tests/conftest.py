@@ -1,7 +1,23 @@
-"""Makes the helpers in this folder and the scripts importable from every test."""
+"""Makes the helpers in this folder and the scripts importable from every test, and lends a server of files."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A `file_server.Server`, to which downloads come without patience."""
+    from file_server import Server
+
+    from natzoo.checkpoints import download
+
+    monkeypatch.setattr(download, "PAUSE_S", 0.01)
+    monkeypatch.setattr(download, "STALL_S", 0.5)
+    server = Server()
+    yield server
+    server.http.shutdown()

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from natzoo import command_line
 from natzoo.checkpoints import locate, write_atomically
-from natzoo.checkpoints.download import check
+from natzoo.checkpoints.download import cache_folder, check, recorded_sha256
 from natzoo.checkpoints.sources import path_in_cache
 from natzoo.checkpoints.zoo import entries, find
 
@@ -38,11 +38,12 @@ def show(args: argparse.Namespace) -> None:
 
 def get(args: argparse.Namespace) -> None:
     """Downloads what is not here yet; with --out copies it."""
-    for name in dict.fromkeys(args.names):
-        path = locate(find(name).name)
+    for entry in [find(name) for name in dict.fromkeys(args.names)]:
+        path = locate(entry.name)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            target = args.out / path.name
+            is_from_hub = path != path_in_cache(entry)  # where each file has the same name
+            target = args.out / (entry.name + path.suffix if is_from_hub else path.name)
             with path.open("rb") as source:
                 write_atomically(target, lambda file, source=source: shutil.copyfileobj(source, file))
             path = target
@@ -56,14 +57,15 @@ def verify(args: argparse.Namespace) -> None:
         ValueError: naming the first that is damaged.
     """
     chosen = [find(name) for name in args.names] or list(entries().values())
-    paths = [path_in_cache(entry) for entry in chosen]
-    for path in paths:
-        if path.exists():
-            print(f"{check(path)}  {path}")
-        elif args.names:
+    here = [entry for entry in chosen if path_in_cache(entry).exists()]
+    for entry in chosen if args.names else here:
+        path = path_in_cache(entry)
+        if entry not in here:
             raise FileNotFoundError(f"{path} is not here: `python tools/download.py get` downloads it.")
-    if not any(path.exists() for path in paths):
-        print(f"no checkpoint is in {path_in_cache(chosen[0]).parent}")
+        known = entry.sha256 or recorded_sha256(path)
+        print(f"{check(path, entry.sha256)}  {path}{'' if known else '  (nothing to compare it with)'}")
+    if not here:
+        print(f"no checkpoint is in {cache_folder()}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

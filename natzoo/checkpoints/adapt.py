@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
@@ -18,8 +19,14 @@ def published_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under their published names, whatever layout they have: data-parallel, compiled, OpenMMLab, Hugging Face.
 
     Of a detector or segmenter the backbone alone is taken.
+
+    Raises:
+        ValueError: if weights are of Hugging Face's layout but not its models, or if two have one name.
     """
+    count = len(weights)
     weights = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): value for name, value in weights.items()}
+    if len(weights) < count:
+        raise ValueError("it has the same weights twice, with and without module. or _orig_mod. before their names.")
     backbone = {
         name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")
     }
@@ -37,9 +44,13 @@ def adapt(
     - The first convolution takes other numbers of input channels: colours are summed or repeated, as timm does.
     - With `new_classifier` a classifier of other classes is left as it is in the model; a model without one takes none.
     - A backbone for detection and segmentation, with norm0 .. norm3, takes those of a classifier, which has none of
-      them, and leaves out its final norm.
+      them, and leaves out its final norm. With `new_classifier` a classifier likewise takes those of a backbone, all
+      but its final norm.
 
     What differs otherwise is left for the caller to refuse.
+
+    Raises:
+        ValueError: as `published_names`.
     """
     own = model.state_dict()
     about = getattr(model, "default_cfg", None) or {}
@@ -48,7 +59,7 @@ def adapt(
     _take_tables(weights, own, notes)
     _take_first_convolution(weights, own, about.get("first_conv"), notes)
     _take_classifier(weights, own, about.get("classifier", "head"), new_classifier, notes)
-    _take_stage_norms(weights, own, notes)
+    _take_stage_norms(weights, own, new_classifier, notes)
     return weights, notes
 
 
@@ -92,15 +103,25 @@ def _take_classifier(
             del weights[name]
         weights.update({name: own[name] for name in ours})
         classes = own[f"{classifier}.weight"].shape[0]
-        notes.append(f"the classifier starts anew: it has {classes} classes, but the weights have another number")
+        their = "another number" if theirs else "none"
+        notes.append(f"the classifier starts anew: it has {classes} classes, but the weights have {their}")
 
 
-def _take_stage_norms(weights: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> None:
+def _take_stage_norms(
+    weights: dict[str, Tensor], own: dict[str, Tensor], new_classifier: bool, notes: list[str]
+) -> None:
     ours = {name for name in own if _STAGE_NORM.match(name)}
     theirs = {name for name in weights if _STAGE_NORM.match(name)}
-    if not ours or theirs:
-        return
-    weights.update({name: own[name] for name in ours})
-    for name in [name for name in weights if name.startswith("norm.") and name not in own]:
+    if ours and not theirs:
+        _exchange(weights, own, ours, [name for name in weights if name.startswith("norm.") and name not in own])
+        notes.append("the norms of the stages' maps start anew: a classifier has none")
+    elif theirs and not ours and new_classifier:
+        _exchange(weights, own, [name for name in own if name.startswith("norm.") and name not in weights], theirs)
+        notes.append("the final norm starts anew: a backbone for detection and segmentation has one for each map")
+
+
+def _exchange(weights: dict[str, Tensor], own: dict[str, Tensor], taken: Iterable[str], removed: Iterable[str]) -> None:
+    """Takes some weights from the model itself in place of others."""
+    for name in removed:
         del weights[name]
-    notes.append("the norms of the stages' maps start anew: a classifier has none")
+    weights.update({name: own[name] for name in taken})

@@ -7,11 +7,13 @@ download is recorded in `NAME.sha256` and holds from then on.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -28,6 +30,7 @@ TRIES = 4  # of each address
 PAUSE_S = 1.0  # before the second try; each further one waits twice as long
 STALL_S = 30.0  # without a byte
 _PIECE = 1 << 20
+_OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP}
 _AGENT = "natzoo"
 
 
@@ -42,25 +45,26 @@ def cache_folder() -> Path:
     return Path(chosen or base / "natzoo").expanduser().absolute()
 
 
-def fetch(urls: Sequence[str], path: Path, sha256: str | None = None) -> Path:
+def fetch(urls: Sequence[str], path: Path, sha256: str | None = None, size: int = 0) -> Path:
     """The file of that path, downloaded first if it is not there.
 
     Args:
         urls: where it can be got, tried in order.
         path: where it is to be; folders that are missing are made for this user alone.
         sha256: its hash in hexadecimal digits; None to trust the first download.
+        size: about how many bytes it has, for the message; 0 if nobody knows.
 
     Raises:
         DownloadError: if no address gives it.
+        OSError: if the folder cannot be written; one that has the file needs not be.
         ValueError: if the file there, or what came, has another hash.
     """
-    for missing in reversed([folder for folder in path.parents if not folder.exists()]):
-        missing.mkdir(mode=0o700, exist_ok=True)
-    with _only_one(path):
-        if not path.exists():
-            _download(urls, path, sha256)
-        else:
-            check(path, sha256)
+    if not path.exists():
+        with _only_one(path):
+            if not path.exists():
+                _download(urls, path, sha256, size)
+                return path
+    check(path, sha256)
     return path
 
 
@@ -70,12 +74,17 @@ def check(path: Path, sha256: str | None = None) -> str:
     Raises:
         ValueError: if it is neither the one given nor, without one, the one recorded when the file came.
     """
-    record = _beside(path, ".sha256")
-    expected = sha256 or (record.read_text().strip() if record.exists() else None)
+    expected = sha256 or recorded_sha256(path)
     found = sha256_of(path)
     if expected and found != expected:
         raise ValueError(f"{path} has changed or is damaged: its sha256 is {found}, not {expected}; delete it.")
     return found
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """The hash that a file had when it was downloaded; None if it came in another way."""
+    record = _beside(path, ".sha256")
+    return record.read_text().strip() if record.exists() else None
 
 
 def sha256_of(path: Path) -> str:
@@ -89,7 +98,7 @@ def sha256_of(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _download(urls: Sequence[str], path: Path, sha256: str | None) -> None:
+def _download(urls: Sequence[str], path: Path, sha256: str | None, size: int) -> None:
     failures = []
     for url in urls:
         try:
@@ -106,9 +115,10 @@ def _download(urls: Sequence[str], path: Path, sha256: str | None) -> None:
         os.replace(partial, path)
         _forget(path)
         return
+    about = f" (about {size / 1e6:.0f} MB)" if size else ""
     raise DownloadError(
-        f"{path.name} could not be downloaded ({'; '.join(failures)}). To get it by hand, download {urls[0]} and put "
-        f"it at {path}."
+        f"{path.name} could not be downloaded ({'; '.join(failures)}). To get it by hand, download {urls[0]}{about} "
+        f"and put it at {path}."
     )
 
 
@@ -120,7 +130,7 @@ def _transfer_with_patience(url: str, path: Path) -> Path:
         except (OSError, HTTPException) as error:
             if not _may_pass(error) or attempt == TRIES - 1:
                 raise
-            tqdm.write(f"{path.name}: {_reason(error)}; trying again")
+            tqdm.write(f"{path.name}: {_reason(error)}; trying again", file=sys.stderr)
             time.sleep(PAUSE_S * 2**attempt)
     raise AssertionError("the last try returns or raises")
 
@@ -128,6 +138,8 @@ def _transfer_with_patience(url: str, path: Path) -> Path:
 def _may_pass(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500 or error.code in (408, 429)
+    if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
+        return False
     reason = getattr(error, "reason", None)
     return not (isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME)  # no net, or no such host
 
@@ -154,11 +166,15 @@ def _transfer(url: str, path: Path) -> Path:
     with response:
         if response.headers.get_content_type() == "text/html":
             raise ValueError("the server gives a web page instead of the file")
-        if not _continues(response, offset):
+        if response.status == 206 and not _continues(response, offset):
+            _forget(path)
+            raise ConnectionError("the server sends another part of the file than the one asked for")
+        if response.status != 206:
             offset = 0
-        _note(response, url, origin)
         total = _total(response, offset)
-        with partial.open("ab" if offset else "wb") as file:
+        with open(partial, "ab" if offset else "wb", opener=_not_through_links) as file:
+            if not offset:  # only now: what an older version left is gone
+                _note(response, url, origin)
             received = offset + _copy(response, file, offset, total, path.name)
             file.flush()
             os.fsync(file.fileno())
@@ -178,9 +194,9 @@ def _copy(response: HTTPResponse, file, offset: int, total: int | None, title: s
 
 
 def _continues(response: HTTPResponse, offset: int) -> bool:
-    """Whether the server sends the rest from `offset` on, rather than all."""
+    """Whether a part of a file is the rest from `offset` on."""
     content_range = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    return response.status == 206 and content_range is not None and int(content_range[1]) == offset
+    return content_range is not None and int(content_range[1]) == offset
 
 
 def _total(response: HTTPResponse, offset: int) -> int | None:
@@ -193,7 +209,7 @@ def _total(response: HTTPResponse, offset: int) -> int | None:
 
 def _state(url: str, partial: Path, origin: Path) -> tuple[int, str]:
     """How much of a file is there already, and the server's validator for it; 0 if it cannot be continued."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(origin.read_text())
         if known["url"] == url and known["validator"]:
             return partial.stat().st_size, known["validator"]
@@ -203,12 +219,18 @@ def _state(url: str, partial: Path, origin: Path) -> tuple[int, str]:
 def _note(response: HTTPResponse, url: str, origin: Path) -> None:
     etag = response.headers.get("ETag", "")
     validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
-    origin.write_text(json.dumps({"url": url, "validator": validator}))
+    known = json.dumps({"url": url, "validator": validator})
+    write_atomically(origin, lambda file: file.write(known.encode()))
 
 
 def _forget(path: Path) -> None:
     for suffix in (".partial", ".partial.json"):
         _beside(path, suffix).unlink(missing_ok=True)
+
+
+def _not_through_links(path: str | os.PathLike, flags: int) -> int:
+    """Opens a file for `open`, but none that a link there leads to."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -227,12 +249,19 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Lets one process at a time have a file; the others wait, and then find it there."""
+    """Lets one process at a time have a file, in a folder that is made if it is missing; the others wait."""
     try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows: the rename keeps files whole, but two processes may both download
-        yield
-        return
-    with open(_beside(path, ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        for missing in reversed([folder for folder in path.parents if not folder.exists()]):
+            missing.mkdir(mode=0o700, exist_ok=True)
+        handle = _not_through_links(_beside(path, ".lock"), os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        text = f"{path.parent} cannot be written ({error.strerror}): set NATZOO_CACHE_DIR to a folder that can."
+        raise OSError(error.errno, text) from error
+    with os.fdopen(handle) as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except ModuleNotFoundError:  # Windows: the rename keeps files whole, but two processes may both download
+            pass
         yield

@@ -86,7 +86,10 @@ def _join_scales(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in weights.items():
         if name.endswith(".gamma1"):
             layer = name.removesuffix("gamma1")
-            joined[layer + HF_SCALES] = torch.stack([value, weights[f"{layer}gamma2"]])
+            other = weights.get(f"{layer}gamma2")
+            if other is None or other.shape != value.shape:
+                raise ValueError(f"{name} comes without a gamma2 of its shape.")
+            joined[layer + HF_SCALES] = torch.stack([value, other])
         elif not name.endswith(".gamma2"):
             joined[name] = value
     return joined
@@ -101,7 +104,7 @@ def from_hf(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of Hugging Face's Nat or Dinat, model, classifier or backbone, under their published names.
 
     Raises:
-        ValueError: naming a weight that those have not.
+        ValueError: naming a weight that those have not, or not in that shape.
     """
     weights = {re.sub(r"^(?:nat|dinat)\.", "", name): value for name, value in weights.items()}
     block_name = _block_name(weights)
@@ -123,13 +126,26 @@ def from_hf(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             layer, rest = block_name.format(stage=block[1], block=block[2]), block[3]
             if rest == HF_SCALES:
-                renamed[f"{layer}gamma1"], renamed[f"{layer}gamma2"] = value
+                renamed[f"{layer}gamma1"], renamed[f"{layer}gamma2"] = _split_scales(name, value)
             elif re.fullmatch(r"attention\.self\.query\.\w+", rest):
-                parts = [weights[name.replace(".query.", f".{n}.")] for n in QKV]
-                renamed[f"{layer}attn.qkv.{rest.rsplit('.', 1)[1]}"] = torch.cat(parts)
+                renamed[f"{layer}attn.qkv.{rest.rsplit('.', 1)[1]}"] = _join_qkv(name, weights)
             elif not re.fullmatch(r"attention\.self\.(key|value)\.\w+", rest):
                 renamed[layer + _rename(rest, block_backwards)] = value
     return renamed
+
+
+def _split_scales(name: str, scales: Tensor) -> tuple[Tensor, ...]:
+    if scales.dim() != 2 or len(scales) != 2:
+        raise ValueError(f"{name} has shape {tuple(scales.shape)}, but must hold two rows, one a branch.")
+    return scales.unbind()
+
+
+def _join_qkv(query: str, weights: dict[str, Tensor]) -> Tensor:
+    names = [query.replace(".query.", f".{n}.") for n in QKV]
+    shapes = {tuple(weights[name].shape) if name in weights else None for name in names}
+    if len(shapes) > 1 or shapes == {()}:
+        raise ValueError(f"{query} comes without a key and a value of its shape.")
+    return torch.cat([weights[name] for name in names])
 
 
 def _block_name(weights: dict[str, Tensor]) -> str:
@@ -137,7 +153,7 @@ def _block_name(weights: dict[str, Tensor]) -> str:
     projection = weights.get("embeddings.patch_embeddings.projection.weight")
     if projection is None:  # two convolutions: NAT, DiNAT
         return "levels.{stage}.blocks.{block}."
-    return "layers.{block}." if projection.shape[-1] == 16 else "layers.{stage}.blocks.{block}."
+    return "layers.{block}." if projection.shape[-1:] == (16,) else "layers.{stage}.blocks.{block}."
 
 
 def _rename(name: str, names: dict[str, str]) -> str:

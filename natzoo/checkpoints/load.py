@@ -30,7 +30,10 @@ def load_weights(
             model is then unchanged.
     """
     own = model.state_dict()
-    weights, notes = adapt(weights, model, new_classifier)
+    try:
+        weights, notes = adapt(weights, model, new_classifier)
+    except ValueError as error:
+        raise ValueError(f"{path} is of no model that is known here: {error}") from error
     other_shape = (name for name in own.keys() & weights.keys() if weights[name].shape != own[name].shape)
     complaints = [
         _complain("missing", own.keys() - weights.keys()),

@@ -26,7 +26,7 @@ def load_plain_pickle(path: Path) -> Any:
         Exception: of any kind, if it is damaged.
     """
     with path.open("rb") as file:
-        return _to_tensors(_PlainUnpickler(file).load())
+        return _to_tensors(_PlainUnpickler(file).load(), {})
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -131,7 +131,18 @@ _ALLOWED = {
 }
 
 
-def _to_tensors(value: Any) -> Any:
+def _to_tensors(value: Any, done: dict[int, Any]) -> Any:
+    """Plain data with tensors in place of arrays.
+
+    `done` holds what came of each part by its id. A hundred bytes can stand for a list of two lists, each of the same
+    two lists, and so on: those must not be made 2**100 times.
+    """
+    if id(value) not in done:
+        done[id(value)] = _convert(value, done)
+    return done[id(value)]
+
+
+def _convert(value: Any, done: dict[int, Any]) -> Any:
     if isinstance(value, _Array):
         if value.content is None:
             raise pickle.UnpicklingError("it holds an array without content")
@@ -141,7 +152,7 @@ def _to_tensors(value: Any) -> Any:
     if isinstance(value, _Dtype):
         raise pickle.UnpicklingError("it holds a dtype, which is no plain data")
     if isinstance(value, dict):
-        return {key: _to_tensors(item) for key, item in value.items()}
+        return {key: _to_tensors(item, done) for key, item in dict.items(value)}
     if isinstance(value, (list, tuple)):
-        return type(value)(_to_tensors(item) for item in value)
+        return type(value)(_to_tensors(item, done) for item in value)
     return value

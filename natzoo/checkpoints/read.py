@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from safetensors import safe_open
@@ -22,25 +25,31 @@ _WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Everything a .pth, .pth.tar, .pt, .bin or .safetensors file holds, or a plain pickle (.pkl), on the CPU.
 
+    Beside tensors and plain data it may hold an argparse.Namespace, in which timm's training script keeps its options.
     Of a .safetensors file the weights alone, or where `write_weights` left a record, both, as state_dict and record.
 
     Raises:
         FileNotFoundError: if there is no such file.
         OSError: if it may not or cannot be read.
-        ValueError: if it is truncated, holds more than tensors and plain data, or is no checkpoint.
+        ValueError: if it is truncated, holds anything else, or is no checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}: check the path.")
-    with path.open("rb"):  # what the system refuses is said in its words
-        pass
+    with path.open("rb") as file:  # what the system refuses is said in its words
+        start = file.read(100)
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise ValueError(f"{path} is a web page, not a checkpoint: get it again, from an address that gives the file.")
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         if path.suffix == ".pkl":
             checkpoint = load_plain_pickle(path)
         else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if start.startswith(b"PK"):
+                _refuse_compressed(path)
+            with torch.serialization.safe_globals([Namespace]):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it is not plain weights, and unpickling more could run code ({_reason(error)})."
@@ -63,16 +72,21 @@ def weights_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str,
     """The weights in what `read_checkpoint` returned: the averaged ones if there are any, else the model's.
 
     Raises:
-        ValueError: naming the file, if there are none.
+        ValueError: naming the file, if there are none, or if one is no dense array of real numbers.
     """
+    # The methods of dict itself, because a pickle may give an OrderedDict attributes of the same names.
     for wrapper in _WRAPPERS:
-        if isinstance(checkpoint.get(wrapper), dict):
-            checkpoint = checkpoint[wrapper]
+        if isinstance(dict.get(checkpoint, wrapper), dict):
+            checkpoint = dict.get(checkpoint, wrapper)
             break
-    weights = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    entries = dict.items(checkpoint)
+    weights = {name: value for name, value in entries if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
-        entries = ", ".join(map(str, list(checkpoint)[:5])) or "none"
-        raise ValueError(f"{path} holds no weights; its entries: {entries}.")
+        names = ", ".join(str(name) for name, _ in list(entries)[:5]) or "none"
+        raise ValueError(f"{path} holds no weights; its entries: {names}.")
+    for name, value in weights.items():
+        if not _is_dense(value):
+            raise ValueError(f"{path} is damaged or made to harm: {name} is no dense array of real numbers.")
     return weights
 
 
@@ -85,7 +99,26 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     return weights_of(read_checkpoint(path), path)
 
 
+def _refuse_compressed(path: Path) -> None:
+    """Raises ValueError if a zip file unpacks to more than its own size: torch.save compresses nothing."""
+    with ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise ValueError(f"it is compressed, as torch.save never does, and would unpack to {unpacked} bytes")
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether a tensor holds what its shape says: a file can also describe one of 10**12 times the same number."""
+    if value.layout is not torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
 def _reason(error: Exception) -> str:
-    """The first sentence of a library's error, which may run over many lines."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """The first sentence of a library's error, which may run over many lines; of torch's, the one that says why."""
+    text = str(error)
+    asked = re.search(r"GLOBAL ([\w.]+)", text)
+    if asked:
+        return f"it asks for {asked[1]}"
+    lines = text.split("WeightsUnpickler error: ")[-1].strip().splitlines() or [type(error).__name__]
     return lines[0].split(". ")[0].rstrip(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -33,7 +34,8 @@ def locate(what: str | os.PathLike) -> Path:
     if text.startswith(_HUB):
         return _from_hub(text.removeprefix(_HUB))
     if urlsplit(text).scheme in ("http", "https"):
-        return fetch([text], cache_folder() / _file_name(text))
+        published = next((entry for entry in zoo.entries().values() if entry.url == text), None)
+        return _published(published) if published else fetch([text], _path_of_other(text))
     if path.suffix in (".pth", ".tar", ".pt", ".bin", ".safetensors", ".pkl") or len(path.parts) > 1:
         raise FileNotFoundError(f"there is no checkpoint {path}: check the path.")
     return _published(zoo.find(text))
@@ -48,15 +50,18 @@ def _in_folder(folder: Path) -> Path:
     for name in _HUB_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(
-        f"the folder {folder} holds none of {', '.join(_HUB_FILES)}: give the path of a checkpoint."
-    )
+    raise FileNotFoundError(f"{folder} is a folder with none of {', '.join(_HUB_FILES)}: give the path of a file.")
+
+
+def _path_of_other(url: str) -> Path:
+    """Where the file of any other address is kept: apart from all that have the same name."""
+    return cache_folder() / "others" / hashlib.sha256(url.encode()).hexdigest()[:16] / _file_name(url)
 
 
 def _published(entry: zoo.Entry) -> Path:
     """From the project's site, else from the hub."""
     try:
-        return fetch([entry.url], path_in_cache(entry), entry.sha256)
+        return fetch([entry.url], path_in_cache(entry), entry.sha256, entry.size)
     except DownloadError as error:
         if entry.hub is None:
             raise
@@ -68,23 +73,22 @@ def _published(entry: zoo.Entry) -> Path:
 
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
     failure: Exception | None = None
     for name in _HUB_FILES:
         try:
             return Path(hf_hub_download(repository, name))
-        except RemoteEntryNotFoundError as error:  # the repository has the other one
-            failure = error
         except Exception as error:  # the library raises those of several others
             failure = error
-            break
+            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+                break  # else the repository may have the other one
     reason = (str(failure).strip().splitlines() or ["?"])[0]
     raise DownloadError(f"{repository} on the Hugging Face hub gave none of {', '.join(_HUB_FILES)} ({reason})")
 
 
 def _file_name(url: str) -> str:
     name = Path(unquote(urlsplit(url).path)).name
-    if not name:
+    if name in ("", ".."):
         raise ValueError(f"{url} names no file.")
     return name

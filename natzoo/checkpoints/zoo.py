@@ -32,6 +32,11 @@ class Entry(NamedTuple):
     sha256: str | None
     facts: Mapping[str, Any]
 
+    @property
+    def size(self) -> int:
+        """About how many bytes the file has: four a parameter."""
+        return 4 * self.facts.get("parameters", round(1e6 * self.facts.get("params", 0)))
+
 
 @cache
 def entries() -> dict[str, Entry]:

@@ -10,7 +10,6 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
 from natzoo.checkpoints.sources import locate
-from natzoo.checkpoints.zoo import entries
 
 
 def build(cls: type[nn.Module], variant: str, pretrained: bool, maps: Sequence[int], **kwargs: Any) -> nn.Module:
@@ -35,13 +34,13 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, maps: Sequence[i
 
 
 def _where(cfg: Any, variant: str) -> str:
-    """What `locate` takes, in timm's order; the name of a published file, which knows more sources than its URL."""
+    """What `locate` takes, in timm's order."""
     if cfg.source == "hf-hub":
         return f"hf-hub:{cfg.hf_hub_id}"
     if cfg.file:
         return cfg.file
     if cfg.url:
-        return next((entry.name for entry in entries().values() if entry.url == cfg.url), cfg.url)
+        return cfg.url
     if cfg.hf_hub_id:
         return f"hf-hub:{cfg.hf_hub_id}"
     raise ValueError(f"{variant} has no published weights: use pretrained=False.")

@@ -2,103 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
+import contextlib
 import multiprocessing
 import os
-import random
-import threading
 import time
-from collections.abc import Callable
 
 import pytest
+from file_server import CONTENT, SHA256, serve, stalled, status, truncated, web_page
 
 from natzoo.checkpoints import download
 from natzoo.checkpoints.download import DownloadError, fetch
-
-CONTENT = random.Random(0).randbytes(300_000)
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-class Server:
-    """Serves CONTENT at every address; `behaviours` are taken one a request, then requests are served well."""
-
-    def __init__(self):
-        self.behaviours: list[Callable[[http.server.BaseHTTPRequestHandler], None]] = []
-        self.ranges: list[str | None] = []
-        self.etag = '"one"'
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                server.ranges.append(self.headers.get("Range"))
-                behaviour = server.behaviours.pop(0) if server.behaviours else serve
-                behaviour(self)
-
-            def log_message(self, *arguments):
-                pass
-
-        Handler.server_state = server
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def url(self, name: str = "weights.pth") -> str:
-        return f"http://127.0.0.1:{self.http.server_port}/{name}"
-
-
-def serve(handler, content=CONTENT, sent=None, accepts_ranges=True):
-    """A good answer; of `content` only the first `sent` bytes of what is asked for."""
-    state = handler.server_state
-    wanted = handler.headers.get("Range")
-    offset = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-    if not accepts_ranges or handler.headers.get("If-Range") != state.etag:
-        offset = 0
-    handler.send_response(206 if offset else 200)
-    if offset:
-        handler.send_header("Content-Range", f"bytes {offset}-{len(content) - 1}/{len(content)}")
-    handler.send_header("ETag", state.etag)
-    handler.send_header("Content-Length", str(len(content) - offset))
-    handler.end_headers()
-    handler.wfile.write(content[offset:][:sent])
-    handler.wfile.flush()
-    handler.close_connection = True
-
-
-def truncated(handler):
-    serve(handler, sent=100_000)
-
-
-def status(code: int):
-    return lambda handler: handler.send_error(code)
-
-
-def stalled(handler):
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(CONTENT)))
-    handler.end_headers()
-    handler.wfile.write(CONTENT[:1000])
-    handler.wfile.flush()
-    time.sleep(1.5)
-
-
-def web_page(handler):
-    handler.send_response(200)
-    handler.send_header("Content-Type", "text/html; charset=utf-8")
-    handler.end_headers()
-    handler.wfile.write(b"<html>sign in</html>")
-
-
-@pytest.fixture
-def server():
-    server = Server()
-    yield server
-    server.http.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(download, "PAUSE_S", 0.01)
-    monkeypatch.setattr(download, "STALL_S", 0.5)
 
 
 @pytest.fixture
@@ -166,6 +79,37 @@ def test_the_file_changes_between_two_tries(server, path):
     assert path.read_bytes() == CONTENT
 
 
+def test_a_server_that_sends_another_part(server, path):
+    def another_part(handler):
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 5-9/{len(CONTENT)}")
+        handler.send_header("Content-Length", "5")
+        handler.end_headers()
+        handler.wfile.write(CONTENT[5:10])
+
+    server.behaviours = [another_part, truncated, another_part]
+    fetch([server.url()], path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_killed_just_when_another_version_begins(server, path, monkeypatch):
+    server.behaviours = [lambda handler: serve(handler, content=bytes(300_000), sent=100_000)] + [status(500)] * 3
+    with pytest.raises(DownloadError):
+        fetch([server.url()], path)
+    server.etag = '"two"'
+    real = download.write_atomically
+
+    def note_and_die(target, write):
+        real(target, write)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(download, "write_atomically", note_and_die)
+        fetch([server.url()], path)
+    fetch([server.url()], path)
+    assert path.read_bytes() == CONTENT
+
+
 def test_a_flipped_bit_is_refused(server, path):
     broken = bytearray(CONTENT)
     broken[1234] ^= 1
@@ -189,9 +133,13 @@ def test_the_next_source_serves_and_all_failures_are_told(server, path):
         assert part in text
 
 
-def test_nobody_there(path):
-    with pytest.raises(DownloadError, match=r"refused.*by hand"):
-        fetch(["http://127.0.0.1:9/weights.pth"], path)
+def test_nobody_there(server, path):
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(
+        DownloadError, match=r"refused.*by hand, download \S+/weights.pth \(about 80 MB\) and put it at "
+    ):
+        fetch([server.url()], path, size=79_936_696)
     assert not path.exists()
 
 
@@ -234,3 +182,46 @@ def test_a_killed_process_leaves_no_lock(server, path):
     child.join()
     fetch([server.url()], path, SHA256)
     assert path.read_bytes() == CONTENT
+
+
+# ----- the folder -----
+
+
+def test_a_file_that_is_there_asks_nothing_of_its_folder(server, path):
+    """Which may be of somebody else, who lets others read it."""
+    path.parent.mkdir()
+    path.write_bytes(CONTENT)
+    assert fetch([server.url()], path, SHA256) == path
+    assert os.listdir(path.parent) == ["weights.pth"]
+    assert server.ranges == []
+
+
+def test_a_folder_that_cannot_be_made(server, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OSError, match=r"cache.weights cannot be written \(.*\): set NATZOO_CACHE_DIR to a folder"):
+        fetch([server.url()], tmp_path / "cache" / "weights" / "a.pth")
+    assert server.ranges == []
+
+
+@pytest.mark.parametrize("suffix", [".lock", ".partial", ".partial.json", ".sha256"])
+def test_links_in_the_folder_lead_nowhere(server, path, tmp_path, suffix):
+    precious = tmp_path / "precious"
+    precious.write_text("keep this")
+    path.parent.mkdir()
+    path.with_name(path.name + suffix).symlink_to(precious)
+    with contextlib.suppress(OSError):
+        fetch([server.url()], path)
+    assert precious.read_text() == "keep this"
+
+
+def test_a_full_disk_is_told_at_once(server, path, monkeypatch):
+    """/dev/full refuses every byte, as a full disk does."""
+    real = os.open
+
+    def full(name, flags, *mode, **more):
+        return real("/dev/full", os.O_WRONLY) if str(name).endswith(".partial") else real(name, flags, *mode, **more)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(DownloadError, match="No space left on device"):
+        fetch([server.url()], path)
+    assert len(server.ranges) == 1

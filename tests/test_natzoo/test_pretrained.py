@@ -29,7 +29,7 @@ def downloads(monkeypatch, tmp_path, weights):
     """Every download gives the same weights; what was asked for is listed."""
     asked = []
 
-    def fetch(urls, path, sha256=None):
+    def fetch(urls, path, sha256=None, size=0):
         asked.extend(urls)
         write_checkpoint(tmp_path / path.name, weights)
         return tmp_path / path.name
@@ -91,14 +91,58 @@ def test_what_cannot():
         locate("nat_minni")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*nowhere\.pth"):
         locate("weights/nowhere.pth")
-    with pytest.raises(ValueError, match="names no file"):
-        locate("https://example.org/")
+    for address in ("https://example.org/", "https://example.org/a/..", "https://example.org/%2e%2e"):
+        with pytest.raises(ValueError, match="names no file"):
+            locate(address)
+
+
+def test_files_of_one_name_from_two_addresses(server, monkeypatch, tmp_path):
+    """Nor does a file from anywhere pass for a published one."""
+    monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path))
+    addresses = [server.url("a/nat_mini.pth"), server.url("b/nat_mini.pth"), server.url("b/nat_mini.pth?version=2")]
+    paths = {locate(address) for address in addresses}
+    assert len(paths | {sources.path_in_cache(zoo.find("nat_mini"))}) == 4
+    assert {path.name for path in paths} == {"nat_mini.pth"}
+    assert {locate(address) for address in addresses} == paths
+    assert len(server.ranges) == 3
+    published = [sources.path_in_cache(entry) for entry in zoo.entries().values()]
+    assert len(set(published)) == len(published)
+
+
+def test_the_address_of_a_published_file_is_as_good_as_its_name(downloads):
+    entry = zoo.find("nat_mini")
+    assert locate(entry.url) == locate("nat_mini")
+    assert locate(entry.url).name == sources.path_in_cache(entry).name
+    assert set(downloads) == {entry.url}
+
+
+def test_a_repository_with_either_file(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.utils import EntryNotFoundError
+
+    class Missing(EntryNotFoundError):
+        def __init__(self):
+            Exception.__init__(self, "no such file")
+
+    def download(repository, name):
+        asked.append(name)
+        if name not in there:
+            raise Missing
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    asked, there = [], ["pytorch_model.bin"]
+    assert locate("hf-hub:somebody/nat") == tmp_path / "pytorch_model.bin"
+    assert asked == ["model.safetensors", "pytorch_model.bin"]
+    there = []
+    with pytest.raises(DownloadError, match=r"somebody/nat on the Hugging Face hub gave none of .* \(no such file\)"):
+        locate("hf-hub:somebody/nat")
 
 
 def test_the_hub_serves_where_the_site_does_not(monkeypatch, tmp_path, weights):
     import huggingface_hub
 
-    def fetch(urls, path, sha256=None):
+    def fetch(urls, path, sha256=None, size=0):
         raise DownloadError(f"{path.name} could not be downloaded.")
 
     def download(repository, name):
