@@ -4,6 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
+
+from natzoo.checkpoints import write_weights
+from natzoo.checkpoints.sources import path_in_cache
+from natzoo.checkpoints.zoo import entries, find
+from natzoo.hf import save_folder
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "classification").glob("*.md")])
@@ -15,9 +21,42 @@ def test_relative_links(page):
         assert (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("name", ["README.md", "NATTEN.md"])
-def test_python_blocks_run(name):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+# Page, and the published weights that its Python loads.
+PYTHON = {
+    "README.md": (),
+    "NATTEN.md": (),
+    "NAT.md": ("nat_mini",),
+    "DiNAT.md": ("dinat_mini", "dinat_tiny", "dinat_s_tiny"),
+}
+
+
+@pytest.mark.parametrize("page", PYTHON)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """With random weights where the published ones would be: in the cache, and in place of the hub's repositories."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    for name in PYTHON[page]:
+        model = timm.create_model(name)
+        write_weights(path_in_cache(find(name)), model.state_dict())
+        if find(name).hub:
+            save_folder(model, find(name).hub)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
-        exec(compile(block, name, "exec"), {})
+        exec(compile(block, page, "exec"), {})
+
+
+@pytest.mark.parametrize("name", entries())
+def test_published_figures(name):
+    """One row of NAT.md or DiNAT.md, with the file and every figure."""
+    entry = entries()[name]
+    text = (ROOT / "NAT.md").read_text() + (ROOT / "DiNAT.md").read_text()
+    (row,) = re.findall(rf"^\| `{name}` \|.*\.pth.*$", text, re.MULTILINE)
+    assert f"({entry.url})" in row
+    assert entry.hub is None or f"(https://huggingface.co/{entry.hub})" in row
+    cells = {cell.strip().split(" ")[0] for cell in row.split("|")}
+    exact = entry.facts.get("parameters")
+    shown = dict(entry.facts) | ({"params": round(exact / 1e6, 1)} if exact else {})
+    figures = {str(shown[key]) for key in shown.keys() - {"parameters", "classes"} if not isinstance(shown[key], str)}
+    assert figures <= cells
