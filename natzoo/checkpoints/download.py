@@ -39,10 +39,17 @@ class DownloadError(OSError):
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: NATZOO_CACHE_DIR, else natzoo in XDG_CACHE_HOME or ~/.cache."""
+    """Where downloads are kept: NATZOO_CACHE_DIR, else natzoo in XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        FileNotFoundError: if none of these is set, and this user has no home.
+    """
     chosen = os.environ.get("NATZOO_CACHE_DIR")
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(chosen or base / "natzoo").expanduser().absolute()
+    try:
+        return Path(chosen or base / "natzoo").expanduser().absolute()
+    except RuntimeError as error:
+        raise FileNotFoundError("there is no home folder for downloads: set NATZOO_CACHE_DIR to a folder.") from error
 
 
 def fetch(urls: Sequence[str], path: Path, sha256: str | None = None, size: int = 0) -> Path:

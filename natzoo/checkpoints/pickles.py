@@ -29,7 +29,9 @@ def load_plain_pickle(path: Path) -> Any:
         return _to_tensors(_PlainUnpickler(file).load(), {})
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle._Unpickler):
+    """The unpickler in Python: the one in C makes room for as many things as a file says that it will refer to."""
+
     def __init__(self, file: BinaryIO):
         super().__init__(file, encoding="latin1")  # of Python 2, from which detectron2's first weights are
 

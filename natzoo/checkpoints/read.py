@@ -20,6 +20,8 @@ from natzoo.checkpoints.write import RECORD
 
 # Where training scripts put the weights, best first: an average of the weights is what one evaluates and publishes.
 _WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_DTYPES |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def _refuse_compressed(path: Path) -> None:
 
 def _is_dense(value: Tensor) -> bool:
     """Whether a tensor holds what its shape says: a file can also describe one of 10**12 times the same number."""
-    if value.layout is not torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+    if value.layout is not torch.strided or value.is_meta or value.dtype not in _DTYPES:
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 

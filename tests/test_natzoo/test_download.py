@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pwd
 import time
 
 import pytest
 from file_server import CONTENT, SHA256, serve, stalled, status, truncated, web_page
 
 from natzoo.checkpoints import download
-from natzoo.checkpoints.download import DownloadError, fetch
+from natzoo.checkpoints.download import DownloadError, cache_folder, fetch
 
 
 @pytest.fixture
@@ -225,3 +226,27 @@ def test_a_full_disk_is_told_at_once(server, path, monkeypatch):
     with pytest.raises(DownloadError, match="No space left on device"):
         fetch([server.url()], path)
     assert len(server.ranges) == 1
+
+
+def test_where_the_folder_is(monkeypatch, tmp_path):
+    for name in ("NATZOO_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "natzoo"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/other")
+    assert cache_folder() == tmp_path / "other" / "natzoo"
+    monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """As containers have."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    for name in ("NATZOO_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(FileNotFoundError, match="no home folder for downloads: set NATZOO_CACHE_DIR"):
+        cache_folder()

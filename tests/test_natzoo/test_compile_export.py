@@ -1,0 +1,108 @@
+"""Whole models through torch.compile without graph breaks, torch.export, ONNX and bfloat16."""
+
+from __future__ import annotations
+
+import shutil
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import natzoo  # noqa: F401  registers the models
+
+# One model a family with two blocks; all models as they are take an hour.
+_STAGES = {"depths": (1, 1), "num_heads": (2, 4)}
+SHALLOW = {
+    "nat_mini": _STAGES,
+    "dinat_mini": {**_STAGES, "dilations": ([2], [1])},
+    "dinat_s_tiny": {**_STAGES, "dilations": ([2], [1])},
+    "dinat_isotropic_small": {"depth": 2, "dilations": (1, 2)},
+    "vitrpb_small": {"depth": 2},
+}
+NAMES = timm.list_models(["nat_*", "dinat_*", "vitrpb_*"])
+MODELS = [
+    *(pytest.param(name, kwargs, id=f"shallow {name}") for name, kwargs in SHALLOW.items()),
+    *(pytest.param(name, {}, id=name, marks=pytest.mark.slow) for name in NAMES),
+]
+HAS_COMPILER = shutil.which("c++") is not None or shutil.which("g++") is not None
+BATCH = ({0: torch.export.Dim("batch", min=1, max=64)},)
+
+
+def make(name: str, kwargs: dict) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=10, **kwargs).eval().requires_grad_(False)
+
+
+def pictures(batch: int, size: int = 64) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    assert expected.std() > 0.01  # or all would be near
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_code_is_left():
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("name", "kwargs"), MODELS)
+def test_compiled_without_graph_breaks(name, kwargs):
+    """fullgraph=True turns a graph break into an error; five batch sizes, one image among them, compile it thrice."""
+    model, counter = make(name, kwargs), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch in (4, 2, 7, 3, 1):
+        assert_near(compiled(pictures(batch)), model(pictures(batch)))
+    assert 1 <= counter.frame_count <= 1 + 2
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
+def test_compiled_by_inductor():
+    model = make("dinat_mini", SHALLOW["dinat_mini"])
+    assert_near(torch.compile(model, fullgraph=True)(pictures(2)), model(pictures(2)))
+
+
+@pytest.mark.parametrize(("name", "kwargs"), MODELS)
+def test_bfloat16_autocast(name, kwargs):
+    model, x = make(name, kwargs), pictures(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x)
+    assert logits.dtype == torch.bfloat16
+    expected = model(x)
+    assert (logits - expected).abs().max() < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize(("name", "kwargs"), MODELS)
+def test_exported_and_loaded(name, kwargs, tmp_path):
+    model = make(name, kwargs)
+    torch.export.save(torch.export.export(model, (pictures(2),), dynamic_shapes=BATCH), tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for batch in (2, 3, 1):
+        assert_near(loaded(pictures(batch)), model(pictures(batch)))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "size"),
+    [
+        pytest.param("dinat_mini", SHALLOW["dinat_mini"], 64, id="shallow dinat_mini"),
+        pytest.param("nat_mini", {}, 224, id="nat_mini", marks=pytest.mark.slow),
+        pytest.param("dinat_mini", {}, 224, id="dinat_mini", marks=pytest.mark.slow),
+    ],
+)
+def test_onnx(name, kwargs, size, tmp_path):
+    """ONNX Runtime gives the same logits, for other numbers of images too."""
+    model = make(name, kwargs)
+    program = torch.onnx.export(model, (pictures(2, size),), dynamo=True, verbose=False, dynamic_shapes=BATCH)
+    assert {node.domain for node in program.model_proto.graph.node} <= {"", "pkg.onnxscript.torch_lib"}
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (images,) = session.get_inputs()
+    for batch in (2, 3, 1):
+        x = pictures(batch, size)
+        (logits,) = session.run(None, {images.name: x.numpy()})
+        assert_near(torch.from_numpy(logits), model(x))
