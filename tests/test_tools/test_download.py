@@ -77,7 +77,9 @@ def test_list(run, cache):
     assert [line.split()[0] for line in out.splitlines() if " here " in line] == ["dinat_mini"]
 
 
-def test_get(run, cache, site, tmp_path):
+def test_get(run, cache, site, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nat_mini").write_text("a file of the user's")
     code, out, _ = run("get", "nat_mini", "dinat_mini.in1k", "nat_mini")
     assert code == 0
     assert out.split() == [str(cache / "nat_mini.pth"), str(cache / "dinat_mini_in1k_224.pth")]
