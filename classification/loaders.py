@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -88,8 +87,7 @@ def training_loader(args: argparse.Namespace, images: TrainingImages, config: di
     rest = _rest(args.workers, pin)
     if isinstance(images, ShardImages):
         images.prepare(args.workers)
-        seeded = torch.Generator().manual_seed(args.seed)  # the reader shuffles by the seeds that the loader draws
-        loader = DataLoader(images, args.batch_size, drop_last=True, generator=seeded, **rest)
+        loader = DataLoader(images, args.batch_size, drop_last=True, **rest)
     else:
         order = BatchOrder(len(images), args.batch_size, args.seed, ranks)
         loader = DataLoader(SeededImages(images, args.seed), batch_sampler=order, **rest)

@@ -68,10 +68,13 @@ class Ranks(NamedTuple):
 
     def in_turn(self, function: Callable[[], T]) -> T:
         """The function's value, called by one process a machine before the others: what it downloads, they find."""
-        if self.local_rank == 0:
-            value = function()
-        self.sum(0)
-        return value if self.local_rank == 0 else function()
+        if self.local_rank > 0:
+            self.sum(0)
+            return function()
+        try:
+            return function()
+        finally:
+            self.sum(0)  # also where it fails: so it will for the others
 
     def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The model with gradients averaged over all processes after each backward pass."""

@@ -158,12 +158,15 @@ def split_place(data: str | None, split: str) -> Path:
     if not root.is_dir():
         raise FileNotFoundError(f"there is no data folder {root}: it should hold {split}/ with one folder a class.")
     for name in (split, *_SPLITS.get(split, ())):
-        for place in (root / name, root / f"{name}.tar"):
-            if place.exists():
-                return place
-    if split == "val" and not any((root / name).is_dir() for names in _SPLITS.values() for name in names):
+        for place in _places(root, name):
+            return place
+    if split == "val" and not any(_places(root, name) for names in _SPLITS.values() for name in names):
         return root
     raise FileNotFoundError(f"{root} has no folder {split}: it should hold {split}/ with one folder a class.")
+
+
+def _places(root: Path, name: str) -> list[Path]:
+    return [place for place in (root / name, root / f"{name}.tar") if place.exists()]
 
 
 def _find(root: Path, classes: list[str] | None) -> tuple[list[tuple[str, int]], list[str]]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 from timm.data.readers import create_reader
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from classification.images import seed_all
 
@@ -37,7 +38,6 @@ class ShardImages(IterableDataset):
         self.classes = classes
         self.transform: Callable | None = None
         self.seed = seed
-        self.epoch = 0
         try:
             self._reader = create_reader(
                 "wds/", root=root, split=split, is_training=is_training, batch_size=batch_size, seed=seed
@@ -51,17 +51,20 @@ class ShardImages(IterableDataset):
         self._reader.set_loader_cfg(num_workers=workers)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
         self._reader.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        worker = get_worker_info()
-        epoch = self._reader.epoch_count.value  # shared with the processes that live on
-        for number, (image, target) in enumerate(self._reader):
-            seed_all(self.seed, epoch, 0 if worker is None else worker.id, number)
+        reader = self._reader
+        reader._lazy_init()  # tells the reader which loading process it is in
+        key = (self.seed, reader.epoch_count.value, reader.global_worker_id)  # the epoch is shared with all of them
+        # The shuffling buffer's random numbers would go on from epoch to epoch: it is made anew, from the epoch's seed.
+        reader.worker_seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        reader.ds = None
+        for number, (image, target) in enumerate(reader):
+            seed_all(*key, number)
             yield self.transform(image), target
 
     def bad_images(self) -> list[str]:

@@ -15,13 +15,17 @@ def run(main: Callable[[], Any]) -> None:
     """
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has had enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
     except (ValueError, OSError, NotImplementedError) as error:
         if os.environ.get("NATTEN_TRACEBACK"):
             raise
         print(f"error: {_text(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; train.py goes on from its last epoch with --resume", file=sys.stderr)
+        print("interrupted; train.py goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
 
 
