@@ -21,6 +21,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ class Trainer:
         self.model.train()
         self.bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}")
         start, first = time.perf_counter(), self.update
-        batches = batches_of(self.train_loader, self.epoch, first * self.args.grad_accum)
+        batches = self.batches()
         while self.update < self.updates_per_epoch:
             update = self.epoch * self.updates_per_epoch + self.update
             if self.scheduler is not None:
@@ -232,7 +233,11 @@ class Trainer:
             "seconds": seconds,
         }
 
-    def accumulate(self, batches) -> float:
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's batches of what is left of the epoch."""
+        return batches_of(self.train_loader, self.epoch, self.update * self.args.grad_accum)
+
+    def accumulate(self, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
         """Adds the gradients of the batches of one update; returns the mean of their losses, over all processes."""
         losses = []
         for part in range(self.args.grad_accum):
@@ -367,8 +372,8 @@ class Trainer:
         images, ranks, args = self.train_images, self.ranks, self.args
         return (
             f"{args.model}: {parameters / 1e6:.2f}M parameters; {len(images)} images of {len(images.classes)} classes\n"
-            f"{ranks.nodes} nodes x {ranks.local_size} processes x {args.batch_size} batch x {args.grad_accum} "
-            f"accumulation = {self.images_per_update} images an update\n"
+            f"nodes {ranks.nodes} x processes {ranks.local_size} x batch {args.batch_size} x accumulation {args.grad_accum} "
+            f"= {self.images_per_update} images an update\n"
             f"{self.updates_per_epoch} updates an epoch, {self.epochs} epochs; learning rate "
             f"{peak_learning_rate(args, self.images_per_update):.3g}; writes to {self.folder}"
         )

@@ -79,7 +79,7 @@ def test_two_processes_compute_what_one_computes_with_accumulation(launch, confi
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
     assert output.count("72 images of 3 classes") == 1  # one process speaks
-    assert "1 nodes x 2 processes x 4 batch x 1 accumulation = 8 images an update" in output
+    assert "nodes 1 x processes 2 x batch 4 x accumulation 1 = 8 images an update" in output
     assert "\r" not in output  # no progress bar in a pipe
     train.main([str(data), "-c", str(config), "--experiment", "one", "--epochs", "3", "--grad-accum", "2"])
     two, one = losses(tmp_path / "output" / "two"), losses(tmp_path / "output" / "one")
