@@ -372,8 +372,8 @@ class Trainer:
         images, ranks, args = self.train_images, self.ranks, self.args
         return (
             f"{args.model}: {parameters / 1e6:.2f}M parameters; {len(images)} images of {len(images.classes)} classes\n"
-            f"nodes {ranks.nodes} x processes {ranks.local_size} x batch {args.batch_size} x accumulation {args.grad_accum} "
-            f"= {self.images_per_update} images an update\n"
+            f"nodes {ranks.nodes} x processes {ranks.local_size} x batch {args.batch_size} "
+            f"x accumulation {args.grad_accum} = {self.images_per_update} images an update\n"
             f"{self.updates_per_epoch} updates an epoch, {self.epochs} epochs; learning rate "
             f"{peak_learning_rate(args, self.images_per_update):.3g}; writes to {self.folder}"
         )

@@ -125,13 +125,15 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         args.output, args.resume = folder, None
         trainer = ReadyTrainer(args)
-        if own.updates > trainer.updates_per_epoch:
-            raise ValueError(
-                f"--updates {own.updates} is more than the {trainer.updates_per_epoch} of an epoch: lower it."
-            )
-        print(trainer.describe())
-        rows = table(measure(trainer, own.updates, own.rounds))
-        trainer.log.close()
+        try:
+            if own.updates > trainer.updates_per_epoch:
+                raise ValueError(
+                    f"--updates {own.updates} is more than an epoch's {trainer.updates_per_epoch}: lower it."
+                )
+            print(trainer.describe())
+            rows = table(measure(trainer, own.updates, own.rounds))
+        finally:
+            trainer.log.close()
     for row in rows:
         print(f"{row[0]:<16}{row[1]:>10}{row[2]:>11}")
     if own.out:
