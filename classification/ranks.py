@@ -151,9 +151,10 @@ def join(device: str, watch: Watch) -> Iterator[tuple[Ranks, str]]:
         raise
     except (ValueError, OSError, NotImplementedError) as error:
         if not ranks.is_first:
-            time.sleep(2)  # for the first one to find the same, whereupon torchrun ends this one
-            if watch.received:
-                sys.exit(2)
+            for _ in range(100):  # for the first one to find the same, whereupon torchrun ends this one
+                time.sleep(0.1)
+                if watch.received:
+                    sys.exit(2)
             print(f"on rank {ranks.rank}:", file=sys.stderr)
         raise error
     except RuntimeError as error:

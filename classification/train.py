@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -395,7 +396,10 @@ def main(argv: list[str] | None = None) -> float:
         try:
             return Trainer(args, ranks, watch).run()
         except Interrupted:
-            sys.exit(128 + (watch.received or 15))
+            pass
+        # Only here is the trainer gone, which the exception held, and with it its loading processes: at the
+        # interpreter's exit each would be waited for.
+        sys.exit(128 + (watch.received or signal.SIGTERM))
 
 
 if __name__ == "__main__":
