@@ -13,7 +13,7 @@ from torch import nn
 
 import natzoo  # noqa: F401  registers the models
 from classification.options import KeyValues
-from natzoo.checkpoints import load_weights, read_checkpoint, record_of, weights_of
+from natzoo.checkpoints import DownloadError, load_weights, read_checkpoint, record_of, weights_of
 
 
 def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -27,6 +27,8 @@ def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
         raise ValueError(f"there is no model {name!r}: did you mean {nearest[0]!r}?")
     try:
         return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
+    except DownloadError:
+        raise
     except OSError as error:
         url = timm.get_pretrained_cfg(name).url
         raise ValueError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,8 +57,10 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> Non
     def write(file: BinaryIO) -> None:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # how torch reports a full disk
-            raise OSError(None, str(error).splitlines()[0]) from error
+        except RuntimeError as error:  # how torch reports a full disk, in words of its own
+            is_full = shutil.disk_usage(Path(path).parent).free < 2**20
+            reason = os.strerror(errno.ENOSPC) if is_full else str(error).splitlines()[0]
+            raise OSError(errno.ENOSPC if is_full else None, reason) from error
 
     write_atomically(path, write)
 
