@@ -9,13 +9,16 @@ from __future__ import annotations
 import tarfile
 from pathlib import Path
 
-from timm.data.readers import create_reader
+from timm.data.readers import create_reader, reader_image_in_tar
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval", "test")}
+
+# Beside large tar files timm keeps an index, a pickle, which its older versions read without care. None: it may.
+_KEEPS_INDEX = None if hasattr(reader_image_in_tar, "_TarInfoUnpickler") else False
 
 
 class FolderReader:
@@ -55,7 +58,7 @@ class TarReader:
         self.where = str(root)
         numbers = {name: number for number, name in enumerate(classes or [])}
         try:
-            self._reader = ReaderImageInTar(str(root), class_map=numbers)
+            self._reader = ReaderImageInTar(str(root), class_map=numbers, cache_tarinfo=_KEEPS_INDEX)
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{root} cannot be read as tar files of images: {error}.") from error
         except ValueError as error:  # nothing to unpack

@@ -189,7 +189,7 @@ class Trainer:
                 self.ranks.say(
                     f"epoch {self.epoch}/{self.epochs}  loss {figures['train_loss']:.4f}  "
                     f"val loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  lr {figures['lr']:.2e}  "
-                    f"{figures['images_per_s']:.0f} images/s  {left / 60:.1f} min left"
+                    f"{figures['images_per_s']:.1f} images/s  {left / 60:.1f} min left"
                 )
         except Interrupted:
             self.save_and_leave()
@@ -302,7 +302,7 @@ class Trainer:
     def show(self, update: int, loss: float, norm: float, rate: float) -> None:
         """Figures of the last update on the progress bar and in TensorBoard."""
         lr = self.learning_rate()
-        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.2e}", images_per_s=f"{rate:.0f}")
+        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.2e}", images_per_s=f"{rate:.1f}")
         if self.log is not None:
             memory = peak_memory_mb(self.device)
             self.log.step(update, loss=loss, lr=lr, grad_norm=norm, images_per_s=rate, memory_mb=memory)

@@ -1,5 +1,6 @@
 """A tiny data set and the options of a run of seconds on it."""
 
+import multiprocessing
 import os
 import signal
 
@@ -68,5 +69,6 @@ def stop_after(monkeypatch):
             with pytest.raises(SystemExit) as left:
                 train.main(options)
         assert left.value.code == 128 + number
+        assert not multiprocessing.active_children()  # the loading processes are gone too
 
     return run
