@@ -15,7 +15,7 @@ def run(main: Callable[[], Any]) -> None:
     """
     try:
         main()
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, ImportError) as error:
         if os.environ.get("NATTEN_TRACEBACK"):
             raise
         print(f"error: {_text(error)}", file=sys.stderr)
