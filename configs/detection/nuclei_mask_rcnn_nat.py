@@ -65,7 +65,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file=data_root + "instances_validation.json", metric=["bbox", "segm"])
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=800, val_interval=200)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=600, val_interval=150)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
@@ -76,7 +76,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=100, end=800),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=100, end=600),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(by_epoch=False, interval=200, save_best="coco/segm_mAP_50"))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(by_epoch=False, interval=150, save_best="coco/segm_mAP_50"))
 log_processor = dict(by_epoch=False, window_size=20)

@@ -37,8 +37,8 @@ _FILE = "file"  # where the loader tells the hook what was loaded
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_file(name: str, map_location: Any = None, **kwargs: Any) -> dict[str, Any]:
-    """A checkpoint as mmengine wants it, from whatever natzoo.checkpoints.locate takes, or torchvision://MODEL."""
+def load_from_natzoo(name: str, map_location: Any = None, **kwargs: Any) -> dict[str, Any]:
+    """A checkpoint as mmengine wants it, by its name for the log, from whatever natzoo.checkpoints.locate takes, or torchvision://MODEL."""
     scheme, _, model = name.partition("://")
     if scheme in ("torchvision", "modelzoo"):
         name = get_torchvision_models()[model]
@@ -54,7 +54,7 @@ def _refuse(name: str, **kwargs: Any) -> None:
     raise ValueError(f"{name} cannot be fetched: give a path, a URL, or a name that `python tools/download.py list` shows.")
 
 
-CheckpointLoader.register_scheme(_PREFIXES, load_file, force=True)
+CheckpointLoader.register_scheme(_PREFIXES, load_from_natzoo, force=True)
 CheckpointLoader.register_scheme(_CLOSED, _refuse, force=True)
 
 
