@@ -1,7 +1,7 @@
 """Train a detector from a config.
 
-    python detection/train.py configs/quickstart/mask_rcnn.py
-    python detection/train.py configs/quickstart/mask_rcnn.py --resume
+python detection/train.py configs/quickstart/mask_rcnn.py
+python detection/train.py configs/quickstart/mask_rcnn.py --resume
 """
 
 from __future__ import annotations

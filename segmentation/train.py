@@ -1,7 +1,7 @@
 """Train a segmenter from a config.
 
-    python segmentation/train.py configs/quickstart/upernet.py
-    python segmentation/train.py configs/quickstart/upernet.py --resume
+python segmentation/train.py configs/quickstart/upernet.py
+python segmentation/train.py configs/quickstart/upernet.py --resume
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def _categories() -> list[dict[str, Any]]:
 
 
 def draw_shapes(draws: np.random.Generator) -> tuple[Image.Image, Image.Image, list[dict[str, Any]]]:
-    """A picture of two to five shapes apart from each other, its classes of pixels, and its instances as COCO has them."""
+    """A picture of up to five shapes apart from each other, its classes of pixels, its instances as COCO has them."""
     noise = draws.normal(draws.uniform(60, 190), 25, (_SHAPES_SIDE, _SHAPES_SIDE, 3)).clip(0, 255)
     picture = Image.fromarray(noise.astype(np.uint8))
     labels = Image.new("L", picture.size, 1)

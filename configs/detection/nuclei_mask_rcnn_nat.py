@@ -78,5 +78,7 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=100, end=600),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(by_epoch=False, interval=150, save_best="coco/segm_mAP_50"))
+default_hooks = dict(
+    logger=dict(interval=20), checkpoint=dict(by_epoch=False, interval=150, save_best="coco/segm_mAP_50")
+)
 log_processor = dict(by_epoch=False, window_size=20)

@@ -1,7 +1,7 @@
 """NAT, DiNAT and DiNAT_s as backbones for mmdet and mmseg: the models of natzoo.models, with a norm on each map given.
 
-Parameters are named as in the published detectors and segmenters: those of the classifier without its `norm` and `head`,
-and norm0 to norm3.
+Parameters are named as in the published detectors and segmenters: those of the classifier without its `norm` and
+`head`, and norm0 to norm3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints of mmengine, safe and whole: plain tensors and numbers, written atomically, read without unpickling code.
+"""Checkpoints of mmengine, safe and whole: plain tensors and numbers, written atomically, read without running code.
 
 mmengine's own hold objects of its classes, which torch.load refuses since PyTorch 2.6; and a run that dies while it writes
 one leaves half a file.
@@ -18,7 +18,7 @@ import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import get_torchvision_models
@@ -51,7 +51,9 @@ def load_from_natzoo(name: str, map_location: Any = None, **kwargs: Any) -> dict
 
 
 def _refuse(name: str, **kwargs: Any) -> None:
-    raise ValueError(f"{name} cannot be fetched: give a path, a URL, or a name that `python tools/download.py list` shows.")
+    raise ValueError(
+        f"{name} cannot be fetched: give a path, a URL, or a name that `python tools/download.py list` shows."
+    )
 
 
 CheckpointLoader.register_scheme(_PREFIXES, load_from_natzoo, force=True)
@@ -98,7 +100,8 @@ class PlainCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError if the checkpoint is of another model."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        wraps = is_model_wrapper(runner.model) or isinstance(runner.model, BaseTTAModel)
+        model = runner.model.module if wraps else runner.model
         path = checkpoint.pop(_FILE, "the checkpoint")
         checkpoint["state_dict"], notes = fit_detector(checkpoint["state_dict"], model, path, self.new_classes)
         for note in notes:

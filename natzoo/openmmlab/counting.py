@@ -1,7 +1,7 @@
 """How much arithmetic the model of a config takes for one picture, as published: in MACs, on the meta device.
 
-Detectors: backbone, neck, proposals, and the heads on 1000 boxes, of which the first 100 get masks, in each stage. Segmenters:
-backbone and decode head. Matrix products and convolutions count; RoIAlign, norms and resizing do not.
+Of detectors: backbone, neck, proposals, and the heads on 1000 boxes, of which the first 100 get masks, in each stage.
+Of segmenters: backbone and decode head. Matrix products and convolutions count; RoIAlign, norms and resizing do not.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def set_data_root(cfg: Config, folder: str | os.PathLike) -> None:
         ValueError: if it has none.
     """
     if "data_root" not in cfg:
-        raise ValueError(f"{cfg.filename} has no data_root, which --data would replace: set its paths by --cfg-options.")
+        raise ValueError(
+            f"{cfg.filename} has no data_root, which --data would replace: set its paths by --cfg-options."
+        )
     old, new = cfg.data_root.rstrip("/"), str(folder).rstrip("/")
     for key, value in cfg.to_dict().items():
         cfg[key] = _moved(value, old, new)
@@ -131,11 +133,13 @@ def _check_pictures(dataset: Any) -> None:
 def _origin(dataset: Any) -> str:
     while hasattr(dataset, "dataset"):
         dataset = dataset.dataset
-    return getattr(dataset, "ann_file", "") or str((getattr(dataset, "data_prefix", None) or {}).get("img_path", "data"))
+    return getattr(dataset, "ann_file", "") or str(
+        (getattr(dataset, "data_prefix", None) or {}).get("img_path", "data")
+    )
 
 
 def _check_labels(batch: Any, dataset: Any) -> None:
-    """Raises ValueError naming the label picture that has a value beyond the classes; 255 is no class on purpose."""
+    """Raises ValueError naming the label picture that has a value beyond the classes; 255 stands for none."""
     classes = len(dataset.metainfo.get("classes") or ())
     samples = batch.get("data_samples", ()) if isinstance(batch, dict) else ()
     for sample in samples:

@@ -1,7 +1,8 @@
 """The module `mmcv._ext` made of torchvision's operators, under the names and arguments that mmcv.ops calls.
 
-Results are written into the tensors that mmcv passes for them. Operators of no model here exist, as mmcv asks when it is
-imported, and say when they are called that they are missing. On the CPU fp16 and bf16 are computed in float32.
+Results are written into the tensors that mmcv passes for them. Operators that no model here calls exist, since mmcv
+asks for them when it is imported, and say when they are called that they are missing. fp16 and bf16 are computed in
+float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
         raise AttributeError(name)
 
     def missing(*args, **kwargs) -> NoReturn:
-        raise NotImplementedError(f"the operator {name} of mmcv is not compiled here: install mmcv in place of mmcv-lite.")
+        raise NotImplementedError(
+            f"the operator {name} of mmcv is not compiled here: install mmcv in place of mmcv-lite."
+        )
 
     return missing
 

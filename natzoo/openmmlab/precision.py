@@ -25,7 +25,7 @@ class CpuAmpOptimWrapper(OptimWrapper):
 
 
 def set_precision(cfg: Config, amp: bool | None) -> None:
-    """Chooses the wrapper of a config for the device at hand; with `amp` None mixed precision if the config asks for it."""
+    """Chooses the wrapper of a config for the device at hand; with `amp` None it is mixed if the config asks for it."""
     wrapper = cfg.optim_wrapper
     mixed = wrapper.get("type", "OptimWrapper") in _MIXED if amp is None else amp
     if not mixed:

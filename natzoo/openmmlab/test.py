@@ -21,12 +21,16 @@ def make_parser(project: Project) -> argparse.ArgumentParser:
     parser.add_argument("config", help="the config")
     parser.add_argument("checkpoint", help="path, URL, or name of published weights (tools/download.py list)")
     add_common_options(parser)
-    parser.add_argument("--eval", nargs="+", choices=(*_COCO, *_IOU), help="what to measure; as the config says if not given")
+    parser.add_argument(
+        "--eval", nargs="+", choices=(*_COCO, *_IOU), help="what to measure; as the config says if not given"
+    )
     parser.add_argument("--show-dir", type=Path, help="folder for pictures with what was found drawn on them")
     parser.add_argument("--show-score", type=float, default=0.3, help="lowest score of the boxes drawn")
     parser.add_argument("--out", type=Path, help="file of all predictions (.pkl of mmengine)")
     parser.add_argument(
-        *("--tta", "--aug-test"), action="store_true", help="several scales and flips, where the config has tta_pipeline"
+        *("--tta", "--aug-test"),
+        action="store_true",
+        help="several scales and flips, where the config has tta_pipeline",
     )
     return parser
 
@@ -53,7 +57,9 @@ def _set_metrics(cfg: Config, metrics: Sequence[str]) -> None:
     chosen = False
     for evaluator in cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]:
         for key, known in (("metric", _COCO), ("iou_metrics", _IOU)):
-            if evaluator.type == {"metric": "CocoMetric", "iou_metrics": "IoUMetric"}[key] and set(metrics) <= set(known):
+            if evaluator.type == {"metric": "CocoMetric", "iou_metrics": "IoUMetric"}[key] and set(metrics) <= set(
+                known
+            ):
                 evaluator[key] = list(metrics)
                 chosen = True
     if not chosen:

@@ -18,7 +18,11 @@ def make_parser(project: Project) -> argparse.ArgumentParser:
     parser.add_argument("config", help="the config")
     add_common_options(parser)
     parser.add_argument(
-        "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="go on from the run's last checkpoint, or this one"
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from the run's last checkpoint, or this one",
     )
     parser.add_argument(
         "--load-from", metavar="CHECKPOINT", help="start from a detector's or segmenter's weights, to fine-tune"
@@ -41,7 +45,9 @@ def main(project: Project, argv: Sequence[str] | None = None) -> None:
         cfg.randomness = {"seed": args.seed}
     if args.auto_scale_lr:
         if "auto_scale_lr" not in cfg:
-            raise ValueError(f"{args.config} does not say for which batch its learning rate is: set auto_scale_lr in it.")
+            raise ValueError(
+                f"{args.config} does not say for which batch its learning rate is: set auto_scale_lr in it."
+            )
         cfg.auto_scale_lr.enable = True
     make_runner(cfg, new_classes=not cfg.resume).train()
 

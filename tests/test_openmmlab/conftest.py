@@ -18,15 +18,12 @@ def pytest_report_header():
 
 
 @pytest.fixture(autouse=True)
-def _one_scope_a_test():
-    """mmengine keeps its default scope, loggers and visualizers in global registries."""
-    yield
-    if "mmengine" in sys.modules:
-        from mmengine.registry import DefaultScope
-        from mmengine.visualization import Visualizer
+def _forget_other_tests():
+    from runs import forget
 
-        DefaultScope._instance_dict.clear()
-        Visualizer._instance_dict.clear()
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture

@@ -126,7 +126,10 @@ def classifier(tmp_path):
 @pytest.mark.parametrize("how", ["init_cfg", "pretrained"])
 def test_weights_of_a_classifier(classifier, how):
     path, weights = classifier
-    start = {"init_cfg": {"init_cfg": {"type": "Pretrained", "checkpoint": str(path)}}, "pretrained": {"pretrained": str(path)}}
+    start = {
+        "init_cfg": {"init_cfg": {"type": "Pretrained", "checkpoint": str(path)}},
+        "pretrained": {"pretrained": str(path)},
+    }
     model = MODELS.build({"type": "NAT", **SMALL, **start[how]})
     model.init_weights()
     own = model.state_dict()
@@ -137,7 +140,7 @@ def test_weights_of_a_classifier(classifier, how):
 
 
 def test_weights_of_another_window_are_stretched(classifier):
-    path, weights = classifier
+    path, _ = classifier
     model = NAT(**{**SMALL, "kernel_size": 5}, pretrained=str(path))
     model.init_weights()
     assert model.levels[0].blocks[0].attn.rpb.shape == (1, 9, 9)
@@ -146,7 +149,9 @@ def test_weights_of_another_window_are_stretched(classifier):
 def test_weights_of_another_backbone(classifier):
     path, _ = classifier
     model = DiNAT_s(**SMALL, pretrained=str(path))
-    with pytest.raises(ValueError, match=r"classifier\.pth is of another model than the DiNAT_s built here: .* missing"):
+    with pytest.raises(
+        ValueError, match=r"classifier\.pth is of another model than the DiNAT_s built here: .* missing"
+    ):
         model.init_weights()
 
 
@@ -159,5 +164,5 @@ def test_first_weights_that_are_drawn():
 
 def test_missing_weights():
     model = NAT(**SMALL, pretrained="nowhere/weights.pth")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint nowhere/weights.pth"):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint nowhere/weights\.pth"):
         model.init_weights()

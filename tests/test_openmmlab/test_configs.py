@@ -81,9 +81,17 @@ def test_others_build(path):
 def test_recipes_follow_the_paper():
     """What sets the larger models apart."""
     load = lambda name: Config.fromfile(CONFIGS / name)  # noqa: E731
-    assert load("detection/cascade_mask_rcnn_dinat_large_3x.py").optim_wrapper.type == "OptimWrapper"  # no mixed precision
+    assert (
+        load("detection/cascade_mask_rcnn_dinat_large_3x.py").optim_wrapper.type == "OptimWrapper"
+    )  # no mixed precision
     assert load("detection/cascade_mask_rcnn_dinat_s_large_3x.py").optim_wrapper.type == "AmpOptimWrapper"
-    rates = {"nat_base": 1e-4, "dinat_base": 7.5e-5, "dinat_large": 7.5e-5, "dinat_s_base": 7.5e-5, "dinat_s_large": 5e-5}
+    rates = {
+        "nat_base": 1e-4,
+        "dinat_base": 7.5e-5,
+        "dinat_large": 7.5e-5,
+        "dinat_s_base": 7.5e-5,
+        "dinat_s_large": 5e-5,
+    }
     for name, rate in rates.items():
         assert load(f"detection/cascade_mask_rcnn_{name}_3x.py").optim_wrapper.optimizer.lr == rate
     large = load("segmentation/upernet_dinat_large_160k.py")
@@ -104,8 +112,8 @@ def test_position_biases_and_norms_do_not_decay():
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for group in build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups:
             for parameter in group["params"]:
-                is_kept = names[id(parameter)].endswith("rpb") or "backbone" in names[id(parameter)] and (
-                    "norm" in names[id(parameter)]
+                is_kept = names[id(parameter)].endswith("rpb") or (
+                    "backbone" in names[id(parameter)] and ("norm" in names[id(parameter)])
                 )
                 assert not is_kept or group["weight_decay"] == 0, names[id(parameter)]
                 if names[id(parameter)].endswith("qkv.weight"):
@@ -125,7 +133,11 @@ def batch_of(cfg, folder, task="instance"):
             {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
             {"type": "PackDetInputs", "meta_keys": ("img_path", "ori_shape", "img_shape", "scale_factor")},
         ]
-        common |= {"type": "CocoDataset", "ann_file": "instances_training.json", "data_prefix": {"img": "images/training/"}}
+        common |= {
+            "type": "CocoDataset",
+            "ann_file": "instances_training.json",
+            "data_prefix": {"img": "images/training/"},
+        }
     else:
         pipeline = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}, {"type": "PackSegInputs"}]
         prefix = {"img_path": "images/training", "seg_map_path": "annotations/training"}

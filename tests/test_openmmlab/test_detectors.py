@@ -255,7 +255,9 @@ def class_order(dataset, task, rows):
 def test_checkpoint_of_another_backbone():
     model = small("detection/mask_rcnn_nat_mini_3x.py")
     other = small("detection/mask_rcnn_dinat_s_tiny_3x.py")
-    with pytest.raises(ValueError, match=r"x\.pth is of another model than the MaskRCNN built here: \d+ missing: backbone"):
+    with pytest.raises(
+        ValueError, match=r"x\.pth is of another model than the MaskRCNN built here: \d+ missing: backbone"
+    ):
         fit_detector(other.state_dict(), model, "x.pth")
 
 
@@ -263,7 +265,9 @@ def test_other_classes_start_anew():
     """To fine-tune; else they are refused."""
     three = {"model.roi_head.bbox_head.num_classes": 3, "model.roi_head.mask_head.num_classes": 3}
     model, weights = small("detection/mask_rcnn_nat_mini_3x.py", **three), small("detection/mask_rcnn_nat_mini_3x.py")
-    with pytest.raises(ValueError, match=r"6 of another shape: roi_head.bbox_head.fc_cls.bias \(81,\) instead of \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"6 of another shape: roi_head.bbox_head.fc_cls.bias \(81,\) instead of \(4,\)"
+    ):
         fit_detector(weights.state_dict(), model, "x.pth")
     _, notes = assert_loads(model, weights.state_dict(), "x.pth", new_classes=True)
     assert len(notes) == 1

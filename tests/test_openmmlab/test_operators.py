@@ -165,8 +165,8 @@ def test_roi_align_by_maximum_is_refused():
 
 
 def modulated(x, offset, mask, weight, bias, groups):
-    """A 3x3 convolution, stride 1 and padding 1, each of whose samples is moved by its offset and weighed by its mask."""
-    batch, _, height, width = x.shape
+    """A 3x3 convolution with padding 1, each of whose samples is moved by its offset and weighed by its mask."""
+    height, width = x.shape[-2:]
     ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     columns = []
     for tap in range(9):
@@ -179,9 +179,10 @@ def modulated(x, offset, mask, weight, bias, groups):
             parts.append(F.grid_sample(part, grid, align_corners=False) * mask[:, index, None])
         columns.append(torch.cat(parts, 1))
     taps = weight.flatten(2).permute(2, 0, 1)
-    return sum(torch.einsum("oc,bchw->bohw", tap, column) for tap, column in zip(taps, columns, strict=True)) + bias[
-        :, None, None
-    ]
+    return (
+        sum(torch.einsum("oc,bchw->bohw", tap, column) for tap, column in zip(taps, columns, strict=True))
+        + bias[:, None, None]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
