@@ -1,7 +1,7 @@
 """Checkpoints of mmengine, safe and whole: plain tensors and numbers, written atomically, read without running code.
 
-mmengine's own hold objects of its classes, which torch.load refuses since PyTorch 2.6; and a run that dies while it writes
-one leaves half a file.
+mmengine's own hold objects of its classes, which torch.load refuses since PyTorch 2.6; and a run that dies while it
+writes one leaves half a file.
 """
 
 from __future__ import annotations

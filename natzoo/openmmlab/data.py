@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -149,7 +148,8 @@ def _check_labels(batch: Any, dataset: Any) -> None:
             labels = one.gt_sem_seg.data
             wrong = labels[(labels >= classes) & (labels != 255)]
             if len(wrong):
+                path = one.get("seg_map_path", "a label picture")
                 raise ValueError(
-                    f"{one.get('seg_map_path', 'a label picture')} has the label {int(torch.max(wrong))}, but there are "
+                    f"{path} has the label {int(wrong.max())}, but there are "
                     f"only {classes} classes, 0 to {classes - 1} (255 for none): correct it or the config's classes."
                 )
