@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from natzoo.openmmlab.checkpoints import PlainCheckpointHook
 from natzoo.openmmlab.data import CheckDataHook, set_data_root
 from natzoo.openmmlab.launch import set_launcher
+from natzoo.openmmlab.resume import SkipSeenDataHook
 
 
 class Project(NamedTuple):
@@ -80,6 +81,7 @@ def make_runner(cfg: Config, new_classes: bool = False) -> Runner:
     runner = Runner.from_cfg(cfg)
     runner.register_hook(PlainCheckpointHook(new_classes))
     runner.register_hook(CheckDataHook())
+    runner.register_hook(SkipSeenDataHook())
     runner.logger.addFilter(lambda record: not record.getMessage().startswith("paramwise_options"))  # a line a weight
     return runner
 

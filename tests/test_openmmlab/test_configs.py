@@ -15,8 +15,8 @@ from natzoo.openmmlab.counting import count_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PUBLISHED = [path for kind in ("detection", "segmentation") for path in sorted((CONFIGS / kind).glob("*_*_*.py"))]
-PUBLISHED = [path for path in PUBLISHED if not path.name.startswith("nuclei")]
-OTHERS = [*CONFIGS.glob("*/nuclei_*.py"), *CONFIGS.glob("quickstart/*.py")]
+PUBLISHED = [path for path in PUBLISHED if not path.name.startswith(("nuclei", "coco"))]
+OTHERS = [*CONFIGS.glob("*/nuclei_*.py"), *CONFIGS.glob("*/coco_*.py"), *CONFIGS.glob("quickstart/*.py")]
 
 
 def is_large(path):

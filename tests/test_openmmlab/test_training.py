@@ -111,9 +111,11 @@ def test_checkpoints_are_plain(shapes, tmp_path):
     assert checkpoint["message_hub"]["log_scalars"]["train/loss"]["history"].shape == (4,)
 
 
-def test_resumed_run_joins(shapes, tmp_path):
-    """Without chance in the data, two iterations and two more are the same as four, to the last bit."""
-    config = str(tiny_upernet(tmp_path))
+@pytest.mark.parametrize("workers", ["", "train_dataloader.update(num_workers=1, persistent_workers=True)\n"])
+def test_resumed_run_joins(shapes, tmp_path, workers):
+    """Without chance in the pictures, two iterations and two more are the same as four, to the last bit."""
+    shuffled = "train_dataloader.update(sampler=dict(type='InfiniteSampler', shuffle=True))\n"
+    config = tiny_upernet(tmp_path, shuffled + workers)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(segmentation_train.main, config, "--data", shapes, "--work-dir", str(whole))
     two = ["--data", shapes, "--work-dir", str(parts)]
