@@ -14,7 +14,9 @@ from natzoo.hf import save_folder
 from natzoo.hf.export import make_config
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "classification").glob("*.md")])
+PAGES = sorted(
+    page for folder in ("", "classification", "detection", "segmentation") for page in (ROOT / folder).glob("*.md")
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
