@@ -1,4 +1,4 @@
-# Mask R-CNN with NAT-Mini learns four pictures by heart: a check that everything from the annotations to the masks works.
+# Mask R-CNN with NAT-Mini learns four pictures by heart: a check of everything from the annotations to the masks.
 # For any folder in COCO's layout: python detection/train.py THIS --data FOLDER
 _base_ = "./mask_rcnn_nat_mini_3x.py"
 
