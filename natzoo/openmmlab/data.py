@@ -109,7 +109,8 @@ class CheckDataHook(Hook):
 
 
 def _check_pictures(dataset: Any) -> None:
-    """Raises FileNotFoundError naming the first file that is missing, and ValueError if there are no pictures."""
+    """Raises FileNotFoundError naming the first file that is missing; ValueError without pictures, or classes."""
+    _check_classes(dataset)
     if len(dataset) == 0:
         raise ValueError(f"{_origin(dataset)} has no picture to use: check its annotations and the config's classes.")
     if getattr(dataset, "_natzoo_checked", False):
@@ -129,9 +130,26 @@ def _check_pictures(dataset: Any) -> None:
     dataset._natzoo_checked = True
 
 
-def _origin(dataset: Any) -> str:
+def _check_classes(dataset: Any) -> None:
+    """Raises ValueError if annotations in COCO's format lack classes of the config: mmdet would mix up the others."""
+    dataset = _inner(dataset)
+    found, wanted = getattr(dataset, "cat_ids", None), dataset.metainfo.get("classes") or ()
+    if found is not None and len(found) != len(wanted):
+        names = ", ".join(wanted[:5])
+        raise ValueError(
+            f"{dataset.ann_file} has {len(found)} of the config's {len(wanted)} classes ({names}): correct its "
+            "categories, or metainfo in the config."
+        )
+
+
+def _inner(dataset: Any) -> Any:
     while hasattr(dataset, "dataset"):
         dataset = dataset.dataset
+    return dataset
+
+
+def _origin(dataset: Any) -> str:
+    dataset = _inner(dataset)
     return getattr(dataset, "ann_file", "") or str(
         (getattr(dataset, "data_prefix", None) or {}).get("img_path", "data")
     )
