@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,7 +14,8 @@ from torch import nn
 
 import natzoo  # noqa: F401  registers the models
 from classification.options import KeyValues
-from natzoo.checkpoints import DownloadError, load_weights, read_checkpoint, record_of, weights_of
+from natzoo.checkpoints import DownloadError, load_weights, locate, read_checkpoint, record_of, weights_of
+from natzoo.checkpoints.record import RECORD
 
 
 def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -66,7 +68,9 @@ def evaluation_transform(config: dict[str, Any]):
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that `requested_model` reads."""
-    parser.add_argument("--checkpoint", metavar="FILE", help="checkpoint of train.py, or weights of --model")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="checkpoint of train.py, folder of transformers, or weights of --model"
+    )
     parser.add_argument("--model", help="a name that timm.create_model knows; a checkpoint of train.py has its own")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, help="KEY=VALUE for --model")
     parser.add_argument("--num-classes", type=int, help="classes of --model; its own unless given")
@@ -99,7 +103,7 @@ def restore(
     """The model of a checkpoint in eval mode, and the record that train.py left in it.
 
     Args:
-        path: a checkpoint of train.py, or bare weights.
+        path: a checkpoint of train.py, a folder of transformers, or bare weights.
         model_name: which model bare weights are of.
         kwargs: that model's arguments.
         device: where to put it.
@@ -108,8 +112,26 @@ def restore(
         ValueError: if neither the file nor `model_name` says which model it is of; or as `load_weights`.
         FileNotFoundError: if there is no such file.
     """
-    model, record = model_of(read_checkpoint(path), path, model_name, kwargs)
+    model, record = model_of(read_with_record(path)[0], path, model_name, kwargs)
     return model.to(device).eval(), record
+
+
+def read_with_record(path: str) -> tuple[dict[str, Any], Path]:
+    """A checkpoint with the record of its model, if there is one, and where it is; a folder's is made of its config.
+
+    Raises:
+        ValueError, FileNotFoundError: as `locate` and `read_checkpoint`; if a folder needs transformers to be read.
+    """
+    source = locate(path)
+    checkpoint = read_checkpoint(source)
+    if not (Path(path) / "config.json").is_file():
+        return checkpoint, source
+    try:
+        from natzoo.hf.folders import read_record
+    except ModuleNotFoundError as error:
+        raise ValueError(str(error)) from error
+    record = read_record(path)
+    return checkpoint if record is None else {"state_dict": checkpoint, RECORD: record}, source
 
 
 def model_of(

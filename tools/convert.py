@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification.models import create_model, model_of
+from classification.models import create_model, model_of, read_with_record
 from classification.options import KeyValues
 from natzoo import command_line
-from natzoo.checkpoints import locate, read_checkpoint, weights_of, write_weights
+from natzoo.checkpoints import weights_of, write_weights
 from natzoo.checkpoints.adapt import backbone_prefix, published_names
 from natzoo.checkpoints.download import sha256_of
 from natzoo.checkpoints.record import RECORD
@@ -54,11 +54,7 @@ def main() -> None:
     args = parse()
     if args.target.is_file():
         raise ValueError(f"{args.target} exists already: choose another name.")
-    source = locate(args.source)
-    checkpoint = read_checkpoint(source)
-    record = record_of_folder(Path(args.source))
-    if record is not None:
-        checkpoint = {"state_dict": checkpoint, RECORD: record}
+    checkpoint, source = read_with_record(args.source)
     weights = weights_of(checkpoint, source)
     if args.dtype:
         weights = {name: x.to(DTYPES[args.dtype]) if x.is_floating_point() else x for name, x in weights.items()}
@@ -68,13 +64,6 @@ def main() -> None:
         convert_detector(args, weights)
     else:
         convert_classifier(args, checkpoint, weights, source)
-
-
-def record_of_folder(folder: Path) -> dict[str, Any] | None:
-    """What a folder of Hugging Face says of its model."""
-    if not (folder / "config.json").is_file():
-        return None
-    return hugging_face().read_record(folder)
 
 
 def hugging_face() -> Any:

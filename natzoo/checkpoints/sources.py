@@ -68,7 +68,7 @@ def _published(entry: zoo.Entry) -> Path:
         try:
             return _from_hub(entry.hub)
         except DownloadError as second:
-            raise DownloadError(f"{error} Nor does the Hugging Face hub give it: {second}") from second
+            raise DownloadError(f"The Hugging Face hub does not give it either ({second}). {error}") from second
 
 
 def _from_hub(repository: str) -> Path:

@@ -9,7 +9,7 @@ checkpoints of the hub's shi-labs/* repositories load as they are, and what is s
 try:
     import transformers  # noqa: F401
 except ModuleNotFoundError as error:
-    text = "natzoo.hf needs transformers 5: install the extra hf, `pip install '.[hf]'`."
+    text = "natzoo.hf needs transformers 5: install the extra hf, `bash tools/setup.sh train hf`."
     raise ModuleNotFoundError(text, name="transformers") from error
 
 from natzoo.hf import auto, conversion
