@@ -1,0 +1,2 @@
+class Tile: pass
+def choose_tile(*a): raise NotImplementedError
