@@ -9,15 +9,9 @@
 // which stand here as the PTX manual gives them, are those of the chip.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
-#include <deque>
-#include <memory>
-#include <random>
-#include <stdexcept>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -28,6 +22,17 @@ namespace emulation {
 
 struct Index3 {
   unsigned x, y, z;
+};
+
+// Vigna's splitmix64: no header of the standard library, which would take longer to compile than the kernels.
+struct Random {
+  uint64_t state = 0;
+  uint64_t operator()() {
+    uint64_t z = state += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+  }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -94,11 +99,11 @@ struct Copy {
 
 struct Thread {
   Context context;
-  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
+  std::vector<char> stack = std::vector<char>(STACK_BYTES);
   Index3 index{};
   int warp = 0, lane = 0;
   bool is_done = false;
-  std::deque<std::vector<Copy>> groups;  // of cp.async; the last is open
+  std::vector<std::vector<Copy>> groups;  // of cp.async; the last is open
   const void* argument = nullptr;  // what a warp-wide instruction is given and gives
   void* result = nullptr;
 };
@@ -120,7 +125,7 @@ struct Machine {
   std::vector<char> shared;
   size_t shared_bytes = 0;
   const char* error = nullptr;
-  std::mt19937_64 random;
+  Random random;
   void (*body)(const void*) = nullptr;
   const void* parameters = nullptr;
 };
@@ -185,7 +190,7 @@ inline void run_block() {
     thread.warp = i / 32, thread.lane = i % 32;
     thread.is_done = false;
     thread.groups.assign(1, {});
-    prepare(thread.context, thread.stack.get(), thread_main);
+    prepare(thread.context, thread.stack.data(), thread_main);
     m.ready.push_back(&thread);
   }
 }
@@ -219,13 +224,13 @@ inline const char* run(void (*body)(const void*), const void* parameters, Index3
   if (threads % 32) return "a block must be made of whole warps";
   m.body = body, m.parameters = parameters, m.grid_size = grid, m.block_size = {threads, 1, 1};
   m.shared_bytes = shared_bytes, m.error = nullptr;
-  m.random.seed(seed);
+  m.random.state = seed;
   if (m.threads.size() != threads) m.threads = std::vector<Thread>(threads);
   std::vector<Index3> blocks;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
-  std::shuffle(blocks.begin(), blocks.end(), m.random);
+  for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[m.random() % i]);
   for (const Index3& block : blocks) {
     m.block_index = block;
     run_block();
@@ -307,8 +312,9 @@ inline unsigned __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
-using std::max;
-using std::min;
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline float max(float a, float b) { return a > b ? a : b; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The instructions that natten/csrc/cuda/instructions.h wraps, by the tables of the PTX manual
@@ -350,7 +356,7 @@ void wait_copies() {
       std::memset(copy.to, 0, 16);
       std::memcpy(copy.to, copy.from, copy.bytes);
     }
-    groups.pop_front();
+    groups.erase(groups.begin());
   }
 }
 

@@ -7,7 +7,7 @@
 namespace natten {
 
 constexpr int THREADS = 128, ITEMS = 8;
-constexpr int lanes_for(int dim) { return dim <= ITEMS ? 1 : 2 * lanes_for((dim + 1) / 2); }
+__host__ __device__ constexpr int lanes_for(int dim) { return dim <= ITEMS ? 1 : 2 * lanes_for((dim + 1) / 2); }
 constexpr int LANES = lanes_for(HEAD_DIM), GROUPS = THREADS / LANES;
 static_assert(HEAD_DIM % ITEMS == 0 && LANES <= 32, "head_dim must be a multiple of 8 up to 256");
 
