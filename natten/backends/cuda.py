@@ -33,7 +33,7 @@ _TENSORS = (
     *("GRAD_QUERY", "GRAD_KEY", "GRAD_VALUE", "DELTA"),
 )
 _FLOAT32 = ("LSE", "GRAD_LSE", "DELTA")
-_PARAMS = Struct(f"={len(_TENSORS) * 6}q 4q 2i 3i 3i 2i f i")  # as Params there
+_PARAMS = Struct(f"={len(_TENSORS) * 6}q 4q 2i 3i 3i i f")  # as Params there
 _VIEW_WORDS = 6
 _TABLES = _VIEW_WORDS * len(_TENSORS)  # where rpb, partial_rpb and grad_rpb stand
 _NO_AXIS = Axis(1, 1, 1, 1, False)
@@ -358,6 +358,7 @@ class _Planner:
             has_rpb=self.has_rpb,
             processors=gpu.multi_processor_count,
             most_shared_bytes=gpu.shared_memory_per_block_optin,
+            is_ordered=self.is_ordered,
         )
 
     def _group_size(self) -> tuple[int, int, int]:
@@ -400,9 +401,8 @@ class _Planner:
             *(self.batch, self.heads),
             *(axis.length for axis in self.axes),
             *(axis.dilation for axis in self.axes),
-            *(parts, int(self.is_ordered)),
+            parts,
             self.scale,
-            0,
         )
         blocks = blocks_per_head * self.heads
         if blocks >= 2**31:

@@ -415,9 +415,9 @@ void multiply_add(float* c, const unsigned* a, const unsigned* b) {
 
 #define NATTEN_SHARED_MEMORY(name) char* const name = emulation::shared_memory()
 // Defines kernel `name`, and an entry for Python that runs it: emulate_NAME(parameters, grid, threads, shared, seed).
-#define NATTEN_KERNEL(name, threads)                                                                                  \
+#define NATTEN_KERNEL(name, ...)                                                                                      \
   static void name(const natten::Params p);                                                                           \
-  extern "C" const char* emulate_##name(const void* parameters, const unsigned* grid, unsigned count, size_t shared,  \
+  extern "C" __attribute__((visibility("default"))) const char* emulate_##name(const void* parameters, const unsigned* grid, unsigned count, size_t shared,  \
                                         uint64_t seed) {                                                              \
     return emulation::run([](const void* given) { name(*static_cast<const natten::Params*>(given)); }, parameters,    \
                           {grid[0], grid[1], grid[2]}, count, shared, seed);                                          \

@@ -26,7 +26,7 @@ from natten.backends import cuda
 from natten.compiler import find_compilers
 
 HEADER = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-w", "-DNATTEN_EMULATION")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-fno-gnu-unique", "-fvisibility=hidden", "-w", "-DNATTEN_EMULATION")
 
 _folder = tempfile.TemporaryDirectory(prefix="natten-emulation-")
 

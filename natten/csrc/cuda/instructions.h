@@ -7,8 +7,9 @@
 #else
 
 #define NATTEN_SHARED_MEMORY(name) extern __shared__ __align__(128) char name[]
-#define NATTEN_KERNEL(name, threads) \
-  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ natten::Params p)
+// The bounds: threads of a block, and blocks that a multiprocessor should hold at least.
+#define NATTEN_KERNEL(name, ...) \
+  extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ natten::Params p)
 
 using uint16_t = unsigned short;
 

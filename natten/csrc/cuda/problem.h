@@ -28,9 +28,7 @@ struct Params {
   long long pieces;    // blocks of work along the grid's x
   int batch, heads, length[3], dilation[3];
   int parts;           // blocks that share the work of a head, where rpb has a gradient
-  int is_ordered;      // whether sums must be the same from run to run
   float scale;
-  int unused;
 };
 
 constexpr int HAS_TABLE = HAS_RPB;
