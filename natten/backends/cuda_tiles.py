@@ -24,13 +24,15 @@ _RESERVED_BYTES = 1 << 10  # of it, for each block
 _MOST_TABLE_BYTES = 64 << 10  # of a bias table in shared memory
 _MOST_GRADIENT_BYTES = 32 << 10
 _STAGE_CHUNKS = (1, 2, 4, 8)  # of a stage, where columns come in stages
-_STAGE_COST = 30.0  # of waiting for a stage, in the time of products of a warp
+_STAGE_COST = 60.0  # of waiting for a stage, in the time of products of a warp
 # What a unit of 16 tokens and 8 columns costs beside products over 16 of head_dim, in their time.
 _ELEMENTWISE_COST = {"forward": 6.0, "grad_query": 10.0, "grad_key_value": 9.0}
 _PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}
-_CHUNK_BLOCKS = {"forward": 16, "grad_query": 4, "grad_key_value": 4}  # of 8 columns, at a time, for small head_dim
+_CHUNK_BLOCKS = {"forward": 8, "grad_query": 4, "grad_key_value": 4}  # of 8 columns, at a time, for small head_dim
 _MOST_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}
-_BYTES_PER_PRODUCT = 12.0  # brought to shared memory in the time of one product of a unit
+# Warps of a multiprocessor, up to a head_dim: with 128, 168 and 255 registers a thread.
+_RESIDENT_WARPS = ((32, 16), (64, 12), (256, 8))
+_BYTES_PER_PRODUCT = 20.0  # brought to shared memory in the time of one product of a unit, 16 x 8 x 16
 
 
 class Tile(NamedTuple):
@@ -168,6 +170,7 @@ class _Chooser:
         self.slices = -(-dim // _MOST_SLICE_DIM[kind])
         self.slice_pieces = -(-self.pieces // self.slices)
         self.chunk_blocks = _CHUNK_BLOCKS[kind] if dim <= 32 else max(_CHUNK_BLOCKS[kind] // 2, 4)
+        self.most_resident_warps = next(warps for most, warps in _RESIDENT_WARPS if dim <= most)
         self.has_gradient = has_rpb and kind == "grad_query"
 
     def tiles(self) -> Iterator[Tile]:
@@ -204,7 +207,7 @@ class _Chooser:
         most_warps = 1 if self._needs_one_warp() else _MOST_WARPS
         choices = [(False, rows, warps) for warps in range(1, most_warps + 1) if units % warps == 0 or warps == most_warps]
         if units <= most_warps:
-            stages = {min(rows, count * chunk_rows) for count in _STAGE_CHUNKS}
+            stages = [count * chunk_rows for count in _STAGE_CHUNKS if count * chunk_rows < rows]
             choices = [(False, rows, units), *((True, stage_rows, units) for stage_rows in stages)]
         for is_staged, stage_rows, warps in choices:
             tile = self._tile(size, columns, unit_columns, is_segmented, chunk_rows, stage_rows, is_staged, warps)
@@ -232,7 +235,7 @@ class _Chooser:
         diagonals = 8 * (_multiple(blocks * 8 + 16, 32) + 8) * 4 if self.has_gradient else 0
         warp = max(16 * (self.slice_pieces + 1) * 16, diagonals)
         shared = (2 if is_staged else 1) * buffer + table * is_table_shared + gradients * one_gradient + warps * warp
-        resident = max(1, min(_SHARED_BYTES // (shared + _RESERVED_BYTES), 16 // warps, 8))
+        resident = max(1, min(_SHARED_BYTES // (shared + _RESERVED_BYTES), self.most_resident_warps // warps))
         return Tile(
             size=tuple(size),
             columns=columns,
@@ -259,11 +262,15 @@ class _Chooser:
         rounds = -(-units // tile.warps)
         row = _multiple(unit_reach[2], tile.unit_columns) if tile.is_segmented else tile.unit_columns
         products = _PRODUCTS[self.kind] * self.dim / 16 + _ELEMENTWISE_COST[self.kind]
-        work = rounds * tile.warps * unit_reach[0] * unit_reach[1] * row / 8 * products
         stages = -(-prod(reach[:2]) * -(-reach[2] // tile.columns) // tile.stage_rows)
-        one = (read / _BYTES_PER_PRODUCT + work + stages * tile.warps * _STAGE_COST) * tile.slices
-        # Blocks of a multiprocessor share it, and hide each other's waiting; with few warps it stays idle.
-        warps = tile.min_blocks * tile.warps
-        waiting = 1 + 4 / warps
-        waves = ceil(tiles * tile.slices / (processors * tile.min_blocks)) * processors * tile.min_blocks
-        return one / tile.slices * max(tiles * tile.slices, waves) * waiting
+        rows = unit_reach[0] * unit_reach[1] * (row // tile.unit_columns)
+        if tile.is_staged:  # of a stage, warps wait for the one that has most to do
+            rows = max(rows, stages * min(rows, tile.stage_rows))
+        work = rounds * tile.warps * rows * tile.unit_columns / 8 * products
+        work += stages * tile.warps * _STAGE_COST
+        # One block reads while another computes, and a staged one does both at a time.
+        reading, overlapped = read / _BYTES_PER_PRODUCT, tile.min_blocks * (1.5 if tile.is_staged else 1)
+        one = max(reading, work) + min(reading, work) / overlapped
+        waiting = 1 + 4 / (tile.min_blocks * tile.warps)  # few warps leave the multiprocessor idle
+        blocks, at_a_time = tiles * tile.slices, processors * tile.min_blocks
+        return one * waiting * (max(blocks, at_a_time) if blocks < 4 * at_a_time else blocks)

@@ -14,7 +14,7 @@ struct Attend {
   UnitBias bias;
   float top[2], total[2], sum[SLICE][4];
 
-  __device__ Attend(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
+  __device__ __forceinline__ Attend(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
       : p(p), tile(tile), unit(unit), shared(shared), first_piece(slice * SLICE),
         query(Rows<const Storage>(p, QUERY, tile.map), unit), bias(p, tile.map.head, shared, unit) {
     top[0] = top[1] = minus_infinity();
@@ -24,7 +24,7 @@ struct Attend {
   }
 
   // Logits in units of log(2).
-  __device__ void multiply(const Chunk& chunk, const char* keys, float (&logits)[BLOCKS][4]) {
+  __device__ __forceinline__ void multiply(const Chunk& chunk, const char* keys, float (&logits)[BLOCKS][4]) {
     const float scale = p.scale * LOG2_E;
 #pragma unroll
     for (int r = 0; r < CHUNK_ROWS; ++r) {
@@ -45,7 +45,7 @@ struct Attend {
   }
 
   // Logits become weights relative to the largest so far, which those before must follow.
-  __device__ void weigh(float (&logits)[BLOCKS][4]) {
+  __device__ __forceinline__ void weigh(float (&logits)[BLOCKS][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float largest = top[half];
@@ -68,7 +68,7 @@ struct Attend {
     }
   }
 
-  __device__ void add(const Chunk& chunk, const char* buffer) {
+  __device__ __forceinline__ void add(const Chunk& chunk, const char* buffer) {
     float weights[BLOCKS][4];
     multiply(chunk, buffer, weights);
     weigh(weights);
@@ -81,7 +81,7 @@ struct Attend {
     }
   }
 
-  __device__ void finish() {
+  __device__ __forceinline__ void finish() {
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -15,7 +15,7 @@ struct DifferentiateKey {
   UnitBias bias;
   float grad_key[SLICE][4], grad_value[SLICE][4];
 
-  __device__ DifferentiateKey(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
+  __device__ __forceinline__ DifferentiateKey(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
       : p(p), tile(tile), unit(unit), shared(shared), first_piece(slice * SLICE),
         key(Rows<const Storage>(p, KEY, tile.map), unit), value(Rows<const Storage>(p, VALUE, tile.map), unit),
         bias(p, tile.map.head, shared, unit) {
@@ -23,7 +23,7 @@ struct DifferentiateKey {
     for (int i = 0; i < SLICE * 4; ++i) grad_key[i / 4][i % 4] = grad_value[i / 4][i % 4] = 0;
   }
 
-  __device__ void add(const Chunk& chunk, const char* buffer) {
+  __device__ __forceinline__ void add(const Chunk& chunk, const char* buffer) {
     const float scale = p.scale * LOG2_E;
     const float2* statistics = reinterpret_cast<const float2*>(buffer + 2 * COLUMN_BYTES);
     float weights[BLOCKS][4], grads[BLOCKS][4];
@@ -64,7 +64,7 @@ struct DifferentiateKey {
     }
   }
 
-  __device__ void finish() {
+  __device__ __forceinline__ void finish() {
     char* scratch = shared + WARPS_AT + warp_index() * WARP_BYTES;
     store_unit(grad_key, {p.scale, p.scale}, Rows<Storage>(p, GRAD_KEY, tile.map), unit, tile, first_piece, scratch);
     store_unit(grad_value, {1.f, 1.f}, Rows<Storage>(p, GRAD_VALUE, tile.map), unit, tile, first_piece, scratch);
@@ -72,7 +72,7 @@ struct DifferentiateKey {
 };
 
 // Brings the logsumexp, times log2(e), and delta of a stage's queries to shared memory.
-__device__ inline void copy_statistics(const BlockTile& tile, int first_row, const Rows<const float>& lse,
+__device__ __forceinline__ void copy_statistics(const BlockTile& tile, int first_row, const Rows<const float>& lse,
                                        const Rows<const float>& delta, char* buffer) {
   float2* statistics = reinterpret_cast<float2*>(buffer + 2 * COLUMN_BYTES);
   for (int token = threadIdx.x; token < STAGE_TOKENS; token += TILE_THREADS) {

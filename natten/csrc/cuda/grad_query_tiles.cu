@@ -9,15 +9,15 @@ namespace natten {
 // tokens and columns shares an entry.
 class UnitGradient {
  public:
-  __device__ UnitGradient(float* table, char* scratch, const UnitBias& bias)
-      : table_(table), scratch_(reinterpret_cast<float*>(scratch)), bias_(bias) {
+  __device__ __forceinline__ UnitGradient(float* table, char* scratch)
+      : table_(table), scratch_(reinterpret_cast<float*>(scratch)) {
     if (!HAS_GRADIENT) return;
     for (int i = lane_index(); i < 8 * DIAGONAL_PITCH; i += 32) scratch_[i] = 0;
     __syncwarp();
   }
 
-  __device__ void add(const Place& at, const float (&grad)[ROW_BLOCKS][4]) {
-    const int row = bias_.entry_of_row(at), corner = bias_.entry_of_corner(at.segment);
+  // The gradients of a row of columns, of which the first column and token stand at entry row + corner.
+  __device__ __forceinline__ void add(int row, int corner, const float (&grad)[ROW_BLOCKS][4]) {
     float line[DIAGONAL_BLOCKS][2];
     if (RANK == 1) {  // the second half's columns are, to it, 8 further to the left
 #pragma unroll
@@ -40,7 +40,7 @@ class UnitGradient {
     held_ = row, held_corner_ = corner;
   }
   // What the first half added to the last row.
-  __device__ void flush() {
+  __device__ __forceinline__ void flush() {
     if (held_ != NOTHING) sum_diagonals(before_, held_, held_corner_);
     held_ = NOTHING;
   }
@@ -48,12 +48,11 @@ class UnitGradient {
  private:
   static constexpr int NOTHING = -(1 << 30);
   float *table_, *scratch_;
-  const UnitBias& bias_;
   float before_[DIAGONAL_BLOCKS][2];
   int held_ = NOTHING, held_corner_ = 0;
 
   // line: 8 tokens by columns, this thread's as in a fragment. Entries beyond the table only ever receive zeros.
-  __device__ void sum_diagonals(const float (&line)[DIAGONAL_BLOCKS][2], int row, int corner) {
+  __device__ __forceinline__ void sum_diagonals(const float (&line)[DIAGONAL_BLOCKS][2], int row, int corner) {
     if (row < 0 || row >= TABLE) return;
     const int lane = lane_index();
 #pragma unroll
@@ -86,12 +85,12 @@ struct DifferentiateQuery {
   UnitGradient gradient;
   float lse[2], delta[2], sum[SLICE][4];
 
-  __device__ DifferentiateQuery(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice,
+  __device__ __forceinline__ DifferentiateQuery(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice,
                                 float* table)
       : p(p), tile(tile), unit(unit), shared(shared), first_piece(slice * SLICE),
         query(Rows<const Storage>(p, QUERY, tile.map), unit),
         grad_out(Rows<const Storage>(p, GRAD_OUT, tile.map), unit), bias(p, tile.map.head, shared, unit),
-        gradient(table, scratch(), bias) {
+        gradient(table, scratch()) {
     const UnitRows<const Storage> out(Rows<const Storage>(p, OUT, tile.map), unit);
     const UnitRows<const float> given_lse(Rows<const float>(p, LSE, tile.map), unit);
     const UnitRows<const float> grad_lse(Rows<const float>(p, GRAD_LSE, tile.map), unit);
@@ -118,9 +117,9 @@ struct DifferentiateQuery {
     for (int i = 0; i < SLICE * 4; ++i) sum[i / 4][i % 4] = 0;
   }
 
-  __device__ char* scratch() const { return shared + WARPS_AT + warp_index() * WARP_BYTES; }
+  __device__ __forceinline__ char* scratch() const { return shared + WARPS_AT + warp_index() * WARP_BYTES; }
 
-  __device__ void add(const Chunk& chunk, const char* buffer) {
+  __device__ __forceinline__ void add(const Chunk& chunk, const char* buffer) {
     const float scale = p.scale * LOG2_E;
     float grads[BLOCKS][4];
 #pragma unroll
@@ -142,7 +141,10 @@ struct DifferentiateQuery {
         products[block][item] = grads[r * ROW_BLOCKS + block][item] =
             weight * (grad_weights[block][item] - delta[half]);
       }
-      if (HAS_GRADIENT && first_piece == 0) gradient.add(chunk.place[r], products);
+      if (HAS_GRADIENT && first_piece == 0) {
+        const Place& at = chunk.place[r];
+        gradient.add(bias.entry_of_row(at), bias.entry_of_corner(at.segment), products);
+      }
     }
 #pragma unroll
     for (int pair = 0; pair < BLOCKS / 2; ++pair) {
@@ -153,7 +155,7 @@ struct DifferentiateQuery {
     }
   }
 
-  __device__ void finish() {
+  __device__ __forceinline__ void finish() {
     if (HAS_GRADIENT && first_piece == 0) gradient.flush();
     store_unit(sum, {p.scale, p.scale}, Rows<Storage>(p, GRAD_QUERY, tile.map), unit, tile, first_piece, scratch());
   }
@@ -162,7 +164,7 @@ struct DifferentiateQuery {
 // The gradient of rpb over all a block's work, in shared memory; or, if it is too large, where the result is to lie.
 class BlockGradient {
  public:
-  __device__ BlockGradient(const Params& p, int head, int part, int slice, char* shared)
+  __device__ __forceinline__ BlockGradient(const Params& p, int head, int part, int slice, char* shared)
       : out_(p.partial_rpb + (head * static_cast<long long>(p.parts) + part) * TABLE),
         tables_(reinterpret_cast<float*>(shared + GRADIENT_AT)) {
     if (!HAS_GRADIENT || slice) return;
@@ -171,8 +173,8 @@ class BlockGradient {
     for (int i = threadIdx.x; i < count; i += TILE_THREADS) tables_[i] = 0;
     __syncthreads();
   }
-  __device__ float* of_warp() const { return tables_ + (GRADIENT_TABLES > 1 ? warp_index() * STRIDE : 0); }
-  __device__ void finish() const {
+  __device__ __forceinline__ float* of_warp() const { return tables_ + (GRADIENT_TABLES > 1 ? warp_index() * STRIDE : 0); }
+  __device__ __forceinline__ void finish() const {
     __syncthreads();
     if (!HAS_GRADIENT || GRADIENT_TABLES == 0) return;
     for (int i = threadIdx.x; i < TABLE; i += TILE_THREADS) {

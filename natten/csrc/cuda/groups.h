@@ -11,18 +11,18 @@ __host__ __device__ constexpr int lanes_for(int dim) { return dim <= ITEMS ? 1 :
 constexpr int LANES = lanes_for(HEAD_DIM), GROUPS = THREADS / LANES;
 static_assert(HEAD_DIM % ITEMS == 0 && LANES <= 32, "head_dim must be a multiple of 8 up to 256");
 
-__device__ inline int group_of_thread() { return threadIdx.x / LANES; }
-__device__ inline int lane_of_group() { return threadIdx.x % LANES; }
+__device__ __forceinline__ int group_of_thread() { return threadIdx.x / LANES; }
+__device__ __forceinline__ int lane_of_group() { return threadIdx.x % LANES; }
 
 // This lane's part of a row, in float32.
 struct Items {
   float x[ITEMS];
 
-  __device__ void clear() {
+  __device__ __forceinline__ void clear() {
 #pragma unroll
     for (float& item : x) item = 0;
   }
-  __device__ void load(const Storage* row) {
+  __device__ __forceinline__ void load(const Storage* row) {
     const int first = lane_of_group() * ITEMS;
     if (first >= HEAD_DIM) return clear();
 #if ELEMENT == 0
@@ -35,7 +35,7 @@ struct Items {
     x[4] = low_of(words.z), x[5] = high_of(words.z), x[6] = low_of(words.w), x[7] = high_of(words.w);
 #endif
   }
-  __device__ void store(Storage* row, float factor) const {
+  __device__ __forceinline__ void store(Storage* row, float factor) const {
     const int first = lane_of_group() * ITEMS;
     if (first >= HEAD_DIM) return;
 #if ELEMENT == 0
@@ -46,14 +46,14 @@ struct Items {
                                               pack(x[4] * factor, x[5] * factor), pack(x[6] * factor, x[7] * factor)};
 #endif
   }
-  __device__ void add(const Items& other, float factor) {
+  __device__ __forceinline__ void add(const Items& other, float factor) {
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) x[i] += factor * other.x[i];
   }
 };
 
 // The product of two rows, known to all lanes of the group. All threads of a warp must come here.
-__device__ inline float dot(const Items& a, const Items& b) {
+__device__ __forceinline__ float dot(const Items& a, const Items& b) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) sum += a.x[i] * b.x[i];
@@ -62,14 +62,14 @@ __device__ inline float dot(const Items& a, const Items& b) {
   return sum;
 }
 
-__device__ inline int largest_in_warp(int value) {
+__device__ __forceinline__ int largest_in_warp(int value) {
 #pragma unroll
   for (int mask = 16; mask; mask /= 2) value = max(value, __shfl_xor_sync(~0u, value, mask));
   return value;
 }
 
 // The row of a head's bias table for keys and a query at these places of the first two axes.
-__device__ inline const float* bias_row(const Params& p, int head, int key_z, int key_y, int z, int y) {
+__device__ __forceinline__ const float* bias_row(const Params& p, int head, int key_z, int key_y, int z, int y) {
   if (!HAS_TABLE) return nullptr;
   return p.rpb + head * static_cast<long long>(TABLE) +
          ((key_z - z + KERNEL_Z - 1) * TABLE_Y + key_y - y + KERNEL_Y - 1) * TABLE_X;
@@ -85,7 +85,7 @@ struct Token {
   int start_z, start_y, start_x;
 
   // False, for all groups alike, if the piece is empty.
-  __device__ bool locate(const Params& p, long long piece, int head) {
+  __device__ __forceinline__ bool locate(const Params& p, long long piece, int head) {
     int at[3];
     map.head = head;
     if (!natten::locate(p, piece, {1, 1, GROUPS}, map, at)) return false;
@@ -103,7 +103,7 @@ class TableGradient {
  public:
   static constexpr int SHARED = TABLE <= 4096 ? TABLE : 1;
 
-  __device__ TableGradient(const Params& p, int head, int part, float* shared)
+  __device__ __forceinline__ TableGradient(const Params& p, int head, int part, float* shared)
       : out_(p.partial_rpb + (head * static_cast<long long>(p.parts) + part) * TABLE),
         sums_(TABLE <= 4096 ? shared : out_) {
     for (int i = threadIdx.x; i < TABLE; i += THREADS) sums_[i] = 0;
@@ -111,14 +111,14 @@ class TableGradient {
   }
   // `value(group, entry)`: what a group adds to entry [row, entry]; entries are those of the last axis.
   template <class Value>
-  __device__ void add_row(int row_z, int row_y, Value value) {
+  __device__ __forceinline__ void add_row(int row_z, int row_y, Value value) {
     for (int i = threadIdx.x; i < TABLE_X; i += THREADS) {
       float sum = 0;
       for (int group = 0; group < GROUPS; ++group) sum += value(group, i);
       sums_[(row_z * TABLE_Y + row_y) * TABLE_X + i] += sum;
     }
   }
-  __device__ void finish() {
+  __device__ __forceinline__ void finish() {
     __syncthreads();
     if (TABLE <= 4096)
       for (int i = threadIdx.x; i < TABLE; i += THREADS) out_[i] = sums_[i];

@@ -40,23 +40,23 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 struct Span {
   int first, end;
-  __device__ bool holds(int i) const { return static_cast<unsigned>(i - first) < static_cast<unsigned>(end - first); }
+  __device__ __forceinline__ bool holds(int i) const { return static_cast<unsigned>(i - first) < static_cast<unsigned>(end - first); }
 };
 
 // Windows along one axis of a residue class of n tokens: DiNAT's equations 1 and 2 (arXiv:2209.15001), with strides.
 template <int K, int STRIDE, bool IS_CAUSAL>
 struct Windows {
   // First slot of the window of a query; negative where a causal window begins before the map.
-  static __device__ int start(int s, int n) {
+  static __device__ __forceinline__ int start(int s, int n) {
     const int group = s / STRIDE * STRIDE;
     if (IS_CAUSAL) return min(group + STRIDE - 1, n - 1) - (K - 1);
     return min(max(min(group + STRIDE / 2, n - 1) - K / 2, 0), n - K);
   }
-  static __device__ int end(int s, int n) { return IS_CAUSAL ? s + 1 : start(s, n) + K; }
-  static __device__ Span keys(int s, int n) { return {max(start(s, n), 0), end(s, n)}; }
+  static __device__ __forceinline__ int end(int s, int n) { return IS_CAUSAL ? s + 1 : start(s, n) + K; }
+  static __device__ __forceinline__ Span keys(int s, int n) { return {max(start(s, n), 0), end(s, n)}; }
 
   // The queries whose windows hold a key: an interval too, since neither end of a window ever moves back.
-  static __device__ Span queries(int key, int n) {
+  static __device__ __forceinline__ Span queries(int key, int n) {
     int first, last_group;
     if (IS_CAUSAL) {
       first = key;
@@ -81,22 +81,22 @@ struct Submap {
 };
 
 // Takes the next digit of a mixed-radix number.
-__device__ inline int take(long long& index, int radix) {
+__device__ __forceinline__ int take(long long& index, int radix) {
   const long long rest = index / radix;
   const int digit = static_cast<int>(index - rest * radix);
   index = rest;
   return digit;
 }
 
-__device__ inline int longest_class(const Params& p, int axis) {
+__device__ __forceinline__ int longest_class(const Params& p, int axis) {
   return (p.length[axis] + p.dilation[axis] - 1) / p.dilation[axis];
 }
 
-__device__ inline int count_pieces(int tokens, int size) { return (tokens + size - 1) / size; }
+__device__ __forceinline__ int count_pieces(int tokens, int size) { return (tokens + size - 1) / size; }
 
 // Cuts each axis of each residue class into pieces of the given sizes: the index-th piece of a head, whose first tokens
 // are written to `at`. False if the piece lies beyond a class that is shorter than the longest.
-__device__ inline bool locate(const Params& p, long long index, const int (&size)[3], Submap& map, int (&at)[3]) {
+__device__ __forceinline__ bool locate(const Params& p, long long index, const int (&size)[3], Submap& map, int (&at)[3]) {
 #pragma unroll
   for (int i = 2; i >= 0; --i) {
     at[i] = take(index, count_pieces(longest_class(p, i), size[i])) * size[i];
@@ -113,7 +113,7 @@ struct Rows {
   T* base;
   long long step[3];
 
-  __device__ Rows(const Params& p, TensorName name, const Submap& map) {
+  __device__ __forceinline__ Rows(const Params& p, TensorName name, const Submap& map) {
     const TensorView& view = p.tensors[name];
     long long offset = map.batch * view.batch + map.head * view.head;
 #pragma unroll
@@ -123,11 +123,11 @@ struct Rows {
     }
     base = reinterpret_cast<T*>(view.data) + offset;
   }
-  __device__ T* at(int z, int y, int x) const { return base + z * step[0] + y * step[1] + x * step[2]; }
+  __device__ __forceinline__ T* at(int z, int y, int x) const { return base + z * step[0] + y * step[1] + x * step[2]; }
 };
 
 // Which part of a head's work the block does, where the gradient of rpb is summed: pieces [first, end).
-__device__ inline void share_of(const Params& p, int part, long long& first, long long& end) {
+__device__ __forceinline__ void share_of(const Params& p, int part, long long& first, long long& end) {
   first = p.pieces * part / p.parts;
   end = p.pieces * (part + 1) / p.parts;
 }

@@ -53,7 +53,7 @@ constexpr int PITCH = IS_POWER ? PIECES : PIECES | 1;  // pieces from one column
 // The 8 rows of a matrix, wherever they begin, must lie in different banks: by an odd pitch, or by an exchange of pieces.
 constexpr int SWIZZLE_MASK = !IS_POWER ? 0 : PIECES < 8 ? PIECES - 1 : 7;
 constexpr int SWIZZLE_SHIFT = !IS_POWER || PIECES >= 8 ? 0 : PIECES == 4 ? 1 : PIECES == 2 ? 2 : 3;
-__device__ inline int swizzle(int column) { return (column >> SWIZZLE_SHIFT) & SWIZZLE_MASK; }
+__device__ __forceinline__ int swizzle(int column) { return (column >> SWIZZLE_SHIFT) & SWIZZLE_MASK; }
 
 constexpr int STAGE_TOKENS = STAGE_ROWS * COLUMNS;
 constexpr int BUFFERS = IS_STAGED ? 2 : 1;
@@ -75,13 +75,13 @@ constexpr int TABLE_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = TABLE_AT + TABLE_
 constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES;
 static_assert(SHARED_BYTES == WARPS_AT + WARPS * WARP_BYTES, "cuda_tiles.py counts otherwise");
 
-__device__ inline float minus_infinity() { return __uint_as_float(0xff800000); }
-__device__ inline int lane_index() { return threadIdx.x % 32; }
-__device__ inline int warp_index() { return threadIdx.x / 32; }
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000); }
+__device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
 
-__device__ inline Span columns_z(int s, int n) { return INVERSE ? WindowsZ::queries(s, n) : WindowsZ::keys(s, n); }
-__device__ inline Span columns_y(int s, int n) { return INVERSE ? WindowsY::queries(s, n) : WindowsY::keys(s, n); }
-__device__ inline Span columns_x(int s, int n) { return INVERSE ? WindowsX::queries(s, n) : WindowsX::keys(s, n); }
+__device__ __forceinline__ Span columns_z(int s, int n) { return INVERSE ? WindowsZ::queries(s, n) : WindowsZ::keys(s, n); }
+__device__ __forceinline__ Span columns_y(int s, int n) { return INVERSE ? WindowsY::queries(s, n) : WindowsY::keys(s, n); }
+__device__ __forceinline__ Span columns_x(int s, int n) { return INVERSE ? WindowsX::queries(s, n) : WindowsX::keys(s, n); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The block's tile and its columns
@@ -97,7 +97,7 @@ struct BlockTile {
   Span z, y, x;  // columns
   int segments, rows;
 
-  __device__ bool locate(const Params& p, long long piece, int head) {
+  __device__ __forceinline__ bool locate(const Params& p, long long piece, int head) {
     map.head = head;
     if (!natten::locate(p, piece, {TILE_Z, TILE_Y, TILE_X}, map, at)) return false;
     const int *n = map.n;
@@ -109,7 +109,7 @@ struct BlockTile {
     return true;
   }
   // Where a row of columns lies.
-  __device__ Place place(int row) const {
+  __device__ __forceinline__ Place place(int row) const {
     if (RANK == 1) return {0, 0, IS_SEGMENTED ? row : 0};
     const int segment = IS_SEGMENTED ? row % segments : 0;
     if (IS_SEGMENTED) row /= segments;
@@ -117,13 +117,13 @@ struct BlockTile {
     const int height = y.end - y.first;
     return {z.first + row / height, y.first + row % height, segment};
   }
-  __device__ int row_of(const Place& at) const {
+  __device__ __forceinline__ int row_of(const Place& at) const {
     return ((at.z - z.first) * (y.end - y.first) + at.y - y.first) * segments + at.segment;
   }
 };
 
 // Copies a stage of columns of two tensors, in the background; zeros where there are none.
-__device__ inline void copy_columns(const BlockTile& tile, int first_row, const Rows<const Storage>& one,
+__device__ __forceinline__ void copy_columns(const BlockTile& tile, int first_row, const Rows<const Storage>& one,
                                     const Rows<const Storage>& two, char* buffer) {
   for (int i = threadIdx.x; i < STAGE_TOKENS * PIECES; i += TILE_THREADS) {
     const int piece = i % PIECES, token = i / PIECES, row = first_row + token / COLUMNS;
@@ -152,11 +152,11 @@ struct Unit {
   int first_column;        // in a row of shared memory
   int first_x;             // where that is, in segment 0
 
-  __device__ int token_y(int half) const { return RANK > 1 ? y + half : 0; }
-  __device__ int token_x(int row) const { return RANK > 1 ? x + row % 8 : x + row; }
+  __device__ __forceinline__ int token_y(int half) const { return RANK > 1 ? y + half : 0; }
+  __device__ __forceinline__ int token_x(int row) const { return RANK > 1 ? x + row % 8 : x + row; }
 
   // False, for the whole warp, if the unit has no tokens.
-  __device__ bool locate(const BlockTile& tile, int index) {
+  __device__ __forceinline__ bool locate(const BlockTile& tile, int index) {
     const int* n = tile.map.n;
     x = tile.at[2] + index % UNITS_X * UNIT_X, index /= UNITS_X;
     y = tile.at[1] + index % UNITS_Y * UNIT_Y, z = tile.at[0] + index / UNITS_Y;
@@ -185,7 +185,7 @@ struct Unit {
     end_row = tile.row_of({z_span.end - 1, ys.end - 1, segment_span.end - 1}) + 1;
     return true;
   }
-  __device__ bool sees(const Place& at, int half) const {
+  __device__ __forceinline__ bool sees(const Place& at, int half) const {
     return z_span.holds(at.z) && y_span[half].holds(at.y) && segment_span.holds(at.segment);
   }
 };
@@ -195,7 +195,7 @@ template <class T>
 struct UnitRows {
   T* row[2];
 
-  __device__ UnitRows(const Rows<T>& rows, const Unit& unit) {
+  __device__ __forceinline__ UnitRows(const Rows<T>& rows, const Unit& unit) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       row[half] = unit.is_there[half]
@@ -203,7 +203,7 @@ struct UnitRows {
                       : nullptr;
   }
   // Fragment A of a step of 16 elements (8 in the last if head_dim is odd in that).
-  __device__ void fragment(int step, unsigned (&a)[4]) const {
+  __device__ __forceinline__ void fragment(int step, unsigned (&a)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int item = step * 16 + i / 2 * 8 + lane_index() % 4 * 2;
@@ -219,12 +219,12 @@ struct Fragments {
   UnitRows<const Storage> rows;
   unsigned kept[IS_KEPT ? STEPS : 1][4];
 
-  __device__ Fragments(const Rows<const Storage>& tensor, const Unit& unit) : rows(tensor, unit) {
+  __device__ __forceinline__ Fragments(const Rows<const Storage>& tensor, const Unit& unit) : rows(tensor, unit) {
     if (IS_KEPT)
 #pragma unroll
       for (int step = 0; step < STEPS; ++step) rows.fragment(step, kept[IS_KEPT ? step : 0]);
   }
-  __device__ void get(int step, unsigned (&a)[4]) const {
+  __device__ __forceinline__ void get(int step, unsigned (&a)[4]) const {
     if (!IS_KEPT) return rows.fragment(step, a);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = kept[IS_KEPT ? step : 0][i];
@@ -232,7 +232,7 @@ struct Fragments {
 };
 
 // out[16][8 * ROW_BLOCKS] = the unit's rows times a row of columns that begins at `token`.
-__device__ inline void multiply_columns(const Fragments& left, const char* columns, int token,
+__device__ __forceinline__ void multiply_columns(const Fragments& left, const char* columns, int token,
                                         float (&out)[ROW_BLOCKS][4]) {
   const int lane = lane_index();
 #pragma unroll
@@ -271,7 +271,7 @@ __device__ inline void multiply_columns(const Fragments& left, const char* colum
 
 // sum[16][8 * SLICE] += weights[16][16], two blocks of a chunk, times the columns of these blocks; `token` is this lane's
 // column, that of block 0 for lanes 0 to 7 and 16 to 23, of block 1 for the others.
-__device__ inline void add_columns(const unsigned (&weights)[4], const char* columns, int token, int first_piece,
+__device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const char* columns, int token, int first_piece,
                                    float (&sum)[SLICE][4]) {
   const int lane = lane_index(), exchange = swizzle(token);
   const char* row = columns + token * (PITCH * 16);
@@ -291,12 +291,12 @@ __device__ inline void add_columns(const unsigned (&weights)[4], const char* col
 }
 
 // Two blocks of a chunk as the left operand of add_columns.
-__device__ inline void pack_blocks(const float (&one)[4], const float (&two)[4], unsigned (&a)[4]) {
+__device__ __forceinline__ void pack_blocks(const float (&one)[4], const float (&two)[4], unsigned (&a)[4]) {
   a[0] = pack(one[0], one[1]), a[1] = pack(one[2], one[3]), a[2] = pack(two[0], two[1]), a[3] = pack(two[2], two[3]);
 }
 
 // Writes a unit's result, by way of the warp's shared memory so that each thread writes 16 bytes.
-__device__ inline void store_unit(const float (&sum)[SLICE][4], const float (&factor)[2], const Rows<Storage>& to,
+__device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const float (&factor)[2], const Rows<Storage>& to,
                                   const Unit& unit, const BlockTile& tile, int first_piece, char* shared) {
   const int lane = lane_index();
   unsigned* words = reinterpret_cast<unsigned*>(shared);
@@ -323,7 +323,7 @@ __device__ inline void store_unit(const float (&sum)[SLICE][4], const float (&fa
 // ---------------------------------------------------------------------------------------------------------------------
 
 // The bias table of a head times log2(e), with its margins.
-__device__ inline void copy_table(const Params& p, int head, char* shared) {
+__device__ __forceinline__ void copy_table(const Params& p, int head, char* shared) {
   float* table = reinterpret_cast<float*>(shared + TABLE_AT);
   if (TABLE_BYTES)
     for (int i = threadIdx.x; i < TABLE_BYTES / 4; i += TILE_THREADS) {
@@ -336,22 +336,22 @@ __device__ inline void copy_table(const Params& p, int head, char* shared) {
 // one after another; on maps of several axes the second half sees, of the table, what the first saw a row before.
 class UnitBias {
  public:
-  __device__ UnitBias(const Params& p, int head, const char* shared, const Unit& unit)
+  __device__ __forceinline__ UnitBias(const Params& p, int head, const char* shared, const Unit& unit)
       : unit_(unit), shared_(reinterpret_cast<const float*>(shared + TABLE_AT) + MARGIN),
         table_(HAS_RPB ? p.rpb + head * static_cast<long long>(TABLE) : nullptr) {
     if (!IS_SEGMENTED) mask_columns(0);
   }
 
   // Where a row of columns begins in the table, for the first half.
-  __device__ int entry_of_row(const Place& at) const {
+  __device__ __forceinline__ int entry_of_row(const Place& at) const {
     return ((SIGN * (at.z - unit_.z) + KERNEL_Z - 1) * TABLE_Y + SIGN * (at.y - unit_.y) + KERNEL_Y - 1) * TABLE_X;
   }
   // The same for its first column and the unit's first token.
-  __device__ int entry_of_corner(int segment) const {
+  __device__ __forceinline__ int entry_of_corner(int segment) const {
     return SIGN * (unit_.first_x + segment * COLUMNS - unit_.x) + KERNEL_X - 1;
   }
 
-  __device__ void get(const Place& at, float (&bias)[ROW_BLOCKS][4]) {
+  __device__ __forceinline__ void get(const Place& at, float (&bias)[ROW_BLOCKS][4]) {
     if (IS_SEGMENTED) mask_columns(at.segment);
     if (!HAS_RPB) {
 #pragma unroll
@@ -385,7 +385,7 @@ class UnitBias {
   float mask_[ROW_BLOCKS][RANK > 1 ? 2 : 4], before_[ROW_BLOCKS][2];
   int held_ = -(1 << 30);
 
-  __device__ void mask_columns(int segment) {
+  __device__ __forceinline__ void mask_columns(int segment) {
     const int x = unit_.first_x + segment * COLUMNS + lane_index() % 4 * 2;
     // On maps of several axes both halves have the same x; where only the second has tokens there is no unit.
 #pragma unroll
@@ -394,11 +394,11 @@ class UnitBias {
       mask_[block][item] = unit_.x_span[item / 2].holds(x + block * 8 + item % 2) ? 0.f : minus_infinity();
     }
   }
-  __device__ float entry(int index) const {
+  __device__ __forceinline__ float entry(int index) const {
     if (TABLE_BYTES) return shared_[index];
     return table_[min(max(index, 0), TABLE - 1)] * LOG2_E;
   }
-  __device__ void load(int index) {
+  __device__ __forceinline__ void load(int index) {
 #pragma unroll
     for (int i = 0; i < ROW_BLOCKS * 2; ++i)
       before_[i / 2][i % 2] = entry(index + SIGN * (i / 2 * 8 + i % 2)) + mask_[i / 2][i % 2];
@@ -415,7 +415,7 @@ struct Chunk {
   bool is_seen[CHUNK_ROWS][2];  // by each half
   int token[CHUNK_ROWS];        // where the unit's columns of a row begin in shared memory
 
-  __device__ Chunk(const BlockTile& tile, const Unit& unit, int first, int end, int stage_first) {
+  __device__ __forceinline__ Chunk(const BlockTile& tile, const Unit& unit, int first, int end, int stage_first) {
 #pragma unroll
     for (int r = 0; r < CHUNK_ROWS; ++r) {
       const int row = min(first + r, end - 1);
@@ -425,12 +425,12 @@ struct Chunk {
       token[r] = (row - stage_first) * COLUMNS + unit.first_column;
     }
   }
-  __device__ bool is_used(int r) const { return is_seen[r][0] || is_seen[r][1]; }
+  __device__ __forceinline__ bool is_used(int r) const { return is_seen[r][0] || is_seen[r][1]; }
   // Whether any column of blocks 2 * pair and the next is in use, and this lane's column of them for add_columns.
-  __device__ bool is_pair_used(int pair) const {
+  __device__ __forceinline__ bool is_pair_used(int pair) const {
     return is_used(2 * pair / ROW_BLOCKS) || is_used((2 * pair + 1) / ROW_BLOCKS);
   }
-  __device__ int pair_token(int pair) const {
+  __device__ __forceinline__ int pair_token(int pair) const {
     const int one = 2 * pair, two = one + 1;
     const int first = token[one / ROW_BLOCKS] + one % ROW_BLOCKS * 8;
     const int second = token[two / ROW_BLOCKS] + two % ROW_BLOCKS * 8;
@@ -441,7 +441,7 @@ struct Chunk {
 // Makes a Work of each unit of this warp, by make(unit); calls its add(chunk, buffer) for each chunk of the unit's columns,
 // and finish(). copy(first_row, buffer) brings a stage of columns to shared memory.
 template <class Work, class Copy, class Make>
-__device__ inline void walk(const BlockTile& tile, char* shared, Copy copy, Make make) {
+__device__ __forceinline__ void walk(const BlockTile& tile, char* shared, Copy copy, Make make) {
   const int stages = IS_STAGED ? (tile.rows + STAGE_ROWS - 1) / STAGE_ROWS : 1;
   copy(0, shared);
 #pragma unroll 1
