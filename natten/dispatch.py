@@ -28,7 +28,11 @@ from torch import Tensor
 
 from natten.backends import cpu, cuda, reference
 
-LADDER: tuple[ModuleType, ...] = (cpu, cuda, reference)  # the fastest first; the reference, which takes every call, last
+LADDER: tuple[ModuleType, ...] = (
+    cpu,
+    cuda,
+    reference,
+)  # the fastest first; the reference, which takes every call, last
 NAMES = tuple(module.NAME for module in LADDER)
 
 log = logging.getLogger("natten")

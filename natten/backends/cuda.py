@@ -304,25 +304,26 @@ class _Planner:
     # Kinds
 
     def attention(self) -> None:
-        if self._has_matrix_instructions():
-            tile = self._tile("forward")
-            self._add_tiled("attention_tiles.cu", "natten_attention_tiles", tile, self._pieces(tile.size))
-        else:
+        tile = self._tile("forward")
+        if tile is None:
             self._add_group("attention.cu", "natten_attention")
+        else:
+            self._add_tiled("attention_tiles.cu", "natten_attention_tiles", tile, self._pieces(tile.size))
 
     def attention_backward(self) -> None:
-        if self._has_matrix_instructions():
-            tile = self._tile("grad_query")
-            pieces = self._pieces(tile.size)
-            parts = self._parts(pieces) if self.has_rpb else pieces
-            self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", tile, parts)
-            tile = self._tile("grad_key_value")
-            self._add_tiled("grad_key_value_tiles.cu", "natten_grad_key_value_tiles", tile, self._pieces(tile.size))
+        query_tile, key_tile = self._tile("grad_query"), self._tile("grad_key_value")
+        is_tiled = query_tile is not None and key_tile is not None
+        pieces = self._pieces(query_tile.size if is_tiled else self._group_size())
+        parts = self._parts(pieces) if self.has_rpb else pieces
+        if is_tiled:
+            self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", query_tile, parts)
+            pieces = self._pieces(key_tile.size)
+            self._add_tiled("grad_key_value_tiles.cu", "natten_grad_key_value_tiles", key_tile, pieces)
         else:
-            parts = self._parts(self._pieces(self._group_size())) if self.has_rpb else None
             self._add_group("attention_backward.cu", "natten_grad_query", parts)
             self._add_group("attention_backward.cu", "natten_grad_key_value")
-        self._add_sum(parts)
+        if self.has_rpb:
+            self._add_sum(parts)
 
     def query_key(self) -> None:
         self._add_group("halves.cu", "natten_query_key")
@@ -344,12 +345,11 @@ class _Planner:
 
     # Launches
 
-    def _has_matrix_instructions(self) -> bool:
+    def _tile(self, kind: str) -> Tile | None:
+        """The tile of a kernel with matrix instructions; None where there are none for the dtype and GPU."""
         gpu = _properties(self.device)
-        return self.element != 0 and (gpu.major, gpu.minor) >= MATRIX_CAPABILITY
-
-    def _tile(self, kind: str) -> Tile:
-        gpu = _properties(self.device)
+        if self.element == 0 or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
+            return None
         return choose_tile(
             kind,
             self.axes,
@@ -387,9 +387,7 @@ class _Planner:
         kernel = Kernel(source, name, definitions, tile.threads, tile.shared_bytes)
         self._add(kernel, parts * tile.slices, self._pieces(tile.size), parts)
 
-    def _add_sum(self, parts: int | None) -> None:
-        if not self.has_rpb:
-            return
+    def _add_sum(self, parts: int) -> None:
         self.partial = self.heads * parts * self.table
         kernel = Kernel("sum_parts.cu", "natten_sum_parts", self._definitions(), _SUM_THREADS)
         self._add(kernel, -(-self.table // _SUM_ENTRIES), 0, parts)
@@ -406,7 +404,9 @@ class _Planner:
         )
         blocks = blocks_per_head * self.heads
         if blocks >= 2**31:
-            raise ValueError(f"the problem takes {blocks} blocks, but a GPU launches fewer than 2**31: split the batch.")
+            raise ValueError(
+                f"the problem takes {blocks} blocks, but a GPU launches fewer than 2**31: split the batch."
+            )
         self.steps.append(Step(kernel, blocks, parameters))
 
     def _definitions(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ should take the least time is taken, by the bytes it brings to shared memory and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from math import ceil, prod
@@ -19,6 +19,8 @@ KINDS = ("forward", "grad_query", "grad_key_value")
 
 _MOST_WARPS = 8
 _MOST_UNITS = 32  # of a tile
+_MOST_ROW_BLOCKS = 8  # of 8 columns, of a row that is held as one
+_LARGE_DIM = 128  # beyond it, rows held as one may be too large
 _SHARED_BYTES = 228 << 10  # of a multiprocessor of the largest chips
 _RESERVED_BYTES = 1 << 10  # of it, for each block
 _MOST_TABLE_BYTES = 64 << 10  # of a bias table in shared memory
@@ -136,8 +138,8 @@ def choose_tile(
     processors: int,
     most_shared_bytes: int,
     is_ordered: bool,
-) -> Tile:
-    """The tile for a kernel.
+) -> Tile | None:
+    """The tile for a kernel; None if none fits.
 
     Args:
         kind: one of KINDS.
@@ -149,8 +151,7 @@ def choose_tile(
         is_ordered: whether rpb's gradient must be the same from run to run.
     """
     chooser = _Chooser(kind, axes, dim, has_rpb, most_shared_bytes, is_ordered)
-    tiles = list(chooser.tiles())
-    return min(tiles, key=lambda tile: chooser.cost(tile, maps, processors))
+    return min(chooser.tiles(), key=lambda tile: chooser.cost(tile, maps, processors), default=None)
 
 
 def _multiple(value: int, of: int) -> int:
@@ -174,17 +175,11 @@ class _Chooser:
         self.has_gradient = has_rpb and kind == "grad_query"
 
     def tiles(self) -> Iterator[Tile]:
-        """All tiles that fit; at least one."""
-        found = False
+        """All tiles that fit."""
         for size in product(*(self._sizes(i) for i in range(3))):
             units = prod(-(-q // u) for q, u in zip(size, self.unit, strict=True))
-            if units > _MOST_UNITS:
-                continue
-            for tile in self._tiles_of_size(size, units):
-                found = True
-                yield tile
-        if not found:
-            raise AssertionError(f"no tile fits {self.axes} with head_dim {self.dim}")
+            if units <= _MOST_UNITS:
+                yield from self._tiles_of_size(size, units)
 
     def _sizes(self, i: int) -> list[int]:
         """Sizes of a tile along an axis: multiples of a unit's, which need not exceed the axis."""
@@ -193,26 +188,40 @@ class _Chooser:
         return list(range(unit, most + 1, unit))
 
     def _tiles_of_size(self, size, units: int) -> Iterator[Tile]:
-        reach = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, size, strict=True)]
-        columns = _multiple(reach[2], 8)
+        for columns, unit_columns, is_segmented in self._columns(size[2]):
+            reach = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, size, strict=True)]
+            rows = reach[0] * reach[1] * (-(-reach[2] // columns))
+            chunk_rows = max(1, min(self.chunk_blocks // (unit_columns // 8), rows))
+            if chunk_rows * unit_columns % 16:
+                chunk_rows += 1
+            for is_staged, stage_rows, warps in self._stages(units, rows, chunk_rows):
+                tile = self._tile(size, columns, unit_columns, is_segmented, chunk_rows, stage_rows, is_staged, warps)
+                if tile.shared_bytes <= self.most_shared_bytes:
+                    yield tile
+
+    def _columns(self, size_x: int) -> Iterator[tuple[int, int, bool]]:
+        """Ways to hold a row of columns: as one, unless it is long, and in segments."""
         unit_columns = _multiple(widest(self.axes[2], self.is_inverse, self.unit[2]), 8)
-        is_segmented = unit_columns > 8 * max(self.chunk_blocks, 8)
-        if is_segmented:
-            columns = unit_columns = 8 * self.chunk_blocks
-        columns = max(columns, unit_columns)
-        rows = reach[0] * reach[1] * (-(-reach[2] // columns))
-        chunk_rows = max(1, min(self.chunk_blocks // (unit_columns // 8), rows))
-        if chunk_rows * unit_columns % 16:
-            chunk_rows += 1
+        if unit_columns <= 8 * _MOST_ROW_BLOCKS:
+            columns = _multiple(widest(self.axes[2], self.is_inverse, size_x), 8)
+            yield max(columns, unit_columns), unit_columns, False
+            if self.dim <= _LARGE_DIM:
+                return
+        segment = 8 * self.chunk_blocks if self.dim <= _LARGE_DIM else 16
+        yield segment, segment, True
+
+    def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[tuple[bool, int, int]]:
+        """Whether columns come in stages, of how many rows, and for how many warps."""
         most_warps = 1 if self._needs_one_warp() else _MOST_WARPS
-        choices = [(False, rows, warps) for warps in range(1, most_warps + 1) if units % warps == 0 or warps == most_warps]
-        if units <= most_warps:
-            stages = [count * chunk_rows for count in _STAGE_CHUNKS if count * chunk_rows < rows]
-            choices = [(False, rows, units), *((True, stage_rows, units) for stage_rows in stages)]
-        for is_staged, stage_rows, warps in choices:
-            tile = self._tile(size, columns, unit_columns, is_segmented, chunk_rows, stage_rows, is_staged, warps)
-            if tile.shared_bytes <= self.most_shared_bytes:
-                yield tile
+        if units > most_warps:
+            for warps in range(1, most_warps + 1):
+                if units % warps == 0 or warps == most_warps:
+                    yield False, rows, warps
+            return
+        yield False, rows, units
+        for chunks in _STAGE_CHUNKS:
+            if chunks * chunk_rows < rows:
+                yield True, chunks * chunk_rows, units
 
     def _needs_one_warp(self) -> bool:
         """Whether warps would add to one table in no certain order."""
@@ -254,7 +263,9 @@ class _Chooser:
 
     def cost(self, tile: Tile, maps: int, processors: int) -> float:
         """About what all tiles of a problem take, in products of a unit; only comparisons count."""
-        tiles = maps * prod(ceil(n / q) * a.dilation for n, q, a in zip(self.longest, tile.size, self.axes, strict=True))
+        tiles = maps * prod(
+            ceil(n / q) * a.dilation for n, q, a in zip(self.longest, tile.size, self.axes, strict=True)
+        )
         reach = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True)]
         unit_reach = [widest(axis, self.is_inverse, u) for axis, u in zip(self.axes, self.unit, strict=True)]
         read = 4 * self.dim * prod(reach) + 6 * self.dim * prod(tile.size)

@@ -26,7 +26,11 @@ from natten.backends import cuda
 from natten.compiler import find_compilers
 
 HEADER = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-fno-gnu-unique", "-fvisibility=hidden", "-w", "-DNATTEN_EMULATION")
+FLAGS = (
+    *("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-DNATTEN_EMULATION"),
+    # Each library has its own machine, whatever others are loaded.
+    *("-fno-gnu-unique", "-fvisibility=hidden", "-fno-strict-aliasing"),
+)
 
 _folder = tempfile.TemporaryDirectory(prefix="natten-emulation-")
 
@@ -77,9 +81,9 @@ class Emulator:
         run(nvrtc.SOURCES / kernel.source, kernel, blocks, parameters, self.seed)
 
 
-def gpu_properties(capability: tuple[int, int]) -> SimpleNamespace:
+def gpu_properties(capability: tuple[int, int], shared_bytes: int | None = None) -> SimpleNamespace:
     """What the backend asks of a GPU: that of an H200, or of a smaller one."""
-    shared_bytes = {7: 64 << 10, 8: 163 << 10}.get(capability[0], 227 << 10)
+    shared_bytes = shared_bytes or {7: 64 << 10, 8: 163 << 10}.get(capability[0], 227 << 10)
     major, minor = capability
     return SimpleNamespace(
         major=major, minor=minor, multi_processor_count=132, shared_memory_per_block_optin=shared_bytes
@@ -87,12 +91,14 @@ def gpu_properties(capability: tuple[int, int]) -> SimpleNamespace:
 
 
 @contextlib.contextmanager
-def emulated_gpu(capability: tuple[int, int] = (9, 0), seed: int = 0) -> Iterator[Emulator]:
-    """Lets backend="cuda" take tensors in ordinary memory, as if on a GPU of that compute capability."""
+def emulated_gpu(
+    capability: tuple[int, int] = (9, 0), seed: int = 0, shared_bytes: int | None = None
+) -> Iterator[Emulator]:
+    """Lets backend="cuda" take tensors in ordinary memory, as if on a GPU of that compute capability and memory."""
     emulator = Emulator(seed)
     with (
         mock.patch.object(cuda, "refuses", lambda query: None),
-        mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability)),
+        mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability, shared_bytes)),
         mock.patch.object(cuda_driver, "launch", emulator.launch),
         mock.patch.object(cuda, "_plan", cuda._plan.__wrapped__),
     ):
