@@ -196,7 +196,7 @@ class _Chooser:
                 chunk_rows += 1
             for is_staged, stage_rows, warps in self._stages(units, rows, chunk_rows):
                 tile = self._tile(size, columns, unit_columns, is_segmented, chunk_rows, stage_rows, is_staged, warps)
-                if tile.shared_bytes <= self.most_shared_bytes:
+                if self._is_fit(tile):
                     yield tile
 
     def _columns(self, size_x: int) -> Iterator[tuple[int, int, bool]]:
@@ -212,10 +212,9 @@ class _Chooser:
 
     def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[tuple[bool, int, int]]:
         """Whether columns come in stages, of how many rows, and for how many warps."""
-        most_warps = 1 if self._needs_one_warp() else _MOST_WARPS
-        if units > most_warps:
-            for warps in range(1, most_warps + 1):
-                if units % warps == 0 or warps == most_warps:
+        if units > _MOST_WARPS:
+            for warps in range(1, _MOST_WARPS + 1):
+                if units % warps == 0 or warps == _MOST_WARPS:
                     yield False, rows, warps
             return
         yield False, rows, units
@@ -223,9 +222,12 @@ class _Chooser:
             if chunks * chunk_rows < rows:
                 yield True, chunks * chunk_rows, units
 
-    def _needs_one_warp(self) -> bool:
-        """Whether warps would add to one table in no certain order."""
-        return self.has_gradient and self.is_ordered and 2 * 4 * self.table > _MOST_GRADIENT_BYTES
+    def _is_fit(self, tile: Tile) -> bool:
+        """Whether it fits the GPU, and no warps add to one table in no certain order where that matters."""
+        is_ordered = tile.warps == 1 or tile.gradient_tables == tile.warps
+        return tile.shared_bytes <= self.most_shared_bytes and (
+            is_ordered or not (self.has_gradient and self.is_ordered)
+        )
 
     def _tile(self, size, columns, unit_columns, is_segmented, chunk_rows, stage_rows, is_staged, warps) -> Tile:
         pitch = self.pieces if self.pieces & (self.pieces - 1) == 0 else self.pieces | 1
