@@ -9,6 +9,8 @@ import ctypes
 import functools
 import os
 import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -63,6 +65,23 @@ def launch(kernel: Kernel, blocks: int, parameters: ctypes.Array, device: int) -
         _check(result)
 
 
+def prepare(kernels: Sequence[Kernel], device: int) -> None:
+    """Compiles all kernels of a problem at a time that are not loaded yet, rather than one after another.
+
+    Raises:
+        nvrtc.Unavailable: if one cannot be compiled.
+    """
+    missing = [kernel for kernel in kernels if (device, kernel) not in _functions]
+    if len(missing) < 2 or torch.cuda.is_current_stream_capturing():
+        return
+    capability = torch.cuda.get_device_capability(device)
+    with ThreadPoolExecutor(len(missing)) as pool:
+        codes = pool.map(lambda kernel: nvrtc.machine_code(kernel.source, kernel.definitions, capability), missing)
+        with _Context(device):
+            for kernel, code in zip(missing, codes, strict=True):
+                _load(kernel, device, code)
+
+
 def _check(result: tuple):
     status, *values = result
     if int(status):
@@ -79,7 +98,7 @@ _functions: dict[tuple[int, Kernel], object] = {}
 _lock = threading.Lock()
 
 
-def _load(kernel: Kernel, device: int):
+def _load(kernel: Kernel, device: int, code: bytes | None = None):
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA kernel of natten must be compiled or loaded, which cannot be captured in a graph: run once before "
@@ -88,7 +107,9 @@ def _load(kernel: Kernel, device: int):
     with _lock:
         found = _functions.get((device, kernel))
         if found is None:
-            code = nvrtc.machine_code(kernel.source, kernel.definitions, torch.cuda.get_device_capability(device))
+            if code is None:
+                capability = torch.cuda.get_device_capability(device)
+                code = nvrtc.machine_code(kernel.source, kernel.definitions, capability)
             module = _check(bindings().cuModuleLoadData(code))
             found = _check(bindings().cuModuleGetFunction(module, kernel.name.encode()))
             if kernel.shared_bytes > _DEFAULT_SHARED_BYTES:

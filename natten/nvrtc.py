@@ -104,15 +104,13 @@ def _content_of_sources() -> bytes:
 
 
 def _compile_and_keep(source: str, options: Sequence[str], path: Path) -> bytes:
+    # Without a lock: compiling takes about a second, and several threads compile the kernels of a problem at a time.
     cache.make(path.parent)
-    with cache.lock(path.parent):
-        code = cache.read(path)  # another process may just have made it
-        if code is None:
-            code = compile_source(source, options)
-            with cache.scratch() as folder:
-                (folder / path.name).write_bytes(code)
-                cache.store(folder / path.name, path)
-        return code
+    code = compile_source(source, options)
+    with cache.scratch() as folder:
+        (folder / path.name).write_bytes(code)
+        cache.store(folder / path.name, path)
+    return code
 
 
 def compile_source(source: str, options: Sequence[str]) -> bytes:

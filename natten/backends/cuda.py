@@ -234,6 +234,8 @@ def _run(kind: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     for place, x in enumerate((table, partial, grad_rpb), start=_TABLES):
         if x is not None:
             addresses.append((place, x.data_ptr()))
+    if len(plan.steps) > 1:
+        cuda_driver.prepare([step.kernel for step in plan.steps], shaped.device.index)
     for step in plan.steps:
         parameters = (ctypes.c_int64 * (_PARAMS.size // 8)).from_buffer_copy(step.parameters)
         for place, address in addresses:

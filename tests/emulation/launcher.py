@@ -100,6 +100,7 @@ def emulated_gpu(
         mock.patch.object(cuda, "refuses", lambda query: None),
         mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability, shared_bytes)),
         mock.patch.object(cuda_driver, "launch", emulator.launch),
+        mock.patch.object(cuda_driver, "prepare", lambda kernels, device: None),
         mock.patch.object(cuda, "_plan", cuda._plan.__wrapped__),
     ):
         yield emulator

@@ -298,6 +298,13 @@ class LaunchTest(unittest.TestCase):
         self.launch(0)  # loaded already
         self.assertEqual(self.driver.cuLaunchKernel.call_count, 2)
 
+    def test_kernels_of_a_problem_are_compiled_once_each(self):
+        other = self.kernel._replace(name="natten_grad_query")
+        for _ in range(2):
+            cuda_driver.prepare([self.kernel, other], 0)
+        self.launch(0)
+        self.assertEqual((self.code.call_count, self.driver.cuModuleLoadData.call_count), (2, 2))
+
     def test_a_failing_driver_is_told(self):
         self.driver.cuLaunchKernel.return_value = (1,)
         self.driver.cuGetErrorString.return_value = (0, b"invalid argument")
