@@ -30,10 +30,16 @@ _STAGE_COST = 60.0  # of waiting for a stage, in the time of products of a warp
 # What a unit of 16 tokens and 8 columns costs beside products over 16 of head_dim, in their time.
 _ELEMENTWISE_COST = {"forward": 6.0, "grad_query": 10.0, "grad_key_value": 9.0}
 _PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}
-_CHUNK_BLOCKS = {"forward": 8, "grad_query": 4, "grad_key_value": 4}  # of 8 columns, at a time, for small head_dim
+_CHUNK_BLOCKS = {"forward": 8, "grad_query": 4, "grad_key_value": 2}  # of 8 columns, at a time, for small head_dim
 _MOST_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}
-# Warps of a multiprocessor, up to a head_dim: with 128, 168 and 255 registers a thread.
-_RESIDENT_WARPS = ((32, 16), (64, 12), (256, 8))
+# Warps of a multiprocessor, up to a head_dim, so that registers are not spilled: 16 have 128 each, 12 have 168, 8 have
+# 255 of them. Fewer on maps of three axes, and where a gradient's chunks are large.
+_RESIDENT_WARPS = {
+    "forward": ((64, 16), (256, 8)),
+    "grad_query": ((32, 16), (64, 12), (256, 8)),
+    "grad_key_value": ((32, 16), (64, 12), (256, 8)),
+}
+_MOST_RESIDENT_3D, _MOST_RESIDENT_OF_LARGE_CHUNKS = 12, 8
 _BYTES_PER_PRODUCT = 20.0  # brought to shared memory in the time of one product of a unit, 16 x 8 x 16
 
 
@@ -170,8 +176,8 @@ class _Chooser:
         self.pieces = dim // 8
         self.slices = -(-dim // _MOST_SLICE_DIM[kind])
         self.slice_pieces = -(-self.pieces // self.slices)
-        self.chunk_blocks = _CHUNK_BLOCKS[kind] if dim <= 32 else max(_CHUNK_BLOCKS[kind] // 2, 4)
-        self.most_resident_warps = next(warps for most, warps in _RESIDENT_WARPS if dim <= most)
+        self.chunk_blocks = _CHUNK_BLOCKS[kind] if dim <= 32 else max(_CHUNK_BLOCKS[kind] // 2, 2)
+        self.most_resident_warps = next(warps for most, warps in _RESIDENT_WARPS[kind] if dim <= most)
         self.has_gradient = has_rpb and kind == "grad_query"
 
     def tiles(self) -> Iterator[Tile]:
@@ -207,7 +213,7 @@ class _Chooser:
             yield max(columns, unit_columns), unit_columns, False
             if self.dim <= _LARGE_DIM:
                 return
-        segment = 8 * self.chunk_blocks if self.dim <= _LARGE_DIM else 16
+        segment = 8 * max(self.chunk_blocks, 4) if self.dim <= _LARGE_DIM else 16
         yield segment, segment, True
 
     def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[tuple[bool, int, int]]:
@@ -246,7 +252,10 @@ class _Chooser:
         diagonals = 8 * (_multiple(blocks * 8 + 16, 32) + 8) * 4 if self.has_gradient else 0
         warp = max(16 * (self.slice_pieces + 1) * 16, diagonals)
         shared = (2 if is_staged else 1) * buffer + table * is_table_shared + gradients * one_gradient + warps * warp
-        resident = max(1, min(_SHARED_BYTES // (shared + _RESERVED_BYTES), self.most_resident_warps // warps))
+        most_warps = self.most_resident_warps if self.rank < 3 else min(self.most_resident_warps, _MOST_RESIDENT_3D)
+        if self.kind != "forward" and (is_segmented or chunk_rows * unit_columns > 8 * 4):
+            most_warps = _MOST_RESIDENT_OF_LARGE_CHUNKS
+        resident = max(1, min(_SHARED_BYTES // (shared + _RESERVED_BYTES), most_warps // warps))
         return Tile(
             size=tuple(size),
             columns=columns,

@@ -34,12 +34,12 @@ struct Attend {
         continue;
       }
       float products[ROW_BLOCKS][4], biases[ROW_BLOCKS][4];
-      multiply_columns(query, keys, chunk.token[r], products);
-      bias.get(chunk.place[r], biases);
+      multiply_columns(query, keys, chunk.token(r), products);
+      bias.get(chunk.place(r), biases);
 #pragma unroll
       for (int i = 0; i < ROW_BLOCKS * 4; ++i) {
         const float logit = products[i / 4][i % 4] * scale + biases[i / 4][i % 4];
-        logits[r * ROW_BLOCKS + i / 4][i % 4] = chunk.is_seen[r][i % 4 / 2] ? logit : minus_infinity();
+        logits[r * ROW_BLOCKS + i / 4][i % 4] = chunk.is_seen(r, i % 4 / 2) ? logit : minus_infinity();
       }
     }
   }
@@ -108,8 +108,7 @@ NATTEN_KERNEL(natten_attention_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
   BlockTile tile;
   if (!tile.locate(p, blockIdx.x / p.heads / SLICES, head)) return;
   copy_table(p, head, shared);
-  const Rows<const Storage> key(p, KEY, tile.map), value(p, VALUE, tile.map);
   walk<Attend>(
-      tile, shared, [&](int row, char* buffer) { copy_columns(tile, row, key, value, buffer); },
+      tile, shared, [&](int row, char* buffer) { copy_columns(p, tile, row, KEY, VALUE, buffer); },
       [&](const Unit& unit) { return Attend(p, tile, unit, shared, slice); });
 }

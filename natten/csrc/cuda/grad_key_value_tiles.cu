@@ -36,18 +36,18 @@ struct DifferentiateKey {
         continue;
       }
       float products[ROW_BLOCKS][4], grad_weights[ROW_BLOCKS][4], biases[ROW_BLOCKS][4];
-      multiply_columns(key, buffer, chunk.token[r], products);
-      multiply_columns(value, buffer + COLUMN_BYTES, chunk.token[r], grad_weights);
-      bias.get(chunk.place[r], biases);
+      multiply_columns(key, buffer, chunk.token(r), products);
+      multiply_columns(value, buffer + COLUMN_BYTES, chunk.token(r), grad_weights);
+      bias.get(chunk.place(r), biases);
 #pragma unroll
       for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
         const int block = i / 2;
-        const float2 query = statistics[chunk.token[r] + block * 8 + lane_index() % 4 * 2 + i % 2];
+        const float2 query = statistics[chunk.token(r) + block * 8 + lane_index() % 4 * 2 + i % 2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int item = 2 * half + i % 2;
           const float logit = products[block][item] * scale + (biases[block][item] - query.x);
-          const float weight = chunk.is_seen[r][half] ? exp2_fast(logit) : 0.f;
+          const float weight = chunk.is_seen(r, half) ? exp2_fast(logit) : 0.f;
           weights[r * ROW_BLOCKS + block][item] = weight;
           grads[r * ROW_BLOCKS + block][item] = weight * (grad_weights[block][item] - query.y);
         }
@@ -72,8 +72,8 @@ struct DifferentiateKey {
 };
 
 // Brings the logsumexp, times log2(e), and delta of a stage's queries to shared memory.
-__device__ __forceinline__ void copy_statistics(const BlockTile& tile, int first_row, const Rows<const float>& lse,
-                                       const Rows<const float>& delta, char* buffer) {
+__device__ __forceinline__ void copy_statistics(const Params& p, const BlockTile& tile, int first_row, char* buffer) {
+  const Rows<const float> lse(p, LSE, tile.map), delta(p, DELTA, tile.map);
   float2* statistics = reinterpret_cast<float2*>(buffer + 2 * COLUMN_BYTES);
   for (int token = threadIdx.x; token < STAGE_TOKENS; token += TILE_THREADS) {
     const int row = first_row + token / COLUMNS;
@@ -93,13 +93,11 @@ NATTEN_KERNEL(natten_grad_key_value_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
   BlockTile tile;
   if (!tile.locate(p, blockIdx.x / p.heads / SLICES, head)) return;
   copy_table(p, head, shared);
-  const Rows<const Storage> query(p, QUERY, tile.map), grad_out(p, GRAD_OUT, tile.map);
-  const Rows<const float> lse(p, LSE, tile.map), delta(p, DELTA, tile.map);
   walk<DifferentiateKey>(
       tile, shared,
       [&](int row, char* buffer) {
-        copy_columns(tile, row, query, grad_out, buffer);
-        copy_statistics(tile, row, lse, delta, buffer);
+        copy_columns(p, tile, row, QUERY, GRAD_OUT, buffer);
+        copy_statistics(p, tile, row, buffer);
       },
       [&](const Unit& unit) { return DifferentiateKey(p, tile, unit, shared, slice); });
 }

@@ -130,19 +130,19 @@ struct DifferentiateQuery {
         for (int i = 0; i < ROW_BLOCKS * 4; ++i) grads[r * ROW_BLOCKS + i / 4][i % 4] = 0;
         continue;
       }
-      multiply_columns(query, buffer, chunk.token[r], products);
-      multiply_columns(grad_out, buffer + COLUMN_BYTES, chunk.token[r], grad_weights);
-      bias.get(chunk.place[r], biases);
+      multiply_columns(query, buffer, chunk.token(r), products);
+      multiply_columns(grad_out, buffer + COLUMN_BYTES, chunk.token(r), grad_weights);
+      bias.get(chunk.place(r), biases);
 #pragma unroll
       for (int i = 0; i < ROW_BLOCKS * 4; ++i) {
         const int block = i / 4, item = i % 4, half = item / 2;
         const float logit = products[block][item] * scale + (biases[block][item] - lse[half]);
-        const float weight = chunk.is_seen[r][half] ? exp2_fast(logit) : 0.f;
+        const float weight = chunk.is_seen(r, half) ? exp2_fast(logit) : 0.f;
         products[block][item] = grads[r * ROW_BLOCKS + block][item] =
             weight * (grad_weights[block][item] - delta[half]);
       }
       if (HAS_GRADIENT && first_piece == 0) {
-        const Place& at = chunk.place[r];
+        const Place at = chunk.place(r);
         gradient.add(bias.entry_of_row(at), bias.entry_of_corner(at.segment), products);
       }
     }
@@ -202,9 +202,8 @@ NATTEN_KERNEL(natten_grad_query_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
   for (long long piece = first; piece < end; ++piece) {
     BlockTile tile;
     if (!tile.locate(p, piece, head)) continue;
-    const Rows<const Storage> key(p, KEY, tile.map), value(p, VALUE, tile.map);
     walk<DifferentiateQuery>(
-        tile, shared, [&](int row, char* buffer) { copy_columns(tile, row, key, value, buffer); },
+        tile, shared, [&](int row, char* buffer) { copy_columns(p, tile, row, KEY, VALUE, buffer); },
         [&](const Unit& unit) { return DifferentiateQuery(p, tile, unit, shared, slice, gradient.of_warp()); });
     __syncthreads();
   }

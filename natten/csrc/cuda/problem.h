@@ -99,6 +99,8 @@ __device__ __forceinline__ int count_pieces(int tokens, int size) { return (toke
 __device__ __forceinline__ bool locate(const Params& p, long long index, const int (&size)[3], Submap& map, int (&at)[3]) {
 #pragma unroll
   for (int i = 2; i >= 0; --i) {
+    at[i] = map.residue[i] = 0, map.n[i] = 1;
+    if (i < 3 - RANK) continue;  // an axis that the compiler need not keep
     at[i] = take(index, count_pieces(longest_class(p, i), size[i])) * size[i];
     map.residue[i] = take(index, p.dilation[i]);
     map.n[i] = (p.length[i] - map.residue[i] + p.dilation[i] - 1) / p.dilation[i];

@@ -118,13 +118,15 @@ struct BlockTile {
     return {z.first + row / height, y.first + row % height, segment};
   }
   __device__ __forceinline__ int row_of(const Place& at) const {
-    return ((at.z - z.first) * (y.end - y.first) + at.y - y.first) * segments + at.segment;
+    const int row = (RANK > 2 ? (at.z - z.first) * (y.end - y.first) : 0) + (RANK > 1 ? at.y - y.first : 0);
+    return IS_SEGMENTED ? row * segments + at.segment : row;
   }
 };
 
 // Copies a stage of columns of two tensors, in the background; zeros where there are none.
-__device__ __forceinline__ void copy_columns(const BlockTile& tile, int first_row, const Rows<const Storage>& one,
-                                    const Rows<const Storage>& two, char* buffer) {
+__device__ __forceinline__ void copy_columns(const Params& p, const BlockTile& tile, int first_row, TensorName first,
+                                             TensorName second, char* buffer) {
+  const Rows<const Storage> one(p, first, tile.map), two(p, second, tile.map);
   for (int i = threadIdx.x; i < STAGE_TOKENS * PIECES; i += TILE_THREADS) {
     const int piece = i % PIECES, token = i / PIECES, row = first_row + token / COLUMNS;
     const Place at = tile.place(row);
@@ -159,17 +161,18 @@ struct Unit {
   __device__ __forceinline__ bool locate(const BlockTile& tile, int index) {
     const int* n = tile.map.n;
     x = tile.at[2] + index % UNITS_X * UNIT_X, index /= UNITS_X;
-    y = tile.at[1] + index % UNITS_Y * UNIT_Y, z = tile.at[0] + index / UNITS_Y;
+    y = tile.at[1] + (RANK > 1 ? index % UNITS_Y * UNIT_Y : 0);
+    z = RANK > 2 ? tile.at[0] + index / UNITS_Y : 0;
     // A tile's last units may lie beyond it, where its size is no multiple of theirs.
     const int end_y = min(tile.at[1] + TILE_Y, n[1]), end_x = min(tile.at[2] + TILE_X, n[2]);
-    if (z >= min(tile.at[0] + TILE_Z, n[0]) || y >= end_y || x >= end_x) return false;
+    if ((RANK > 2 && z >= min(tile.at[0] + TILE_Z, n[0])) || (RANK > 1 && y >= end_y) || x >= end_x) return false;
     z_span = columns_z(z, n[0]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int sy = token_y(half), sx = token_x(lane_index() / 4 + 8 * half);
-      y_span[half] = sy < end_y ? columns_y(sy, n[1]) : Span{0, 0};
+      y_span[half] = RANK < 2 || sy < end_y ? columns_y(sy, n[1]) : Span{0, 0};
       x_span[half] = sx < end_x ? columns_x(sx, n[2]) : Span{0, 0};
-      is_there[half] = sy < end_y && sx < end_x;
+      is_there[half] = (RANK < 2 || sy < end_y) && sx < end_x;
     }
     const Span ys = {columns_y(y, n[1]).first, columns_y(min(y + UNIT_Y, end_y) - 1, n[1]).end};
     const Span xs = {columns_x(x, n[2]).first, columns_x(min(x + UNIT_X, end_x) - 1, n[2]).end};
@@ -186,7 +189,8 @@ struct Unit {
     return true;
   }
   __device__ __forceinline__ bool sees(const Place& at, int half) const {
-    return z_span.holds(at.z) && y_span[half].holds(at.y) && segment_span.holds(at.segment);
+    return (RANK < 3 || z_span.holds(at.z)) && (RANK < 2 || y_span[half].holds(at.y)) &&
+           (!IS_SEGMENTED || segment_span.holds(at.segment));
   }
 };
 
@@ -344,7 +348,9 @@ class UnitBias {
 
   // Where a row of columns begins in the table, for the first half.
   __device__ __forceinline__ int entry_of_row(const Place& at) const {
-    return ((SIGN * (at.z - unit_.z) + KERNEL_Z - 1) * TABLE_Y + SIGN * (at.y - unit_.y) + KERNEL_Y - 1) * TABLE_X;
+    const int row_z = RANK > 2 ? SIGN * (at.z - unit_.z) + KERNEL_Z - 1 : 0;
+    const int row_y = RANK > 1 ? SIGN * (at.y - unit_.y) + KERNEL_Y - 1 : 0;
+    return (row_z * TABLE_Y + row_y) * TABLE_X;
   }
   // The same for its first column and the unit's first token.
   __device__ __forceinline__ int entry_of_corner(int segment) const {
@@ -409,34 +415,41 @@ class UnitBias {
 // The walk: stages of columns, units, chunks of rows
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A chunk: CHUNK_ROWS rows of columns, of which some may not matter to the unit.
-struct Chunk {
-  Place place[CHUNK_ROWS];
-  bool is_seen[CHUNK_ROWS][2];  // by each half
-  int token[CHUNK_ROWS];        // where the unit's columns of a row begin in shared memory
-
-  __device__ __forceinline__ Chunk(const BlockTile& tile, const Unit& unit, int first, int end, int stage_first) {
+// A chunk: CHUNK_ROWS rows of columns, of which some may not matter to the unit. Little of it is kept in registers.
+class Chunk {
+ public:
+  __device__ __forceinline__ Chunk(const BlockTile& tile, const Unit& unit, int first, int end, int stage_first)
+      : tile_(tile), first_(first), last_(min(CHUNK_ROWS, end - first) - 1), seen_(0),
+        token_((first - stage_first) * COLUMNS + unit.first_column) {
 #pragma unroll
-    for (int r = 0; r < CHUNK_ROWS; ++r) {
-      const int row = min(first + r, end - 1);
-      place[r] = tile.place(row);
+    for (int r = 0; r < CHUNK_ROWS; ++r)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) is_seen[r][half] = first + r < end && unit.sees(place[r], half);
-      token[r] = (row - stage_first) * COLUMNS + unit.first_column;
-    }
+      for (int half = 0; half < 2; ++half)
+        if (r <= last_ && unit.sees(place(r), half)) seen_ |= 1u << (2 * r + half);
   }
-  __device__ __forceinline__ bool is_used(int r) const { return is_seen[r][0] || is_seen[r][1]; }
+  __device__ __forceinline__ Place place(int r) const { return tile_.place(first_ + min(r, last_)); }
+  // Where the unit's columns of a row begin in shared memory.
+  __device__ __forceinline__ int token(int r) const { return token_ + min(r, last_) * COLUMNS; }
+  __device__ __forceinline__ bool is_seen(int r, int half) const { return seen_ >> (2 * r + half) & 1; }
+  __device__ __forceinline__ bool is_used(int r) const { return seen_ >> (2 * r) & 3; }
   // Whether any column of blocks 2 * pair and the next is in use, and this lane's column of them for add_columns.
   __device__ __forceinline__ bool is_pair_used(int pair) const {
     return is_used(2 * pair / ROW_BLOCKS) || is_used((2 * pair + 1) / ROW_BLOCKS);
   }
   __device__ __forceinline__ int pair_token(int pair) const {
     const int one = 2 * pair, two = one + 1;
-    const int first = token[one / ROW_BLOCKS] + one % ROW_BLOCKS * 8;
-    const int second = token[two / ROW_BLOCKS] + two % ROW_BLOCKS * 8;
+    const int first = token(one / ROW_BLOCKS) + one % ROW_BLOCKS * 8;
+    const int second = token(two / ROW_BLOCKS) + two % ROW_BLOCKS * 8;
     return (lane_index() / 8 % 2 ? second : first) + lane_index() % 8;
   }
+
+ private:
+  const BlockTile& tile_;
+  int first_, last_;
+  unsigned seen_;
+  int token_;
 };
+static_assert(CHUNK_ROWS <= 16, "a bit for each half of a row");
 
 // Makes a Work of each unit of this warp, by make(unit); calls its add(chunk, buffer) for each chunk of the unit's columns,
 // and finish(). copy(first_row, buffer) brings a stage of columns to shared memory.
