@@ -39,7 +39,7 @@ _TABLES = _VIEW_WORDS * len(_TENSORS)  # where rpb, partial_rpb and grad_rpb sta
 _NO_AXIS = Axis(1, 1, 1, 1, False)
 
 _GROUP_THREADS = 128  # as THREADS in groups.h
-_SUM_THREADS, _SUM_ENTRIES = 256, 32  # as in sum_parts.cu
+_SUM_THREADS, _SUM_ENTRIES = 1024, 32  # as in sum_parts.cu
 _MOST_PARTS = 1024  # blocks that sum up the gradient of one head's table
 _MOST_PARTIAL_BYTES = 64 << 20
 
@@ -228,7 +228,8 @@ def _run(kind: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     table = None if rpb is None else rpb.detach().float().contiguous()
     partial = grad_rpb = None
     if kind.endswith("_backward") and rpb is not None:
-        grad_rpb = rpb.new_zeros(rpb.shape, dtype=torch.float32)
+        make = rpb.new_empty if plan.steps else rpb.new_zeros
+        grad_rpb = make(rpb.shape, dtype=torch.float32)
         partial = grad_rpb.new_empty(plan.partial)
     addresses = [(_VIEW_WORDS * _TENSORS.index(name), x.data_ptr()) for name, x in tensors.items() if x is not None]
     for place, x in enumerate((table, partial, grad_rpb), start=_TABLES):

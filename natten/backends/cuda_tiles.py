@@ -21,8 +21,9 @@ _MOST_WARPS = 8
 _MOST_UNITS = 32  # of a tile
 _MOST_ROW_BLOCKS = 8  # of 8 columns, of a row that is held as one
 _LARGE_DIM = 128  # beyond it, rows held as one may be too large
-_SHARED_BYTES = 228 << 10  # of a multiprocessor of the largest chips
-_RESERVED_BYTES = 1 << 10  # of it, for each block
+_RESERVED_BYTES = (
+    1 << 10
+)  # of a multiprocessor's shared memory for each block: it has so much more than a block may have
 _MOST_TABLE_BYTES = 64 << 10  # of a bias table in shared memory
 _MOST_GRADIENT_BYTES = 32 << 10
 _STAGE_CHUNKS = (1, 2, 4, 8)  # of a stage, where columns come in stages
@@ -255,7 +256,9 @@ class _Chooser:
         most_warps = self.most_resident_warps if self.rank < 3 else min(self.most_resident_warps, _MOST_RESIDENT_3D)
         if self.kind != "forward" and (is_segmented or chunk_rows * unit_columns > 8 * 4):
             most_warps = _MOST_RESIDENT_OF_LARGE_CHUNKS
-        resident = max(1, min(_SHARED_BYTES // (shared + _RESERVED_BYTES), most_warps // warps))
+        resident = max(
+            1, min((self.most_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES), most_warps // warps)
+        )
         return Tile(
             size=tuple(size),
             columns=columns,

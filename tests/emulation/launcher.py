@@ -81,24 +81,26 @@ class Emulator:
         run(nvrtc.SOURCES / kernel.source, kernel, blocks, parameters, self.seed)
 
 
-def gpu_properties(capability: tuple[int, int], shared_bytes: int | None = None) -> SimpleNamespace:
+def gpu_properties(
+    capability: tuple[int, int], shared_bytes: int | None = None, processors: int = 132
+) -> SimpleNamespace:
     """What the backend asks of a GPU: that of an H200, or of a smaller one."""
     shared_bytes = shared_bytes or {7: 64 << 10, 8: 163 << 10}.get(capability[0], 227 << 10)
     major, minor = capability
     return SimpleNamespace(
-        major=major, minor=minor, multi_processor_count=132, shared_memory_per_block_optin=shared_bytes
+        major=major, minor=minor, multi_processor_count=processors, shared_memory_per_block_optin=shared_bytes
     )
 
 
 @contextlib.contextmanager
 def emulated_gpu(
-    capability: tuple[int, int] = (9, 0), seed: int = 0, shared_bytes: int | None = None
+    capability: tuple[int, int] = (9, 0), seed: int = 0, shared_bytes: int | None = None, processors: int = 132
 ) -> Iterator[Emulator]:
-    """Lets backend="cuda" take tensors in ordinary memory, as if on a GPU of that compute capability and memory."""
+    """Lets backend="cuda" take tensors in ordinary memory, as if on a GPU of that compute capability and size."""
     emulator = Emulator(seed)
     with (
         mock.patch.object(cuda, "refuses", lambda query: None),
-        mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability, shared_bytes)),
+        mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability, shared_bytes, processors)),
         mock.patch.object(cuda_driver, "launch", emulator.launch),
         mock.patch.object(cuda_driver, "prepare", lambda kernels, device: None),
         mock.patch.object(cuda, "_plan", cuda._plan.__wrapped__),
