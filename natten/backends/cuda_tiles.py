@@ -34,13 +34,13 @@ _PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}
 _CHUNK_BLOCKS = {"forward": 8, "grad_query": 4, "grad_key_value": 2}  # of 8 columns, at a time, for small head_dim
 _MOST_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}
 # Warps of a multiprocessor, up to a head_dim, so that registers are not spilled: 16 have 128 each, 12 have 168, 8 have
-# 255 of them. Fewer on maps of three axes, and where a gradient's chunks are large.
+# 255 of them. Fewer where more is kept: on maps of three axes, for stages, and where a gradient's chunks are large.
 _RESIDENT_WARPS = {
     "forward": ((64, 16), (256, 8)),
     "grad_query": ((32, 16), (64, 12), (256, 8)),
     "grad_key_value": ((32, 16), (64, 12), (256, 8)),
 }
-_MOST_RESIDENT_3D, _MOST_RESIDENT_OF_LARGE_CHUNKS = 12, 8
+_MOST_RESIDENT_OF_SOME, _MOST_RESIDENT_OF_OTHERS = 12, 8
 _BYTES_PER_PRODUCT = 20.0  # brought to shared memory in the time of one product of a unit, 16 x 8 x 16
 
 
@@ -253,9 +253,11 @@ class _Chooser:
         diagonals = 8 * (_multiple(blocks * 8 + 16, 32) + 8) * 4 if self.has_gradient else 0
         warp = max(16 * (self.slice_pieces + 1) * 16, diagonals)
         shared = (2 if is_staged else 1) * buffer + table * is_table_shared + gradients * one_gradient + warps * warp
-        most_warps = self.most_resident_warps if self.rank < 3 else min(self.most_resident_warps, _MOST_RESIDENT_3D)
-        if self.kind != "forward" and (is_segmented or chunk_rows * unit_columns > 8 * 4):
-            most_warps = _MOST_RESIDENT_OF_LARGE_CHUNKS
+        most_warps = self.most_resident_warps
+        if self.rank > 2 or (is_staged and self.dim > 32):
+            most_warps = min(most_warps, _MOST_RESIDENT_OF_SOME)
+        if self.kind != "forward" and (is_segmented or (is_staged and self.dim > 32) or chunk_rows * unit_columns > 32):
+            most_warps = _MOST_RESIDENT_OF_OTHERS
         resident = max(
             1, min((self.most_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES), most_warps // warps)
         )
