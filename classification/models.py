@@ -13,7 +13,7 @@ from torch import nn
 
 import natzoo  # noqa: F401  registers the models
 from classification.options import KeyValues
-from natzoo.checkpoints import load_weights, read_checkpoint, weights_of
+from natzoo.checkpoints import DownloadError, load_weights, read_checkpoint, record_of, weights_of
 
 
 def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -27,6 +27,8 @@ def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
         raise ValueError(f"there is no model {name!r}: did you mean {nearest[0]!r}?")
     try:
         return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
+    except DownloadError:
+        raise
     except OSError as error:
         url = timm.get_pretrained_cfg(name).url
         raise ValueError(
@@ -106,9 +108,16 @@ def restore(
         ValueError: if neither the file nor `model_name` says which model it is of; or as `load_weights`.
         FileNotFoundError: if there is no such file.
     """
-    checkpoint = read_checkpoint(path)
-    record = checkpoint.get("record")
-    if not isinstance(record, dict):
+    model, record = model_of(read_checkpoint(path), path, model_name, kwargs)
+    return model.to(device).eval(), record
+
+
+def model_of(
+    checkpoint: dict[str, Any], path: str, model_name: str | None = None, kwargs: dict[str, Any] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The same of what `read_checkpoint` returned, on the CPU."""
+    record = record_of(checkpoint, path)
+    if record is None:
         if model_name is None:
             raise ValueError(f"{path} does not say which model it is of: name it with --model.")
         record = {"model": model_name, "model_kwargs": kwargs or {}, "classes": None, "preprocessing": {}}
@@ -116,7 +125,7 @@ def restore(
         raise ValueError(f"{path} is of the model {record['model']!r}, not of {model_name!r}: leave --model out.")
     model = create_model(record["model"], {"num_classes": record.get("num_classes"), **record["model_kwargs"]})
     load_weights(model, weights_of(checkpoint, path), path)
-    return model.to(device).eval(), record
+    return model, record
 
 
 def class_names(record: dict[str, Any], num_classes: int) -> list[str]:

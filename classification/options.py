@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-WORKERS = min(8, len(os.sched_getaffinity(0)))  # more than cores only wait for each other
+# More than cores only wait for each other; the processes of a machine share them.
+WORKERS = max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 _RESAMPLING = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
@@ -68,9 +69,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-c", "--config", metavar="YAML", help="file of options; the command line overrides it")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--train-split", default="train", help="folder of the training images under DATA")
-    group.add_argument("--val-split", default="val", help="folder of the validation images under DATA")
-    group.add_argument("--workers", type=non_negative, default=WORKERS, help="processes that load images")
+    group.add_argument("--dataset", default="", help="folder, tar, hfds/NAME or wds; by what DATA holds unless given")
+    group.add_argument("--train-split", default="train", help="folder or tar file of the training images under DATA")
+    group.add_argument("--val-split", default="val", help="folder or tar file of the validation images under DATA")
+    group.add_argument("--class-map", metavar="FILE", help="text file of the classes in order, one a line")
+    group.add_argument("--synthetic", type=positive, metavar="N", help="N images of noise instead of DATA, for speed")
+    group.add_argument("--workers", type=non_negative, default=WORKERS, help="processes that load images, a GPU")
     group.add_argument("--skip-bad-images", default=False, **flag, help="train on where an image cannot be read")
 
     group = parser.add_argument_group("model")
@@ -80,19 +84,22 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--img-size", type=positive, help="side of the image in pixels; the model's own unless given")
     group.add_argument("--drop-path", type=float, help="rate of stochastic depth; the model's own unless given")
     group.add_argument("--pretrained", default=False, **flag, help="start from the published weights")
-    group.add_argument("--initial-checkpoint", metavar="FILE", help="start from these weights")
+    group.add_argument("--initial-checkpoint", metavar="FILE", help="start from these weights: a file or a name")
 
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", default="adamw", help="a name that timm.optim knows")
-    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; not scaled by the batch size")
+    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; only scaled by --lr-base-size")
+    group.add_argument("--lr-base-size", type=positive, help="scale --lr by the images of an update over this number")
     group.add_argument("--weight-decay", type=float, default=0.05, help="weight decay; none on norms, biases and rpb")
+    group.add_argument("--decay-rpb", default=False, **flag, help="decay the relative position biases too")
     group.add_argument("--momentum", type=float, default=0.9, help="momentum, for optimizers that have one")
     group.add_argument("--opt-eps", type=float, help="epsilon of the optimizer")
     group.add_argument("--opt-betas", type=float, nargs="+", help="betas of the optimizer")
     group.add_argument("--layer-decay", type=float, help="factor on the learning rate, a layer to the one before")
     group.add_argument("--clip-grad", type=float, default=5.0, help="largest norm of the gradient; 0 for no limit")
-    group.add_argument("--batch-size", type=positive, default=128, help="images of a step")
+    group.add_argument("--batch-size", type=positive, default=128, help="images of a step, a GPU")
     group.add_argument("--grad-accum", type=positive, default=1, help="steps whose gradients make one update")
+    group.add_argument("--skip-nonfinite", type=non_negative, default=3, help="updates without a finite loss to skip")
 
     group = parser.add_argument_group("schedule")
     group.add_argument("--epochs", type=positive, default=300, help="epochs of the schedule, warm-up included")
@@ -112,11 +119,14 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--train-interpolation", default="random", choices=["random", *_RESAMPLING], help="resampling")
     group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
     group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="filling of erased areas")
+    group.add_argument("--recount", type=positive, default=1, help="areas that random erasing erases")
     group.add_argument("--mixup", type=float, default=0.8, help="mixup alpha; 0 for no mixup")
     group.add_argument("--cutmix", type=float, default=1.0, help="cutmix alpha; 0 for no cutmix")
     group.add_argument("--mixup-prob", type=float, default=1.0, help="share of batches mixed")
     group.add_argument("--mixup-switch-prob", type=float, default=0.5, help="share of mixed batches that are cutmix")
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument("--bce-loss", default=False, **flag, help="binary cross entropy, each class apart")
+    group.add_argument("--bce-target-thresh", type=float, help="targets above it become 1, the rest 0")
 
     group = parser.add_argument_group("evaluation")
     group.add_argument("--crop-pct", type=float, help="share of the image that evaluation keeps; the model's own")
@@ -131,6 +141,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--output", default="output", help="folder that holds one folder a run")
     group.add_argument("--experiment", help="name of the run; the config's or the model's unless given")
     group.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="go on from the run's last checkpoint")
+    group.add_argument("--save-interval", type=non_negative, default=0, help="updates between saves; 0: every epoch")
+    group.add_argument("--keep-last", type=non_negative, default=0, help="last epochs whose checkpoints are kept too")
     group.add_argument("--seed", type=int, default=42, help="everything random follows from it")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is the GPU if there is one")
     group.add_argument("--threads", type=int, help="threads of the CPU; torch's choice unless given")

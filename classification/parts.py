@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from typing import Any
 
 import torch
-from timm.data import Mixup, create_transform
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
-from torch.utils.data import DataLoader
 
-from classification.images import (
-    MODEL_SEED,
-    FolderImages,
-    evaluation_loader,
-    seed_all,
-    split_folder,
-    training_loader,
-)
-from classification.models import create_model, evaluation_transform, preprocessing
-from natzoo.checkpoints import load_weights, read_weights
+from classification.images import MODEL_SEED, seed_all
+from classification.models import create_model, preprocessing
+from classification.ranks import Ranks
+from natzoo.checkpoints import load_weights, locate, read_weights
 
 
-def build_model(args: argparse.Namespace, classes: list[str], device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """The model on its device, and the record by which validate.py and predict.py build it again."""
-    seed_all(args.seed, MODEL_SEED)
+def build_model(args: argparse.Namespace, classes: list[str], ranks: Ranks) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and the record by which validate.py and predict.py build it again."""
     num_classes = args.num_classes or len(classes)
     given = {"num_classes": num_classes, "drop_path_rate": args.drop_path, "pretrained": args.pretrained or None}
     given = {key: value for key, value in given.items() if value is not None}
-    model = create_model(args.model, {**args.model_kwargs, **given})
+
+    def create() -> nn.Module:
+        seed_all(args.seed, MODEL_SEED)
+        return create_model(args.model, {**args.model_kwargs, **given})
+
+    model = ranks.in_turn(create) if args.pretrained else create()
     if args.initial_checkpoint:
-        weights = read_weights(args.initial_checkpoint)
+        weights = read_weights(ranks.in_turn(lambda: locate(args.initial_checkpoint)))
         for note in load_weights(model, weights, args.initial_checkpoint, new_classifier=True):
-            print(f"{args.initial_checkpoint}: {note}")
+            ranks.say(f"{args.initial_checkpoint}: {note}")
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     record = {
@@ -45,47 +43,13 @@ def build_model(args: argparse.Namespace, classes: list[str], device: torch.devi
         "classes": classes,
         "preprocessing": preprocessing(args, model),
     }
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    return model.to(device, memory_format=memory_format), record
-
-
-def build_loaders(
-    args: argparse.Namespace, train: FolderImages, record: dict[str, Any], device: torch.device
-) -> tuple[DataLoader, DataLoader]:
-    """The loaders of training and of validation batches."""
-    config = record["preprocessing"]
-    try:
-        train.transform = create_transform(
-            config["input_size"],
-            is_training=True,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            vflip=args.vflip,
-            color_jitter=args.color_jitter,
-            auto_augment=None if args.aa == "none" else args.aa,
-            interpolation=args.train_interpolation,
-            mean=config["mean"],
-            std=config["std"],
-            re_prob=args.reprob,
-            re_mode=args.remode,
-        )
-    except AssertionError as error:
-        raise ValueError(f"--aa {args.aa} is not an augmentation that timm knows: try rand-m9-mstd0.5-inc1.") from error
-    val_folder = split_folder(args.data, args.val_split)
-    val = FolderImages(val_folder, train.classes, evaluation_transform(config), replace=False)
-    pin_memory = device.type == "cuda"
-    return (
-        training_loader(train, args.batch_size, args.workers, args.seed, pin_memory),
-        evaluation_loader(val, args.val_batch_size or args.batch_size, args.workers, pin_memory),
-    )
+    return model, record
 
 
 def build_loss(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
     """Mixup, if any of it is on, and the loss that goes with it."""
-    if args.mixup <= 0 and args.cutmix <= 0:
-        return None, nn.CrossEntropyLoss(label_smoothing=args.smoothing)
-    if args.batch_size % 2:
+    is_mixed = args.mixup > 0 or args.cutmix > 0
+    if is_mixed and args.batch_size % 2:
         raise ValueError(f"--batch-size is {args.batch_size}, but mixup pairs images: make it even.")
     mixup = Mixup(
         mixup_alpha=args.mixup,
@@ -95,17 +59,69 @@ def build_loss(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None
         label_smoothing=args.smoothing,
         num_classes=num_classes,
     )
-    return mixup, SoftTargetCrossEntropy()
+    if args.bce_loss:  # smooths by itself where there is no mixup
+        loss = BinaryCrossEntropy(0.0 if is_mixed else args.smoothing, target_threshold=args.bce_target_thresh)
+    elif is_mixed:
+        loss = SoftTargetCrossEntropy()
+    else:
+        loss = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    return mixup if is_mixed else None, loss
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """Any of timm's optimizers; parameters of one axis and those in model.no_weight_decay() are not decayed."""
-    extra = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
-    extra = {key: value for key, value in extra.items() if value is not None}
+def peak_learning_rate(args: argparse.Namespace, images_per_update: int) -> float:
+    """--lr, scaled by the images of an update if --lr-base-size asks for that."""
+    return args.lr if args.lr_base_size is None else args.lr * images_per_update / args.lr_base_size
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:
+    """Any of timm's optimizers; parameters of one axis and those in model.no_weight_decay() are not decayed.
+
+    Args:
+        args: the options; with --decay-rpb, what no_weight_decay() names is decayed, as in the published training.
+        model: the model.
+        images_per_update: of all processes, for --lr-base-size.
+
+    Raises:
+        ValueError: if there is no such optimizer here, or it does not take these options.
+    """
+    _check_installed(args.opt)
+    lr = peak_learning_rate(args, images_per_update)
+    extra = {key: value for key, value in (("eps", args.opt_eps), ("betas", args.opt_betas)) if value is not None}
     try:
-        return create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, args.momentum, **extra)
-    except (AssertionError, TypeError, ValueError) as error:
+        groups = _parameter_groups(args, model)
+        return create_optimizer_v2(groups, args.opt, lr, weight_decay=0.0, momentum=args.momentum, **extra)
+    except (AssertionError, TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"the optimizer {args.opt!r} cannot be made with these options: {error}.") from error
+
+
+def _parameter_groups(args: argparse.Namespace, model: nn.Module) -> list[dict[str, Any]]:
+    kept = model.no_weight_decay() if hasattr(model, "no_weight_decay") and not args.decay_rpb else ()
+    if args.layer_decay is None:
+        return param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=kept)
+    return param_groups_layer_decay(model, args.weight_decay, no_weight_decay_list=kept, layer_decay=args.layer_decay)
+
+
+def _check_installed(opt: str) -> None:
+    """Raises ValueError if an optimizer of another package is asked for which is not here, saying how to get it."""
+    try:
+        found = get_optimizer_info(opt.lower().split("_")[-1]).opt_class
+    except ValueError:
+        return  # create_optimizer_v2 says it better
+    package = found.split(".")[0] if isinstance(found, str) else "torch"
+    if package == "apex":
+        try:
+            importlib.import_module("apex.optimizers")
+        except ImportError as error:
+            raise ValueError(
+                f"--opt {opt} needs NVIDIA's apex, which is not installed here: build it with its CUDA extensions from "
+                "https://github.com/NVIDIA/apex (the package named apex on the package index is another one), or use "
+                "--opt adamw, whose steps PyTorch fuses too."
+            ) from error
+    elif package not in ("torch", "timm"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ValueError(f"--opt {opt} needs the package {package}, which is not installed here.") from error
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
@@ -114,6 +130,8 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
         raise ValueError(
             f"--warmup-epochs {args.warmup_epochs} leaves none of --epochs {args.epochs}: use fewer warm-up epochs."
         )
+    if args.sched == "plateau":
+        raise ValueError("--sched plateau waits for a score, but schedules here go by updates: use cosine.")
     try:
         return create_scheduler_v2(
             optimizer,

@@ -1,12 +1,16 @@
 """Classify pictures with a trained model.
 
 python classification/predict.py cat.jpg holiday/ --checkpoint output/nat/best.pth
-python classification/predict.py cat.jpg --model nat_mini --pretrained
+python classification/predict.py holiday/ --model nat_mini --pretrained --grid holiday.png --json holiday.json
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
+import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +27,10 @@ from classification.images import read_image
 from classification.models import add_model_options, class_names, evaluation_transform, preprocessing, requested_model
 from classification.options import positive
 from natzoo import command_line
+from natzoo.checkpoints import write_atomically
+
+GRID = 64  # more would make a picture too large to be drawn and looked at
+Answer = list[tuple[str, float]]  # class and probability, best first
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -59,23 +67,80 @@ def predict(
     return [list(zip(c, v, strict=True)) for c, v in zip(classes.tolist(), values.tolist(), strict=True)]
 
 
+def write_json(path: Path, answers: dict[Path, Answer]) -> None:
+    """{picture: [{"class": name, "probability": share}, ...]}, best first."""
+    content = {
+        str(picture): [{"class": name, "probability": round(value, 6)} for name, value in answer]
+        for picture, answer in answers.items()
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_grid(path: Path, answers: dict[Path, Answer], columns: int = 4) -> None:
+    """A PNG of all pictures, the classes under each with bars for their probabilities."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(columns, len(answers))
+    rows = math.ceil(len(answers) / columns)
+    lines = max(map(len, answers.values()))
+    heights = [1.0, 0.12 * lines] * rows
+    figure, axes = plt.subplots(
+        2 * rows,
+        columns,
+        figsize=(2.6 * columns, 2.6 * (1 + 0.12 * lines) * rows),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel in axes.flat:
+        panel.axis("off")
+    for number, (picture, answer) in enumerate(answers.items()):
+        row, column = divmod(number, columns)
+        above, below = axes[2 * row, column], axes[2 * row + 1, column]
+        above.imshow(read_image(picture))
+        above.set_title(picture.name[-28:], fontsize=7)
+        places = range(len(answer))
+        below.barh(places, [value for _, value in answer], color="C0", alpha=0.35)
+        for place, (name, value) in enumerate(answer):
+            below.text(0.01, place, f"{value:.0%} {name[:30]}", va="center", fontsize=7)
+        below.set(xlim=(0, 1), ylim=(lines - 0.5, -0.5))
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(content.getvalue()))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Classify pictures.", allow_abbrev=False)
     parser.add_argument("images", nargs="+", help="files, or folders of them")
     add_model_options(parser)
     parser.add_argument("--topk", type=positive, default=5, help="classes shown")
     parser.add_argument("--batch-size", type=positive, default=32, help="pictures at a time")
+    parser.add_argument("--grid", type=Path, metavar="PNG", help=f"picture to draw, of the first {GRID} pictures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the classes to")
     args = parser.parse_args(argv)
 
     paths = find_images(args.images)
     model, record = requested_model(args, pick_device(args.device))
     transform = evaluation_transform(preprocessing(args, model, record))
     names = class_names(record, model.num_classes)
+    answers: dict[Path, Answer] = {}
     for start in tqdm(range(0, len(paths), args.batch_size), desc="predict", leave=False, disable=None):
         batch = paths[start : start + args.batch_size]
-        answers = predict(model, [read_image(path) for path in batch], transform, args.topk)
-        for path, answer in zip(batch, answers, strict=True):
-            tqdm.write(f"{path}: " + ", ".join(f"{names[number]} {value:.1%}" for number, value in answer))
+        found = predict(model, [read_image(path) for path in batch], transform, args.topk)
+        for path, classes in zip(batch, found, strict=True):
+            answers[path] = [(names[number], value) for number, value in classes]
+            tqdm.write(f"{path}: " + ", ".join(f"{name} {value:.1%}" for name, value in answers[path]))
+    if args.json:
+        write_json(args.json, answers)
+    if args.grid:
+        write_grid(args.grid, dict(itertools.islice(answers.items(), GRID)))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,17 @@ class RunLog:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def step(self, step: int, **figures: float) -> None:
-        """A point of each figure in TensorBoard, under train/."""
-        for name, value in figures.items():
-            self.writer.add_scalar(f"train/{name}", value, step)
+        """A point of each figure in TensorBoard, under train/.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        try:
+            for name, value in figures.items():
+                self.writer.add_scalar(f"train/{name}", value, step)
+        except OSError as error:
+            text = f"{self.writer.log_dir} could not be written; the checkpoints are unharmed ({error.strerror})."
+            raise OSError(error.errno, text) from error
 
     def epoch(self, step: int, **figures: float) -> None:
         """A row of summary.csv, and the epoch's figures in TensorBoard."""

@@ -2,9 +2,10 @@
 
     python classification/train.py DATA --config configs/quickstart/nat.yml
     python classification/train.py DATA --config configs/quickstart/nat.yml --lr 5e-4 --resume
+    bash classification/dist_train.sh 8 configs/classification/nat_mini.yml IMAGENET
 
 Every random draw follows from the seed and from where it stands (epoch, step, image), so a run that is interrupted and
-resumed ends as it would have ended: bit by bit, on a CPU with the same number of threads.
+resumed ends as it would have ended: bit by bit, on a CPU with the same number of threads and processes.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import contextlib
 import math
+import resource
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +32,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from classification.checkpoints import Checkpoints, check_record, run_folder, to_resume
 from classification.devices import autocast_of, pick_device
-from classification.images import STEP_SEED, FolderImages, check_images, seed_all, split_folder
-from classification.options import parse
-from classification.parts import build_loaders, build_loss, build_model, build_optimizer, build_scheduler
-from classification.runlog import RunLog
-from classification.validate import check_classes, evaluate
-from natzoo import command_line
-from natzoo.checkpoints import read_checkpoint, write_checkpoint
-
-# Where things are and how they are shown does not matter to a run.
-_PLACES = (
-    "data",
-    "config",
-    "output",
-    "experiment",
-    "resume",
-    "device",
-    "threads",
-    "workers",
-    "log_interval",
-    "compile",
+from classification.evaluation import check_classes, evaluate
+from classification.images import STEP_SEED, check_images, seed_all
+from classification.interruption import Interrupted, Watch
+from classification.loaders import (
+    batches_of,
+    evaluation_loader,
+    training_images,
+    training_loader,
+    validation_images,
 )
-# A run that goes on with another of these would not be the same run.
-_KEPT_OPTIONS = ("seed", "opt", "batch_size", "grad_accum", "model_ema", "amp")
+from classification.options import parse
+from classification.parts import build_loss, build_model, build_optimizer, build_scheduler, peak_learning_rate
+from classification.ranks import Ranks, join
+from classification.runlog import RunLog
+from natzoo import command_line
+
 # What a resumed run takes from its options, not from the optimizer's state.
 _HYPERPARAMETERS = ("lr", "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")
 
@@ -60,36 +59,58 @@ class Trainer:
 
     Args:
         args: the options of options.py.
+        ranks: the processes of the run; each makes its own Trainer.
+        watch: notes the signals on which the run saves and leaves.
 
     Raises:
         ValueError, FileNotFoundError: saying which option or which file is wrong.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, ranks: Ranks | None = None, watch: Watch | None = None):
         self.args = args
+        self.ranks = ranks or Ranks()
+        self.watch = watch or Watch()
         self.device = pick_device(args.device)
+        self.ranks.check_kernels(self.device)
         self.autocast = autocast_of(args.amp, self.device)
+        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.folder = run_folder(args)
-        self.last = checkpoint_to_resume(args, self.folder)
-        self.train_images = FolderImages(split_folder(args.data, args.train_split), None, transform=None)
-        self.model, self.record = build_model(args, self.train_images.classes, self.device)
-        check_classes(self.train_images, self.model, are_named=True)
-        self.train_loader, self.val_loader = build_loaders(args, self.train_images, self.record, self.device)
+        self.checkpoints = Checkpoints(self.folder, args.keep_last, self.ranks)
+        resumed = to_resume(args, self.ranks)
+        self.build_data_and_model()
+        self.images_per_update = args.batch_size * args.grad_accum * self.ranks.size
         self.updates_per_epoch = len(self.train_loader) // args.grad_accum
         if self.updates_per_epoch == 0:
             batches = len(self.train_loader)
             raise ValueError(f"an epoch has {batches} batches, fewer than --grad-accum {args.grad_accum}: lower that.")
         self.mixup, self.criterion = build_loss(args, self.record["num_classes"])
-        self.optimizer = build_optimizer(args, self.model)
+        self.optimizer = build_optimizer(args, self.model, self.images_per_update)
         self.scheduler, self.epochs = build_scheduler(args, self.optimizer, self.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay) if args.model_ema else None
-        self.epoch, self.best, self.best_epoch = 0, -math.inf, 0
-        if self.last is not None:
-            self.load_state(self.last)
-        self.forward = torch.compile(self.model) if args.compile else self.model
+        # How far the run has come: epochs done, updates done in this one, their sums of loss and gradient norm, and
+        # updates skipped in a row; and the best score, and after which epoch it was.
+        self.epoch, self.update, self.totals, self.skipped = 0, 0, [0.0, 0.0], 0
+        self.best, self.best_epoch = -math.inf, 0
+        if resumed is not None:
+            self.load_state(*resumed)
+        self.parallel = self.ranks.parallel(self.model, self.device)
+        self.forward = torch.compile(self.parallel) if args.compile else self.parallel
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = RunLog(self.folder, self.epoch, self.epoch * self.updates_per_epoch)
+        done = self.epoch * self.updates_per_epoch + self.update
+        self.log = RunLog(self.folder, self.epoch, done) if self.ranks.is_first else None
+
+    def build_data_and_model(self) -> None:
+        args = self.args
+        self.train_images = training_images(args)
+        self.model, self.record = build_model(args, self.train_images.classes, self.ranks)
+        self.model.to(self.device, memory_format=self.memory_format)
+        check_classes(self.train_images, self.model.num_classes, are_named=True)
+        config, pin = self.record["preprocessing"], self.device.type == "cuda"
+        self.train_loader = training_loader(args, self.train_images, config, self.ranks, pin)
+        val_images = validation_images(args, self.train_images, config)
+        batch_size = args.val_batch_size or args.batch_size
+        self.val_loader = evaluation_loader(val_images, batch_size, args.workers, pin, self.ranks)
 
     # ----- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -105,33 +126,28 @@ class Trainer:
         }
 
     def state(self) -> dict[str, Any]:
-        """What last.pth holds: all that a run needs to go on."""
+        """What last.pth holds: all that a run needs to go on.
+
+        Learning rates and the states of all random generators follow from the options and from `epoch` and `update`.
+        """
         rest = {
+            "update": self.update,
+            "totals": self.totals,
+            "skipped": self.skipped,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "options": vars(self.args),
+            "processes": self.ranks.size,
         }
         return {**self.weights(), **rest}
 
-    def load_state(self, path: Path) -> None:
-        """Takes over a checkpoint of this run, made with the same options where they matter.
+    def load_state(self, path: Path, state: dict[str, Any]) -> None:
+        """Takes over a checkpoint of this run.
 
         Raises:
-            ValueError: if it is of another model or other data, was made with other options, or lacks something.
+            ValueError: if it is of another model or other data.
         """
-        state = read_checkpoint(path)
-        missing = sorted(self.state().keys() - state.keys())
-        if missing:
-            raise ValueError(f"{path} cannot be resumed, it lacks {', '.join(missing)}: use --initial-checkpoint.")
-        kept = {key: (state["record"].get(key), value) for key, value in self.record.items()}
-        kept |= {key: (state["options"].get(key), getattr(self.args, key)) for key in _KEPT_OPTIONS}
-        for key, (theirs, ours) in kept.items():
-            if theirs != ours:
-                raise ValueError(f"{path} cannot be resumed: its {key} is {theirs!r}, but this run's is {ours!r}.")
-        for key, ours in vars(self.args).items():
-            theirs = state["options"].get(key)
-            if theirs != ours and key not in _PLACES:
-                print(f"resumed with another {key}: {ours!r} instead of {theirs!r}")
+        check_record(path, state, self.record)
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model_ema"])
@@ -140,71 +156,105 @@ class Trainer:
         for group, hyperparameters in zip(self.optimizer.param_groups, ours, strict=True):
             group.update(hyperparameters)
         self.scaler.load_state_dict(state["scaler"])
-        self.epoch = state["epoch"]
+        self.epoch, self.update, self.skipped = state["epoch"], state["update"], state["skipped"]
+        self.totals = list(state["totals"])
         if path.resolve().parent == self.folder.resolve():  # elsewhere the best weights are not this run's
             self.best, self.best_epoch = state["best"], state["best_epoch"]
+        done = self.epoch * self.updates_per_epoch + self.update
+        if self.scheduler is not None and done:
+            self.scheduler.step_update(done - 1)
+        self.ranks.say(f"goes on from {path}: {self.epoch} epochs and {self.update} updates are done")
 
     # ----- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self) -> float:
-        """Trains to the last epoch and returns the best top-1 accuracy in percent."""
-        print(self.describe())
-        total, done = self.epochs * self.updates_per_epoch, self.epoch * self.updates_per_epoch
-        self.bar = tqdm(total=total, initial=done, unit="update", disable=None, dynamic_ncols=True)
-        started, first = time.perf_counter(), self.epoch
-        while self.epoch < self.epochs:
-            figures = self.train_epoch()
-            result = self.evaluate()
-            self.check_finite(figures["train_loss"], result["loss"])
-            self.finish_epoch(figures, result)
-            left = (time.perf_counter() - started) / (self.epoch - first) * (self.epochs - self.epoch)
-            tqdm.write(
-                f"epoch {self.epoch}/{self.epochs}  loss {figures['train_loss']:.4f}  val loss {result['loss']:.4f}  "
-                f"top-1 {result['top1']:.2f}%  lr {figures['lr']:.2e}  {figures['images_per_s']:.0f} images/s  "
-                f"{left / 60:.1f} min left"
-            )
-        self.bar.close()
-        self.log.close()
-        bad = self.train_images.bad_images()
+        """Trains to the last epoch and returns the best top-1 accuracy in percent.
+
+        Raises:
+            Interrupted: if the run has saved and must leave because of a signal.
+        """
+        self.ranks.say(self.describe())
+        total = self.epochs * self.updates_per_epoch
+        done = self.epoch * self.updates_per_epoch + self.update
+        is_quiet = None if self.ranks.is_first else True  # None: quiet in a pipe
+        self.bar = tqdm(total=total, initial=done, unit="update", disable=is_quiet, dynamic_ncols=True)
+        started = time.perf_counter()
+        try:
+            while self.epoch < self.epochs:
+                figures = self.train_epoch()
+                result = self.evaluate()
+                self.finish_epoch(figures, result)
+                passed = self.epoch * self.updates_per_epoch - done
+                left = (time.perf_counter() - started) / max(1, passed) * (total - done - passed)
+                self.ranks.say(
+                    f"epoch {self.epoch}/{self.epochs}  loss {figures['train_loss']:.4f}  "
+                    f"val loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  lr {figures['lr']:.2e}  "
+                    f"{figures['images_per_s']:.1f} images/s  {left / 60:.1f} min left"
+                )
+        except Interrupted:
+            self.save_and_leave()
+        finally:
+            self.bar.close()
+            if self.log is not None:
+                self.log.close()
+        bad = self.bad_images()
         if bad:
-            print(f"{len(bad)} training images could not be read; others stood in:", *bad, sep="\n  ")
-        print(f"best top-1 {self.best:.2f}% after epoch {self.best_epoch}: {self.folder / 'best.pth'}")
+            self.ranks.say("\n  ".join([f"{len(bad)} training images could not be read; others stood in:", *bad]))
+        self.ranks.say(f"best top-1 {self.best:.2f}% after epoch {self.best_epoch}: {self.checkpoints.best}")
         return self.best
 
     def train_epoch(self) -> dict[str, float]:
         """Sees every training image once, but for what is left of the last update, and returns the epoch's figures."""
         self.model.train()
-        self.train_loader.sampler.epoch = self.epoch
         self.bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}")
-        losses, norms, start = [], [], time.perf_counter()
-        batches = iter(self.train_loader)
-        for index in range(self.updates_per_epoch):
-            update = self.epoch * self.updates_per_epoch + index
+        start, first = time.perf_counter(), self.update
+        batches = self.batches()
+        while self.update < self.updates_per_epoch:
+            update = self.epoch * self.updates_per_epoch + self.update
             if self.scheduler is not None:
                 self.scheduler.step_update(update)
-            for part in range(self.args.grad_accum):
-                losses.append(self.backward(*next(batches), step=index * self.args.grad_accum + part))
-            norms.append(self.update_weights())
-            if self.ema is not None:
+            loss = self.accumulate(batches)
+            norm = self.update_weights(loss)
+            if self.ema is not None and not self.skipped:
                 self.ema.update(self.model, step=update)
+            self.update += 1
             self.bar.update()
-            if update % self.args.log_interval == 0:  # reading a loss makes a GPU wait
-                self.show(update, losses, norms[-1], (index + 1) / (time.perf_counter() - start))
-        seconds = time.perf_counter() - start
+            rate = (self.update - first) * self.images_per_update / (time.perf_counter() - start)
+            if update % self.args.log_interval == 0:
+                self.show(update, loss, norm, rate)
+            if self.args.save_interval and self.update % self.args.save_interval == 0 and not self.skipped:
+                self.checkpoints.save_last(self.state())
+            self.leave_on_signal()
+        seconds, updates = time.perf_counter() - start, max(1, self.updates_per_epoch)
         return {
-            "train_loss": torch.stack(losses).mean().item(),
-            "grad_norm": torch.stack(norms).mean().item(),
+            "train_loss": self.totals[0] / updates,
+            "grad_norm": self.totals[1] / updates,
             "lr": self.learning_rate(),
-            "images_per_s": self.updates_per_epoch * self.images_per_update() / seconds,
+            "images_per_s": (self.updates_per_epoch - first) * self.images_per_update / seconds,
             "seconds": seconds,
         }
 
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's batches of what is left of the epoch."""
+        return batches_of(self.train_loader, self.epoch, self.update * self.args.grad_accum)
+
+    def accumulate(self, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
+        """Adds the gradients of the batches of one update; returns the mean of their losses, over all processes."""
+        losses = []
+        for part in range(self.args.grad_accum):
+            is_last = part == self.args.grad_accum - 1
+            keep = contextlib.nullcontext if is_last or self.ranks.size == 1 else self.parallel.no_sync
+            step = (self.update * self.args.grad_accum + part) * self.ranks.size + self.ranks.rank
+            with keep():
+                losses.append(self.backward(*next(batches), step=step))
+        (total,) = self.ranks.sum(torch.stack(losses).double().mean().item())
+        return total / self.ranks.size
+
     def backward(self, x_BCHW: Tensor, target_B: Tensor, step: int) -> Tensor:
-        """Adds a batch's gradient; returns its loss."""
+        """Adds a batch's gradient; returns its loss. Randomness depends on `step`, the batch's number in the epoch."""
         check_images(self.train_images, self.args.skip_bad_images)
         seed_all(self.args.seed, self.epoch, step, STEP_SEED)
-        memory_format = torch.channels_last if self.args.channels_last else torch.contiguous_format
-        x_BCHW = x_BCHW.to(self.device, non_blocking=True, memory_format=memory_format)
+        x_BCHW = x_BCHW.to(self.device, non_blocking=True, memory_format=self.memory_format)
         target_B = target_B.to(self.device, non_blocking=True)
         if self.mixup is not None:
             x_BCHW, target_B = self.mixup(x_BCHW, target_B)
@@ -213,101 +263,144 @@ class Trainer:
         self.scaler.scale(loss / self.args.grad_accum).backward()
         return loss.detach()
 
-    def update_weights(self) -> Tensor:
-        """One step of the optimizer on the gradients gathered; returns their norm before clipping."""
+    def update_weights(self, loss: float) -> float:
+        """One step of the optimizer on the gradients gathered; returns their norm before clipping.
+
+        The step is skipped, the same in all processes, where loss or gradient is not finite; too often in a row, and
+        the run stops. With fp16, a gradient too large for the scale of the loss does not count: the scale is lowered.
+        """
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad or math.inf)
-        self.scaler.step(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad or math.inf).item()
+        is_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if math.isfinite(loss) and (math.isfinite(norm) or is_overflow):
+            self.skipped = 0
+            self.scaler.step(self.optimizer)
+            self.totals[0] += loss
+            self.totals[1] += norm if math.isfinite(norm) else 0.0
+        else:
+            self.skipped += 1
+            self.check_skipped(loss, norm)
         self.scaler.update()
         self.optimizer.zero_grad()
         return norm
 
-    def show(self, update: int, losses: list[Tensor], norm: Tensor, updates_per_s: float) -> None:
-        """Figures of the last update on the progress bar and in TensorBoard."""
-        loss, lr, rate = losses[-1].item(), self.learning_rate(), updates_per_s * self.images_per_update()
-        self.check_finite(loss)
-        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.2e}", images_per_s=f"{rate:.0f}")
-        self.log.step(update, loss=loss, lr=lr, grad_norm=norm.item(), images_per_s=rate)
+    def check_skipped(self, loss: float, norm: float) -> None:
+        """Raises ValueError if too many updates in a row had no finite loss or gradient."""
+        where = f"update {self.update + 1} of epoch {self.epoch + 1}"
+        figures = f"the loss is {loss}, the gradient's norm {norm}, the learning rate {self.learning_rate():.3g}"
+        if self.skipped <= self.args.skip_nonfinite:
+            self.ranks.say(f"{where} is skipped: {figures}")
+            return
+        last = (
+            f"the last good state is {self.checkpoints.last}" if self.checkpoints.last.exists() else "nothing is saved"
+        )
+        raise ValueError(
+            f"the run has diverged: at {where} {figures}, after {self.skipped - 1} updates were skipped; {last}. "
+            "Lower --lr, and go on with --resume or start again."
+        )
 
-    def check_finite(self, *losses: float) -> None:
-        """Raises ValueError if the run has diverged; what it saved is of the epoch before."""
-        for loss in losses:
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {loss} in epoch {self.epoch + 1}, and the epoch is not saved: lower --lr, and go on "
-                    "with --resume or start again."
-                )
+    def show(self, update: int, loss: float, norm: float, rate: float) -> None:
+        """Figures of the last update on the progress bar and in TensorBoard."""
+        lr = self.learning_rate()
+        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.2e}", images_per_s=f"{rate:.1f}")
+        if self.log is not None:
+            memory = peak_memory_mb(self.device)
+            self.log.step(update, loss=loss, lr=lr, grad_norm=norm, images_per_s=rate, memory_mb=memory)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy of the averaged weights if there are any, else of the weights, on the validation images."""
         model = self.model if self.ema is None else self.ema.module
-        return evaluate(model, self.val_loader, self.device, self.autocast, self.args.skip_bad_images)
+        skip, stop = self.args.skip_bad_images, self.leave_on_signal
+        result = evaluate(model, self.val_loader, self.device, self.autocast, skip, self.ranks, stop)
+        if not math.isfinite(result["loss"]):
+            raise ValueError(
+                f"the run has diverged: the validation loss is {result['loss']} after epoch {self.epoch + 1}, which is "
+                "not saved. Lower --lr, and go on with --resume or start again."
+            )
+        return result
 
     def finish_epoch(self, figures: dict[str, float], result: dict[str, float]) -> None:
         """Counts the epoch as done: first in the log, then in last.pth, from which a resumed run goes on."""
         is_best = result["top1"] > self.best
         if is_best:
             self.best, self.best_epoch = result["top1"], self.epoch + 1
-        self.log.epoch(
-            (self.epoch + 1) * self.updates_per_epoch - 1,
-            epoch=self.epoch,
-            val_loss=result["loss"],
-            top1=result["top1"],
-            top5=result["top5"],
-            bad_images=len(self.train_images.bad_images()),
-            **figures,
-        )
-        self.epoch += 1
+        bad = self.bad_images()
+        if self.log is not None:
+            self.log.epoch(
+                (self.epoch + 1) * self.updates_per_epoch - 1,
+                epoch=self.epoch,
+                val_loss=result["loss"],
+                top1=result["top1"],
+                top5=result["top5"],
+                bad_images=len(bad),
+                **figures,
+            )
+        self.epoch, self.update, self.totals = self.epoch + 1, 0, [0.0, 0.0]
         if is_best:
-            write_checkpoint(self.folder / "best.pth", self.weights())
-        write_checkpoint(self.folder / "last.pth", self.state())
+            self.checkpoints.save_best(self.weights())
+        self.checkpoints.save_last(self.state())
+        self.checkpoints.keep_epoch(self.epoch)
+
+    # ----- leaving ----------------------------------------------------------------------------------------------------
+
+    def leave_on_signal(self) -> None:
+        """Raises Interrupted in all processes if any of them was told to end."""
+        if self.ranks.sum(self.watch.received is not None) != [0]:
+            raise Interrupted
+
+    def save_and_leave(self) -> None:
+        """Saves between two updates, and raises Interrupted; saves nothing where the last update had no finite loss."""
+        if not self.skipped:
+            self.checkpoints.save_last(self.state())
+        name = self.watch.received.name if self.watch.received else "a signal to another process"
+        self.ranks.say(
+            f"stopped by {name} after {self.epoch} epochs and {self.update} updates; go on with --resume "
+            f"from {self.checkpoints.last}"
+        )
+        raise Interrupted
+
+    # ----- figures ----------------------------------------------------------------------------------------------------
 
     def learning_rate(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def images_per_update(self) -> int:
-        return self.args.batch_size * self.args.grad_accum
+    def bad_images(self) -> list[str]:
+        """The training images that no process could read."""
+        return sorted(set().union(*self.ranks.gather(self.train_images.bad_images())))
 
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
+        images, ranks, args = self.train_images, self.ranks, self.args
         return (
-            f"{self.args.model}: {parameters / 1e6:.2f}M parameters; {len(self.train_images)} images of "
-            f"{len(self.train_images.classes)} classes; {self.images_per_update()} images an update, "
-            f"{self.updates_per_epoch} updates an epoch, {self.epochs} epochs; writes to {self.folder}"
+            f"{args.model}: {parameters / 1e6:.2f}M parameters; {len(images)} images of {len(images.classes)} classes\n"
+            f"nodes {ranks.nodes} x processes {ranks.local_size} x batch {args.batch_size} "
+            f"x accumulation {args.grad_accum} = {self.images_per_update} images an update\n"
+            f"{self.updates_per_epoch} updates an epoch, {self.epochs} epochs; learning rate "
+            f"{peak_learning_rate(args, self.images_per_update):.3g}; writes to {self.folder}"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Starting
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def run_folder(args: argparse.Namespace) -> Path:
-    """The run's folder."""
-    return Path(args.output) / (args.experiment or (Path(args.config).stem if args.config else args.model))
-
-
-def checkpoint_to_resume(args: argparse.Namespace, folder: Path) -> Path | None:
-    """The checkpoint that --resume means, if any.
-
-    Raises:
-        ValueError: if the run's folder holds a run that --resume does not mean, which would be overwritten.
-    """
-    last = folder / "last.pth"
-    if args.resume == "auto":
-        return last if last.exists() else None
-    chosen = None if args.resume is None else Path(args.resume)
-    if last.exists() and (chosen is None or chosen.resolve().parent != folder.resolve()):
-        raise ValueError(f"{last} is there already: go on with it by --resume, or give the run a new --experiment.")
-    return chosen
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory that this process has used so far, in 10^6 bytes: of its GPU if it has one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def main(argv: list[str] | None = None) -> float:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    return Trainer(args).run()
+    with Watch() as watch, join(args.device, watch) as (ranks, args.device):
+        try:
+            return Trainer(args, ranks, watch).run()
+        except Interrupted:
+            pass
+        # Only here is the trainer gone, which the exception held, and with it its loading processes: at the
+        # interpreter's exit each would be waited for.
+        sys.exit(128 + (watch.received or signal.SIGTERM))
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, after_interrupt="go on from the last checkpoint with --resume")

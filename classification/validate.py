@@ -1,103 +1,159 @@
-"""Evaluate a classifier: top-1 and top-5 accuracy on a folder of images.
+"""Evaluate classifiers: top-1 and top-5 accuracy on a folder of images.
 
 python classification/validate.py DATA --checkpoint output/nat/best.pth
-python classification/validate.py IMAGENET --model nat_mini --pretrained
+python classification/validate.py IMAGENET --model nat_mini --pretrained --amp bf16
+python classification/validate.py IMAGENET --models 'nat_*' 'dinat_*' --pretrained --results-file results.csv
+torchrun --standalone --nproc-per-node 8 classification/validate.py IMAGENET --model nat_mini --pretrained
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import fnmatch
+import io
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.utils import AverageMeter, accuracy
 from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.devices import autocast_of, pick_device
-from classification.images import FolderImages, check_images, evaluation_loader, split_folder
+from classification.evaluation import Flipped, check_classes, evaluate
+from classification.images import Images
+from classification.interruption import Watch
+from classification.loaders import evaluation_loader
 from classification.models import add_model_options, evaluation_transform, preprocessing, requested_model
 from classification.options import WORKERS, non_negative, positive
+from classification.ranks import Ranks, join
+from classification.readers import open_reader, read_class_map
+from classification.real_labels import RealLabels
 from natzoo import command_line
+from natzoo.checkpoints import DownloadError, write_atomically, zoo
 
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    loader: DataLoader,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-    skip_bad_images: bool = False,
-) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent and the mean cross entropy over all readable images of a loader.
-
-    Raises:
-        ValueError: if an image cannot be read and they are not to be skipped, or if none can.
-    """
-    model.eval()
-    top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
-    for x_BCHW, target_B in tqdm(loader, desc="evaluate", leave=False, disable=None):
-        check_images(loader.dataset, skip_bad_images)
-        is_readable = target_B >= 0
-        if not is_readable.any():
-            continue
-        x_BCHW, target_B = x_BCHW[is_readable].to(device), target_B[is_readable].to(device)
-        with autocast():
-            logits = model(x_BCHW)
-        hits = accuracy(logits, target_B, topk=(1, min(5, logits.shape[1])))
-        for meter, value in zip((top1, top5, loss), (*hits, F.cross_entropy(logits.float(), target_B)), strict=True):
-            meter.update(value.item(), len(target_B))
-    if top1.count == 0:
-        raise ValueError(f"none of the images in {loader.dataset.root} can be read.")
-    return {"top1": top1.avg, "top5": top5.avg, "loss": loss.avg}
-
-
-def check_classes(images: FolderImages, model: nn.Module, are_named: bool) -> None:
-    """Raises ValueError if a folder's classes cannot be those of the model.
-
-    Args:
-        images: the folder.
-        model: the model.
-        are_named: whether the folder's classes were found by name among the model's; else the numbers must agree.
-    """
-    found, known = len(images.classes), model.num_classes
-    if found > known or (found < known and not are_named):
-        raise ValueError(f"{images.root} has {found} classes, but the model has {known}: check the data folder.")
+# timm's, and what was published beside what was found.
+COLUMNS = (
+    *("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"),
+    *("loss", "images", "published_top1", "difference"),
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Evaluate an image classifier.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Evaluate image classifiers.", allow_abbrev=False)
     parser.add_argument("data", help="folder that holds val/, or one folder a class")
     add_model_options(parser)
-    parser.add_argument("--val-split", default="val", help="folder of the images under DATA")
-    parser.add_argument("--batch-size", type=positive, default=256, help="images at a time")
-    parser.add_argument("--workers", type=non_negative, default=WORKERS, help="processes that load images")
+    parser.add_argument("--models", nargs="+", metavar="PATTERN", help="all published models of such names: 'nat_*'")
+    parser.add_argument("--results-file", type=Path, metavar="CSV", help="table to write, a row a model")
+    parser.add_argument("--dataset", default="", help="folder, tar or hfds/NAME; by what DATA holds unless given")
+    parser.add_argument("--val-split", default="val", help="folder or tar file of the images under DATA")
+    parser.add_argument("--class-map", metavar="FILE", help="text file of the classes in order, one a line")
+    parser.add_argument("--real-labels", nargs="?", const="", metavar="JSON", help="score by ImageNet's real labels")
+    parser.add_argument("--tta", choices=["none", "flip"], default="none", help="average with the mirrored image")
+    parser.add_argument("--batch-size", type=positive, default=256, help="images at a time, a GPU")
+    parser.add_argument("--workers", type=non_negative, default=WORKERS, help="processes that load images, a GPU")
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision")
+    parser.add_argument("--channels-last", action="store_true", help="memory format of convolutions")
     parser.add_argument("--skip-bad-images", action="store_true", help="go on where an image cannot be read")
     return parser
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    args = make_parser().parse_args(argv)
+def chosen_models(patterns: list[str]) -> list[str]:
+    """Names of the published ImageNet-1K classifiers that match.
+
+    Raises:
+        ValueError: if none does.
+    """
+    known = [name for name, entry in zoo.entries().items() if "top1" in entry.facts]
+    chosen = [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    if not chosen:
+        raise ValueError(f"no published classifier is named {' or '.join(patterns)}: there are {', '.join(known)}.")
+    return chosen
+
+
+def validate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Evaluates the model that the options name, and returns its row of the table."""
     device = pick_device(args.device)
-    folder = split_folder(args.data, args.val_split)
-    model, record = requested_model(args, device)
-    transform = evaluation_transform(preprocessing(args, model, record))
-    images = FolderImages(folder, record["classes"], transform, replace=False)
-    check_classes(images, model, are_named=record["classes"] is not None)
-    loader = evaluation_loader(images, args.batch_size, args.workers, device.type == "cuda")
-    result = evaluate(model, loader, device, autocast_of(args.amp, device), args.skip_bad_images)
-    bad = len(images.bad_images())
-    print(
-        f"{folder}: {len(images) - bad} images, top-1 {result['top1']:.2f}%, top-5 {result['top5']:.2f}%, "
-        f"loss {result['loss']:.4f}" + (f"; {bad} unreadable images left out" if bad else "")
+    model, record = ranks.in_turn(lambda: requested_model(args, device))
+    config = preprocessing(args, model, record)
+    classes = read_class_map(args.class_map) or record["classes"]
+    reader = open_reader(args.dataset, args.data, args.val_split, classes)
+    images = Images(reader, evaluation_transform(config), replace=False)
+    check_classes(images, model.num_classes, are_named=record["classes"] is not None)
+    if args.real_labels is not None:
+        images = RealLabels(images, args.real_labels or None)
+    loader = evaluation_loader(images, args.batch_size, args.workers, device.type == "cuda", ranks)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    name = args.model or record["model"]
+    seen: nn.Module = Flipped(model) if args.tta == "flip" else model
+    result = evaluate(seen, loader, device, autocast_of(args.amp, device), args.skip_bad_images, ranks)
+    bad = len(set().union(*ranks.gather(images.bad_images())))
+    row = _row(name, model, config, result, is_published=args.pretrained)
+    ranks.say(
+        f"{name} on {images.where}: {result['count']} images, "
+        f"top-1 {result['top1']:.2f}%, top-5 {result['top5']:.2f}%, loss {result['loss']:.4f}"
+        + (f"; published top-1 {row['published_top1']}%" if row["published_top1"] != "" else "")
+        + (f"; {bad} unreadable images left out" if bad else "")
     )
+    return {**result, "row": row}
+
+
+def _row(name: str, model: nn.Module, config: dict, result: dict[str, float], is_published: bool) -> dict[str, Any]:
+    known = zoo.entries().get(name.split(".")[0])
+    published = known.facts.get("top1", "") if known and is_published else ""
+    return {
+        "model": name,
+        "top1": round(result["top1"], 3),
+        "top1_err": round(100 - result["top1"], 3),
+        "top5": round(result["top5"], 3),
+        "top5_err": round(100 - result["top5"], 3),
+        "param_count": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+        "img_size": config["input_size"][-1],
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+        "loss": round(result["loss"], 4),
+        "images": result["count"],
+        "published_top1": published,
+        "difference": "" if published == "" else round(result["top1"] - published, 3),
+    }
+
+
+def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the table, whole or not at all."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Returns the figures of the last model."""
+    args = make_parser().parse_args(argv)
+    if args.models and (args.model or args.checkpoint or not args.pretrained):
+        raise ValueError(
+            "--models names published models: give it with --pretrained, without --model and --checkpoint."
+        )
+    with Watch() as watch, join(args.device, watch) as (ranks, args.device):
+        rows, failed = [], []
+        for name in chosen_models(args.models) if args.models else [args.model]:
+            args.model = name
+            try:
+                result = validate(args, ranks)
+            except DownloadError as error:  # the next one may be here already
+                if not args.models:
+                    raise
+                ranks.say(f"{name} is left out: {error}")
+                failed.append(name)
+                continue
+            rows.append(result.pop("row"))
+            if args.results_file and ranks.is_first:
+                write_results(args.results_file, rows)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(failed) + len(rows)} models could not be had: {', '.join(failed)}.")
     return result
 
 

@@ -8,20 +8,24 @@ from collections.abc import Callable
 from typing import Any
 
 
-def run(main: Callable[[], Any]) -> None:
+def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
     """Runs a script's main function and turns what a user can mend into one line on stderr and exit status 2.
 
-    The environment variable NATTEN_TRACEBACK=1 shows where the error was raised.
+    On Ctrl-C it says so, and `after_interrupt`. NATTEN_TRACEBACK=1 in the environment shows where an error was raised.
     """
     try:
         main()
-    except (ValueError, OSError, NotImplementedError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has had enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
+    except (ValueError, OSError, NotImplementedError, ImportError) as error:
         if os.environ.get("NATTEN_TRACEBACK"):
             raise
         print(f"error: {_text(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; train.py goes on from its last epoch with --resume", file=sys.stderr)
+        print("; ".join(filter(None, ("interrupted", after_interrupt))), file=sys.stderr)
         sys.exit(130)
 
 

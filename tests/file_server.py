@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 class Server:
     """Serves CONTENT at every address; `behaviours` are taken one a request, then requests are served well."""
 
-    def __init__(self):
+    def __init__(self, encryption: ssl.SSLContext | None = None):
         self.behaviours: list[Callable[[http.server.BaseHTTPRequestHandler], None]] = []
         self.ranges: list[str | None] = []
         self.etag = '"one"'
@@ -33,10 +34,14 @@ class Server:
 
         Handler.server_state = server
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.origin = f"http://127.0.0.1:{self.http.server_port}"
+        if encryption is not None:
+            self.http.socket = encryption.wrap_socket(self.http.socket, server_side=True)
+            self.origin = f"https://localhost:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def url(self, name: str = "weights.pth") -> str:
-        return f"http://127.0.0.1:{self.http.server_port}/{name}"
+        return f"{self.origin}/{name}"
 
 
 def serve(handler, content=CONTENT, sent=None, accepts_ranges=True):

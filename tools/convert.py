@@ -5,11 +5,14 @@
     python tools/convert.py hf/nat_mini nat_mini.pth                       and back
     python tools/convert.py output/nat/best.pth best.safetensors           what train.py wrote, averaged if it is
     python tools/convert.py work_dirs/x/iter_160000.pth published.pth      a detector, without its optimizer
-    python tools/convert.py maskrcnn_dinat_mini dinat_mini_coco.pth --backbone
+    python tools/convert.py maskrcnn_dinat_mini dinat_mini.pth --backbone  its backbone alone
 
 The source is a name that `tools/download.py list` shows, a file (.pth, .pth.tar, .pt, .bin, .safetensors, detectron2's
 .pkl), a folder, a URL, or hf-hub:OWNER/NAME. The target's ending tells its form; without one it is a folder of Hugging
 Face. Names of weights become the published ones; of a detector or segmenter all parts keep theirs.
+
+With --backbone, a folder takes --model, and the dilations where the detector has others than that classifier:
+    --model dinat_mini --model-kwargs "dilations=[[1,28,1],[1,7,1,14],[1,3,1,5,1,7],[1,3,1,3,1]]"
 """
 
 from __future__ import annotations
@@ -19,16 +22,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import natzoo  # noqa: F401  registers the models
+from classification.models import create_model, model_of
+from classification.options import KeyValues
 from natzoo import command_line
-from natzoo.checkpoints import load_weights, locate, read_checkpoint, weights_of, write_weights
-from natzoo.checkpoints.adapt import published_names
+from natzoo.checkpoints import locate, read_checkpoint, weights_of, write_weights
+from natzoo.checkpoints.adapt import backbone_prefix, published_names
 from natzoo.checkpoints.download import sha256_of
+from natzoo.checkpoints.record import RECORD
 from natzoo.checkpoints.zoo import entries
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -38,8 +42,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="name, file, folder, URL or hf-hub:OWNER/NAME")
-    parser.add_argument("target", type=Path, help="file to write, or without an ending a new folder of Hugging Face")
+    parser.add_argument("target", type=Path, help="new file, or without an ending a new folder of Hugging Face")
     parser.add_argument("--model", help="registered name of the classifier, where the source does not tell")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, help="KEY=VALUE for --model")
     parser.add_argument("--backbone", action="store_true", help="of a detector or segmenter, take the backbone alone")
     parser.add_argument("--dtype", choices=DTYPES, help="of the written weights; the source's own unless given")
     return parser.parse_args(argv)
@@ -47,68 +52,88 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    if args.target.is_file():
+        raise ValueError(f"{args.target} exists already: choose another name.")
     source = locate(args.source)
     checkpoint = read_checkpoint(source)
+    record = record_of_folder(Path(args.source))
+    if record is not None:
+        checkpoint = {"state_dict": checkpoint, RECORD: record}
     weights = weights_of(checkpoint, source)
-    record = model_record(args, checkpoint)
-    is_detector = any(name.startswith("backbone.") for name in weights)
-    if not is_detector or args.backbone:
-        weights = published_names(weights)
     if args.dtype:
         weights = {name: x.to(DTYPES[args.dtype]) if x.is_floating_point() else x for name, x in weights.items()}
-    if args.target.suffix:
-        write_weights(args.target, weights, None if is_detector else complete(record, weights, source))
-        report(args.target, weights)
+    if args.backbone:
+        convert_backbone(args, published_names(weights))
+    elif backbone_prefix(weights):
+        convert_detector(args, weights)
     else:
-        write_folder(args.target, weights, record, source)
+        convert_classifier(args, checkpoint, weights, source)
 
 
-def model_record(args: argparse.Namespace, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """Of which model the weights are: what train.py noted, else the one named, else that of the published name."""
-    if isinstance(checkpoint.get("record"), dict):
-        return checkpoint["record"]
+def record_of_folder(folder: Path) -> dict[str, Any] | None:
+    """What a folder of Hugging Face says of its model."""
+    if not (folder / "config.json").is_file():
+        return None
+    return hugging_face().read_record(folder)
+
+
+def hugging_face() -> Any:
+    """natzoo.hf.folders, which needs transformers."""
+    try:
+        from natzoo.hf import folders
+    except ModuleNotFoundError as error:
+        raise ValueError(str(error)) from error
+    return folders
+
+
+def convert_backbone(args: argparse.Namespace, weights: dict[str, Tensor]) -> None:
+    """Writes a detector's backbone."""
+    if args.target.suffix:
+        write_weights(args.target, weights)
+    elif args.model is None:
+        raise ValueError(f"{args.source} does not say which model its backbone is: name it with --model.")
+    else:
+        with torch.device("meta"):
+            model = create_model(args.model, args.model_kwargs)
+        hugging_face().save_backbone_folder(model, weights, args.target)
+    report(args.target, weights)
+
+
+def convert_detector(args: argparse.Namespace, weights: dict[str, Tensor]) -> None:
+    """Writes all of a detector or segmenter, the weights alone."""
+    if args.model or not args.target.suffix:
+        raise ValueError(
+            f"{args.source} is a detector or segmenter: take a file as target and no --model, or --backbone."
+        )
+    write_weights(args.target, weights)
+    report(args.target, weights)
+
+
+def convert_classifier(
+    args: argparse.Namespace, checkpoint: dict[str, Any], weights: dict[str, Tensor], source: Path
+) -> None:
+    """Writes a classifier; where its model is known, after a check that the weights are its."""
+    weights = published_names(weights)
     known = entries().get(args.source)
     name = args.model or (known.name if known and known.task == "classification" else None)
-    return None if name is None else {"model": name, "model_kwargs": {}, "classes": None, "preprocessing": {}}
+    if name is None and RECORD not in checkpoint:
+        if not args.target.suffix:
+            raise ValueError(f"{source} does not say which classifier it is of: name it with --model.")
+        write_weights(args.target, weights)
+    else:
+        classes = len(weights["head.weight"]) if "head.weight" in weights else 0
+        model, record = model_of(checkpoint, str(source), name, {"num_classes": classes, **args.model_kwargs})
+        if args.target.suffix:
+            write_weights(args.target, weights, {**record, "num_classes": model.num_classes})
+        else:
+            model.pretrained_cfg = {**model.pretrained_cfg, **record["preprocessing"]}
+            model = model.to(next(iter(weights.values())).dtype).eval()
+            hugging_face().save_folder(model, args.target, record["classes"])
+    report(args.target, weights)
 
 
-def complete(record: dict[str, Any] | None, weights: dict[str, Tensor], source: Path) -> dict[str, Any] | None:
-    """The record, with the number of classes; the weights are checked to fit the model.
-
-    Raises:
-        ValueError: if they do not.
-    """
-    if record is None:
-        return None
-    return {**record, "num_classes": build(record, weights, source).num_classes}
-
-
-def build(record: dict[str, Any], weights: dict[str, Tensor], source: Path) -> torch.nn.Module:
-    """The recorded model with these weights."""
-    if not timm.is_model(record["model"]):
-        raise ValueError(f"there is no model {record['model']!r}: `timm.list_models()` shows all.")
-    classes = len(weights["head.weight"]) if "head.weight" in weights else 0
-    model = timm.create_model(record["model"], **{**record["model_kwargs"], "num_classes": classes})
-    for note in load_weights(model, weights, source):
-        print(f"{source}: {note}")
-    return model.to(next(iter(weights.values())).dtype).eval()
-
-
-def write_folder(target: Path, weights: dict[str, Tensor], record: dict[str, Any] | None, source: Path) -> None:
-    """A folder for transformers, which needs to know the model."""
-    if record is None:
-        raise ValueError(f"{source} does not say which classifier it is of: name it with --model.")
-    try:
-        from natzoo.hf import save_folder
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{target} cannot be written: {error}") from error
-    model = build(record, weights, source)
-    model.pretrained_cfg = {**model.pretrained_cfg, **record["preprocessing"]}
-    save_folder(model, target, record["classes"])
-    report(target / "model.safetensors", weights)
-
-
-def report(path: Path, weights: dict[str, Tensor]) -> None:
+def report(target: Path, weights: dict[str, Tensor]) -> None:
+    path = target if target.suffix else target / "model.safetensors"
     millions = sum(x.numel() for x in weights.values()) / 1e6
     dtypes = ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()}))
     print(f"{path}: {len(weights)} weights, {millions:.1f} million numbers, {dtypes}, sha256 {sha256_of(path)}")

@@ -39,7 +39,7 @@ def show(args: argparse.Namespace) -> None:
 def get(args: argparse.Namespace) -> None:
     """Downloads what is not here yet; with --out copies it."""
     for entry in [find(name) for name in dict.fromkeys(args.names)]:
-        path = locate(entry.name)
+        path = locate(entry.url)  # not the name, which a file here may have
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             is_from_hub = path != path_in_cache(entry)  # where each file has the same name

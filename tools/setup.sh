@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv and installs the project into it.
-#   bash tools/setup.sh [EXTRA...]     extras: train (default), dev
+#   bash tools/setup.sh [EXTRA...]     extras: train (default), openmmlab, dev
 # Safe to run again: what is installed already stays. PYTHON names the interpreter, VENV another place than .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."

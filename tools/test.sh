@@ -10,7 +10,7 @@ if [ "${1:-}" = "--all" ]; then
     shift
 fi
 
-bash tools/setup.sh dev
+bash tools/setup.sh dev openmmlab
 venv=${VENV:-.venv}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .

@@ -3,6 +3,7 @@
 from natzoo.checkpoints.download import DownloadError
 from natzoo.checkpoints.load import load_weights
 from natzoo.checkpoints.read import read_checkpoint, read_weights, weights_of
+from natzoo.checkpoints.record import record_of
 from natzoo.checkpoints.sources import locate
 from natzoo.checkpoints.write import write_atomically, write_checkpoint, write_weights
 
@@ -12,6 +13,7 @@ __all__ = [
     "locate",
     "read_checkpoint",
     "read_weights",
+    "record_of",
     "weights_of",
     "write_atomically",
     "write_checkpoint",

@@ -27,11 +27,21 @@ def published_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): value for name, value in weights.items()}
     if len(weights) < count:
         raise ValueError("it has the same weights twice, with and without module. or _orig_mod. before their names.")
-    backbone = {
-        name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")
-    }
-    weights = backbone or weights
+    prefix = backbone_prefix(weights)
+    if prefix:
+        weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
     return from_hf(weights) if is_hf(weights) else weights
+
+
+def backbone_prefix(names: Iterable[str]) -> str:
+    """What the names of a backbone begin with in a detector or segmenter of OpenMMLab or transformers; "" in others."""
+    for name in names:
+        if name.startswith("backbone."):
+            return "backbone."
+        prefix, found, _ = name.partition("embeddings.patch_embeddings.projection.")
+        if found and prefix not in ("", "nat.", "dinat."):
+            return prefix
+    return ""
 
 
 def adapt(

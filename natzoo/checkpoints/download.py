@@ -164,7 +164,8 @@ def _transfer(url: str, path: Path) -> Path:
     if offset:
         headers |= {"Range": f"bytes={offset}-", "If-Range": validator}
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=STALL_S)
+        opener = urllib.request.build_opener(_StaysEncrypted)
+        response = opener.open(urllib.request.Request(url, headers=headers), timeout=STALL_S)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the file has become shorter: begin anew at the next try
             _forget(path)
@@ -188,6 +189,15 @@ def _transfer(url: str, path: Path) -> Path:
     if total is not None and received != total:
         raise ConnectionError(f"the connection ended after {received} of {total} bytes")
     return partial
+
+
+class _StaysEncrypted(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection from https to http: where nobody published a hash, the connection alone vouches."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if req.type == "https" and not newurl.startswith("https:"):
+            raise ValueError(f"the server leads from https to {newurl}, where anybody could change the file")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _copy(response: HTTPResponse, file, offset: int, total: int | None, title: str) -> int:

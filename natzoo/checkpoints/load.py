@@ -29,11 +29,18 @@ def load_weights(
         ValueError: if the weights are of another model; lists what is missing, unexpected or of another shape. The
             model is then unchanged.
     """
-    own = model.state_dict()
     try:
         weights, notes = adapt(weights, model, new_classifier)
     except ValueError as error:
         raise ValueError(f"{path} is of no model that is known here: {error}") from error
+    check_fit(model, weights, path)
+    model.load_state_dict(weights)
+    return notes
+
+
+def check_fit(model: nn.Module, weights: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Says what is wrong with weights for a model: ValueError if they are not all of its weights, and nothing else."""
+    own = model.state_dict()
     other_shape = (name for name in own.keys() & weights.keys() if weights[name].shape != own[name].shape)
     complaints = [
         _complain("missing", own.keys() - weights.keys()),
@@ -48,9 +55,7 @@ def load_weights(
         raise ValueError(f"{path} is of another model than the {type(model).__name__} built here: {text}.")
     broken = _complain("not finite", (name for name, value in weights.items() if not value.isfinite().all()))
     if broken:
-        warnings.warn(f"{path} is damaged, or from training that failed: it has weights {broken}.", stacklevel=2)
-    model.load_state_dict(weights)
-    return notes
+        warnings.warn(f"{path} is damaged, or from training that failed: it has weights {broken}.", stacklevel=3)
 
 
 def _complain(what: str, names: Iterable[str], shown: int = 4) -> str:

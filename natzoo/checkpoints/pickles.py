@@ -7,12 +7,14 @@ numbers and arrays of numbers.
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import re
+import struct
 from collections import OrderedDict
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,14 +27,15 @@ def load_plain_pickle(path: Path) -> Any:
         pickle.UnpicklingError: if it asks for anything but plain data and arrays of numbers.
         Exception: of any kind, if it is damaged.
     """
-    with path.open("rb") as file:
-        return _to_tensors(_PlainUnpickler(file).load(), {})
+    # Mapped, since reading makes room for as many bytes as a pickle says that it has.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _to_tensors(_PlainUnpickler(content).load(), {})
 
 
 class _PlainUnpickler(pickle._Unpickler):
     """The unpickler in Python: the one in C makes room for as many things as a file says that it will refer to."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: mmap.mmap):
         super().__init__(file, encoding="latin1")  # of Python 2, from which detectron2's first weights are
 
     def find_class(self, module: str, name: str) -> Any:
@@ -43,6 +46,27 @@ class _PlainUnpickler(pickle._Unpickler):
 
     def persistent_load(self, identity: Any) -> Any:
         raise pickle.UnpicklingError("it refers to things outside of the file")
+
+    def load_build(self) -> None:
+        """Fills an array or a dtype; what attributes an OrderedDict had does not matter."""
+        filled = self.stack[-2]
+        if type(filled) is OrderedDict:
+            self.stack.pop()
+        elif isinstance(filled, (_Array, _Dtype)):
+            super().load_build()
+        else:
+            raise pickle.UnpicklingError(f"it sets attributes of a {type(filled).__name__}")
+
+    def load_bytearray8(self) -> None:
+        """Makes room for what is there, not for what the file says is there."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
+
+    dispatch: ClassVar = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
 
 class _Array:
@@ -151,10 +175,10 @@ def _convert(value: Any, done: dict[int, Any]) -> Any:
         value = value.content
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
-    if isinstance(value, _Dtype):
-        raise pickle.UnpicklingError("it holds a dtype, which is no plain data")
     if isinstance(value, dict):
         return {key: _to_tensors(item, done) for key, item in dict.items(value)}
     if isinstance(value, (list, tuple)):
         return type(value)(_to_tensors(item, done) for item in value)
-    return value
+    if value is None or type(value) in (bool, int, float, complex, str, bytes, bytearray):
+        return value
+    raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, which is no plain data")

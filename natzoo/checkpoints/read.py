@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from natzoo.checkpoints.pickles import load_plain_pickle
-from natzoo.checkpoints.write import RECORD
+from natzoo.checkpoints.record import RECORD
 
 # Where training scripts put the weights, best first: an average of the weights is what one evaluates and publishes.
 _WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")

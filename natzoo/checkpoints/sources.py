@@ -19,8 +19,8 @@ def locate(what: str | os.PathLike) -> Path:
 
     Args:
         what: a path of a file, or of a folder as transformers and timm write it; the name of a published checkpoint (a
-            registered model, or an entry of natzoo/zoo.yaml); a URL; or "hf-hub:OWNER/NAME", a repository of the
-            Hugging Face hub.
+            registered model, or an entry of natzoo/zoo.yaml); a URL; or "hf-hub:OWNER/NAME" or
+            "hf-hub:OWNER/NAME@REVISION", a repository of the Hugging Face hub.
 
     Raises:
         ValueError: if it is none of these.
@@ -75,10 +75,11 @@ def _from_hub(repository: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
+    identity, _, revision = repository.partition("@")
     failure: Exception | None = None
     for name in _HUB_FILES:
         try:
-            return Path(hf_hub_download(repository, name))
+            return Path(hf_hub_download(identity, name, revision=revision or None))
         except Exception as error:  # the library raises those of several others
             failure = error
             if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-RECORD = "record"  # entry of a checkpoint that says of which model it is
+from natzoo.checkpoints.record import RECORD
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
@@ -46,7 +48,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
     except OSError as error:
         text = f"{path} could not be written; what was there before is unharmed ({error.strerror})."
         raise OSError(error.errno, text) from error
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> None:
@@ -55,8 +57,10 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> Non
     def write(file: BinaryIO) -> None:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # how torch reports a full disk
-            raise OSError(None, str(error).splitlines()[0]) from error
+        except RuntimeError as error:  # how torch reports a full disk, in words of its own
+            is_full = shutil.disk_usage(Path(path).parent).free < 2**20
+            reason = os.strerror(errno.ENOSPC) if is_full else str(error).splitlines()[0]
+            raise OSError(errno.ENOSPC if is_full else None, reason) from error
 
     write_atomically(path, write)
 
@@ -71,7 +75,7 @@ def write_weights(path: str | os.PathLike, weights: dict[str, Tensor], record: d
             it back. A .pkl has no place for it.
 
     Raises:
-        ValueError: on another ending.
+        ValueError: on another ending; on bfloat16 in a .pkl.
         OSError: as `write_atomically`.
     """
     # Copies, since neither format may hold two views of one memory.
@@ -85,17 +89,23 @@ def write_weights(path: str | os.PathLike, weights: dict[str, Tensor], record: d
     elif suffix in (".pth", ".pt", ".bin"):
         write_checkpoint(path, weights if record is None else {"state_dict": weights, RECORD: record})
     elif suffix == ".pkl":
+        if any(value.dtype is torch.bfloat16 for value in weights.values()):
+            raise ValueError(
+                f"{path} cannot hold bfloat16, which NumPy has not: use float32, float16 or another ending."
+            )
         arrays = {name: value.numpy() for name, value in weights.items()}
         content = {"model": arrays, "__author__": "natzoo", "matching_heuristics": True}
         write_atomically(path, lambda file: pickle.dump(content, file))
     else:
-        raise ValueError(f"{path} has the unknown ending {suffix!r}: use .safetensors, .pth, .pt, .bin or .pkl.")
+        raise ValueError(
+            f"{path} ends in {suffix!r}, which is no form of weights: .safetensors, .pth, .pt, .bin, .pkl."
+        )
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable, on file systems that can."""
+def sync(path: Path) -> None:
+    """Makes a file's content, or a rename in a folder, durable on file systems that can."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

@@ -2,7 +2,8 @@
 
 transformers 5 has no Nat, and its own Dinat passes its tensors in the wrong layout: after this import, AutoConfig,
 AutoModel, AutoModelForImageClassification, AutoBackbone and AutoImageProcessor give the classes of this package for
-both. The checkpoints of the hub's shi-labs/* repositories load as they are, and what is saved has their layout.
+both. Take DinatConfig from here as well: `transformers.DinatConfig` still leads to the class that does not work. The
+checkpoints of the hub's shi-labs/* repositories load as they are, and what is saved has their layout.
 """
 
 try:
@@ -13,7 +14,8 @@ except ModuleNotFoundError as error:
 
 from natzoo.hf import auto, conversion
 from natzoo.hf.configuration import DinatConfig, NatConfig
-from natzoo.hf.export import from_timm, image_processor, save_folder
+from natzoo.hf.export import from_timm, image_processor
+from natzoo.hf.folders import save_backbone_folder, save_folder
 from natzoo.hf.modeling import (
     DinatBackbone,
     DinatForImageClassification,
@@ -41,5 +43,6 @@ __all__ = [
     "NatPreTrainedModel",
     "from_timm",
     "image_processor",
+    "save_backbone_folder",
     "save_folder",
 ]

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,8 +23,10 @@ _IMAGENET_CLASSES = 1000
 def from_timm(model: NAT | DiNAT_s | Isotropic) -> NatForImageClassification:
     """The same classifier for transformers, Dinat if it has dilations, else Nat. It has the very layers of `model`.
 
+    Of dropout its configuration can say only what Hugging Face's have: one rate for attention, one for all else.
+
     Raises:
-        ValueError: if it is no classifier of natzoo.
+        ValueError: if it is no classifier of natzoo that takes the mean of all tokens.
     """
     config = make_config(model)
     with torch.device("meta"):  # all that has weights is replaced
@@ -42,7 +40,7 @@ def from_timm(model: NAT | DiNAT_s | Isotropic) -> NatForImageClassification:
 def make_config(model: NAT | DiNAT_s | Isotropic) -> NatConfig:
     """The configuration of `from_timm`'s result."""
     layout = _LAYOUT_OF.get(type(model))
-    if layout is None or not isinstance(model.norm, nn.LayerNorm):
+    if layout is None or not isinstance(model.norm, nn.LayerNorm) or model.global_pool != "avg":
         raise ValueError(
             f"{type(model).__name__} is no whole classifier of natzoo: make it by timm.create_model(NAME)."
         )
@@ -99,43 +97,12 @@ def image_processor(model: nn.Module) -> BitImageProcessor:
     """What prepares pictures as the published evaluation does, by the model's `pretrained_cfg`: the shorter side is
     resized, the middle cut out, and colours are normalised."""
     cfg = model.pretrained_cfg
-    _, height, width = cfg["input_size"]
+    channels, height, width = cfg["input_size"]
     return BitImageProcessor(
         size={"shortest_edge": math.floor(min(height, width) / cfg["crop_pct"])},
         crop_size={"height": height, "width": width},
         resample=PILImageResampling[cfg["interpolation"].upper()],
         image_mean=list(cfg["mean"]),
         image_std=list(cfg["std"]),
-        do_convert_rgb=True,
+        do_convert_rgb=channels == 3,
     )
-
-
-def save_folder(
-    model: NAT | DiNAT_s | Isotropic, folder: str | os.PathLike, classes: Sequence[str] | None = None
-) -> None:
-    """Writes a classifier as Hugging Face has it: config.json, model.safetensors and preprocessor_config.json.
-
-    Args:
-        model: as for `from_timm`; its `pretrained_cfg` says how pictures are prepared.
-        folder: a new one; it appears when all of it is written.
-        classes: names of the classes; ImageNet's unless given, if there are as many.
-
-    Raises:
-        ValueError: as `from_timm`; if the number of names is not that of the classes.
-        FileExistsError: if there is such a folder already and it is not empty.
-    """
-    folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already: choose another folder.")
-    exported = from_timm(model)
-    if classes is not None:
-        if len(classes) != model.num_classes:
-            raise ValueError(f"{len(classes)} names are given, but the model has {model.num_classes} classes.")
-        exported.config.id2label = dict(enumerate(classes))
-        exported.config.label2id = {name: index for index, name in enumerate(classes)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        whole = Path(temporary) / folder.name
-        exported.save_pretrained(whole)
-        image_processor(model).save_pretrained(whole)
-        os.replace(whole, folder)

@@ -6,8 +6,6 @@ to which natzoo/hf/conversion.py translates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
 from natzoo.models import NAT, DiNAT_s, Isotropic
 from natzoo.models.isotropic import BiasedAttention, relative_position_index
-from natzoo.models.layers import NeighborhoodBlock, run_blocks, to_nchw
+from natzoo.models.layers import NeighborhoodBlock, check_dilations, run_blocks, to_nchw
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Outputs
@@ -66,54 +64,65 @@ def make_trunk(config: NatConfig) -> NAT | DiNAT_s | Isotropic:
     """The model of natzoo that a configuration describes, without classifier.
 
     Raises:
+        ValueError: as `arguments_of`.
+    """
+    kind, arguments = arguments_of(config)
+    trunk = kind(num_classes=0, **arguments)
+    _adjust(trunk, config)
+    return trunk
+
+
+def arguments_of(config: NatConfig) -> tuple[type[NAT | DiNAT_s | Isotropic], dict[str, Any]]:
+    """The class of natzoo that a configuration describes, and its arguments, plain data.
+
+    Raises:
         ValueError: naming the field that does not fit.
     """
-    if config.layout not in LAYOUTS:
-        raise ValueError(f"layout is {config.layout!r}, but must be one of {', '.join(map(repr, LAYOUTS))}.")
-    patch_size = LAYOUTS[config.layout]
-    if config.patch_size not in (patch_size, [patch_size] * 2, (patch_size,) * 2):
-        raise ValueError(f"patch_size is {config.patch_size}, but layout {config.layout!r} has only {patch_size}.")
+    _check(config)
     shared = {
         "in_chans": config.num_channels,
-        "num_classes": 0,
         "embed_dim": config.embed_dim,
         "kernel_size": config.kernel_size,
         "mlp_ratio": config.mlp_ratio,
         "qkv_bias": config.qkv_bias,
         "drop_path_rate": config.drop_path_rate,
     }
-    dilations = getattr(config, "dilations", None)
+    dilations = check_dilations(getattr(config, "dilations", None), config.depths)
     if config.layout == "isotropic":
-        return _make_isotropic(config, dilations, shared)
-    if config.kernel_size is None:
-        raise ValueError(f"kernel_size is None, but layout {config.layout!r} needs a window.")
-    trunk = (NAT if config.layout == "nat" else DiNAT_s)(
-        depths=config.depths,
-        num_heads=config.num_heads,
-        dilations=dilations,
-        attn_drop_rate=config.attention_probs_dropout_prob,
-        layer_scale=config.layer_scale_init_value if config.layer_scale_init_value > 0 else None,
+        return Isotropic, {
+            "depth": config.depths[0],
+            "num_heads": config.num_heads[0],
+            "dilations": dilations[0] if config.kernel_size else None,
+            "img_size": config.image_size if isinstance(config.image_size, int) else tuple(config.image_size),
+            **shared,
+        }
+    return NAT if config.layout == "nat" else DiNAT_s, {
+        "depths": list(config.depths),
+        "num_heads": list(config.num_heads),
+        "dilations": dilations,
+        "attn_drop_rate": config.attention_probs_dropout_prob,
+        "layer_scale": config.layer_scale_init_value if config.layer_scale_init_value > 0 else None,
         **shared,
-    )
-    _adjust(trunk, config)
-    return trunk
+    }
 
 
-def _make_isotropic(config: NatConfig, dilations: list | None, shared: dict[str, Any]) -> Isotropic:
+def _check(config: NatConfig) -> None:
+    if config.layout not in LAYOUTS:
+        raise ValueError(f"layout is {config.layout!r}, but must be one of {', '.join(map(repr, LAYOUTS))}.")
+    patch_size = LAYOUTS[config.layout]
+    if config.patch_size not in (patch_size, [patch_size] * 2, (patch_size,) * 2):
+        raise ValueError(f"patch_size is {config.patch_size}, but layout {config.layout!r} has only {patch_size}.")
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act is {config.hidden_act!r}, but must be one of {', '.join(sorted(ACT2FN))}.")
+    if config.layout != "isotropic":
+        if config.kernel_size is None:
+            raise ValueError(f"kernel_size is None, but layout {config.layout!r} needs a window.")
+        return
     for name in ("attention_probs_dropout_prob", "layer_scale_init_value"):
         if getattr(config, name) > 0:
             raise ValueError(f"{name} is {getattr(config, name)}, but isotropic models have no such thing: use 0.")
     if len(config.depths) != 1 or len(config.num_heads) != 1:
         raise ValueError(f"depths is {config.depths} and num_heads {config.num_heads}, but isotropic is one stage.")
-    trunk = Isotropic(
-        depth=config.depths[0],
-        num_heads=config.num_heads[0],
-        dilations=None if dilations is None else dilations[0],
-        img_size=config.image_size if isinstance(config.image_size, int) else tuple(config.image_size),
-        **shared,
-    )
-    _adjust(trunk, config)
-    return trunk
 
 
 def _adjust(trunk: nn.Module, config: NatConfig) -> None:
@@ -137,9 +146,6 @@ class IsotropicStage(nn.Module):
         super().__init__()
         self.blocks = blocks
         self.grad_checkpointing = False
-
-    def forward_blocks(self, x_BHWC: Tensor) -> Tensor:
-        return run_blocks(self.blocks, x_BHWC, self.grad_checkpointing)
 
 
 class StageOutput(NamedTuple):
@@ -168,29 +174,17 @@ class Encoder(nn.Module):
         for level in self.levels:
             level.grad_checkpointing = enable
 
-    def forward(self, x_BHWC: Tensor, output_attentions: bool = False, stages: int | None = None) -> list[StageOutput]:
-        """Runs the first `stages` stages, by default all."""
+    def forward(self, x_BHWC: Tensor, output_attentions: bool = False) -> list[StageOutput]:
+        """Runs all stages."""
         outputs = []
-        for level in self.levels[:stages]:
-            with _watch(level.blocks[-1].attn, output_attentions) as weights:
-                before = level.forward_blocks(x_BHWC)
+        for level in self.levels:
+            *blocks, last = level.blocks
+            x_BHWC = run_blocks(blocks, x_BHWC, level.grad_checkpointing)
+            weights = last.attn.attention_weights(last.norm1(x_BHWC)) if output_attentions else None
+            before = run_blocks((last,), x_BHWC, level.grad_checkpointing)
             x_BHWC = before if level.downsample is None else level.downsample(before)
-            outputs.append(StageOutput(before, x_BHWC, weights[0] if weights else None))
+            outputs.append(StageOutput(before, x_BHWC, weights))
         return outputs
-
-
-@contextmanager
-def _watch(attn: nn.Module, enabled: bool) -> Iterator[list[Tensor]]:
-    """A list, to which the layer's attention weights are added when it runs."""
-    weights: list[Tensor] = []
-    if not enabled:
-        yield weights
-        return
-    hook = attn.register_forward_pre_hook(lambda module, inputs: weights.append(module.attention_weights(*inputs)))
-    try:
-        yield weights
-    finally:
-        hook.remove()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,10 +50,6 @@ class DiNAT_s(HierarchicalTransformer):
     make_downsampler = PatchMerging
 
 
-def _create_dinat_s(variant: str, pretrained: bool = False, **kwargs: Any) -> DiNAT_s:
-    return build(DiNAT_s, variant, pretrained, maps=(0, 1, 2, 3), **kwargs)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Published weights
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,7 +68,7 @@ default_cfgs = published(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Registered models
+# Sizes
 # ---------------------------------------------------------------------------------------------------------------------
 
 _TINY = {
@@ -84,42 +80,59 @@ _TINY = {
     "dilations": ([1, 8], [1, 4], [1, 2] * 3, [1, 1]),
 }
 _SMALL = {**_TINY, "depths": (2, 2, 18, 2), "drop_path_rate": 0.3, "dilations": ([1, 8], [1, 4], [1, 2] * 9, [1, 1])}
-_BASE = {**_SMALL, "num_heads": (4, 8, 16, 32), "embed_dim": 128, "drop_path_rate": 0.5}
 _LARGE = {**_SMALL, "num_heads": (6, 12, 24, 48), "embed_dim": 192, "drop_path_rate": 0.35}
+
+# What the constructor is given for each registered model.
+SIZES = {
+    "dinat_s_tiny": _TINY,
+    "dinat_s_small": _SMALL,
+    "dinat_s_base": {**_SMALL, "num_heads": (4, 8, 16, 32), "embed_dim": 128, "drop_path_rate": 0.5},
+    "dinat_s_large": _LARGE,
+    "dinat_s_large_384": {**_LARGE, "dilations": ([1, 13], [1, 6], [1, 3] * 9, [1, 1])},
+    "dinat_s_large_21k": {**_LARGE, "drop_path_rate": 0.2},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registered models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _create_dinat_s(variant: str, pretrained: bool = False, **kwargs: Any) -> DiNAT_s:
+    return build(DiNAT_s, variant, pretrained, maps=(0, 1, 2, 3), **{**SIZES[variant], **kwargs})
 
 
 @register_model
 def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> DiNAT_s:
     """DiNAT_s-Tiny: 28M parameters, 4.5 GMACs."""
-    return _create_dinat_s("dinat_s_tiny", pretrained, **{**_TINY, **kwargs})
+    return _create_dinat_s("dinat_s_tiny", pretrained, **kwargs)
 
 
 @register_model
 def dinat_s_small(pretrained: bool = False, **kwargs: Any) -> DiNAT_s:
     """DiNAT_s-Small: 50M parameters, 8.7 GMACs."""
-    return _create_dinat_s("dinat_s_small", pretrained, **{**_SMALL, **kwargs})
+    return _create_dinat_s("dinat_s_small", pretrained, **kwargs)
 
 
 @register_model
 def dinat_s_base(pretrained: bool = False, **kwargs: Any) -> DiNAT_s:
     """DiNAT_s-Base: 88M parameters, 15.4 GMACs."""
-    return _create_dinat_s("dinat_s_base", pretrained, **{**_BASE, **kwargs})
+    return _create_dinat_s("dinat_s_base", pretrained, **kwargs)
 
 
 @register_model
 def dinat_s_large(pretrained: bool = False, **kwargs: Any) -> DiNAT_s:
     """DiNAT_s-Large: 197M parameters, 34.5 GMACs."""
-    return _create_dinat_s("dinat_s_large", pretrained, **{**_LARGE, **kwargs})
+    return _create_dinat_s("dinat_s_large", pretrained, **kwargs)
 
 
 @register_model
 def dinat_s_large_384(pretrained: bool = False, **kwargs: Any) -> DiNAT_s:
     """DiNAT_s-Large for 384x384: 197M parameters, 101.5 GMACs."""
-    dilations = ([1, 13], [1, 6], [1, 3] * 9, [1, 1])
-    return _create_dinat_s("dinat_s_large_384", pretrained, **{**_LARGE, "dilations": dilations, **kwargs})
+    return _create_dinat_s("dinat_s_large_384", pretrained, **kwargs)
 
 
 @register_model
 def dinat_s_large_21k(pretrained: bool = False, **kwargs: Any) -> DiNAT_s:
     """DiNAT_s-Large with the classes of ImageNet-22K."""
-    return _create_dinat_s("dinat_s_large_21k", pretrained, **{**_LARGE, "drop_path_rate": 0.2, **kwargs})
+    return _create_dinat_s("dinat_s_large_21k", pretrained, **kwargs)

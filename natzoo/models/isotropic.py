@@ -143,10 +143,10 @@ class Isotropic(Classifier):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        if dilations is not None and (kernel_size is None or len(dilations) != depth):
-            raise ValueError(
-                f"dilations are {len(dilations)} values, but must be {depth}, one a block, and need a kernel_size."
-            )
+        if dilations is not None and kernel_size is None:
+            raise ValueError(f"dilations are {dilations}, but full attention has none: give a kernel_size.")
+        if dilations is not None and len(dilations) != depth:
+            raise ValueError(f"dilations are {len(dilations)} values, but must be {depth}, one a block.")
         self.num_features = embed_dim
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(PATCH_SIZE, in_chans, embed_dim, **dd)

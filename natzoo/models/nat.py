@@ -61,10 +61,6 @@ class NAT(HierarchicalTransformer):
     make_downsampler = ConvDownsampler
 
 
-def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
-    return build(NAT, variant, pretrained, maps=(0, 1, 2, 3), **kwargs)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Published weights
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +86,7 @@ default_cfgs = published(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Registered models
+# Sizes
 # ---------------------------------------------------------------------------------------------------------------------
 
 _MINI = {"depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16), "embed_dim": 64, "mlp_ratio": 3.0, "drop_path_rate": 0.2}
@@ -102,105 +98,114 @@ _SMALL = {
     "mlp_ratio": 2.0,
     "drop_path_rate": 0.3,
 }
-_BASE = {
-    "depths": (3, 4, 18, 5),
-    "num_heads": (4, 8, 16, 32),
-    "embed_dim": 128,
-    "mlp_ratio": 2.0,
-    "drop_path_rate": 0.5,
-}
-_LARGE = {
-    "depths": (3, 4, 18, 5),
-    "num_heads": (6, 12, 24, 48),
-    "embed_dim": 192,
-    "mlp_ratio": 2.0,
-    "drop_path_rate": 0.35,
-}
+_BASE = {**_SMALL, "num_heads": (4, 8, 16, 32), "embed_dim": 128, "drop_path_rate": 0.5, "layer_scale": 1e-5}
+_LARGE = {**_SMALL, "num_heads": (6, 12, 24, 48), "embed_dim": 192, "drop_path_rate": 0.35}
+_LARGE_21K = {**_LARGE, "drop_path_rate": 0.2}
 
 _DILATIONS_224_MINI = ([1, 8, 1], [1, 4] * 2, [1, 2] * 3, [1] * 5)
 _DILATIONS_224 = ([1, 8, 1], [1, 4] * 2, [1, 2] * 9, [1] * 5)
 _DILATIONS_384 = ([1, 13, 1], [1, 6] * 2, [1, 3] * 9, [1] * 5)
 
+# What the constructor is given for each registered model. DiNAT-Small has no layer scale, unlike NAT-Small.
+SIZES = {
+    "nat_mini": _MINI,
+    "nat_tiny": _TINY,
+    "nat_small": {**_SMALL, "layer_scale": 1e-5},
+    "nat_base": _BASE,
+    "dinat_mini": {**_MINI, "dilations": _DILATIONS_224_MINI},
+    "dinat_tiny": {**_TINY, "dilations": _DILATIONS_224},
+    "dinat_small": {**_SMALL, "dilations": _DILATIONS_224},
+    "dinat_base": {**_BASE, "dilations": _DILATIONS_224},
+    "dinat_large": {**_LARGE, "dilations": _DILATIONS_224},
+    "dinat_large_384": {**_LARGE, "dilations": _DILATIONS_384},
+    "dinat_large_384_11x11": {**_LARGE, "dilations": _DILATIONS_224, "kernel_size": 11},
+    "dinat_large_21k": {**_LARGE_21K, "dilations": _DILATIONS_224},
+    "dinat_large_21k_11x11": {**_LARGE_21K, "dilations": _DILATIONS_224, "kernel_size": 11},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registered models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
+    return build(NAT, variant, pretrained, maps=(0, 1, 2, 3), **{**SIZES[variant], **kwargs})
+
 
 @register_model
 def nat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Mini: 20M parameters, 2.7 GMACs."""
-    return _create_nat("nat_mini", pretrained, **{**_MINI, **kwargs})
+    return _create_nat("nat_mini", pretrained, **kwargs)
 
 
 @register_model
 def nat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Tiny: 28M parameters, 4.3 GMACs."""
-    return _create_nat("nat_tiny", pretrained, **{**_TINY, **kwargs})
+    return _create_nat("nat_tiny", pretrained, **kwargs)
 
 
 @register_model
 def nat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Small: 51M parameters, 7.8 GMACs."""
-    return _create_nat("nat_small", pretrained, **{**_SMALL, "layer_scale": 1e-5, **kwargs})
+    return _create_nat("nat_small", pretrained, **kwargs)
 
 
 @register_model
 def nat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Base: 90M parameters, 13.7 GMACs."""
-    return _create_nat("nat_base", pretrained, **{**_BASE, "layer_scale": 1e-5, **kwargs})
+    return _create_nat("nat_base", pretrained, **kwargs)
 
 
 @register_model
 def dinat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Mini: 20M parameters, 2.7 GMACs."""
-    return _create_nat("dinat_mini", pretrained, **{**_MINI, "dilations": _DILATIONS_224_MINI, **kwargs})
+    return _create_nat("dinat_mini", pretrained, **kwargs)
 
 
 @register_model
 def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Tiny: 28M parameters, 4.3 GMACs."""
-    return _create_nat("dinat_tiny", pretrained, **{**_TINY, "dilations": _DILATIONS_224, **kwargs})
+    return _create_nat("dinat_tiny", pretrained, **kwargs)
 
 
 @register_model
 def dinat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Small: 51M parameters, 7.8 GMACs; without layer scale, unlike NAT-Small."""
-    return _create_nat("dinat_small", pretrained, **{**_SMALL, "dilations": _DILATIONS_224, **kwargs})
+    return _create_nat("dinat_small", pretrained, **kwargs)
 
 
 @register_model
 def dinat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Base: 90M parameters, 13.7 GMACs."""
-    return _create_nat(
-        "dinat_base", pretrained, **{**_BASE, "layer_scale": 1e-5, "dilations": _DILATIONS_224, **kwargs}
-    )
+    return _create_nat("dinat_base", pretrained, **kwargs)
 
 
 @register_model
 def dinat_large(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Large: 200M parameters, 30.6 GMACs."""
-    return _create_nat("dinat_large", pretrained, **{**_LARGE, "dilations": _DILATIONS_224, **kwargs})
+    return _create_nat("dinat_large", pretrained, **kwargs)
 
 
 @register_model
 def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Large with dilations for 384x384 images: 89.7 GMACs."""
-    return _create_nat("dinat_large_384", pretrained, **{**_LARGE, "dilations": _DILATIONS_384, **kwargs})
+    return _create_nat("dinat_large_384", pretrained, **kwargs)
 
 
 @register_model
 def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Large with 11x11 windows for 384x384 images: 92.4 GMACs."""
-    return _create_nat(
-        "dinat_large_384_11x11", pretrained, **{**_LARGE, "dilations": _DILATIONS_224, "kernel_size": 11, **kwargs}
-    )
+    return _create_nat("dinat_large_384_11x11", pretrained, **kwargs)
 
 
 @register_model
 def dinat_large_21k(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Large with the classes of ImageNet-22K."""
-    kwargs = {**_LARGE, "drop_path_rate": 0.2, "dilations": _DILATIONS_224, **kwargs}
     return _create_nat("dinat_large_21k", pretrained, **kwargs)
 
 
 @register_model
 def dinat_large_21k_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
     """The same with the relative position bias of 11x11 windows: a start for larger images."""
-    kwargs = {**_LARGE, "drop_path_rate": 0.2, "dilations": _DILATIONS_224, "kernel_size": 11, **kwargs}
     return _create_nat("dinat_large_21k_11x11", pretrained, **kwargs)

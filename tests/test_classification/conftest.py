@@ -1,8 +1,14 @@
 """A tiny data set and the options of a run of seconds on it."""
 
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 from PIL import Image
+
+from classification import train
 
 CLASSES = ("amber", "blue", "crimson")
 
@@ -43,3 +49,26 @@ def tiny(data, tmp_path):
 @pytest.fixture
 def run_folder(tmp_path):
     return tmp_path / "output" / "tiny"
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Runs train.py until a signal comes after so many updates."""
+
+    def run(updates, options, number=signal.SIGTERM):
+        original, calls = train.Trainer.update_weights, []
+
+        def update_weights(self, loss):
+            calls.append(loss)
+            if len(calls) == updates:
+                os.kill(os.getpid(), number)
+            return original(self, loss)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Trainer, "update_weights", update_weights)
+            with pytest.raises(SystemExit) as left:
+                train.main(options)
+        assert left.value.code == 128 + number
+        assert not multiprocessing.active_children()  # the loading processes are gone too
+
+    return run

@@ -1,25 +1,34 @@
-"""Folders of images, their order and their randomness."""
+"""Data sets of images, their order and their randomness."""
+
+import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
 
-from classification.images import FolderImages, evaluation_loader, split_folder, training_loader
+from classification.augmentation import augmentation
+from classification.images import Images
+from classification.loaders import batches_of, evaluation_loader, training_loader
+from classification.options import parse
+from classification.ranks import Ranks
+from classification.readers import FolderReader, split_place
+
+CONFIG = {"input_size": [3, 16, 16], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
 
-def images_of(folder, **kwargs):
-    transform = create_transform(
-        16, is_training=True, scale=(0.3, 1.0), auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.5
-    )
-    return FolderImages(folder, kwargs.pop("classes", None), transform, **kwargs)
+def images_of(folder, classes=None, **kwargs):
+    return Images(FolderReader(folder, classes), transform=lambda image: torch.zeros(1), **kwargs)
 
 
-def batches(data, epoch, workers=0, seed=3):
-    loader = training_loader(images_of(data / "train"), 8, workers, seed, pin_memory=False)
-    loader.sampler.epoch = epoch
-    return [(x.clone(), y.clone()) for x, y in loader]
+def loader_of(data, workers=0, seed=3, ranks=None):
+    args = parse(["--batch-size", "8", "--scale", "0.3", "1", "--reprob", "0.5"])
+    args.workers, args.seed = workers, seed
+    return training_loader(args, images_of(data / "train"), CONFIG, ranks or Ranks(), pin=False)
+
+
+def batches(data, epoch, first=0, **kwargs):
+    return [(x.clone(), y.clone()) for x, y in batches_of(loader_of(data, **kwargs), epoch, first)]
 
 
 def are_equal(one, other):
@@ -37,10 +46,23 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(data):
 
 
 def test_loading_processes_that_live_on_follow_the_epoch(data):
-    loader = training_loader(images_of(data / "train"), 8, 1, 3, pin_memory=False)
+    loader = loader_of(data, workers=1)
     for epoch in range(3):
-        loader.sampler.epoch = epoch
-        assert are_equal(list(loader), batches(data, epoch))
+        assert are_equal(list(batches_of(loader, epoch, 0)), batches(data, epoch))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_an_epoch_can_begin_at_any_batch(data, workers):
+    assert are_equal(batches(data, epoch=1)[4:], batches(data, epoch=1, first=4, workers=workers))
+    assert batches(data, epoch=1, first=9) == []
+
+
+def test_processes_take_turns_at_the_batches_of_an_epoch(data):
+    alone = batches(data, epoch=1)
+    shares = [batches(data, epoch=1, ranks=Ranks(rank, 2, rank, 2)) for rank in range(2)]
+    assert [len(share) for share in shares] == [4, 4]
+    assert are_equal(alone[:8], [batch for pair in zip(*shares, strict=True) for batch in pair])
+    assert are_equal(shares[1][3:], batches(data, epoch=1, first=3, ranks=Ranks(1, 2, 1, 2)))
 
 
 def test_an_epoch_shows_every_image_once(data):
@@ -50,8 +72,15 @@ def test_an_epoch_shows_every_image_once(data):
 
 
 def test_evaluation_is_in_order(data):
-    loader = evaluation_loader(images_of(data / "val"), 4, 0, pin_memory=False)
+    loader = evaluation_loader(images_of(data / "val"), 4, 0, pin=False)
     assert torch.cat([y for _, y in loader]).tolist() == [0] * 9 + [1] * 9 + [2] * 9
+
+
+def test_processes_share_out_the_evaluation(data):
+    shares = [evaluation_loader(images_of(data / "val"), 4, 0, False, Ranks(rank, 2, rank, 2)) for rank in range(2)]
+    counts = [torch.cat([y for _, y in share]).bincount() for share in shares]
+    assert [count.sum().item() for count in counts] == [14, 13]
+    assert sum(counts).tolist() == [9, 9, 9]
 
 
 def test_classes_are_sorted_as_people_count(tmp_path):
@@ -63,7 +92,7 @@ def test_classes_are_sorted_as_people_count(tmp_path):
 
 def test_classes_keep_the_numbers_of_training(data):
     images = images_of(data / "val", classes=["amber", "azure", "blue", "crimson"])
-    assert {target for _, target in images.samples} == {0, 2, 3}
+    assert {target for _, target in images.reader.samples} == {0, 2, 3}
 
 
 def test_unreadable_images(data):
@@ -83,13 +112,25 @@ def test_nothing_readable(tmp_path):
         images_of(tmp_path)[0]
 
 
+def test_augmentation_can_take_all_bits_of_a_colour():
+    """As RandAugment of the published recipes does at its strongest, which Pillow 13 refuses."""
+    args = parse(["--aa", "rand-m10-inc1-n20-p1.0", "--hflip", "0"])
+    transform = augmentation(args, {**CONFIG, "mean": [0.0] * 3, "std": [1.0] * 3})
+    image = Image.fromarray(np.full((16, 16, 3), 200, dtype=np.uint8))
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    made = [transform(image) for _ in range(50)]
+    assert any((x == 0).all() for x in made)
+
+
 def test_folders_that_are_wrong(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="no data set was given"):
-        split_folder(None, "train")
+        split_place(None, "train")
     with pytest.raises(FileNotFoundError, match=r"no data folder .*nowhere: it should hold train/"):
-        split_folder(str(tmp_path / "nowhere"), "train")
+        split_place(str(tmp_path / "nowhere"), "train")
     with pytest.raises(FileNotFoundError, match="has no folder test2"):
-        split_folder(str(data), "test2")
+        split_place(str(data), "test2")
     (data / "train" / "empty").mkdir()
     with pytest.raises(ValueError, match=r"class folder .*empty holds no images: fill it or remove it"):
         images_of(data / "train")
@@ -102,5 +143,5 @@ def test_folders_that_are_wrong(data, tmp_path):
 
 def test_other_names_of_splits(data):
     (data / "val").rename(data / "validation")
-    assert split_folder(str(data), "val") == data / "validation"
-    assert split_folder(str(data / "validation"), "val") == data / "validation"
+    assert split_place(str(data), "val") == data / "validation"
+    assert split_place(str(data / "validation"), "val") == data / "validation"

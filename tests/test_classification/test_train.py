@@ -55,7 +55,7 @@ def test_a_run_learns_and_leaves_everything(tiny, run_folder, capsys):
     assert last["record"]["preprocessing"]["input_size"] == [3, 16, 16]
 
     events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
-    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_s", "val/top1"} <= set(
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_s", "train/memory_mb", "val/top1"} <= set(
         events.Tags()["scalars"]
     )
     assert len(events.Scalars("train/loss")) == 8 * 9
@@ -72,9 +72,10 @@ def test_a_run_learns_and_leaves_everything(tiny, run_folder, capsys):
     [
         ["--model-ema", "--model-ema-decay", "0.5", "--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.5"],
         ["--amp", "bf16", "--channels-last", "--grad-checkpointing", "--grad-accum", "2", "--drop-path", "0.1"],
+        ["--bce-loss", "--bce-target-thresh", "0.2", "--cutmix", "1.0", "--lr-base-size", "16", "--decay-rpb"],
         ["--opt", "lamb", "--layer-decay", "0.8", "--sched", "none", "--aa", "rand-m9-mstd0.5-inc1"],
     ],
-    ids=["ema-mixup", "amp-accumulation", "layer-decay"],
+    ids=["ema-mixup", "amp-accumulation", "bce", "layer-decay"],
 )
 def test_options_work_together(tiny, run_folder, more):
     train.main(tiny(*more, epochs=1))
@@ -152,11 +153,73 @@ def test_killed_and_resumed_it_ends_as_the_unbroken_run(tiny, run_folder, tmp_pa
     assert sorted(path.name for path in run_folder.iterdir()) == sorted(path.name for path in unbroken.iterdir())
 
 
+@pytest.mark.parametrize("updates", [5, 9], ids=["mid-epoch", "before the evaluation"])
+def test_stopped_by_a_signal_it_ends_as_the_unbroken_run(tiny, run_folder, tmp_path, stop_after, updates, capsys):
+    more = ("--mixup", "0.8", "--model-ema", "--drop-path", "0.1", "--grad-accum", "1", "--workers", "2")
+    train.main(tiny(*more, "--output", tmp_path / "unbroken"))
+    stop_after(updates, tiny(*more))
+    stopped = read_checkpoint(run_folder / "last.pth")
+    assert (stopped["epoch"], stopped["update"]) == (0, updates)
+    assert f"stopped by SIGTERM after 0 epochs and {updates} updates" in capsys.readouterr().out
+    train.main(tiny(*more, "--resume", "--workers", "1"))
+    expected, resumed = (
+        read_checkpoint(folder / "last.pth") for folder in (tmp_path / "unbroken" / "tiny", run_folder)
+    )
+    for part in ("model", "model_ema", "optimizer", "best"):
+        torch.testing.assert_close(expected[part], resumed[part], rtol=0, atol=0)
+    assert untimed(run_folder) == untimed(tmp_path / "unbroken" / "tiny")
+
+
+def test_saves_between_epochs(tiny, run_folder, monkeypatch):
+    saved = []
+    original = train.Checkpoints.save_last
+    monkeypatch.setattr(
+        train.Checkpoints, "save_last", lambda self, state: (saved.append(state["update"]), original(self, state))
+    )
+    train.main(tiny("--save-interval", "4", "--keep-last", "1"))
+    assert saved == [4, 8, 0, 4, 8, 0]
+    assert read_checkpoint(run_folder / "epoch-0002.pth")["epoch"] == 2
+    assert not (run_folder / "epoch-0001.pth").exists()
+
+
+def broken_loss(monkeypatch, *updates):
+    """Makes the loss of some updates, counted from 0, not a number."""
+    original, calls = train.Trainer.backward, []
+
+    def backward(self, x, target, step):
+        calls.append(step)
+        return original(self, x * float("nan") if len(calls) - 1 in updates else x, target, step)
+
+    monkeypatch.setattr(train.Trainer, "backward", backward)
+
+
+def test_updates_without_a_finite_loss_are_skipped(tiny, run_folder, monkeypatch, capsys):
+    broken_loss(monkeypatch, 3, 4, 5, 7)
+    train.main(tiny("--model-ema", epochs=1))
+    state = read_checkpoint(run_folder / "last.pth")
+    assert all(value.isfinite().all() for part in ("model", "model_ema") for value in state[part].values())
+    assert {part["step"].item() for part in state["optimizer"]["state"].values()} == {5}
+    assert capsys.readouterr().out.count("is skipped: the loss is nan, the gradient's norm nan") == 4
+
+
+def test_a_run_stops_after_too_many_of_them(tiny, run_folder, monkeypatch):
+    train.main(tiny(epochs=1))
+    before = (run_folder / "last.pth").read_bytes()
+    broken_loss(monkeypatch, 2, 3, 4)
+    with pytest.raises(
+        ValueError,
+        match=r"at update 5 of epoch 2 the loss is nan, the gradient's norm nan, the learning rate .*, after 2 updates "
+        r"were skipped; the last good state is .*last\.pth",
+    ):
+        train.main(tiny("--resume", "--skip-nonfinite", "2", "--save-interval", "4"))
+    assert (run_folder / "last.pth").read_bytes() == before
+
+
 def untimed(folder):
     """What summary.csv and TensorBoard hold, without what depends on the clock."""
     table = [{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in rows(folder)]
     events = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=True).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag != "train/images_per_s"]
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in ("train/images_per_s", "train/memory_mb")]
     return table, {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
@@ -241,6 +304,8 @@ def test_a_checkpoint_of_another_model_is_not_resumed(tiny, run_folder):
         (["--model-kwargs", "wibble=1"], "model 'nat_mini' cannot be made with .*wibble"),
         (["--num-classes", "2"], "has 3 classes, but the model has 2"),
         (["--aa", "wibble"], "--aa wibble is not an augmentation that timm knows"),
+        (["--sched", "plateau"], "--sched plateau waits for a score"),
+        (["--opt", "fusedadamw"], "--opt fusedadamw needs NVIDIA's apex.*package named apex .* is another one"),
         (["--sched", "wibble"], "the schedule 'wibble' cannot be made"),
         (["--warmup-epochs", "2"], "--warmup-epochs 2 leaves none of --epochs 2"),
         (["--opt", "wibble"], "the optimizer 'wibble' cannot be made"),
@@ -250,7 +315,7 @@ def test_a_checkpoint_of_another_model_is_not_resumed(tiny, run_folder):
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (
             ["--lr", "1e30", "--clip-grad", "0"],
-            r"the loss is (nan|inf) in epoch \d, and the epoch is not saved: lower --lr",
+            r"the run has diverged: at update \d of epoch 1 the loss is nan, .*after 3 updates were skipped; nothing",
         ),
     ],
 )
@@ -263,7 +328,7 @@ def test_a_run_that_diverges_keeps_its_last_good_state(tiny, run_folder):
     """Also where no loss is looked at during the epoch."""
     train.main(tiny(epochs=1))
     before = (run_folder / "last.pth").read_bytes()
-    with pytest.raises(ValueError, match="the epoch is not saved"):
+    with pytest.raises(ValueError, match=r"the last good state is .*last\.pth\. Lower --lr"):
         train.main(tiny("--resume", "--lr", "1e30", "--clip-grad", "0", "--sched", "none", "--log-interval", "1000"))
     assert (run_folder / "last.pth").read_bytes() == before
 

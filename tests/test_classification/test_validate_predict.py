@@ -1,5 +1,6 @@
 """validate.py and predict.py on what train.py wrote."""
 
+import csv
 import json
 import re
 import subprocess
@@ -7,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from PIL import Image
 
 from classification import predict, train, validate
-from natzoo.checkpoints import read_checkpoint, write_checkpoint
+from natzoo.checkpoints import read_checkpoint, write_checkpoint, zoo
+from natzoo.checkpoints.sources import path_in_cache
 
 
 @pytest.fixture
@@ -45,6 +49,98 @@ def test_validate_leaves_unreadable_images_out(trained, data):
         image.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"none of the images in .*val can be read"):
         validate.main([*argv, "--skip-bad-images"])
+
+
+def test_results_are_written_in_timms_columns(trained, data, tmp_path):
+    path, best = trained
+    table = tmp_path / "new" / "results.csv"
+    validate.main([str(data), "--checkpoint", str(path), "--results-file", str(table), "--workers", "0"])
+    with table.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["model"] == "nat_mini"
+    assert float(row["top1"]) == pytest.approx(best, abs=1e-3)
+    assert float(row["top1"]) + float(row["top1_err"]) == pytest.approx(100)
+    assert (row["img_size"], row["crop_pct"], row["interpolation"]) == ("16", "1.0", "bicubic")
+    assert (row["images"], row["published_top1"]) == ("27", "")  # these are not the published weights
+
+
+def test_mirrored_images_are_averaged_in(trained, data):
+    path, _ = trained
+    argv = [str(data), "--checkpoint", str(path), "--workers", "0"]
+    plain, flipped = validate.main(argv), validate.main([*argv, "--tta", "flip"])
+    assert plain["loss"] != flipped["loss"]
+    for image in data.rglob("val/**/*.png"):
+        Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(image)
+    assert validate.main([*argv, "--tta", "flip"]) == pytest.approx(flipped)
+    assert validate.main(argv)["loss"] != pytest.approx(plain["loss"])
+
+
+def test_real_labels_take_any_class_that_fits(trained, data, tmp_path):
+    """With all classes right; with no class but the right one; with images that none fits left out."""
+    path, best = trained
+    for number, image in enumerate(sorted((data / "val").rglob("*.png"))):
+        image.rename(image.with_name(f"ILSVRC2012_val_{number + 1:08d}.png"))
+    targets = [number // 9 for number in range(27)]
+    argv = [str(data), "--checkpoint", str(path), "--workers", "0", "--real-labels", str(tmp_path / "real.json")]
+
+    def score(labels):
+        (tmp_path / "real.json").write_text(json.dumps(labels))
+        return validate.main(argv)
+
+    assert score([[0, 1, 2]] * 27)["top1"] == 100
+    same = score([[target] for target in targets])
+    assert (same["top1"], same["count"]) == (pytest.approx(best), 27)
+    assert score([[target] if target else [] for target in targets])["count"] == 18
+    with pytest.raises(ValueError, match="val_00000021 has no real labels"):
+        score([[0]] * 20)
+    with pytest.raises(FileNotFoundError, match="no file of labels"):
+        validate.main([*argv[:-1], str(tmp_path / "nowhere.json")])
+
+
+@pytest.fixture
+def imagenet(data, tmp_path, monkeypatch):
+    """The data set with 1000 classes, and published weights of two models as if they had been downloaded."""
+    (tmp_path / "classes.txt").write_text("\n".join(["amber", "blue", "crimson", *map(str, range(997))]))
+    monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "cache").mkdir()
+    for image in data.rglob("val/*/[2-9].png"):
+        image.unlink()
+    for name in ("nat_isotropic_small", "nat_mini"):
+        torch.manual_seed(0)
+        path = path_in_cache(zoo.entries()[name])
+        torch.save(timm.create_model(name).state_dict(), path)
+    return [str(data), "--class-map", str(tmp_path / "classes.txt"), "--pretrained", "--workers", "0"]
+
+
+def test_all_published_models_in_one_go(imagenet, tmp_path, capsys):
+    table = tmp_path / "results.csv"
+    with pytest.raises(ValueError, match="1 of 3 models could not be had: dinat_mini"):
+        validate.main([*imagenet, "--models", "*nat_mini", "nat_iso*small", "--results-file", str(table)])
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["published_top1"]) for row in rows] == [
+        ("nat_mini", "81.8"),
+        ("nat_isotropic_small", "80.0"),
+    ]
+    for row in rows:
+        assert float(row["difference"]) == pytest.approx(float(row["top1"]) - float(row["published_top1"]), abs=1e-3)
+    assert "published top-1 81.8%" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no published classifier is named wibble"):
+        validate.main([*imagenet, "--models", "wibble*"])
+    with pytest.raises(ValueError, match="--models names published models"):
+        validate.main([*imagenet, "--models", "nat_*", "--model", "nat_mini"])
+
+
+def test_processes_share_the_images(trained, data):
+    path, _ = trained
+    alone = validate.main([str(data), "--checkpoint", str(path), "--workers", "0"])
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += [train.__file__.replace("train.py", "validate.py"), str(data), "--checkpoint", str(path)]
+    done = subprocess.run([*words, "--device", "cpu", "--batch-size", "5"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert f"27 images, top-1 {alone['top1']:.2f}%, top-5 100.00%, loss {alone['loss']:.4f}" in line
 
 
 def test_bare_weights_need_the_name_of_the_model(trained, data, tmp_path):
@@ -97,6 +193,32 @@ def test_predict(trained, data, capsys):
         shares = [float(share) for share in re.findall(r"(?:amber|blue|crimson) ([\d.]+)%", line)]
         assert len(shares) == 2
         assert shares == sorted(shares, reverse=True)
+
+
+def test_predictions_as_json_and_as_a_picture(trained, data, tmp_path):
+    path, _ = trained
+    grid, table = tmp_path / "grid.png", tmp_path / "out" / "answers.json"
+    folder = data / "val" / "amber"
+    predict.main([str(folder), "--checkpoint", str(path), "--grid", str(grid), "--json", str(table)])
+    answers = json.loads(table.read_text())
+    assert list(answers) == [str(file) for file in sorted(folder.iterdir())]
+    for answer in answers.values():
+        assert {entry["class"] for entry in answer} == {"amber", "blue", "crimson"}
+        assert sum(entry["probability"] for entry in answer) == pytest.approx(1, abs=1e-5)
+    picture = Image.open(grid)
+    assert picture.format == "PNG"
+    assert 0.8 < picture.width / picture.height < 1.2  # nine pictures in three rows of up to four, text below each
+
+
+def test_a_reader_that_has_had_enough_is_no_error(trained, data):
+    """As in `predict.py ... | head`."""
+    path, _ = trained
+    words = [sys.executable, predict.__file__, str(data / "val"), "--checkpoint", str(path), "--batch-size", "1"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 128 + 13
 
 
 def test_predict_names_what_is_wrong(trained, data, tmp_path):

@@ -116,7 +116,7 @@ FILES = {
     "text.pkl": (pickle.dumps({"a": np.array(["text"])}), REFUSED),
     "records.pkl": (pickle.dumps({"a": np.zeros(2, dtype=[("a", "f4")])}), REFUSED),
     "class.pkl": (pickle.dumps({"a": pickle.Unpickler}), f"{REFUSED}.*Unpickler"),
-    "array_class.pkl": (pickle.dumps({"a": np.ndarray}), "holds no weights"),
+    "array_class.pkl": (pickle.dumps({"a": np.ndarray}), "it holds a type"),
     # other kinds of files
     "page.pth": (WEB_PAGE, "is a web page"),
     "page.bin": (WEB_PAGE, "is a web page"),
@@ -268,16 +268,36 @@ def test_methods_hidden_by_a_pickle(tmp_path):
     assert_same(read_weights(tmp_path / "a.pth"), WEIGHTS)
 
 
-def test_room_for_what_a_pickle_never_refers_to(tmp_path):
-    """Ten bytes that announce the hundred millionth entry of the memo."""
-    (tmp_path / "a.pkl").write_bytes(b"\x80\x02}r" + struct.pack("<I", 10**8) + b".")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x80\x02}r" + struct.pack("<I", 10**8) + b".", "holds no weights"),  # the memo's hundred millionth entry
+        (b"\x80\x05\x96" + struct.pack("<Q", 10**9) + b".", "holds a bytearray"),
+        (b"\x80\x04\x8e" + struct.pack("<Q", 10**9) + b".", "is truncated"),
+    ],
+    ids=["memo", "bytearray", "bytes"],
+)
+def test_room_for_what_a_pickle_only_announces(tmp_path, content, reason):
+    (tmp_path / "a.pkl").write_bytes(content)
     tracemalloc.start()
     try:
-        assert_refused(read_weights, tmp_path / "a.pkl", "holds no weights")
+        assert_refused(read_weights, tmp_path / "a.pkl", f"{reason}|truncated")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 10**7
+
+
+@pytest.mark.parametrize("name", ["scalar", "_reconstruct"])
+def test_a_pickle_cannot_change_its_reader(tmp_path, name):
+    """BUILD with a state for attributes, on one of the functions that a pickle may ask for."""
+    function = b"cnumpy.core.multiarray\n" + name.encode() + b"\n"
+    (tmp_path / "a.pkl").write_bytes(
+        b"\x80\x02}X\x01\x00\x00\x00a" + function + b"N}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86bs."
+    )
+    assert_refused(read_weights, tmp_path / "a.pkl", "it sets attributes of a function")
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02}X\x01\x00\x00\x00a" + function + b"s.")
+    assert_refused(read_weights, tmp_path / "a.pkl", "it holds a function")
 
 
 def test_weights_that_are_not_finite_are_told_and_loaded(tmp_path):

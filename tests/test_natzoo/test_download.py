@@ -6,10 +6,13 @@ import contextlib
 import multiprocessing
 import os
 import pwd
+import shutil
+import ssl
+import subprocess
 import time
 
 import pytest
-from file_server import CONTENT, SHA256, serve, stalled, status, truncated, web_page
+from file_server import CONTENT, SHA256, Server, serve, stalled, status, truncated, web_page
 
 from natzoo.checkpoints import download
 from natzoo.checkpoints.download import DownloadError, cache_folder, fetch
@@ -132,6 +135,44 @@ def test_the_next_source_serves_and_all_failures_are_told(server, path):
     text = str(caught.value)
     for part in ("404", "a web page instead", server.url("missing"), server.url("login"), "by hand", str(path)):
         assert part in text
+
+
+def moved(address):
+    def redirect(handler):
+        handler.send_response(302)
+        handler.send_header("Location", address)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return redirect
+
+
+def test_a_redirection(server, path):
+    server.behaviours = [moved(server.url("elsewhere"))]
+    fetch([server.url()], path, SHA256)
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_redirection_that_ends_encryption(server, path, tmp_path, monkeypatch):
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    options = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(["openssl", *options.split(), *files], check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    safe = Server(context)
+    try:
+        safe.behaviours = [moved(server.url())]
+        with pytest.raises(DownloadError, match="the server leads from https to http://"):
+            fetch([safe.url()], path)
+        assert server.ranges == []
+        server.behaviours = [moved(safe.url())]  # the other way
+        fetch([server.url()], path)
+        assert path.read_bytes() == CONTENT
+    finally:
+        safe.http.shutdown()
 
 
 def test_nobody_there(server, path):

@@ -245,18 +245,29 @@ def test_tuples_and_configured_outputs():
     assert model(x, output_hidden_states=False, output_attentions=False).to_tuple()[0].shape == (1, 10)
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("attentions", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(attentions):
     gradients = []
     for enabled in (False, True):
         torch.manual_seed(0)
         model = hf.DinatForImageClassification(small(drop_path_rate=0.0)).train()
         if enabled:
-            model.gradient_checkpointing_enable()
-        assert model.is_gradient_checkpointing == enabled
-        model(image((64, 64))).logits.sum().backward()
+            model.activation_checkpointing_enable()
+        assert model.is_activation_checkpointing == enabled
+        model(image((64, 64)), output_attentions=attentions).logits.sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["DinatForImageClassification", "DinatBackbone"])
+def test_compile(kind):
+    """In one graph, attention weights and maps included."""
+    model = getattr(hf, kind)(small(depths=[1, 1], num_heads=[1, 2], dilations=[[2], [1]])).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = [m(image((64, 64)), output_attentions=True, output_hidden_states=True) for m in (model, compiled)]
+    for found, expected in zip(*(out.to_tuple() for out in outputs), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_new_weights_are_as_configured():
@@ -295,6 +306,18 @@ def test_another_number_of_labels(hub_folder):
         ({"dilations": [[1], [1]]}, "dilations has 2 stages"),
         ({"layout": "isotropic", "patch_size": 16, "layer_scale_init_value": 0.0}, "isotropic is one stage"),
         ({"layout": "isotropic", "patch_size": 16}, "layer_scale_init_value is 1e-05"),
+        (
+            {
+                "layout": "isotropic",
+                "patch_size": 16,
+                "layer_scale_init_value": 0,
+                "depths": [3],
+                "num_heads": [2],
+                "dilations": None,
+            },
+            "dilations has 4 stages",
+        ),
+        ({"hidden_act": "wibble"}, "hidden_act is 'wibble'"),
     ],
 )
 def test_configurations_that_cannot_be(changes, text):
@@ -343,7 +366,16 @@ def test_from_timm_to_a_folder_and_back(tmp_path, index):
     assert same_weights(again, model)
 
 
-@pytest.mark.parametrize("name", timm.list_models(["nat_*", "dinat_*", "vitrpb_*"]))
+QUICK = ("nat_mini", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small")  # others take seconds each
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in timm.list_models(["nat_*", "dinat_*", "vitrpb_*"])
+    ],
+)
 def test_every_model_has_a_configuration(name):
     """Built again of its configuration, it has the same weights."""
     with torch.device("meta"):
@@ -373,8 +405,9 @@ def test_labels_and_preparation_of_a_published_model(tmp_path):
 
 
 def test_only_whole_classifiers_are_exported():
-    with pytest.raises(ValueError, match="no whole classifier"):
-        hf.from_timm(nn.Linear(2, 2))
+    for model in (nn.Linear(2, 2), NAT(depths=(1,), num_heads=(2,), global_pool="")):
+        with pytest.raises(ValueError, match="no whole classifier"):
+            hf.from_timm(model)
 
 
 # ----- inside of other things -----

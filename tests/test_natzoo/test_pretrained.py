@@ -124,8 +124,8 @@ def test_a_repository_with_either_file(monkeypatch, tmp_path):
         def __init__(self):
             Exception.__init__(self, "no such file")
 
-    def download(repository, name):
-        asked.append(name)
+    def download(repository, name, revision=None):
+        asked.append((repository, name, revision))
         if name not in there:
             raise Missing
         return str(tmp_path / name)
@@ -133,7 +133,9 @@ def test_a_repository_with_either_file(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     asked, there = [], ["pytorch_model.bin"]
     assert locate("hf-hub:somebody/nat") == tmp_path / "pytorch_model.bin"
-    assert asked == ["model.safetensors", "pytorch_model.bin"]
+    assert asked == [("somebody/nat", name, None) for name in ("model.safetensors", "pytorch_model.bin")]
+    assert locate("hf-hub:somebody/nat@v2") == tmp_path / "pytorch_model.bin"
+    assert asked[-1] == ("somebody/nat", "pytorch_model.bin", "v2")
     there = []
     with pytest.raises(DownloadError, match=r"somebody/nat on the Hugging Face hub gave none of .* \(no such file\)"):
         locate("hf-hub:somebody/nat")
@@ -145,7 +147,7 @@ def test_the_hub_serves_where_the_site_does_not(monkeypatch, tmp_path, weights):
     def fetch(urls, path, sha256=None, size=0):
         raise DownloadError(f"{path.name} could not be downloaded.")
 
-    def download(repository, name):
+    def download(repository, name, revision=None):
         assert (repository, name) == ("shi-labs/nat-mini-in1k-224", "model.safetensors")
         save_file({name: value.contiguous() for name, value in to_hf(weights, "nat.").items()}, tmp_path / name)
         return str(tmp_path / name)
@@ -154,7 +156,7 @@ def test_the_hub_serves_where_the_site_does_not(monkeypatch, tmp_path, weights):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert_loaded(small(seed=1, pretrained=True), weights)
 
-    def offline(repository, name):
+    def offline(repository, name, revision=None):
         raise ConnectionError("no net")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)

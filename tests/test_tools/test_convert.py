@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import natzoo.hf
+from classification.models import restore
 from natzoo.checkpoints import read_checkpoint, read_weights, write_checkpoint
 from natzoo.checkpoints.adapt import published_names
 
@@ -110,6 +111,26 @@ def test_a_folder_for_transformers(convert, trained, model, tmp_path):
     assert status == 2 and "exists already" in text
 
 
+def test_a_folder_tells_what_it_is(convert, trained, model, tmp_path):
+    """Class names, preparation and shape come back, though the folder has no timm name."""
+    assert convert("last.pth", "hf/nat")[0] == 0
+    assert convert("hf/nat", "hf/again")[0] == 0
+    assert convert("hf/again", "again.pth")[0] == 0
+    record = read_checkpoint(tmp_path / "again.pth")["record"]
+    assert (record["classes"], record["num_classes"]) == (RECORD["classes"], 3)
+    assert record["preprocessing"] == RECORD["preprocessing"]
+    restored, _ = restore(str(tmp_path / "again.pth"))
+    assert same(restored.state_dict(), model.state_dict())
+
+
+def test_vit_with_a_bias_as_a_folder_and_back(convert, tmp_path):
+    model = timm.create_model("vitrpb_small", depth=1, num_classes=3, img_size=64)
+    write_checkpoint(tmp_path / "a.pth", model.state_dict())
+    assert convert("a.pth", "hf", "--model", "vitrpb_small", "--model-kwargs", "depth=1", "img_size=64")[0] == 0
+    assert convert("hf", "b.pth")[0] == 0
+    assert same(read_weights(tmp_path / "b.pth"), model.state_dict())
+
+
 def test_dtype(convert, trained, tmp_path):
     assert convert("last.pth", "half.pth", "--dtype", "float16")[0] == 0
     assert {x.dtype for x in read_weights(tmp_path / "half.pth").values()} == {torch.float16}
@@ -126,12 +147,58 @@ def test_a_detector_keeps_its_parts_but_not_its_optimizer(convert, model, tmp_pa
     assert "levels.0.blocks.0.attn.rpb" in names and not any(name.startswith(("backbone", "roi")) for name in names)
 
 
+def test_a_backbone_as_a_folder(convert, model, tmp_path):
+    parts = {f"backbone.{name}": x for name, x in model.state_dict().items() if not name.startswith(("head", "norm"))}
+    for stage in range(4):
+        parts |= {f"backbone.norm{stage}.{kind}": torch.rand(16 * 2**stage) for kind in ("weight", "bias")}
+    write_checkpoint(tmp_path / "detector.pth", {"state_dict": {**parts, "neck.weight": torch.ones(1)}})
+    kwargs = ("--model", "nat_mini", "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items()))
+    assert convert("detector.pth", "hf", "--backbone", *kwargs, "dilations=((2,),)*4")[0] == 2
+    assert convert("detector.pth", "hf", "--backbone", *kwargs, "dilations=[[2],[1],[1],[1]]")[0] == 0
+    backbone = natzoo.hf.DinatBackbone.from_pretrained(tmp_path / "hf")
+    assert backbone.config.dilations == [[2], [1], [1], [1]]
+    assert torch.equal(backbone.hidden_states_norms["stage3"].weight, parts["backbone.norm2.weight"])
+    assert [x.shape[1] for x in backbone(torch.zeros(1, 3, 64, 64)).feature_maps] == [16, 32, 64, 128]
+    assert convert("detector.pth", "other", "--backbone", "--model", "nat_tiny")[0] == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_segmenter_of_transformers(convert, tmp_path):
+    config = natzoo.hf.NatConfig(**KWARGS, out_features=["stage1", "stage2", "stage3", "stage4"])
+    backbone = natzoo.hf.NatBackbone(config)
+    backbone.save_pretrained(tmp_path / "backbone")
+    prefix = "model.pixel_level_module.encoder."
+    parts = {prefix + name: x for name, x in read_weights(tmp_path / "backbone" / "model.safetensors").items()}
+    write_checkpoint(tmp_path / "segmenter.pth", {**parts, "class_predictor.bias": torch.ones(2)})
+    assert convert("segmenter.pth", "whole.safetensors")[0] == 0
+    assert read_weights(tmp_path / "whole.safetensors").keys() == {*parts, "class_predictor.bias"}
+    assert convert("segmenter.pth", "backbone.pth", "--backbone")[0] == 0
+    taken = read_weights(tmp_path / "backbone.pth")
+    assert {"levels.0.blocks.0.attn.qkv.weight", "norm0.weight"} <= taken.keys()
+    assert torch.equal(taken["norm2.bias"], backbone.hidden_states_norms["stage3"].bias)
+
+
+def test_a_record_that_asks_for_more_than_a_model(convert, tmp_path):
+    for record, text in (
+        ({}, "its model is missing"),
+        ({**RECORD, "model_kwargs": {"pretrained": True}}, "asks for pretrained"),
+        ({**RECORD, "model": "hf-hub:some/body"}, "none that timm knows"),
+        ({**RECORD, "model_kwargs": {"wibble": 1}}, "cannot be made with"),
+    ):
+        write_checkpoint(tmp_path / "a.pth", {"model": {"head.weight": torch.ones(3, 2)}, "record": record})
+        status, message = convert("a.pth", "b.pth")
+        assert (status, text in message) == (2, True), message
+
+
 def test_mistakes(convert, trained, model, tmp_path):
     write_checkpoint(tmp_path / "bare.pth", model.state_dict())
     for arguments, text in (
         (("nowhere.pth", "a.pth"), "there is no checkpoint nowhere.pth"),
         (("nat_mimi", "a.pth"), "did you mean nat_mini"),
-        (("bare.pth", "a.zip"), "unknown ending '.zip'"),
+        (("bare.pth", "a.zip"), "ends in '.zip', which is no form of weights"),
+        (("bare.pth", "last.pth"), "last.pth exists already"),
+        (("last.pth", "a.pth", "--model", "nat_tiny"), "is of the model 'nat_mini', not of 'nat_tiny'"),
+        (("bare.pth", "a.pkl", "--dtype", "bfloat16"), "cannot hold bfloat16"),
         (("bare.pth", "folder"), "name it with --model"),
         (("bare.pth", "folder", "--model", "wibble"), "there is no model 'wibble'"),
         (("bare.pth", "a.pth", "--model", "dinat_s_tiny"), "of another model"),

@@ -19,7 +19,7 @@ SITE = zoo.LIST.read_text().split("site: ")[1].split("\n")[0]
 def site(server, monkeypatch, tmp_path):
     """The server, which gives CONTENT for every published checkpoint; the Hugging Face hub is out of reach."""
 
-    def offline(repository, name):
+    def offline(repository, name, revision=None):
         raise ConnectionError("no net")
 
     (tmp_path / "zoo.yaml").write_text(zoo.LIST.read_text().replace(SITE, server.url("projects/")))
@@ -77,7 +77,9 @@ def test_list(run, cache):
     assert [line.split()[0] for line in out.splitlines() if " here " in line] == ["dinat_mini"]
 
 
-def test_get(run, cache, site, tmp_path):
+def test_get(run, cache, site, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nat_mini").write_text("a file of the user's")
     code, out, _ = run("get", "nat_mini", "dinat_mini.in1k", "nat_mini")
     assert code == 0
     assert out.split() == [str(cache / "nat_mini.pth"), str(cache / "dinat_mini_in1k_224.pth")]
@@ -97,7 +99,7 @@ def test_get_goes_on_with_a_broken_download(run, cache, site):
 
 
 def test_get_from_the_hub_where_all_files_have_one_name(run, site, monkeypatch, tmp_path):
-    def from_hub(repository, name):
+    def from_hub(repository, name, revision=None):
         path = tmp_path / "hub" / repository / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(repository)

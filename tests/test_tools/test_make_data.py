@@ -1,4 +1,6 @@
-"""The embedded data set."""
+"""The embedded data sets."""
+
+import json
 
 import make_data
 import numpy as np
@@ -19,6 +21,33 @@ def test_digits(tmp_path, capsys):
 
     make_data.main(["digits", str(folder)])
     assert "is there already; nothing was written" in capsys.readouterr().out
+
+
+def test_shapes(tmp_path):
+    folder = tmp_path / "shapes"
+    make_data.main(["shapes", str(folder)])
+    for split, count in (("training", 96), ("validation", 24)):
+        coco = json.loads((folder / f"instances_{split}.json").read_text())
+        assert [category["name"] for category in coco["categories"]] == ["circle", "square", "triangle"]
+        assert len(coco["images"]) == count
+        assert len({one["id"] for one in coco["annotations"]}) == len(coco["annotations"]) > count
+        for image in coco["images"]:
+            with Image.open(folder / "images" / split / image["file_name"]) as picture:
+                assert (picture.mode, picture.size) == ("RGB", (image["width"], image["height"]))
+            with Image.open(folder / "annotations" / split / image["file_name"]) as picture:
+                labels = np.asarray(picture)
+            assert labels.min() == 1
+            instances = [one for one in coco["annotations"] if one["image_id"] == image["id"]]
+            assert set(np.unique(labels)) == {1} | {one["category_id"] + 1 for one in instances}
+            for one in instances:
+                x, y, width, height = one["bbox"]
+                box = labels[round(y) : round(y + height) + 1, round(x) : round(x + width) + 1]
+                # Shapes are apart, so that pixels of the class in the box are those of the shape, edges counted fully.
+                assert np.sum(box == one["category_id"] + 1) == pytest.approx(one["area"], rel=0.3)
+    again = tmp_path / "again"
+    make_data.main(["shapes", str(again)])
+    for path in folder.rglob("*.*"):
+        assert path.read_bytes() == (again / path.relative_to(folder)).read_bytes()
 
 
 def test_unknown_name(tmp_path):

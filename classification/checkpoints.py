@@ -1,0 +1,122 @@
+"""The checkpoints of a run: which files there are, what they hold, and from which one a run may go on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from classification.ranks import Ranks
+from natzoo.checkpoints import read_checkpoint, write_checkpoint
+
+# Where things are and how they are shown does not matter to a run.
+_PLACES = (
+    *("data", "config", "output", "experiment", "resume", "device", "threads", "workers", "log_interval", "compile"),
+    *("save_interval", "keep_last", "grad_accum"),
+)
+# A run that goes on with another of these would not be the same run.
+_KEPT_OPTIONS = ("seed", "opt", "batch_size", "model_ema", "amp")
+# What a run's last checkpoint holds.
+KEYS = (
+    *("model", "model_ema", "record", "epoch", "best", "best_epoch"),  # best.pth too
+    *("update", "totals", "skipped", "optimizer", "scaler", "options", "processes"),
+)
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """The run's folder."""
+    return Path(args.output) / (args.experiment or (Path(args.config).stem if args.config else args.model))
+
+
+class Checkpoints:
+    """last.pth, from which a run goes on; best.pth, the weights of the best epoch; and those of the last epochs.
+
+    Each is written by the first process alone, whole or not at all.
+
+    Args:
+        folder: the run's folder.
+        keep: of how many epochs, the last ones, the checkpoint stays as epoch-N.pth.
+        ranks: the processes.
+    """
+
+    def __init__(self, folder: Path, keep: int, ranks: Ranks):
+        self.folder = folder
+        self.keep = keep
+        self.ranks = ranks
+        self.last, self.best = folder / "last.pth", folder / "best.pth"
+
+    def save_last(self, state: dict[str, Any]) -> None:
+        if self.ranks.is_first:
+            write_checkpoint(self.last, state)
+
+    def save_best(self, weights: dict[str, Any]) -> None:
+        if self.ranks.is_first:
+            write_checkpoint(self.best, weights)
+
+    def keep_epoch(self, epoch: int) -> None:
+        """Keeps last.pth as the checkpoint of that epoch, and removes the oldest of those kept."""
+        if not self.ranks.is_first or self.keep == 0:
+            return
+        kept, temporary = self.folder / f"epoch-{epoch:04d}.pth", self.folder / ".epoch.pth.tmp"
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(self.last, temporary)  # costs nothing: saving last.pth anew leaves this file alone
+        except OSError:
+            shutil.copyfile(self.last, temporary)
+        os.replace(temporary, kept)
+        for path in sorted(self.folder.glob("epoch-*.pth"))[: -self.keep]:
+            path.unlink()
+
+
+def to_resume(args: argparse.Namespace, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that --resume means, if any: its path and what it holds, made with the same options.
+
+    On another number of processes, `args.grad_accum` is changed so that an update is of the same images.
+
+    Raises:
+        ValueError: if the run's folder holds a run that --resume does not mean, which would be overwritten; if the
+            checkpoint was made with options that another run would need, or lacks something.
+        FileNotFoundError: if there is no such file.
+    """
+    last = run_folder(args) / "last.pth"
+    if args.resume == "auto":
+        chosen = last if last.exists() else None
+    else:
+        chosen = None if args.resume is None else Path(args.resume)
+        if last.exists() and (chosen is None or chosen.resolve().parent != last.resolve().parent):
+            raise ValueError(f"{last} is there already: go on with it by --resume, or give the run a new --experiment.")
+    if chosen is None:
+        return None
+    state = read_checkpoint(chosen)
+    missing = sorted(set(KEYS) - state.keys())
+    if missing:
+        raise ValueError(f"{chosen} cannot be resumed, it lacks {', '.join(missing)}: use --initial-checkpoint.")
+    theirs = state["options"]
+    for key in _KEPT_OPTIONS:
+        _check_same(chosen, key, theirs.get(key), getattr(args, key))
+    steps = theirs["grad_accum"] * state["processes"]
+    if steps % ranks.size:
+        raise ValueError(
+            f"{chosen} cannot be resumed by {ranks.size} processes: its updates are of {steps} batches of "
+            f"{args.batch_size} images, which they cannot share evenly."
+        )
+    if args.grad_accum != steps // ranks.size:
+        args.grad_accum = steps // ranks.size
+        ranks.say(f"--grad-accum is {args.grad_accum}, to keep {steps * args.batch_size} images an update")
+    for key, ours in vars(args).items():
+        if theirs.get(key) != ours and key not in _PLACES:
+            ranks.say(f"resumed with another {key}: {ours!r} instead of {theirs.get(key)!r}")
+    return chosen, state
+
+
+def check_record(path: Path, state: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises ValueError if a checkpoint is of another model or other data than `record`."""
+    for key, ours in record.items():
+        _check_same(path, key, state["record"].get(key), ours)
+
+
+def _check_same(path: Path, key: str, theirs: Any, ours: Any) -> None:
+    if theirs != ours:
+        raise ValueError(f"{path} cannot be resumed: its {key} is {theirs!r}, but this run's is {ours!r}.")

@@ -1,0 +1,57 @@
+"""SIGTERM and SIGUSR1: how schedulers of clusters say that a run's time is over. It then saves and leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """Raised where a run leaves because of a signal."""
+
+
+class Watch:
+    """While entered, notes the signals instead of dying of them.
+
+    Attributes:
+        received: the first signal, or None.
+    """
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> Watch:
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # Python has signals handled there alone
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = self.received or signal.Signals(number)
+
+
+def shield_worker(_: int = 0) -> None:
+    """Makes a loading process deaf to the signals, unless its own parent sends SIGTERM to end it.
+
+    They reach every process of a job. A loader that died of one would take the run with it in the middle of a step; one
+    that ignored them all could not be ended.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

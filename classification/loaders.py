@@ -1,0 +1,142 @@
+"""Batches for each process: which images, in which order, from which place in the epoch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from classification.augmentation import augmentation
+from classification.images import Images, SeededImages, SyntheticImages
+from classification.interruption import shield_worker
+from classification.models import evaluation_transform
+from classification.ranks import Ranks
+from classification.readers import open_reader, read_class_map
+from classification.shards import ShardImages
+
+TrainingImages = Images | SyntheticImages | ShardImages
+
+
+class BatchOrder(Sampler[list[tuple[int, int]]]):
+    """One process's batches of keys (epoch, index), in an order that depends on the seed and the epoch.
+
+    The epoch's batches are dealt out in turn, so that two processes see in one step what one process sees in two.
+    `epoch`, and `first`, the number of the batch to begin with, are for the loop to set.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, ranks: Ranks):
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.ranks = ranks
+        self.epoch = 0
+        self.first = 0
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size // self.ranks.size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.length)
+        for step in range(self.first, len(self)):
+            start = (step * self.ranks.size + self.ranks.rank) * self.batch_size
+            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+
+
+def training_images(args: argparse.Namespace) -> TrainingImages:
+    """The images to train on, as the options say; the transform comes with the loader.
+
+    Raises:
+        ValueError, FileNotFoundError: if there are none.
+    """
+    classes = read_class_map(args.class_map)
+    if args.synthetic:
+        return SyntheticImages(args.synthetic, args.num_classes or len(classes or range(1000)))
+    if args.dataset.partition("/")[0] == "wds":
+        return _shards(args, args.train_split, classes, args.batch_size, is_training=True)
+    return Images(open_reader(args.dataset, args.data, args.train_split, classes), transform=None)
+
+
+def validation_images(args: argparse.Namespace, train: TrainingImages, config: dict[str, Any]) -> TrainingImages:
+    """The images to evaluate on, of the same classes; of --synthetic one batch a process."""
+    if args.synthetic:
+        images = SyntheticImages(args.val_batch_size or args.batch_size, len(train.classes))
+        images.make_noise(config["input_size"])
+        return images
+    if isinstance(train, ShardImages):
+        images = _shards(args, args.val_split, train.classes, args.val_batch_size or args.batch_size, is_training=False)
+        images.transform = evaluation_transform(config)
+        return images
+    reader = open_reader(args.dataset, args.data, args.val_split, train.classes)
+    return Images(reader, evaluation_transform(config), replace=False)
+
+
+def training_loader(args: argparse.Namespace, images: TrainingImages, config: dict[str, Any], ranks: Ranks, pin: bool):
+    """Augmented batches of equal size, as many for each process; `batches_of` begins an epoch.
+
+    Raises:
+        ValueError: if there are fewer images than a batch of each process holds.
+    """
+    if isinstance(images, SyntheticImages):
+        images.make_noise(config["input_size"])
+    else:
+        images.transform = augmentation(args, config)
+    rest = _rest(args.workers, pin)
+    if isinstance(images, ShardImages):
+        images.prepare(args.workers)
+        loader = DataLoader(images, args.batch_size, drop_last=True, **rest)
+    else:
+        order = BatchOrder(len(images), args.batch_size, args.seed, ranks)
+        loader = DataLoader(SeededImages(images, args.seed), batch_sampler=order, **rest)
+    if len(loader) == 0:
+        raise ValueError(
+            f"{images.where} holds {len(images)} images, fewer than --batch-size {args.batch_size}"
+            + (f" for each of {ranks.size} processes: lower it." if ranks.size > 1 else ": lower it.")
+        )
+    return loader
+
+
+def batches_of(loader: DataLoader, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's batches of an epoch, from the number `first` on."""
+    if isinstance(loader.dataset, ShardImages):
+        loader.dataset.set_epoch(epoch)
+        batches = iter(loader)
+        for _ in range(first):
+            next(batches)
+        return batches
+    loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, first
+    return iter(loader)
+
+
+def evaluation_loader(
+    images: TrainingImages, batch_size: int, workers: int, pin: bool, ranks: Ranks | None = None
+) -> DataLoader:
+    """This process's share of the images, in order: every `ranks.size`-th one."""
+    if isinstance(images, ShardImages):
+        images.prepare(workers)
+        return DataLoader(images, batch_size, **_rest(workers, pin))
+    ranks = ranks or Ranks()
+    share = range(ranks.rank, len(images), ranks.size)
+    return DataLoader(images, batch_size, sampler=share, **_rest(workers, pin))
+
+
+def _rest(workers: int, pin: bool) -> dict[str, Any]:
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": pin,
+        "worker_init_fn": shield_worker,
+    }
+
+
+def _shards(
+    args: argparse.Namespace, split: str, classes: list[str] | None, batch_size: int, is_training: bool
+) -> ShardImages:
+    if classes is None:
+        if args.num_classes is None:
+            raise ValueError("webdataset shards do not tell their classes: give --class-map or --num-classes.")
+        classes = [str(number) for number in range(args.num_classes)]
+    return ShardImages(args.data or "", split, classes, batch_size, args.seed, is_training)

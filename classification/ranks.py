@@ -1,0 +1,163 @@
+"""The processes of a run, as torchrun starts them, one a GPU; a script started alone is a group of one.
+
+Numbers that the processes agree on travel over gloo between CPUs, which leaves the GPUs' queues alone; those of
+GPUs, the gradients, over NCCL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import natten
+from classification.interruption import Watch
+from natten import dispatch
+
+T = TypeVar("T")
+
+
+class Ranks(NamedTuple):
+    """Which process this is, and how many there are; `local` means on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that speaks and writes."""
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.size // self.local_size)
+
+    def say(self, text: str) -> None:
+        """Prints a line, above a progress bar if there is one; the first process does."""
+        if self.is_first:
+            tqdm.write(text)
+
+    def sum(self, *values: float) -> list[float]:
+        """The sum of each value over all processes, in float64; all must call it."""
+        if self.size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each process, in the order of their ranks; all must call it."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def in_turn(self, function: Callable[[], T]) -> T:
+        """The function's value, called by one process a machine before the others: what it downloads, they find."""
+        if self.local_rank > 0:
+            self.sum(0)
+            return function()
+        try:
+            return function()
+        finally:
+            self.sum(0)  # also where it fails: so it will for the others
+
+    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model with gradients averaged over all processes after each backward pass."""
+        if self.size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    def check_kernels(self, device: torch.device) -> None:
+        """Checks that all processes compute attention with the same backend, made of the same sources.
+
+        Raises:
+            ValueError: naming the first process that does not, and how it differs.
+        """
+        found = self.gather((socket.gethostname(), kernels(device)))
+        first_host, first = found[0]
+        for rank, (host, theirs) in enumerate(found):
+            for what, value in theirs.items():
+                if value != first[what]:
+                    raise ValueError(
+                        f"rank {rank} on {host} has the {what} {value}, but rank 0 on {first_host} has {first[what]}: "
+                        "use the same installation and the same NATTEN_BACKEND everywhere."
+                    )
+
+
+def kernels(device: torch.device) -> dict[str, str]:
+    """What computes attention in this process: backend, version and hash of natten's sources, version of torch."""
+    probe = torch.empty(1, 7, 7, 1, 32, device=device)
+    folder = Path(natten.__file__).parent
+    sources = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".h", ".cpp", ".cuh", ".cu")):
+        sources.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return {
+        "attention backend": dispatch.choose(probe, dispatch.requested(None)).NAME,
+        "natten version": natten.__version__,
+        "hash of natten's sources": sources.hexdigest()[:12],
+        "torch version": torch.__version__,
+    }
+
+
+@contextlib.contextmanager
+def join(device: str, watch: Watch) -> Iterator[tuple[Ranks, str]]:
+    """Makes this process one of those that torchrun started, until the block ends.
+
+    A mistake that all processes find is told by the first one alone; of one that another finds, its rank is told.
+
+    Args:
+        device: --device; "auto" and "cuda" become the GPU of this process.
+        watch: knows whether torchrun is ending this process.
+
+    Yields:
+        the ranks, and the device's name.
+
+    Raises:
+        ValueError: if there are fewer GPUs than processes on this machine.
+    """
+    if "RANK" not in os.environ:
+        yield Ranks(), device
+        return
+    ranks = Ranks(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    try:
+        is_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        if is_cuda:
+            if torch.cuda.device_count() < ranks.local_size:
+                raise ValueError(
+                    f"{ranks.local_size} processes share {torch.cuda.device_count()} GPUs here: start one a GPU."
+                )
+            device = f"cuda:{ranks.local_rank}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
+        yield ranks, device
+        dist.destroy_process_group()
+    except SystemExit:
+        dist.destroy_process_group()
+        raise
+    except (ValueError, OSError, NotImplementedError) as error:
+        if not ranks.is_first:
+            for _ in range(100):  # for the first one to find the same, whereupon torchrun ends this one
+                time.sleep(0.1)
+                if watch.received:
+                    sys.exit(2)
+            print(f"on rank {ranks.rank}:", file=sys.stderr)
+        raise error
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
+            raise
+        sys.exit(f"rank {ranks.rank} lost another process, which has ended: its message, if any, says why.")

@@ -1,0 +1,40 @@
+# Mask R-CNN with NAT-Mini learns four pictures by heart: a check that all works, from annotations to masks.
+# For any folder in COCO's layout: python detection/train.py THIS --data FOLDER
+_base_ = "./mask_rcnn_nat_mini_3x.py"
+
+model = dict(backbone=dict(drop_path_rate=0.0, init_cfg=None))
+load, annotations = dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True, with_mask=True)
+resize = dict(type="Resize", scale=(384, 384), keep_ratio=True)
+pack = dict(
+    type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "instances")
+)
+train_pipeline = [load, annotations, resize, pack]
+test_pipeline = [load, resize, annotations, pack]  # found and true boxes meet at the pictures' own size
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=1,
+    sampler=dict(type="InfiniteSampler"),
+    batch_sampler=None,
+    dataset=dict(indices=4, pipeline=train_pipeline),
+)
+# The same four pictures, taken through the same filter of those without objects.
+val_dataloader = dict(
+    num_workers=1,
+    dataset=dict(
+        ann_file="annotations/instances_train2017.json",
+        data_prefix=dict(img="train2017/"),
+        filter_cfg=dict(filter_empty_gt=True, min_size=32),
+        test_mode=False,
+        indices=4,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=None, metric=["bbox", "segm"])
+test_evaluator = val_evaluator
+
+train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=400, val_interval=100)
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(lr=2e-4), clip_grad=dict(max_norm=1.0))
+param_scheduler = [dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50)]
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(by_epoch=False, interval=100))
+log_processor = dict(by_epoch=False, window_size=10)

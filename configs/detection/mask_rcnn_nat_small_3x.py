@@ -1,0 +1,12 @@
+# Mask R-CNN, NAT-Small: 70 M parameters, 330 GMACs at 1280x800 (arXiv:2204.07143).
+# Published: COCO val2017 box AP 48.4, mask AP 43.2.
+_base_ = ["./_base_/mask_rcnn.py", "./_base_/coco_3x.py"]
+
+model = dict(
+    backbone=dict(
+        arch="nat_small",
+        drop_path_rate=0.35,
+        init_cfg=dict(type="Pretrained", checkpoint="nat_small"),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

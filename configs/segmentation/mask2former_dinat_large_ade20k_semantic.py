@@ -1,0 +1,53 @@
+# Mask2Former, DiNAT-Large, ADE20K semantic: 220 M parameters, 518 GMACs (arXiv:2209.15001).
+# Published: mIoU 58.1 with several scales and flips.
+_base_ = ["./_base_/dinat_large_11x11.py", "mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py"]
+
+custom_imports = dict(imports=["natzoo.openmmlab", "mmdet.models"])
+model = dict(
+    data_preprocessor=dict(size=(640, 640)),
+    backbone=_base_.backbone,
+    decode_head=dict(in_channels=[192, 384, 768, 1536]),
+)
+
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(
+        type="RandomChoiceResize",
+        scales=[int(640 * tenths / 10) for tenths in range(5, 21)],
+        resize_type="ResizeShortestEdge",
+        max_size=2560,
+    ),
+    dict(type="RandomCrop", crop_size=(640, 640), cat_max_ratio=0.75),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(2560, 640), keep_ratio=True),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="PackSegInputs"),
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader
+
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [
+                dict(type="Resize", scale=scale, keep_ratio=True)
+                for scale in [(4480, side) for side in (320, 480, 640, 800, 960, 1120)]
+            ],
+            [dict(type="RandomFlip", prob=prob, direction="horizontal") for prob in (0.0, 1.0)],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.custom_keys))
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))
+visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])

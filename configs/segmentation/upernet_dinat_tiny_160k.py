@@ -1,0 +1,13 @@
+# UPerNet, DiNAT-Tiny: 58 M parameters, 934 GMACs at 2048x512 (arXiv:2209.15001).
+# Published: ADE20K validation mIoU 47.8, with several scales and flips 48.8.
+_base_ = ["./_base_/upernet.py", "./_base_/ade20k_160k.py"]
+
+model = dict(
+    backbone=dict(
+        type="DiNAT",
+        arch="dinat_tiny",
+        drop_path_rate=0.3,
+        dilations=[[1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4] * 3, [1, 2, 1, 2, 1]],
+        init_cfg=dict(type="Pretrained", checkpoint="dinat_tiny"),
+    ),
+)

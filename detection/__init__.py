@@ -1,0 +1,1 @@
+"""Detection: scripts around natzoo.openmmlab."""

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# detection/dist_test.sh CONFIG CHECKPOINT PROCESSES [OPTIONS OF test.py...]     one process a GPU, or on a CPU over Gloo
+set -euo pipefail
+config=${1:?config} checkpoint=${2:?checkpoint} processes=${3:?number of processes}
+shift 3
+arguments=("$config" "$checkpoint" "$@")
+exec "${PYTHON:-python}" -m torch.distributed.run --nproc_per_node="$processes" --master_port="${PORT:-29500}" "$(dirname "$0")/test.py" "${arguments[@]}"

@@ -1,0 +1,131 @@
+"""Folders as the hub has them: config.json, model.safetensors, and for classifiers preprocessor_config.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor
+from transformers.image_utils import PILImageResampling
+
+from natzoo.checkpoints.keys import to_hf
+from natzoo.checkpoints.write import sync, write_weights
+from natzoo.hf.configuration import DinatConfig
+from natzoo.hf.export import from_timm, image_processor, make_config
+from natzoo.hf.modeling import DinatBackbone, NatBackbone, arguments_of
+from natzoo.models import NAT, DiNAT_s, Isotropic
+
+# A registered model of each class; the arguments in a record make it any other.
+_MODELS = {NAT: "nat_mini", DiNAT_s: "dinat_s_tiny", Isotropic: "nat_isotropic_small"}
+
+
+def save_folder(
+    model: NAT | DiNAT_s | Isotropic, folder: str | os.PathLike, classes: Sequence[str] | None = None
+) -> None:
+    """Writes a classifier for transformers.
+
+    Args:
+        model: as for `from_timm`; its `pretrained_cfg` says how pictures are prepared.
+        folder: a new one; it appears when all of it is written.
+        classes: names of the classes; ImageNet's unless given, if there are as many.
+
+    Raises:
+        ValueError: as `from_timm`; if the number of names is not that of the classes.
+        FileExistsError: if there is such a folder already and it is not empty.
+    """
+    exported = from_timm(model)
+    if classes is not None:
+        if len(classes) != model.num_classes:
+            raise ValueError(f"{len(classes)} names are given, but the model has {model.num_classes} classes.")
+        exported.config.id2label = dict(enumerate(classes))
+        exported.config.label2id = {name: index for index, name in enumerate(classes)}
+
+    def write(whole: Path) -> None:
+        exported.save_pretrained(whole)
+        image_processor(model).save_pretrained(whole)
+
+    _write_folder(Path(folder), write)
+
+
+def save_backbone_folder(model: NAT | DiNAT_s, weights: dict[str, Tensor], folder: str | os.PathLike) -> None:
+    """Writes the backbone of a detector or segmenter for transformers, with the maps of all stages.
+
+    Args:
+        model: the classifier of the same shape, which may be on the meta device.
+        weights: under their published names, with norm0, norm1, ...
+        folder: a new one; it appears when all of it is written.
+
+    Raises:
+        ValueError: if the weights are not a backbone of that shape.
+        FileExistsError: if there is such a folder already and it is not empty.
+    """
+    config = make_config(model)
+    config.out_features = config.stage_names[1:]
+    kind = DinatBackbone if isinstance(config, DinatConfig) else NatBackbone
+
+    def write(whole: Path) -> None:
+        config.architectures = [kind.__name__]
+        config.save_pretrained(whole)
+        write_weights(whole / "model.safetensors", to_hf(weights, ""))
+        try:
+            _, found = kind.from_pretrained(whole, output_loading_info=True)
+        except RuntimeError as error:  # of another shape
+            raise ValueError(f"the weights are of another backbone: {str(error).splitlines()[0]}") from error
+        different = sorted(found["missing_keys"] | found["unexpected_keys"])
+        if different:
+            raise ValueError(f"the weights are of another backbone: {len(different)} differ, as {different[0]}.")
+
+    _write_folder(Path(folder), write)
+
+
+def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """What natzoo.checkpoints.record says of a checkpoint, of a folder; None if it is of neither Nat nor Dinat."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in ("nat", "dinat"):
+        return None
+    kind, arguments = arguments_of(config)
+    name = _MODELS[kind] if config.kernel_size else "vitrpb_small"
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    return {
+        "model": name,
+        "model_kwargs": arguments,
+        "num_classes": config.num_labels,
+        "classes": None if names == [f"LABEL_{index}" for index in range(len(names))] else names,
+        "preprocessing": _preprocessing(Path(folder), config.num_channels),
+    }
+
+
+def _preprocessing(folder: Path, channels: int) -> dict[str, Any]:
+    """timm's description of how a folder wants its pictures prepared; nothing if it does not say."""
+    if not (folder / "preprocessor_config.json").exists():
+        return {}
+    processor = AutoImageProcessor.from_pretrained(folder)
+    size = dict(processor.size)
+    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else size
+    height, width = (crop.get(side, size.get("shortest_edge")) for side in ("height", "width"))
+    return {
+        "input_size": [channels, height, width],
+        "crop_pct": min(height, width) / size.get("shortest_edge", min(height, width)),
+        "interpolation": PILImageResampling(processor.resample).name.lower(),
+        "mean": list(processor.image_mean),
+        "std": list(processor.image_std),
+    }
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already: choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / folder.name
+        whole.mkdir()
+        write(whole)
+        for path in (*whole.iterdir(), whole):
+            sync(path)
+        os.replace(whole, folder)
+    sync(folder.parent)

@@ -1,0 +1,133 @@
+"""Checkpoints of mmengine, safe and whole: plain tensors and numbers, written atomically, read without running code.
+
+mmengine's own hold objects of its classes, which torch.load refuses since PyTorch 2.6; and a run that dies while it
+writes one leaves half a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import get_torchvision_models
+
+from natzoo.checkpoints import locate, read_checkpoint, weights_of, write_atomically
+from natzoo.checkpoints.detectors import fit_detector
+
+# Where mmengine would fetch and unpickle by other ways; the last are of services that no longer answer.
+_PREFIXES = ("", "http://", "https://", "torchvision://", "modelzoo://")
+_CLOSED = ("open-mmlab://", "openmmlab://", "mmcls://", "pavi://", r"(\S+\:)?s3://", r"(\S+\:)?petrel://")
+_FILE = "file"  # where the loader tells the hook what was loaded
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_from_natzoo(name: str, map_location: Any = None, **kwargs: Any) -> dict[str, Any]:
+    """A checkpoint as mmengine wants it, by its name for the log, from whatever natzoo.checkpoints.locate takes, or torchvision://MODEL."""
+    scheme, _, model = name.partition("://")
+    if scheme in ("torchvision", "modelzoo"):
+        name = get_torchvision_models()[model]
+    path = locate(name)
+    checkpoint = read_checkpoint(path)
+    if "state_dict" not in checkpoint:
+        checkpoint = {"state_dict": weights_of(checkpoint, path), "meta": {}}
+    checkpoint[_FILE] = str(path)
+    return checkpoint
+
+
+def _refuse(name: str, **kwargs: Any) -> None:
+    raise ValueError(
+        f"{name} cannot be fetched: give a path, a URL, or a name that `python tools/download.py list` shows."
+    )
+
+
+CheckpointLoader.register_scheme(_PREFIXES, load_from_natzoo, force=True)
+CheckpointLoader.register_scheme(_CLOSED, _refuse, force=True)
+
+
+def latest_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The checkpoint of a run that has come farthest, or None."""
+    numbers = {path: re.fullmatch(r"(?:iter|epoch)_(\d+)\.pth", path.name) for path in Path(folder).glob("*.pth")}
+    found = {path: int(match[1]) for path, match in numbers.items() if match}
+    return max(found, key=found.get, default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@register_backend("local", force=True, prefixes="")
+class AtomicBackend(LocalBackend):
+    """Files of this machine, which appear whole or not at all."""
+
+    def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
+        Path(filepath).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(filepath, lambda file: file.write(obj))
+
+
+@HOOKS.register_module()
+class PlainCheckpointHook(Hook):
+    """Makes checkpoints plain when they are written, and what they were when they are read; and checks that they fit.
+
+    Args:
+        new_classes: whether the weights of layers for another number of classes are left out, to fine-tune.
+    """
+
+    priority = "VERY_LOW"  # sees what other hooks add to a checkpoint
+
+    def __init__(self, new_classes: bool = False):
+        self.new_classes = new_classes
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        for key, value in checkpoint.items():
+            checkpoint[key] = _plain(value)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError if the checkpoint is of another model."""
+        wraps = is_model_wrapper(runner.model) or isinstance(runner.model, BaseTTAModel)
+        model = runner.model.module if wraps else runner.model
+        path = checkpoint.pop(_FILE, "the checkpoint")
+        checkpoint["state_dict"], notes = fit_detector(checkpoint["state_dict"], model, path, self.new_classes)
+        for note in notes:
+            print_log(f"{path}: {note}", logger="current", level=logging.INFO)
+        if "message_hub" in checkpoint:
+            scalars = checkpoint["message_hub"]["log_scalars"]
+            checkpoint["message_hub"]["log_scalars"] = OrderedDict(
+                (name, _buffer(value) if isinstance(value, dict) else value) for name, value in scalars.items()
+            )
+
+
+def _plain(value: Any) -> Any:
+    """The same without objects: NumPy's numbers as Python's, its arrays as tensors, a history as a dict of tensors."""
+    if isinstance(value, HistoryBuffer):
+        history, counts = value.data
+        return {"history": torch.from_numpy(history), "counts": torch.from_numpy(counts), "length": value.max_length}
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return type(value)((key, _plain(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    return value
+
+
+def _buffer(plain: dict[str, Any]) -> HistoryBuffer:
+    return HistoryBuffer(plain["history"].numpy(), plain["counts"].numpy(), plain["length"])

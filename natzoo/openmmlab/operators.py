@@ -1,0 +1,269 @@
+"""The module `mmcv._ext` made of torchvision's operators, under the names and arguments that mmcv.ops calls.
+
+Results are written into the tensors that mmcv passes for them. Operators that no model here calls exist, since mmcv
+asks for them when it is imported, and say when they are called that they are missing. fp16 and bf16 are computed in
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+import torchvision.ops
+from torch import Tensor
+
+_SOFT_NMS = {0: "naive", 1: "linear", 2: "gaussian"}
+
+
+def __getattr__(name: str) -> Callable[..., NoReturn]:
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def missing(*args, **kwargs) -> NoReturn:
+        raise NotImplementedError(
+            f"the operator {name} of mmcv is not compiled here: install mmcv in place of mmcv-lite."
+        )
+
+    return missing
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _full(x: Tensor) -> Tensor:
+    """float32 for half precision, which torchvision's CPU operators lack, and its GPU ones for bf16."""
+    return x.float() if _is_half(x) else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Non-maximum suppression. Boxes [N, 4] are x1, y1, x2, y2; with an offset of 1 a box contains its last pixel.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def nms(boxes: Tensor, scores: Tensor, *, iou_threshold: float, offset: int) -> Tensor:
+    """Indices of the boxes kept, by falling score."""
+    boxes, scores = _full(boxes), _full(scores)
+    if offset:
+        boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
+    return torchvision.ops.nms(boxes, scores, iou_threshold)
+
+
+def softnms(
+    boxes: Tensor,
+    scores: Tensor,
+    dets: Tensor,
+    *,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: int,
+    offset: int,
+) -> Tensor:
+    """Indices of the boxes kept; boxes with lowered scores [N, 5] go into the first rows of dets.
+
+    Soft-NMS (arXiv:1704.04503): each box lowers the scores of those that overlap it, to nothing ("naive"), by 1 - IoU
+    ("linear"), or by exp(-IoU^2 / sigma).
+    """
+    rest = _full(boxes).clone()
+    rest_scores, indices = _full(scores).clone(), torch.arange(len(boxes))
+    kept = []
+    while len(rest):
+        best = rest_scores.argmax()
+        if rest_scores[best] < min_score:  # before any is taken, and after each suppression
+            break
+        box, score = rest[best], rest_scores[best]
+        dets[len(kept), :4], dets[len(kept), 4] = box, score
+        kept.append(int(indices[best]))
+        others = torch.arange(len(rest)) != best
+        rest, rest_scores, indices = rest[others], rest_scores[others], indices[others]
+        overlap = _overlap(box, rest, offset)
+        rest_scores = rest_scores * _decay(_SOFT_NMS[method], overlap, iou_threshold, sigma)
+        strong = rest_scores >= min_score
+        rest, rest_scores, indices = rest[strong], rest_scores[strong], indices[strong]
+    return torch.tensor(kept, dtype=torch.long)
+
+
+def _decay(method: str, overlap: Tensor, iou_threshold: float, sigma: float) -> Tensor:
+    if method == "gaussian":
+        return torch.exp(-(overlap**2) / sigma)
+    factor = 1 - overlap if method == "linear" else torch.zeros_like(overlap)
+    return torch.where(overlap >= iou_threshold, factor, 1.0)
+
+
+def _overlap(box: Tensor, others: Tensor, offset: int) -> Tensor:
+    """IoU of a box [4] with others [N, 4]."""
+    stretch = box.new_tensor([0, 0, offset, offset])
+    return torchvision.ops.box_iou((box + stretch)[None], others + stretch)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RoIAlign (arXiv:1703.06870)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_average(pool_mode: int) -> None:
+    if pool_mode != 1:
+        raise NotImplementedError("RoIAlign with pool_mode='max' is not compiled here: use 'avg'.")
+
+
+def roi_align_forward(
+    input_BCHW: Tensor,
+    rois_N5: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    *,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Writes [N, C, aligned_height, aligned_width]; a row of rois is picture, x1, y1, x2, y2."""
+    _check_average(pool_mode)
+    size = (aligned_height, aligned_width)
+    features, rois = _full(input_BCHW), _full(rois_N5)
+    output.copy_(torchvision.ops.roi_align(features, rois, size, spatial_scale, sampling_ratio, aligned))
+
+
+def roi_align_backward(
+    grad_output: Tensor,
+    rois_N5: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    *,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    _check_average(pool_mode)
+    window = (spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, aligned)
+    grad = torch.ops.torchvision._roi_align_backward(_full(grad_output), _full(rois_N5), *window)
+    grad_input.copy_(grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modulated deformable convolution (DCNv2, arXiv:1811.11168)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _modulated(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offset: Tensor,
+    mask: Tensor,
+    *,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> Tensor:
+    """torchvision takes the groups from the shapes."""
+    return torchvision.ops.deform_conv2d(
+        input,
+        offset,
+        weight,
+        bias if with_bias else None,
+        stride=(stride_h, stride_w),
+        padding=(pad_h, pad_w),
+        dilation=(dilation_h, dilation_w),
+        mask=mask,
+    )
+
+
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    **geometry,
+) -> None:
+    result = _modulated(*map(_full, (input, weight, bias, offset, mask)), **geometry)
+    output.resize_(result.shape).copy_(result)
+
+
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    *,
+    with_bias: bool,
+    **geometry,
+) -> None:
+    arguments = [_full(x).detach().requires_grad_() for x in (input, weight, bias, offset, mask)]
+    targets = [grad_input, grad_weight, grad_bias, grad_offset, grad_mask]
+    with torch.enable_grad():
+        result = _modulated(*arguments, with_bias=with_bias, **geometry)
+    if not with_bias:
+        del arguments[2], targets[2]
+    for target, grad in zip(targets, torch.autograd.grad(result, arguments, _full(grad_output)), strict=True):
+        target.copy_(grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Multi-scale deformable attention (arXiv:2010.04159); on the CPU mmcv itself takes its PyTorch version
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _deformable_attention(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    return multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
+
+
+def ms_deform_attn_forward(
+    value: Tensor, shapes: Tensor, level_starts: Tensor, locations: Tensor, weights: Tensor, *, im2col_step: int
+) -> Tensor:
+    """[B, queries, channels] of value [B, keys, heads, channels/heads], as mmcv's documentation has them."""
+    return _deformable_attention(_full(value), shapes, _full(locations), _full(weights)).to(value.dtype)
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    shapes: Tensor,
+    level_starts: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_locations: Tensor,
+    grad_weights: Tensor,
+    *,
+    im2col_step: int,
+) -> None:
+    arguments = [_full(x).detach().requires_grad_() for x in (value, locations, weights)]
+    with torch.enable_grad():
+        result = _deformable_attention(arguments[0], shapes, *arguments[1:])
+    grads = torch.autograd.grad(result, arguments, _full(grad_output))
+    for target, grad in zip((grad_value, grad_locations, grad_weights), grads, strict=True):
+        target.copy_(grad)

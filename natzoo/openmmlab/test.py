@@ -1,0 +1,85 @@
+"""Evaluation of detectors and segmenters from configs, with mmengine's runner; see detection/ and segmentation/."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+from natzoo.openmmlab.data import check_data
+from natzoo.openmmlab.options import Project, add_common_options, load_config, make_runner
+
+_COCO = ("bbox", "segm", "proposal")
+_IOU = ("mIoU", "mDice", "mFscore")
+
+
+def make_parser(project: Project) -> argparse.ArgumentParser:
+    description = f"Evaluate a checkpoint with a config of configs/{project.name}."
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("config", help="the config")
+    parser.add_argument("checkpoint", help="path, URL, or name of published weights (tools/download.py list)")
+    add_common_options(parser)
+    parser.add_argument(
+        "--eval", nargs="+", choices=(*_COCO, *_IOU), help="what to measure; as the config says if not given"
+    )
+    parser.add_argument("--show-dir", type=Path, help="folder for pictures with what was found drawn on them")
+    parser.add_argument("--show-score", type=float, default=0.3, help="lowest score of the boxes drawn")
+    parser.add_argument("--out", type=Path, help="file of all predictions (.pkl of mmengine)")
+    parser.add_argument(
+        *("--tta", "--aug-test"),
+        action="store_true",
+        help="several scales and flips, where the config has tta_pipeline",
+    )
+    return parser
+
+
+def main(project: Project, argv: Sequence[str] | None = None) -> dict[str, float]:
+    args = make_parser(project).parse_args(argv)
+    cfg = load_config(args, project)
+    check_data(cfg, ("test_dataloader",))
+    cfg.load_from = args.checkpoint
+    if args.eval:
+        _set_metrics(cfg, args.eval)
+    if args.tta:
+        _set_tta(cfg)
+    if args.show_dir:
+        _set_pictures(cfg, args.show_dir, args.show_score)
+    if args.out:
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
+        cfg.test_evaluator = [*evaluators, {"type": "DumpResults", "out_file_path": str(args.out)}]
+    return make_runner(cfg).test()
+
+
+def _set_metrics(cfg: Config, metrics: Sequence[str]) -> None:
+    """Lets the config's metrics measure these."""
+    chosen = False
+    for evaluator in cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]:
+        for key, known in (("metric", _COCO), ("iou_metrics", _IOU)):
+            if evaluator.type == {"metric": "CocoMetric", "iou_metrics": "IoUMetric"}[key] and set(metrics) <= set(
+                known
+            ):
+                evaluator[key] = list(metrics)
+                chosen = True
+    if not chosen:
+        raise ValueError(f"{cfg.filename} has no metric that measures {' '.join(metrics)}: leave --eval out.")
+
+
+def _set_tta(cfg: Config) -> None:
+    if "tta_pipeline" not in cfg or "tta_model" not in cfg:
+        raise ValueError(f"{cfg.filename} has no tta_pipeline and tta_model, which --tta needs.")
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.tta_model.module = cfg.model
+    cfg.model = cfg.tta_model
+
+
+def _set_pictures(cfg: Config, folder: Path, score: float) -> None:
+    """Lets the visualisation hook draw each picture."""
+    if cfg.default_scope == "mmdet":
+        hook = {"type": "DetVisualizationHook", "test_out_dir": str(folder.resolve()), "score_thr": score}
+    else:
+        hook = {"type": "SegVisualizationHook", "interval": 1}
+        cfg.visualizer.save_dir = str(folder)
+        cfg.visualizer.vis_backends = [ConfigDict(type="LocalVisBackend", img_save_dir=".")]
+    cfg.default_hooks.visualization = {**hook, "draw": True}

@@ -1,0 +1,62 @@
+"""Training of detectors and segmenters from configs, with mmengine's runner; see detection/ and segmentation/."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from mmengine.config import Config
+
+from natzoo.openmmlab.checkpoints import latest_checkpoint
+from natzoo.openmmlab.data import check_data
+from natzoo.openmmlab.options import Project, add_common_options, load_config, make_runner
+from natzoo.openmmlab.precision import set_precision
+
+
+def make_parser(project: Project) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=f"Train from a config of configs/{project.name}.", allow_abbrev=False)
+    parser.add_argument("config", help="the config")
+    add_common_options(parser)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from the run's last checkpoint, or this one",
+    )
+    parser.add_argument(
+        "--load-from", metavar="CHECKPOINT", help="start from a detector's or segmenter's weights, to fine-tune"
+    )
+    parser.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, help="mixed precision; as the config says if not given"
+    )
+    parser.add_argument("--seed", type=int, help="of all random draws")
+    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
+    return parser
+
+
+def main(project: Project, argv: Sequence[str] | None = None) -> None:
+    args = make_parser(project).parse_args(argv)
+    cfg = load_config(args, project)
+    check_data(cfg, ("train_dataloader", "val_dataloader"))
+    set_precision(cfg, args.amp)
+    _set_start(cfg, args)
+    if args.seed is not None:
+        cfg.randomness = {"seed": args.seed}
+    if args.auto_scale_lr:
+        if "auto_scale_lr" not in cfg:
+            raise ValueError(
+                f"{args.config} does not say for which batch its learning rate is: set auto_scale_lr in it."
+            )
+        cfg.auto_scale_lr.enable = True
+    make_runner(cfg, new_classes=not cfg.resume).train()
+
+
+def _set_start(cfg: Config, args: argparse.Namespace) -> None:
+    """Where the weights come from; a run to resume that has not begun, begins."""
+    if args.resume and args.load_from:
+        raise ValueError("--resume goes on with a run, --load-from starts one: give one of them.")
+    resumed = latest_checkpoint(cfg.work_dir) if args.resume == "auto" else args.resume
+    cfg.resume = resumed is not None
+    if resumed is not None or args.load_from:
+        cfg.load_from = str(resumed or args.load_from)

@@ -1,0 +1,1 @@
+"""Segmentation: scripts around natzoo.openmmlab."""

@@ -1,0 +1,156 @@
+"""Images from elsewhere than folders: tar files, Hugging Face datasets, webdataset shards, noise."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from classification import train, validate
+from classification.readers import FolderReader, HubReader, TarReader, open_reader, read_class_map
+from natzoo.checkpoints import read_checkpoint
+
+CLASSES = ["amber", "blue", "crimson"]
+
+
+def pack(folder, path):
+    """A tar file of what a folder holds."""
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.rglob("*.png")):
+            tar.add(file, file.relative_to(folder))
+
+
+@pytest.fixture
+def tars(data):
+    """One tar file a split, of folders; the folders themselves are gone."""
+    for split in ("train", "val"):
+        pack(data / split, data / f"{split}.tar")
+        shutil.rmtree(data / split)
+    return data
+
+
+@pytest.fixture
+def shards(data):
+    """Webdataset shards of each split beside _info.json; the folders are gone."""
+    info = {}
+    for split in ("train", "val"):
+        files = sorted((data / split).rglob("*.png"), key=lambda file: (file.stem, file.parent.name))
+        names, lengths = [], []
+        for shard in range(4):
+            names.append(f"{split}-{shard:04d}.tar")
+            lengths.append(len(files[shard::4]))
+            with tarfile.open(data / names[-1], "w") as tar:
+                for file in files[shard::4]:
+                    key = f"{file.parent.name}_{file.stem}"
+                    number = str(CLASSES.index(file.parent.name)).encode()
+                    for suffix, content in (("png", file.read_bytes()), ("cls", number)):
+                        entry = tarfile.TarInfo(f"{key}.{suffix}")
+                        entry.size = len(content)
+                        tar.addfile(entry, io.BytesIO(content))
+        info[split] = {"name": split, "filenames": names, "shard_lengths": lengths, "num_samples": len(files)}
+        shutil.rmtree(data / split)
+    (data / "_info.json").write_text(json.dumps({"splits": info}))
+    return data
+
+
+def test_tar_files_give_the_images_of_the_folders(data, tmp_path):
+    folder = FolderReader(data / "train")
+    pack(data / "train", tmp_path / "all.tar")
+    many = tmp_path / "many"
+    many.mkdir()
+    for name in CLASSES:
+        pack(data / "train" / name, many / f"{name}.tar")
+    for root in (tmp_path / "all.tar", many):
+        tar = open_reader("", str(root), "val", None)
+        assert isinstance(tar, TarReader)
+        assert tar.classes == CLASSES
+        contents = {(file.read(), target) for file, target in (tar[index] for index in range(len(tar)))}
+        assert contents == {(Path(path).read_bytes(), target) for path, target in folder.samples}
+    assert "0.png" in tar.filename(0)
+    assert {target for _, target in (TarReader(many, ["blue", "amber", "crimson"])[i] for i in range(1))} == {1}
+
+
+def test_tar_files_that_are_wrong(data, tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no tar file at all" * 100)
+    with pytest.raises(ValueError, match=r"a\.tar cannot be read as tar files of images"):
+        TarReader(tmp_path / "a.tar")
+    pack(data / "train", tmp_path / "b.tar")
+    with pytest.raises(ValueError, match=r"b\.tar holds no images of the classes looked for"):
+        TarReader(tmp_path / "b.tar", ["zinc"])
+
+
+def test_training_and_evaluation_on_tar_files(tars, tiny, run_folder):
+    train.main(tiny("--workers", "1", epochs=1))
+    result = validate.main([str(tars), "--checkpoint", str(run_folder / "best.pth"), "--workers", "0"])
+    assert result["top1"] == pytest.approx(read_checkpoint(run_folder / "best.pth")["best"])
+    assert result["count"] == 27
+
+
+def test_folders_of_tar_files_are_no_validation_images(tars):
+    (tars / "val.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="has no folder val"):
+        open_reader("", str(tars), "val", None)
+
+
+def test_class_maps(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("crimson\nblue\n")
+    assert read_class_map(str(path)) == ["crimson", "blue"]
+    assert read_class_map(None) is None
+    path.write_text("crimson\ncrimson\n")
+    with pytest.raises(ValueError, match="must name each class once"):
+        read_class_map(str(path))
+    with pytest.raises(FileNotFoundError, match="no class map"):
+        read_class_map(str(tmp_path / "nowhere.txt"))
+    pickle = tmp_path / "classes.pkl"
+    pickle.write_bytes(b"")
+    with pytest.raises(ValueError, match="must be a text file"):
+        read_class_map(str(pickle))
+
+
+def test_a_class_map_numbers_the_classes(data, tiny, run_folder, tmp_path):
+    (tmp_path / "classes.txt").write_text("crimson\nzinc\nblue\namber\n")
+    train.main(tiny("--class-map", tmp_path / "classes.txt", epochs=1))
+    assert read_checkpoint(run_folder / "last.pth")["record"]["classes"] == ["crimson", "zinc", "blue", "amber"]
+
+
+def test_unknown_data(data, tiny):
+    with pytest.raises(ValueError, match="--dataset wibble/x is unknown: use folder, tar, hfds/NAME or wds"):
+        train.main(tiny("--dataset", "wibble/x"))
+
+
+def test_synthetic_images_need_no_data(tiny, run_folder):
+    train.main([*tiny("--synthetic", "20", "--num-classes", "4", epochs=1)[1:]])
+    assert read_checkpoint(run_folder / "last.pth")["record"]["num_classes"] == 4
+
+
+def test_hugging_face_datasets(data, tiny, run_folder):
+    pytest.importorskip("datasets")
+    reader = HubReader(str(data), "train")
+    assert reader.classes == CLASSES
+    assert len(reader) == 72
+    train.main(tiny("--dataset", f"hfds/{data}", "--val-split", "validation", epochs=1)[1:])
+    assert read_checkpoint(run_folder / "last.pth")["record"]["classes"] == CLASSES
+    with pytest.raises(ValueError, match="split wibble, cannot be loaded"):
+        HubReader(str(data), "wibble")
+
+
+def test_webdataset_shards(shards, tiny, run_folder, tmp_path, stop_after):
+    """A run that is gone on with in the middle of an epoch ends as one that was not."""
+    pytest.importorskip("webdataset")
+    options = ["--dataset", "wds", "--num-classes", "3", "--workers", "2", "--mixup", "0.8"]
+    train.main(tiny(*options, "--output", tmp_path / "unbroken", epochs=2))
+    stop_after(13, tiny(*options, epochs=2))
+    assert read_checkpoint(run_folder / "last.pth")["epoch"] == 1
+    assert read_checkpoint(run_folder / "last.pth")["update"] > 0
+    train.main(tiny(*options, "--resume", epochs=2))
+    one, other = (read_checkpoint(folder / "last.pth") for folder in (tmp_path / "unbroken" / "tiny", run_folder))
+    torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
+
+
+def test_what_is_missing_for_shards_is_said(shards, tiny):
+    with pytest.raises(ValueError, match="shards do not tell their classes: give --class-map or --num-classes"):
+        train.main(tiny("--dataset", "wds"))

@@ -1,0 +1,159 @@
+"""The files of a run, whatever happens while they are written."""
+
+import errno
+import os
+import random
+import resource
+import signal
+
+import pytest
+import torch
+
+from classification.checkpoints import Checkpoints
+from classification.ranks import Ranks
+from natzoo.checkpoints import read_checkpoint
+
+
+def state(version):
+    weights = torch.full((100, 100), float(version))
+    return {"version": version, "model": {"weight": weights}, "optimizer": {"state": {0: weights.clone()}}}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    made = Checkpoints(tmp_path, keep=0, ranks=Ranks())
+    made.save_last(state(0))
+    return made
+
+
+def in_child(function):
+    """Runs a function in a forked process and returns the signal that ended it, or minus its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            status = function()
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
+
+
+def killed_at_byte(checkpoints, version, byte):
+    """The kernel kills the process as it writes that byte of the file."""
+
+    def save():
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (byte, resource.RLIM_INFINITY))
+        checkpoints.save_last(state(version))
+        return 0
+
+    return in_child(save)
+
+
+def killed_at_call(checkpoints, version, name, is_after):
+    """The process is killed before or after a call of the operating system."""
+
+    def save():
+        original = getattr(os, name)
+
+        def killed(*args):
+            if is_after:
+                original(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(os, name, killed)
+        checkpoints.save_last(state(version))
+        return 0
+
+    return in_child(save)
+
+
+def full_at_byte(checkpoints, version, byte, monkeypatch):
+    """The disk is full from that byte on; the message of what then happens."""
+    real = os.fdopen
+
+    class Full:
+        def __init__(self, *args):
+            self.file = real(*args)
+            self.room = byte
+
+        def write(self, content):
+            self.room -= len(content)
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(content)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdopen", Full)
+        try:
+            checkpoints.save_last(state(version))
+        except OSError as error:
+            return str(error)
+
+
+def test_two_hundred_crashes_leave_the_old_state_or_the_new_one(checkpoints, monkeypatch):
+    chance = random.Random(200)
+    size = checkpoints.last.stat().st_size
+    known, killed, full = 0, 0, 0
+    for version in range(1, 201):
+        byte = chance.randrange(size)
+        if version % 4 == 0:
+            message = full_at_byte(checkpoints, version, byte, monkeypatch)
+            assert "last.pth could not be written; what was there before is unharmed" in message
+            full += 1
+        elif version % 4 == 1:
+            name, is_after = chance.choice([("fsync", False), ("fsync", True), ("replace", False), ("replace", True)])
+            assert killed_at_call(checkpoints, version, name, is_after) == signal.SIGKILL
+            known = version if (name, is_after) == ("replace", True) else known
+            killed += 1
+        else:
+            assert killed_at_byte(checkpoints, version, byte) == signal.SIGXFSZ
+            killed += 1
+        found = read_checkpoint(checkpoints.last)
+        assert found["version"] == known
+        torch.testing.assert_close(found, state(known), rtol=0, atol=0)
+    assert (killed, full) == (150, 50)
+    assert known > 0
+    checkpoints.save_last(state(999))
+    assert read_checkpoint(checkpoints.last)["version"] == 999
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["last.pth"]
+
+
+def test_the_last_epochs_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, ranks=Ranks())
+    for epoch in range(1, 5):
+        checkpoints.save_last(state(epoch))
+        checkpoints.keep_epoch(epoch)
+    checkpoints.save_last(state(99))
+    kept = {path.name: read_checkpoint(path)["version"] for path in tmp_path.iterdir()}
+    assert kept == {"epoch-0003.pth": 3, "epoch-0004.pth": 4, "last.pth": 99}
+
+
+def test_epochs_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoints = Checkpoints(tmp_path, keep=1, ranks=Ranks())
+    checkpoints.save_last(state(1))
+    checkpoints.keep_epoch(1)
+    assert read_checkpoint(tmp_path / "epoch-0001.pth")["version"] == 1
+
+
+def test_one_process_writes(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, ranks=Ranks(rank=1, size=2))
+    checkpoints.save_last(state(1))
+    checkpoints.save_best(state(1))
+    checkpoints.keep_epoch(1)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,82 @@
+"""Tiny configs, on the quickstart's, for runs of seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
+
+ROOT = Path(__file__).parents[2]
+_BACKBONE = (
+    "depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), embed_dim=16, kernel_size=3, dilations=None, drop_path_rate=0.0"
+)
+_COMMON = """
+train_cfg = dict(max_iters=4, val_interval=100)
+train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False)
+val_dataloader = dict(num_workers=0, persistent_workers=False)
+test_dataloader = dict(num_workers=0, persistent_workers=False)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
+log_processor = dict(window_size=1)
+randomness = dict(seed=0)
+env_cfg = dict(cudnn_benchmark=False)
+"""
+
+
+def forget() -> None:
+    """Empties mmengine's global registries: the scope, and the visualizers, which keep the first run's folder."""
+    kinds = [DefaultScope, Visualizer]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        kind._instance_dict.clear()
+
+
+def run(main: Callable[[list[str]], Any], *arguments: object) -> Any:
+    """A script's main function, as in a process of its own."""
+    forget()
+    return main([str(argument) for argument in arguments])
+
+
+def tiny_upernet(folder: Path, more: str = "") -> Path:
+    """UPerNet without chance, and without norms that look at the whole batch."""
+    norm = 'norm_cfg=dict(type="GN", num_groups=4), dropout_ratio=0.0'
+    model = f"""
+model = dict(
+    backbone=dict({_BACKBONE}),
+    decode_head=dict(in_channels=[16, 32, 64, 128], channels=16, {norm}),
+    auxiliary_head=dict(in_channels=64, channels=16, {norm}),
+)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="PackSegInputs"),
+]
+"""
+    fixed = """
+train_dataloader.update(sampler=dict(type="InfiniteSampler", shuffle=False), dataset=dict(pipeline=train_pipeline))
+"""
+    return _write(folder / "upernet.py", model + _COMMON + fixed + more)
+
+
+def tiny_mask_rcnn(folder: Path, more: str = "") -> Path:
+    model = f"""
+model = dict(
+    backbone=dict({_BACKBONE}),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=16),
+        mask_roi_extractor=dict(out_channels=16),
+        mask_head=dict(in_channels=16, conv_out_channels=16),
+    ),
+)
+"""
+    return _write(folder / "mask_rcnn.py", model + _COMMON + more)
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(f'_base_ = "{ROOT / "configs" / "quickstart" / path.name}"\n{text}\n')
+    return path

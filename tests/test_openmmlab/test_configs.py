@@ -1,0 +1,201 @@
+"""Every config: it builds, has the published size and arithmetic, learns from a picture and predicts."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+
+import natzoo.openmmlab  # noqa: F401  registers the backbones
+from natzoo.checkpoints.zoo import entries
+from natzoo.openmmlab.counting import count_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PUBLISHED = [path for kind in ("detection", "segmentation") for path in sorted((CONFIGS / kind).glob("*_*_*.py"))]
+PUBLISHED = [path for path in PUBLISHED if not path.name.startswith(("nuclei", "coco"))]
+OTHERS = [*CONFIGS.glob("*/nuclei_*.py"), *CONFIGS.glob("*/coco_*.py"), *CONFIGS.glob("quickstart/*.py")]
+
+
+def is_large(path):
+    return "large" in path.name
+
+
+def slow_unless_mini(path):
+    return pytest.param(path, id=path.stem, marks=() if "_mini" in path.name else pytest.mark.slow)
+
+
+def zoo_entry(path):
+    """The published checkpoint of a config, found by network and backbone, or by data and task."""
+    name = path.stem
+    if name.startswith("mask2former"):
+        return entries()[name]
+    network, backbone = re.fullmatch(r"(mask_rcnn|cascade_mask_rcnn|upernet)_(.+)_(?:3x|160k)", name).groups()
+    rows = [e for e in entries().values() if (e.facts.get("model"), e.facts.get("backbone")) == (network, backbone)]
+    assert len(rows) == 1
+    return rows[0]
+
+
+def test_there_is_one_config_a_published_checkpoint():
+    tasks = ("detection", "segmentation", "mask2former")
+    named = {zoo_entry(path).name for path in PUBLISHED}
+    assert named == {entry.name for entry in entries().values() if entry.task in tasks}
+    assert len(PUBLISHED) == len(named) == 21 + 13 + 8
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_builds_with_the_published_parameters(path):
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert millions == pytest.approx(zoo_entry(path).facts["params"], abs=0.5)
+    start = cfg.model.backbone.init_cfg.checkpoint
+    assert entries()[start].task == "classification"
+    assert zoo_entry(path).facts.get("start", zoo_entry(path).facts.get("backbone", start)) == start
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_comment_states_the_published_result(path):
+    head, facts = path.read_text().split("_base_")[0], zoo_entry(path).facts
+    for key in ("params", "macs", "box_ap", "mask_ap", "miou", "miou_ms", "ap", "pq"):
+        assert key not in facts or str(facts[key]) in head, key
+
+
+@pytest.mark.parametrize("path", [slow_unless_mini(p) for p in PUBLISHED if not p.name.startswith("mask2former")])
+def test_macs_are_the_published(path):
+    _, macs, _ = count_config(Config.fromfile(path))
+    assert macs / 1e9 == pytest.approx(zoo_entry(path).facts["macs"], rel=0.02)
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
+def test_others_build(path):
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    MODELS.build(cfg.model)
+
+
+def test_recipes_follow_the_paper():
+    """What sets the larger models apart."""
+    load = lambda name: Config.fromfile(CONFIGS / name)  # noqa: E731
+    assert (
+        load("detection/cascade_mask_rcnn_dinat_large_3x.py").optim_wrapper.type == "OptimWrapper"
+    )  # no mixed precision
+    assert load("detection/cascade_mask_rcnn_dinat_s_large_3x.py").optim_wrapper.type == "AmpOptimWrapper"
+    rates = {
+        "nat_base": 1e-4,
+        "dinat_base": 7.5e-5,
+        "dinat_large": 7.5e-5,
+        "dinat_s_base": 7.5e-5,
+        "dinat_s_large": 5e-5,
+    }
+    for name, rate in rates.items():
+        assert load(f"detection/cascade_mask_rcnn_{name}_3x.py").optim_wrapper.optimizer.lr == rate
+    large = load("segmentation/upernet_dinat_large_160k.py")
+    assert large.model.data_preprocessor.size == (640, 640)
+    assert large.test_pipeline[1].scale == (2560, 640)
+    assert load("segmentation/upernet_dinat_base_160k.py").model.data_preprocessor.size == (512, 512)
+
+
+def test_position_biases_and_norms_do_not_decay():
+    from mmengine.optim import build_optim_wrapper
+
+    for name in ("detection/mask_rcnn_nat_mini_3x.py", "segmentation/mask2former_dinat_large_coco_instance.py"):
+        cfg = Config.fromfile(CONFIGS / name)
+        cfg.optim_wrapper.type = "OptimWrapper"
+        init_default_scope(cfg.default_scope)
+        with torch.device("meta"):
+            model = MODELS.build(cfg.model)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for group in build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups:
+            for parameter in group["params"]:
+                is_kept = names[id(parameter)].endswith("rpb") or (
+                    "backbone" in names[id(parameter)] and ("norm" in names[id(parameter)])
+                )
+                assert not is_kept or group["weight_decay"] == 0, names[id(parameter)]
+                if names[id(parameter)].endswith("qkv.weight"):
+                    assert group["weight_decay"] == 0.05
+                    assert group["lr"] == (1e-5 if "mask2former" in name else 1e-4)
+
+
+# ----- a picture -----
+
+
+def batch_of(cfg, folder, task="instance"):
+    """A drawn picture with its annotations, as the model takes it."""
+    common = {"data_root": str(folder), "metainfo": {"classes": ("circle", "square", "triangle")}}
+    if cfg.default_scope == "mmdet":
+        pipeline = [
+            {"type": "LoadImageFromFile"},
+            {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
+            {"type": "PackDetInputs", "meta_keys": ("img_path", "ori_shape", "img_shape", "scale_factor")},
+        ]
+        common |= {
+            "type": "CocoDataset",
+            "ann_file": "instances_training.json",
+            "data_prefix": {"img": "images/training/"},
+        }
+    else:
+        pipeline = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}, {"type": "PackSegInputs"}]
+        prefix = {"img_path": "images/training", "seg_map_path": "annotations/training"}
+        common |= {"type": "BaseSegDataset", "img_suffix": ".png", "data_prefix": prefix}
+    return pseudo_collate([DATASETS.build({**common, "pipeline": pipeline})[0]])
+
+
+def learn_and_predict(path, folder):
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.init_cfg = None
+    torch.manual_seed(0)
+    from mmengine.model import revert_sync_batchnorm
+
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    model.init_weights()
+    batch = batch_of(cfg, folder)
+    if cfg.default_scope == "mmseg":  # the auxiliary norms want more than one value a channel
+        batch = {key: value * 2 for key, value in batch.items()}
+        model.data_preprocessor.size = (128, 128)
+    elif cfg.model.type == "Mask2Former":
+        model.data_preprocessor.batch_augments = None
+        if cfg.model.panoptic_head.num_stuff_classes:
+            from mmengine.structures import PixelData
+
+            sample = batch["data_samples"][0]
+            sample.gt_sem_seg = PixelData(sem_seg=torch.full((1, 128, 128), 255))
+    model.train()
+    data = model.data_preprocessor(batch, training=True)
+    loss, _ = model.parse_losses(model(**data, mode="loss"))
+    loss.backward()
+    assert loss.isfinite()
+    grads = {name: p.grad for name, p in model.backbone.named_parameters()}
+    assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
+    assert any(grad.abs().sum() > 0 for name, grad in grads.items() if "rpb" in name)
+    with torch.no_grad():
+        found = model.eval().test_step(batch)[0]
+    if cfg.default_scope == "mmseg":
+        assert found.pred_sem_seg.data.shape[-2:] == (128, 128)
+    elif "pred_instances" in found:
+        assert found.pred_instances.masks.shape[-2:] == (128, 128)
+
+
+@pytest.mark.parametrize("path", [slow_unless_mini(path) for path in PUBLISHED if not is_large(path)])
+def test_learns_and_predicts(path, shapes):
+    learn_and_predict(path, shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "detection/cascade_mask_rcnn_dinat_large_3x.py",
+        "segmentation/upernet_dinat_s_large_160k.py",
+        "segmentation/mask2former_dinat_large_coco_instance.py",
+        "segmentation/mask2former_dinat_large_ade20k_panoptic.py",
+        "segmentation/mask2former_dinat_large_cityscapes_semantic.py",
+    ],
+)
+def test_large_ones_learn_and_predict(name, shapes):
+    learn_and_predict(CONFIGS / name, shapes)

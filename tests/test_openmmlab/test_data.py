@@ -1,0 +1,185 @@
+"""Bad input to training and evaluation: an error in one sentence that names it, or the right result."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import ROOT, run, tiny_mask_rcnn, tiny_upernet
+
+from detection import test as detection_test
+from detection import train as detection_train
+from segmentation import test as segmentation_test
+from segmentation import train as segmentation_train
+
+
+def detect(config, data, tmp_path, *more):
+    return run(detection_train.main, config, "--data", data, "--work-dir", tmp_path / "run", *more)
+
+
+def segment(config, data, tmp_path, *more):
+    return run(segmentation_train.main, config, "--data", data, "--work-dir", tmp_path / "run", *more)
+
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+# ----- configs -----
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ("configs/nothing.py", FileNotFoundError, "there is no config configs/nothing.py"),
+        ("configs/quickstart/nat.yml", ValueError, "nat.yml is no config of OpenMMLab, which end in .py"),
+        ("configs/detection/_base_/coco_3x.py", ValueError, "has no model: it is a part for other configs"),
+        (
+            "configs/quickstart/upernet.py",
+            ValueError,
+            "a config of mmseg with the model EncoderDecoder, which is not for detection/: use .* segmentation/",
+        ),
+    ],
+)
+def test_wrong_config(config, error, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(error, match=message):
+        run(detection_train.main, config)
+
+
+def test_mask2former_belongs_to_segmentation(tmp_path):
+    config = ROOT / "configs" / "segmentation" / "mask2former_dinat_large_coco_instance.py"
+    with pytest.raises(FileNotFoundError, match="which train_dataloader of the config reads: it is part of COCO 2017"):
+        run(segmentation_train.main, config, "--data", tmp_path / "coco")
+    with pytest.raises(ValueError, match="the model MaskRCNN, which is not for segmentation/"):
+        run(segmentation_train.main, tiny_mask_rcnn(tmp_path))
+
+
+def test_broken_config(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("model = dict(")
+    with pytest.raises(ValueError, match=r"broken\.py cannot be read as a config"):
+        run(detection_train.main, path)
+
+
+def test_metric_that_the_config_has_not(shapes, tmp_path):
+    with pytest.raises(ValueError, match="has no metric that measures mIoU"):
+        run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", shapes, "--eval", "mIoU")
+    with pytest.raises(ValueError, match="has no tta_pipeline and tta_model"):
+        run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", shapes, "--tta")
+
+
+def test_errors_end_a_script_with_status_2(tmp_path):
+    script = ROOT / "detection" / "train.py"
+    done = subprocess.run([sys.executable, str(script), "nowhere.py"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: there is no config nowhere.py")
+    assert "Traceback" not in done.stderr
+
+
+# ----- checkpoints -----
+
+
+def test_missing_checkpoint(shapes, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint nowhere/x\.pth"):
+        run(segmentation_test.main, tiny_upernet(tmp_path), "nowhere/x.pth", "--data", shapes)
+
+
+def test_resume_and_load_from(shapes, tmp_path):
+    with pytest.raises(ValueError, match="--resume goes on with a run, --load-from starts one"):
+        segment(tiny_upernet(tmp_path), shapes, tmp_path, "--resume", "a.pth", "--load-from", "b.pth")
+
+
+# ----- data -----
+
+
+@pytest.mark.parametrize(
+    ("config", "folder", "advice"),
+    [
+        ("detection/mask_rcnn_nat_mini_3x.py", "data/coco", "it is part of COCO 2017"),
+        ("segmentation/upernet_nat_mini_160k.py", "data/ade/ADEChallengeData2016", "it is part of ADE20K"),
+        ("segmentation/mask2former_dinat_large_cityscapes_semantic.py", "data/cityscapes", "it is part of Cityscapes"),
+        ("quickstart/mask_rcnn.py", "data/shapes", "make_data.py shapes data/shapes"),
+    ],
+)
+def test_data_that_is_not_there(config, folder, advice, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main = detection_train.main if "rcnn" in config else segmentation_train.main
+    with pytest.raises(FileNotFoundError, match=rf"there is no {folder}.*{advice}.*name another folder with --data"):
+        run(main, ROOT / "configs" / config)
+
+
+def test_missing_annotations(shapes, tmp_path):
+    (shapes / "instances_training.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*instances_training\.json, which train_dataloader"):
+        detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path)
+
+
+def test_annotated_picture_that_is_absent(shapes, tmp_path):
+    (shapes / "images" / "training" / "0003.png").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"instances_training\.json names .*0003\.png, but there is no such file"
+    ):
+        detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path)
+
+
+def test_label_picture_that_is_absent(shapes, tmp_path):
+    (shapes / "annotations" / "training" / "0003.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names .*annotations/training/0003\.png, but there is no such file"):
+        segment(tiny_upernet(tmp_path), shapes, tmp_path)
+
+
+def test_annotations_without_a_class_of_the_config(shapes, tmp_path):
+    for split in ("training", "validation"):
+        change(shapes / f"instances_{split}.json", lambda coco: [c.update(name="x") for c in coco["categories"]])
+    with pytest.raises(
+        ValueError, match=r"instances_training\.json has 0 of the config's 3 classes \(circle, square, triangle\)"
+    ):
+        detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path)
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_label_beyond_the_classes(shapes, tmp_path, split):
+    path = shapes / "annotations" / split / "0001.png"
+    labels = np.array(Image.open(path))
+    labels[5, 5] = 77
+    Image.fromarray(labels).save(path)
+    more = "train_cfg = dict(max_iters=2, val_interval=1)\n"
+    with pytest.raises(ValueError, match=r"0001\.png has the label 76, but there are only 4 classes, 0 to 3"):
+        segment(tiny_upernet(tmp_path, more), shapes, tmp_path)
+
+
+def test_ignored_pixels_are_no_error(shapes, tmp_path):
+    for path in (shapes / "annotations" / "training").glob("*.png"):
+        labels = np.array(Image.open(path))
+        labels[:20] = 0  # ignore
+        Image.fromarray(labels).save(path)
+    segment(tiny_upernet(tmp_path, "train_cfg = dict(max_iters=1)\n"), shapes, tmp_path)
+
+
+def test_odd_annotations(shapes, tmp_path):
+    """Pictures without objects, crowds, boxes without area, an annotation of no picture: all harmless."""
+
+    def edit(coco):
+        first, second, third, *_ = coco["images"]
+        coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] != first["id"]]
+        crowd = next(one for one in coco["annotations"] if one["image_id"] == second["id"])
+        crowd.update(iscrowd=1, segmentation={"size": [128, 128], "counts": [128 * 64, 128 * 10, 128 * 54]})
+        flat = {**crowd, "id": 9001, "image_id": third["id"], "iscrowd": 0, "area": 0, "bbox": [5, 5, 0, 9]}
+        flat["segmentation"] = [[5, 5, 5, 14, 5, 14]]
+        coco["annotations"] += [flat, {**crowd, "id": 9002, "image_id": 777}]
+
+    for split in ("training", "validation"):
+        change(shapes / f"instances_{split}.json", edit)
+    more = """
+train_cfg = dict(max_iters=2, val_interval=2)
+train_dataloader.update(batch_size=6, dataset=dict(filter_cfg=dict(filter_empty_gt=False)))
+"""
+    detect(tiny_mask_rcnn(tmp_path, more), shapes, tmp_path)
+    rows = [json.loads(line) for log in (tmp_path / "run").glob("*/vis_data/scalars.json") for line in log.open()]
+    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+    assert any("coco/segm_mAP" in row for row in rows)

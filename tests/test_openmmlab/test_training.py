@@ -1,0 +1,243 @@
+"""Training and evaluation through the scripts: what is left behind, interruption, processes, precision."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, run, tiny_mask_rcnn, tiny_upernet
+
+from detection import test as detection_test
+from detection import train as detection_train
+from natzoo.checkpoints import read_checkpoint
+from segmentation import test as segmentation_test
+from segmentation import train as segmentation_train
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def losses(work_dir):
+    """The loss of each iteration, of all the runs that wrote into a folder."""
+    found = {}
+    for log in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
+        for line in log.read_text().splitlines():
+            row = json.loads(line)
+            if "loss" in row:
+                found[row["step"]] = row["loss"]
+    return found
+
+
+def weights(path):
+    return read_checkpoint(path)["state_dict"]
+
+
+# ----- from start to end -----
+
+
+def test_segmentation_from_training_to_pictures(shapes, tmp_path):
+    config, folder = tiny_upernet(tmp_path), tmp_path / "folder"
+    run(segmentation_train.main, config, "--data", shapes, "--work-dir", folder)
+    assert sorted(losses(folder)) == [1, 2, 3, 4]
+    assert (folder / "iter_4.pth").exists()
+    assert list(folder.glob("*/vis_data/events.out.tfevents.*"))
+    options = [config, folder / "iter_4.pth", "--data", shapes, "--work-dir", tmp_path / "test"]
+    found = run(segmentation_test.main, *options, "--eval", "mIoU", "mDice", "--show-dir", str(tmp_path / "pictures"))
+    assert {"mIoU", "mDice"} <= found.keys()
+    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
+
+
+def test_detection_from_training_to_pictures(shapes, tmp_path):
+    config, folder = tiny_mask_rcnn(tmp_path), tmp_path / "folder"
+    run(detection_train.main, config, "--data", shapes, "--work-dir", folder)
+    assert sorted(losses(folder)) == [1, 2, 3, 4]
+    options = [config, folder / "iter_4.pth", "--data", shapes, "--work-dir", tmp_path / "test"]
+    found = run(detection_test.main, *options, "--eval", "bbox", "--show-dir", str(tmp_path / "pictures"))
+    assert "coco/bbox_mAP" in found
+    assert "coco/segm_mAP" not in found
+    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
+
+
+def test_several_scales(shapes, tmp_path):
+    """The mean over scales and flips; of one scale without flips it is the plain evaluation."""
+    tta = """
+tta_model = dict(type="SegTTAModel")
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale=(side, side), keep_ratio=True) for side in SIDES],
+            [dict(type="RandomFlip", prob=prob, direction="horizontal") for prob in PROBS],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
+"""
+    folder = tmp_path / "folder"
+    data = ["--data", shapes, "--work-dir", folder]
+    run(segmentation_train.main, str(tiny_upernet(tmp_path)), *data)
+    results = []
+    for sides, probs, tta_option in (
+        ("(128,)", "(0.0,)", ["--tta"]),
+        ("(128,)", "(0.0,)", []),
+        ("(96, 160)", "(0.0, 1.0)", ["--tta"]),
+    ):
+        config = tiny_upernet(tmp_path, tta.replace("SIDES", sides).replace("PROBS", probs))
+        results.append(run(segmentation_test.main, config, folder / "iter_4.pth", *data, *tta_option))
+    assert results[0]["mIoU"] == pytest.approx(results[1]["mIoU"])
+    assert results[2]["aAcc"] != results[1]["aAcc"]
+
+
+# ----- checkpoints -----
+
+
+def test_checkpoints_are_plain(shapes, tmp_path):
+    run(segmentation_train.main, str(tiny_upernet(tmp_path)), "--data", shapes, "--work-dir", str(tmp_path / "folder"))
+    checkpoint = torch.load(tmp_path / "folder" / "iter_4.pth", weights_only=True)
+    assert {"state_dict", "optimizer", "param_schedulers", "message_hub", "meta"} <= checkpoint.keys()
+    assert checkpoint["meta"]["iter"] == 4
+    assert checkpoint["message_hub"]["log_scalars"]["train/loss"]["history"].shape == (4,)
+
+
+@pytest.mark.parametrize("workers", ["", "train_dataloader.update(num_workers=1, persistent_workers=True)\n"])
+def test_resumed_run_joins(shapes, tmp_path, workers):
+    """Without chance in the pictures, two iterations and two more are the same as four, to the last bit."""
+    shuffled = "train_dataloader.update(sampler=dict(type='InfiniteSampler', shuffle=True))\n"
+    config = tiny_upernet(tmp_path, shuffled + workers)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(segmentation_train.main, config, "--data", shapes, "--work-dir", str(whole))
+    two = ["--data", shapes, "--work-dir", str(parts)]
+    run(segmentation_train.main, config, *two, "--resume", "--cfg-options", "train_cfg.max_iters=2")
+    assert read_checkpoint(parts / "iter_2.pth")["meta"]["iter"] == 2
+    time.sleep(1)  # mmengine names a folder's log by the second
+    run(segmentation_train.main, config, *two, "--resume")
+    assert sorted(losses(parts)) == [1, 2, 3, 4]
+    assert losses(parts) == losses(whole)
+    for name, value in weights(whole / "iter_4.pth").items():
+        assert torch.equal(weights(parts / "iter_4.pth")[name], value), name
+
+
+@pytest.mark.slow
+def test_killed_run_is_resumed(shapes, tmp_path):
+    """SIGKILL in the middle: no half checkpoint, the same number of iterations, the same losses."""
+    config, folder = str(tiny_upernet(tmp_path)), tmp_path / "folder"
+    options = ["--data", shapes, "--work-dir", folder, "--cfg-options", "train_cfg.max_iters=30"]
+    command = [sys.executable, str(ROOT / "segmentation" / "train.py"), config, *options[:4], "--resume", *options[4:]]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not (folder / "iter_6.pth").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read().decode()[-2000:]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for path in folder.glob("*.pth"):
+        read_checkpoint(path)
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    whole = tmp_path / "whole"
+    run(segmentation_train.main, config, "--data", shapes, "--work-dir", str(whole), *options[4:])
+    assert sorted(losses(folder)) == list(range(1, 31))
+    assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_fine_tuning_from_other_classes(shapes, tmp_path, caplog):
+    """Weights of a segmenter with other classes start another; to resume them is refused."""
+    config, folder = tiny_upernet(tmp_path), tmp_path / "folder"
+    run(segmentation_train.main, config, "--data", shapes, "--work-dir", folder)
+    more = "model['decode_head']['num_classes'] = model['auxiliary_head']['num_classes'] = 9\n"
+    config, old = tiny_upernet(tmp_path, more), folder / "iter_4.pth"
+    options = [config, "--data", shapes, "--work-dir", str(tmp_path / "fine")]
+    run(segmentation_train.main, *options, "--load-from", old, "--cfg-options", "train_cfg.max_iters=1")
+    with pytest.raises(
+        ValueError, match=r"iter_4.pth is of another model .* 4 of another shape: auxiliary_head.conv_seg"
+    ):
+        run(segmentation_train.main, *options, "--resume", old)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    from mmengine.fileio import get_file_backend
+
+    path = tmp_path / "iter_1.pth"
+    backend = get_file_backend(path)
+    backend.put(b"old", path)
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="what was there before is unharmed"):
+        backend.put(b"new", path)
+    assert path.read_bytes() == b"old"
+
+
+# ----- processes and precision -----
+
+
+def test_two_processes_are_one_with_twice_the_batch(shapes, tmp_path):
+    config, one, two = str(tiny_upernet(tmp_path)), tmp_path / "one", tmp_path / "two"
+    run(segmentation_train.main, config, "--data", shapes, "--work-dir", str(one))
+    script = ROOT / "segmentation" / "dist_train.sh"
+    options = ["--data", shapes, "--work-dir", str(two), "--cfg-options", "train_dataloader.batch_size=2"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PORT": "29613",
+        "PYTHON": sys.executable,
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(["bash", str(script), config, "2", *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = weights(one / "iter_4.pth"), weights(two / "iter_4.pth")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-5, msg=name)
+    start = torch.cat([value.flatten() for value in expected.values()])
+    assert (torch.cat([found[name].flatten() for name in expected]) - start).norm() < 1e-4 * start.norm()
+
+
+def test_mixed_precision_on_a_cpu(shapes, tmp_path):
+    """bfloat16 inside, float32 weights; close to the plain folder, and not the same."""
+    runs = {}
+    for option in ("--amp", "--no-amp"):
+        folder = tmp_path / option
+        run(detection_train.main, str(tiny_mask_rcnn(tmp_path)), "--data", shapes, "--work-dir", folder, option)
+        runs[option] = losses(folder)
+        assert {value.dtype for value in weights(folder / "iter_4.pth").values()} <= {torch.float32, torch.int64}
+    assert runs["--amp"][1] == pytest.approx(runs["--no-amp"][1], rel=0.05)
+    assert runs["--amp"] != runs["--no-amp"]
+
+
+def test_evaluation_of_perfect_detections(shapes):
+    """CocoMetric gives 1."""
+    from mmdet.evaluation import CocoMetric
+    from pycocotools.coco import COCO
+
+    path = shapes / "instances_validation.json"
+    coco = COCO(path)
+    metric = CocoMetric(ann_file=str(path), metric=["bbox", "segm"])
+    metric.dataset_meta = {"classes": ("circle", "square", "triangle")}
+    for image in coco.imgs.values():
+        annotations = coco.imgToAnns[image["id"]]
+        boxes = torch.tensor([annotation["bbox"] for annotation in annotations])
+        boxes[:, 2:] += boxes[:, :2]
+        predictions = {
+            "bboxes": boxes,
+            "scores": torch.ones(len(boxes)),
+            "labels": torch.tensor([annotation["category_id"] - 1 for annotation in annotations]),
+            "masks": torch.stack([torch.from_numpy(coco.annToMask(annotation)) for annotation in annotations]),
+        }
+        size = (image["height"], image["width"])
+        metric.process({}, [{"img_id": image["id"], "ori_shape": size, "pred_instances": predictions}])
+    found = metric.evaluate(len(coco.imgs))
+    assert found["coco/bbox_mAP"] == found["coco/segm_mAP"] == 1.0

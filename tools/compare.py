@@ -1,0 +1,116 @@
+"""Train several recipes with several seeds, and compare them: one table, one plot.
+
+    python tools/compare.py SIGN_DIGITS --configs configs/classification/sign_digits_*.yml --seeds 1 2 3
+    python tools/compare.py DATA --configs a.yml b.yml --seeds 1 2 3 --output output/compare -- --epochs 10
+
+Runs that are complete are not run again, and a broken one goes on; what follows `--` goes to train.py. Writes
+compare.csv and compare.png into the output folder: of each recipe the mean over the seeds of the best top-1 accuracy,
+and its curve, with a band from the least to the most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from visualize import read_summary, save
+
+from natzoo import command_line
+from natzoo.checkpoints import read_checkpoint, weights_of, write_atomically
+
+TRAIN = Path(__file__).resolve().parents[1] / "classification" / "train.py"
+COLUMNS = ("recipe", "model", "parameters", "seeds", "top1_mean", "top1_least", "top1_most", "minutes")
+
+
+def train(data: str, config: Path, seed: int, output: Path, more: list[str]) -> Path:
+    """Trains one recipe with one seed, or what is left of it, and returns the run's folder.
+
+    Raises:
+        ValueError: if train.py failed; it has said why.
+    """
+    name = f"{config.stem}-{seed}"
+    words = [sys.executable, str(TRAIN), data, "--config", str(config), "--seed", str(seed), "--resume"]
+    done = subprocess.run([*words, "--output", str(output), "--experiment", name, *more])
+    if done.returncode != 0:
+        raise ValueError(f"{name} was not trained to its end: see above.")
+    return output / name
+
+
+def summarize(config: Path, folders: list[Path]) -> dict[str, str]:
+    """The row of a recipe."""
+    runs = [read_summary(folder) for folder in folders]
+    best = [max(run["top1"]) for run in runs]
+    checkpoint = read_checkpoint(folders[0] / "best.pth")
+    parameters = sum(value.numel() for value in weights_of(checkpoint, folders[0]).values())
+    return {
+        "recipe": config.stem,
+        "model": checkpoint["record"]["model"],
+        "parameters": str(parameters),
+        "seeds": str(len(runs)),
+        "top1_mean": f"{statistics.mean(best):.2f}",
+        "top1_least": f"{min(best):.2f}",
+        "top1_most": f"{max(best):.2f}",
+        "minutes": f"{statistics.mean(sum(run['seconds']) for run in runs) / 60:.1f}",
+    }
+
+
+def draw(runs: dict[str, list[Path]]) -> plt.Figure:
+    """Top-1 accuracy over the epochs, the mean of the seeds and the band between them, by recipe."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for index, (name, folders) in enumerate(runs.items()):
+        curves = [read_summary(folder)["top1"] for folder in folders]
+        epochs = range(1, min(map(len, curves)) + 1)
+        points = list(zip(*curves, strict=False))
+        axes.plot(epochs, [statistics.mean(point) for point in points], color=f"C{index}", label=name)
+        axes.fill_between(epochs, list(map(min, points)), list(map(max, points)), color=f"C{index}", alpha=0.2, lw=0)
+    axes.set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="Validation accuracy, mean and range over the seeds")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Train several recipes with several seeds, and compare them.",
+        epilog="What follows -- goes to train.py.",
+    )
+    parser.add_argument("data", help="folder that holds train/ and val/")
+    parser.add_argument("--configs", type=Path, nargs="+", required=True, help="recipes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds")
+    parser.add_argument("--output", type=Path, default=Path("output/compare"), help="folder of the runs and the tables")
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    args, more = parser.parse_args(words[:end]), words[end + 1 :]
+
+    configs = [config for config in args.configs if "model:" in config.read_text()]  # not those that others build on
+    runs: dict[str, list[Path]] = {config.stem: [] for config in configs}
+    rows: dict[str, dict[str, str]] = {}
+    for seed in args.seeds:  # so that there is something of each to compare early
+        for config in configs:
+            runs[config.stem].append(train(args.data, config, seed, args.output, more))
+            rows[config.stem] = summarize(config, runs[config.stem])
+        text = io.StringIO()
+        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows.values())
+        write_atomically(args.output / "compare.csv", lambda file, text=text: file.write(text.getvalue().encode()))
+        save(draw(runs), args.output / "compare.png")
+    for row in (dict(zip(COLUMNS, COLUMNS, strict=True)), *rows.values()):
+        print("  ".join(f"{row[name]:<{22 if name in ('recipe', 'model') else 11}}" for name in COLUMNS).rstrip())
+
+
+if __name__ == "__main__":
+    command_line.run(main)
