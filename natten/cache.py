@@ -129,8 +129,14 @@ def store(file: Path, path: Path) -> None:
 
 def is_whole(path: Path) -> bool:
     """Whether a file is there as `store` wrote it."""
+    return read(path) is not None
+
+
+def read(path: Path) -> bytes | None:
+    """What `store` was given; None if the file is not there, or not as it wrote it."""
     try:
         content = path.read_bytes()
     except OSError:
-        return False
-    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+        return None
+    content, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    return content if hashlib.sha256(content).digest() == digest else None

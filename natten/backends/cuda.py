@@ -1,0 +1,421 @@
+"""The cuda backend: fused kernels in CUDA C++ (natten/csrc/cuda), compiled by NVRTC at the first call that needs them.
+
+Python makes a plan of each problem: which kernels to launch, on how many blocks, and all their parameters but the
+tensors' addresses. Plans are kept. Inputs must be finite, as for the reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from math import prod
+from struct import Struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from natten import cuda_driver, nvrtc
+from natten.backends.cuda_tiles import Tile, choose_tile
+from natten.cuda_driver import Kernel
+from natten.geometry import Axis, check_rpb
+from natten.memo import remember
+
+NAME = "cuda"
+LEAST_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# As TensorName in natten/csrc/cuda/problem.h.
+_TENSORS = (
+    *("QUERY", "KEY", "VALUE", "OUT", "LSE", "ATTN", "GRAD_OUT", "GRAD_LSE", "GRAD_ATTN"),
+    *("GRAD_QUERY", "GRAD_KEY", "GRAD_VALUE", "DELTA"),
+)
+_FLOAT32 = ("LSE", "GRAD_LSE", "DELTA")
+_PARAMS = Struct(f"={len(_TENSORS) * 6}q 4q 2i 3i 3i i f")  # as Params there
+_VIEW_WORDS = 6
+_TABLES = _VIEW_WORDS * len(_TENSORS)  # where rpb, partial_rpb and grad_rpb stand
+_NO_AXIS = Axis(1, 1, 1, 1, False)
+
+_GROUP_THREADS = 128  # as THREADS in groups.h
+_SUM_THREADS, _SUM_ENTRIES = 1024, 32  # as in sum_parts.cu
+_MOST_PARTS = 1024  # blocks that sum up the gradient of one head's table
+_MOST_PARTIAL_BYTES = 64 << 20
+
+
+def refuses(query: Tensor) -> str | None:
+    """Why this backend cannot take a call with such a query (or value), or None if it can."""
+    device = query.device
+    if device.type == "mps":
+        return _warn(f"there are no kernels for {device.type}")
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    if query.dtype not in _DTYPES:
+        return f"it computes float32, bfloat16 and float16, not {query.dtype}"
+    dim = query.shape[-1]
+    if dim % 8 or dim > 256:
+        return f"head_dim is {dim}, but must be a multiple of 8 up to 256"
+    reason = _lacks(device.index)
+    return reason if reason is None else _warn(reason)
+
+
+@cache
+def _lacks(device: int) -> str | None:
+    """Why no kernel can run on a device, or None if one can."""
+    if torch.version.hip:
+        return "there are no kernels for ROCm"
+    gpu = _properties(device)
+    capability = gpu.major, gpu.minor
+    if capability < LEAST_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, but the kernels need 7.5"
+    try:
+        nvrtc.architecture(capability)
+        cuda_driver.bindings()
+    except (nvrtc.Unavailable, ImportError) as error:
+        return str(error).removesuffix(".")
+    return None
+
+
+_properties = cache(torch.cuda.get_device_properties)
+
+
+@cache
+def _warn(reason: str) -> str:
+    warnings.warn(f"natten computes in plain PyTorch, several times slower: {reason}.", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fused attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output [B, X, H, d] in the query's dtype and logsumexp [B, X, H] in float32, both contiguous."""
+    query, key, value = (_with_aligned_rows(x) for x in (query, key, value))
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    _run("attention", axes, scale, rpb, QUERY=query, KEY=key, VALUE=value, OUT=out, LSE=lse)
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    axes: Sequence[Axis],
+    scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `attention` from its inputs and outputs: [B, X, 3, H, d] for q, k and v, and rpb's."""
+    query, key, value, out, grad_out = (_with_aligned_rows(x) for x in (query, key, value, out, grad_out))
+    grad_qkv = query.new_empty((*query.shape[:-2], 3, *query.shape[-2:]))
+    grad_query, grad_key, grad_value = grad_qkv.unbind(-3)
+    grad_rpb = _run(
+        "attention_backward",
+        axes,
+        scale,
+        rpb,
+        QUERY=query,
+        KEY=key,
+        VALUE=value,
+        OUT=out,
+        LSE=lse,
+        GRAD_OUT=grad_out,
+        GRAD_LSE=grad_lse,
+        GRAD_QUERY=grad_query,
+        GRAD_KEY=grad_key,
+        GRAD_VALUE=grad_value,
+        DELTA=torch.empty_like(lse, memory_format=torch.contiguous_format),
+    )
+    return grad_qkv, grad_rpb
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two halves, heads-first
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
+    """Unscaled logits [B, H, X, W] of [B, H, X, d]; -inf in slots of a causal window before the map."""
+    query, key = _with_aligned_rows(query), _with_aligned_rows(key)
+    attn = query.new_empty((*query.shape[:-1], _window_size(axes)))
+    _run("query_key", axes, 1.0, rpb, **_heads_last(QUERY=query, KEY=key, ATTN=attn))
+    return attn
+
+
+def query_key_backward(
+    grad_attn: Tensor, query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `query_key` for query, key and rpb."""
+    query, key, grad_attn = _with_aligned_rows(query), _with_aligned_rows(key), _with_contiguous_rows(grad_attn)
+    grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
+    tensors = _heads_last(QUERY=query, KEY=key, GRAD_ATTN=grad_attn, GRAD_QUERY=grad_query, GRAD_KEY=grad_key)
+    grad_rpb = _run("query_key_backward", axes, 1.0, rpb, **tensors)
+    return grad_query, grad_key, grad_rpb
+
+
+def weight_value(attn: Tensor, value: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Sums [B, H, X, d] of values by weights [B, H, X, W]."""
+    attn, value = _with_contiguous_rows(attn), _with_aligned_rows(value)
+    out = value.new_empty(value.shape)
+    _run("weight_value", axes, 1.0, None, **_heads_last(VALUE=value, ATTN=attn, OUT=out))
+    return out
+
+
+def weight_value_backward(grad_out: Tensor, attn: Tensor, value: Tensor, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
+    """Gradients of `weight_value` for attn and value."""
+    attn, value, grad_out = _with_contiguous_rows(attn), _with_aligned_rows(value), _with_aligned_rows(grad_out)
+    grad_attn, grad_value = attn.new_empty(attn.shape), value.new_empty(value.shape)
+    tensors = _heads_last(VALUE=value, ATTN=attn, GRAD_OUT=grad_out, GRAD_ATTN=grad_attn, GRAD_VALUE=grad_value)
+    _run("weight_value_backward", axes, 1.0, None, **tensors)
+    return grad_attn, grad_value
+
+
+def _heads_last(**tensors: Tensor) -> dict[str, Tensor]:
+    return {name: x.movedim(1, -2) for name, x in tensors.items()}
+
+
+def _window_size(axes: Sequence[Axis]) -> int:
+    return prod([axis.kernel_size for axis in axes])
+
+
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _with_aligned_rows(x: Tensor) -> Tensor:
+    """The tensor, or a copy, whose rows are contiguous and begin at multiples of 16 bytes."""
+    items = 16 // x.element_size()
+    *strides, last = x.stride()
+    if last == 1 and x.data_ptr() % 16 == 0 and not any(stride % items for stride in strides):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """One launch: a kernel, its blocks, and its parameters but for addresses."""
+
+    kernel: Kernel
+    blocks: int
+    parameters: bytes
+
+
+class Plan(NamedTuple):
+    """The launches of a problem, and how many floats they need for the parts of rpb's gradient."""
+
+    steps: tuple[Step, ...]
+    partial: int
+
+
+def _run(kind: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor | None) -> Tensor | None:
+    """Launches the kernels of a kind of problem on heads-last tensors; returns rpb's gradient if it has one."""
+    shaped = tensors["QUERY"] if "QUERY" in tensors else tensors["VALUE"]
+    is_ordered = torch.are_deterministic_algorithms_enabled()
+    plan = _plan(kind, shaped, axes, scale, rpb, is_ordered, tuple(tensors), *tensors.values())
+    table = None if rpb is None else rpb.detach().float().contiguous()
+    partial = grad_rpb = None
+    if kind.endswith("_backward") and rpb is not None:
+        make = rpb.new_empty if plan.steps else rpb.new_zeros
+        grad_rpb = make(rpb.shape, dtype=torch.float32)
+        partial = grad_rpb.new_empty(plan.partial)
+    addresses = [(_VIEW_WORDS * _TENSORS.index(name), x.data_ptr()) for name, x in tensors.items() if x is not None]
+    for place, x in enumerate((table, partial, grad_rpb), start=_TABLES):
+        if x is not None:
+            addresses.append((place, x.data_ptr()))
+    if len(plan.steps) > 1:
+        cuda_driver.prepare([step.kernel for step in plan.steps], shaped.device.index)
+    for step in plan.steps:
+        parameters = (ctypes.c_int64 * (_PARAMS.size // 8)).from_buffer_copy(step.parameters)
+        for place, address in addresses:
+            parameters[place] = address
+        cuda_driver.launch(step.kernel, step.blocks, parameters, shaped.device.index)
+    return None if grad_rpb is None else grad_rpb.to(rpb.dtype)
+
+
+@remember
+def _plan(
+    kind: str,
+    shaped: Tensor,
+    axes: tuple[Axis, ...],
+    scale: float,
+    rpb: Tensor | None,
+    is_ordered: bool,
+    names: tuple[str, ...],
+    *tensors: Tensor | None,
+) -> Plan:
+    """The plan for the named tensors, on a map whose query or value is `shaped`.
+
+    Raises:
+        ValueError: if one does not go with that: an operator called past the public functions, which check first.
+    """
+    check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
+    given = dict(zip(names, tensors, strict=True))
+    for name, x in given.items():
+        if x is not None:
+            _check_layout(name, x, shaped, axes)
+    planner = _Planner(shaped, axes, scale, rpb is not None, is_ordered, given)
+    if shaped.numel():
+        getattr(planner, kind)()
+    return Plan(tuple(planner.steps), planner.partial)
+
+
+def _check_layout(name: str, x: Tensor, shaped: Tensor, axes: tuple[Axis, ...]) -> None:
+    items = {"ATTN": (_window_size(axes),), "GRAD_ATTN": (_window_size(axes),)}
+    expected = shaped.shape[:-1] if name in _FLOAT32 else (*shaped.shape[:-1], *items.get(name, (shaped.shape[-1],)))
+    dtype = torch.float32 if name in _FLOAT32 else shaped.dtype
+    if (x.dtype, x.shape, x.device) != (dtype, expected, shaped.device):
+        raise ValueError(
+            f"{name.lower()} is {x.dtype} of shape {tuple(x.shape)} on {x.device}, heads last, but these kernel_size "
+            f"and tensors need {dtype} of shape {tuple(expected)} on {shaped.device}."
+        )
+
+
+class _Planner:
+    """Adds up the launches of a problem: one method for each kind."""
+
+    def __init__(self, shaped: Tensor, axes, scale: float, has_rpb: bool, is_ordered: bool, tensors: dict):
+        self.axes = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
+        self.batch, self.heads, self.dim = shaped.shape[0], shaped.shape[-2], shaped.shape[-1]
+        self.element, self.device = _DTYPES[shaped.dtype], shaped.device
+        self.scale, self.has_rpb, self.is_ordered = scale, has_rpb, is_ordered
+        self.views = self._views(tensors, 3 - len(axes))
+        self.table = prod(2 * axis.kernel_size - 1 for axis in self.axes)
+        self.steps: list[Step] = []
+        self.partial = 0
+
+    def _views(self, tensors: dict, no_axes: int) -> tuple[int, ...]:
+        words = []
+        for name in _TENSORS:
+            x = tensors.get(name)
+            strides = (0,) * 5 if x is None else (x.stride(0), *(0,) * no_axes, *x.stride()[1 : 5 - no_axes])
+            words += (0, *strides)
+        return tuple(words)
+
+    # Kinds
+
+    def attention(self) -> None:
+        tile = self._tile("forward")
+        if tile is None:
+            self._add_group("attention.cu", "natten_attention")
+        else:
+            self._add_tiled("attention_tiles.cu", "natten_attention_tiles", tile, self._pieces(tile.size))
+
+    def attention_backward(self) -> None:
+        query_tile, key_tile = self._tile("grad_query"), self._tile("grad_key_value")
+        is_tiled = query_tile is not None and key_tile is not None
+        pieces = self._pieces(query_tile.size if is_tiled else self._group_size())
+        parts = self._parts(pieces) if self.has_rpb else pieces
+        if is_tiled:
+            self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", query_tile, parts)
+            pieces = self._pieces(key_tile.size)
+            self._add_tiled("grad_key_value_tiles.cu", "natten_grad_key_value_tiles", key_tile, pieces)
+        else:
+            self._add_group("attention_backward.cu", "natten_grad_query", parts)
+            self._add_group("attention_backward.cu", "natten_grad_key_value")
+        if self.has_rpb:
+            self._add_sum(parts)
+
+    def query_key(self) -> None:
+        self._add_group("halves.cu", "natten_query_key")
+
+    def query_key_backward(self) -> None:
+        self._add_group("halves.cu", "natten_query_key_grad_query")
+        self._add_group("halves.cu", "natten_query_key_grad_key")
+        if self.has_rpb:
+            parts = self._parts(self._pieces(self._group_size()))
+            self._add_group("halves.cu", "natten_query_key_grad_rpb", parts)
+            self._add_sum(parts)
+
+    def weight_value(self) -> None:
+        self._add_group("halves.cu", "natten_weight_value")
+
+    def weight_value_backward(self) -> None:
+        self._add_group("halves.cu", "natten_weight_value_grad_weight")
+        self._add_group("halves.cu", "natten_weight_value_grad_value")
+
+    # Launches
+
+    def _tile(self, kind: str) -> Tile | None:
+        """The tile of a kernel with matrix instructions; None where there are none for the dtype and GPU."""
+        gpu = _properties(self.device)
+        if self.element == 0 or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
+            return None
+        return choose_tile(
+            kind,
+            self.axes,
+            self.dim,
+            maps=self.batch * self.heads,
+            has_rpb=self.has_rpb,
+            processors=gpu.multi_processor_count,
+            most_shared_bytes=gpu.shared_memory_per_block_optin,
+            is_ordered=self.is_ordered,
+        )
+
+    def _group_size(self) -> tuple[int, int, int]:
+        lanes = 1 << (self.dim // 8 - 1).bit_length()
+        return 1, 1, _GROUP_THREADS // lanes
+
+    def _pieces(self, size: Sequence[int]) -> int:
+        """Pieces of these sizes into which the residue classes of one head, over all images, are cut."""
+        longest = [-(-axis.length // axis.dilation) for axis in self.axes]
+        tiles = [-(-n // q) * axis.dilation for axis, n, q in zip(self.axes, longest, size, strict=True)]
+        return self.batch * prod(tiles)
+
+    def _parts(self, pieces: int) -> int:
+        """How many blocks share a head where each sums up a gradient of its table."""
+        most = max(1, _MOST_PARTIAL_BYTES // (4 * self.table * self.heads))
+        return min(pieces, most, max(1, _MOST_PARTS // self.heads * 4))
+
+    def _add_group(self, source: str, name: str, parts: int | None = None) -> None:
+        pieces = self._pieces(self._group_size())
+        parts = pieces if parts is None else parts
+        kernel = Kernel(source, name, self._definitions(), _GROUP_THREADS)
+        self._add(kernel, parts, pieces, parts)
+
+    def _add_tiled(self, source: str, name: str, tile: Tile, parts: int) -> None:
+        definitions = (*self._definitions(), *tile.definitions())
+        kernel = Kernel(source, name, definitions, tile.threads, tile.shared_bytes)
+        self._add(kernel, parts * tile.slices, self._pieces(tile.size), parts)
+
+    def _add_sum(self, parts: int) -> None:
+        self.partial = self.heads * parts * self.table
+        kernel = Kernel("sum_parts.cu", "natten_sum_parts", self._definitions(), _SUM_THREADS)
+        self._add(kernel, -(-self.table // _SUM_ENTRIES), 0, parts)
+
+    def _add(self, kernel: Kernel, blocks_per_head: int, pieces: int, parts: int) -> None:
+        parameters = _PARAMS.pack(
+            *self.views,
+            *(0, 0, 0, pieces),
+            *(self.batch, self.heads),
+            *(axis.length for axis in self.axes),
+            *(axis.dilation for axis in self.axes),
+            parts,
+            self.scale,
+        )
+        blocks = blocks_per_head * self.heads
+        if blocks >= 2**31:
+            raise ValueError(
+                f"the problem takes {blocks} blocks, but a GPU launches fewer than 2**31: split the batch."
+            )
+        self.steps.append(Step(kernel, blocks, parameters))
+
+    def _definitions(self) -> tuple[str, ...]:
+        definitions = [f"HEAD_DIM={self.dim}", f"ELEMENT={self.element}", f"HAS_RPB={int(self.has_rpb)}"]
+        for letter, axis in zip("ZYX", self.axes, strict=True):
+            definitions.append(f"KERNEL_{letter}={axis.kernel_size}")
+            definitions.append(f"STRIDE_{letter}={axis.stride}")
+            definitions.append(f"CAUSAL_{letter}={int(axis.is_causal)}")
+        return tuple(definitions)

@@ -1,0 +1,105 @@
+// Fused attention, backward, in the order of flash attention (arXiv:2205.14135): weights are computed again from the
+// logsumexp. First the queries' gradients, rpb's and `delta`, then those of keys and values, each by whom it belongs to.
+#include "groups.h"
+
+namespace natten {
+
+constexpr int SLOTS = KERNEL_X < 32 ? KERNEL_X : 32;  // of a row of a window at a time
+
+// `grad_logits`: [GROUPS][SLOTS], shared; `table`: null if rpb has no gradient.
+__device__ inline void differentiate_query(const Params& p, const Token& token, float* grad_logits, TableGradient* table) {
+  const Submap& map = token.map;
+  const Rows<const Storage> key(p, KEY, map), value(p, VALUE, map);
+  Items q, out, grad_out, k, v, grad_q;
+  q.load(Rows<const Storage>(p, QUERY, map).at(token.z, token.y, token.x));
+  out.load(Rows<const Storage>(p, OUT, map).at(token.z, token.y, token.x));
+  grad_out.load(Rows<const Storage>(p, GRAD_OUT, map).at(token.z, token.y, token.x));
+  grad_q.clear();
+  const float lse = *Rows<const float>(p, LSE, map).at(token.z, token.y, token.x);
+  float delta = dot(out, grad_out);
+  if (p.tensors[GRAD_LSE].data) delta -= *Rows<const float>(p, GRAD_LSE, map).at(token.z, token.y, token.x);
+  if (token.is_there && lane_of_group() == 0) *Rows<float>(p, DELTA, map).at(token.z, token.y, token.x) = delta;
+
+  for (int kz = token.keys_z.first; kz < token.keys_z.end; ++kz)
+    for (int ky = token.keys_y.first; ky < token.keys_y.end; ++ky) {
+      const float* bias = bias_row(p, map.head, kz, ky, token.z, token.y) + (KERNEL_X - 1 - token.x);
+      for (int first = 0; first < KERNEL_X; first += SLOTS) {
+        for (int i = 0; i < SLOTS && first + i < KERNEL_X; ++i) {
+          const int kx = token.start_x + first + i;
+          const bool is_seen = token.keys_x.holds(kx) && token.is_there;
+          const int x = is_seen ? kx : token.keys_x.first;
+          k.load(key.at(kz, ky, x)), v.load(value.at(kz, ky, x));
+          const float logit = dot(q, k) * p.scale + (HAS_TABLE ? bias[x] : 0.f);
+          const float grad_weight = dot(grad_out, v);
+          const float weight = is_seen ? exp2f((logit - lse) * LOG2_E) : 0.f, grad_logit = weight * (grad_weight - delta);
+          grad_q.add(k, grad_logit);
+          if (table && lane_of_group() == 0) grad_logits[group_of_thread() * SLOTS + i] = grad_logit;
+        }
+        if (!table) continue;
+        __syncthreads();
+        const int n = map.n[2];
+        table->add_row(kz - token.z + KERNEL_Z - 1, ky - token.y + KERNEL_Y - 1, [&](int group, int entry) {
+          const int s = token.first_x + group;
+          if (s >= n) return 0.f;
+          const int i = entry - (KERNEL_X - 1) + s - WindowsX::start(s, n) - first;
+          return i >= 0 && i < SLOTS && first + i < KERNEL_X ? grad_logits[group * SLOTS + i] : 0.f;
+        });
+        __syncthreads();
+      }
+    }
+  if (token.is_there) grad_q.store(Rows<Storage>(p, GRAD_QUERY, map).at(token.z, token.y, token.x), p.scale);
+}
+
+__device__ inline void differentiate_key(const Params& p, const Token& token) {
+  const Submap& map = token.map;
+  const Rows<const Storage> query(p, QUERY, map), grad_out(p, GRAD_OUT, map);
+  const Rows<const float> lse(p, LSE, map), delta(p, DELTA, map);
+  Items k, v, q, g, grad_k, grad_v;
+  k.load(Rows<const Storage>(p, KEY, map).at(token.z, token.y, token.x));
+  v.load(Rows<const Storage>(p, VALUE, map).at(token.z, token.y, token.x));
+  grad_k.clear(), grad_v.clear();
+  const Span zs = WindowsZ::queries(token.z, map.n[0]), ys = WindowsY::queries(token.y, map.n[1]);
+  const Span xs = WindowsX::queries(token.x, map.n[2]);
+  const int count = largest_in_warp(xs.end - xs.first);
+  for (int z = zs.first; z < zs.end; ++z)
+    for (int y = ys.first; y < ys.end; ++y) {
+      const float* bias = bias_row(p, map.head, token.z, token.y, z, y) + (token.x + KERNEL_X - 1);
+      for (int i = 0; i < count; ++i) {
+        const bool sees = xs.first + i < xs.end;
+        const int x = sees ? xs.first + i : xs.first;
+        q.load(query.at(z, y, x)), g.load(grad_out.at(z, y, x));
+        const float logit = dot(q, k) * p.scale + (HAS_TABLE ? bias[-x] : 0.f);
+        const float weight = sees ? exp2f((logit - *lse.at(z, y, x)) * LOG2_E) : 0.f;
+        const float grad_logit = weight * (dot(g, v) - *delta.at(z, y, x));
+        grad_k.add(q, grad_logit), grad_v.add(g, weight);
+      }
+    }
+  if (!token.is_there) return;
+  grad_k.store(Rows<Storage>(p, GRAD_KEY, map).at(token.z, token.y, token.x), p.scale);
+  grad_v.store(Rows<Storage>(p, GRAD_VALUE, map).at(token.z, token.y, token.x), 1.f);
+}
+
+}  // namespace natten
+
+NATTEN_KERNEL(natten_grad_query, natten::THREADS) {
+  using namespace natten;
+  __shared__ float grad_logits[GROUPS * SLOTS], sums[TableGradient::SHARED];
+  const int head = blockIdx.x % p.heads, part = blockIdx.x / p.heads;
+  long long first, end;
+  share_of(p, part, first, end);
+  Token token;
+  if (!p.partial_rpb) {
+    for (long long piece = first; piece < end; ++piece)
+      if (token.locate(p, piece, head)) differentiate_query(p, token, nullptr, nullptr);
+    return;
+  }
+  TableGradient table(p, head, part, sums);
+  for (long long piece = first; piece < end; ++piece)
+    if (token.locate(p, piece, head)) differentiate_query(p, token, grad_logits, &table);
+  table.finish();
+}
+
+NATTEN_KERNEL(natten_grad_key_value, natten::THREADS) {
+  natten::Token token;
+  if (token.locate(p, blockIdx.x / p.heads, blockIdx.x % p.heads)) natten::differentiate_key(p, token);
+}

@@ -1,0 +1,167 @@
+// Elements, and the instructions that C++ has no word for. Compiled with NATTEN_EMULATION, tests/emulation gives these
+// and the words of CUDA their meaning on a CPU. Fragments: PTX manual, "Matrix Fragments for mma.m16n8k16".
+#pragma once
+
+#ifdef NATTEN_EMULATION
+#include "emulation.h"
+#else
+
+#define NATTEN_SHARED_MEMORY(name) extern __shared__ __align__(128) char name[]
+// The bounds: threads of a block, and blocks that a multiprocessor should hold at least.
+#define NATTEN_KERNEL(name, ...) \
+  extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ natten::Params p)
+
+using uint16_t = unsigned short;
+
+namespace natten {
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+__device__ __forceinline__ uint16_t float_to_half(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+__device__ __forceinline__ uint16_t float_to_bfloat(float value) {
+#if __CUDA_ARCH__ >= 800
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+#else
+  const unsigned bits = __float_as_uint(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+#endif
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+#if __CUDA_ARCH__ >= 800
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes to shared memory, or zeros; seen by this thread after wait_copies, by others after a barrier.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool is_there) {
+  const int bytes = is_there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// COUNT matrices of 8 x 8 halves; lane 8 m + r gives the address of row r of matrix m.
+template <int COUNT, bool TRANSPOSED>
+__device__ __forceinline__ void load_matrices(unsigned* out, const void* row) {
+  const unsigned at = shared_address(row);
+  if constexpr (COUNT == 4 && !TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(at) : "memory");
+  else if constexpr (COUNT == 4)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(at) : "memory");
+  else if constexpr (COUNT == 2 && !TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1]) : "r"(at) : "memory");
+  else if constexpr (COUNT == 2)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1]) : "r"(at) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(at) : "memory");
+}
+
+// c[16][8] += a[16][DEPTH] b[DEPTH][8], DEPTH 16 or 8; A, C in rows, B in columns.
+template <class Element, int DEPTH>
+__device__ __forceinline__ void multiply_add(float* c, const unsigned* a, const unsigned* b) {
+  if constexpr (Element::IS_BFLOAT && DEPTH == 16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else if constexpr (Element::IS_BFLOAT)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+  else if constexpr (DEPTH == 16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+
+#endif  // __CUDA_ARCH__ >= 800
+
+}  // namespace natten
+
+#endif  // NATTEN_EMULATION
+
+namespace natten {
+
+struct Float {
+  using Storage = float;
+  static constexpr bool IS_BFLOAT = false;
+  static __device__ __forceinline__ float widen(float value) { return value; }
+  static __device__ __forceinline__ float narrow(float value) { return value; }
+};
+
+struct Bfloat {
+  using Storage = uint16_t;
+  static constexpr bool IS_BFLOAT = true;
+  static __device__ __forceinline__ float widen(uint16_t bits) {
+    return __uint_as_float(static_cast<unsigned>(bits) << 16);
+  }
+  static __device__ __forceinline__ uint16_t narrow(float value) { return float_to_bfloat(value); }
+};
+
+struct Half {
+  using Storage = uint16_t;
+  static constexpr bool IS_BFLOAT = false;
+  static __device__ __forceinline__ float widen(uint16_t bits) { return half_to_float(bits); }
+  static __device__ __forceinline__ uint16_t narrow(float value) { return float_to_half(value); }
+};
+
+#if ELEMENT == 0
+using Element = Float;
+#elif ELEMENT == 1
+using Element = Bfloat;
+#else
+using Element = Half;
+#endif
+using Storage = Element::Storage;
+
+// Two numbers as halves in a word, the first in the low bits.
+__device__ __forceinline__ unsigned pack(float low, float high) {
+#if !defined(NATTEN_EMULATION) && __CUDA_ARCH__ >= 800 && ELEMENT == 1
+  unsigned word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#elif !defined(NATTEN_EMULATION) && __CUDA_ARCH__ >= 800 && ELEMENT == 2
+  unsigned word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  return static_cast<unsigned>(Element::narrow(low)) | static_cast<unsigned>(Element::narrow(high)) << 16;
+#endif
+}
+__device__ __forceinline__ float low_of(unsigned word) { return Element::widen(static_cast<uint16_t>(word)); }
+__device__ __forceinline__ float high_of(unsigned word) { return Element::widen(static_cast<uint16_t>(word >> 16)); }
+
+}  // namespace natten

@@ -1,0 +1,137 @@
+// A problem as a kernel sees it. What the compiler is told (natten/backends/cuda.py): the window of each axis
+// (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM, ELEMENT and HAS_RPB. What comes at run time: `Params`.
+//
+// Problems of fewer axes have leading axes of one token with a window of one. Dilation cuts each axis into residue
+// classes, each a small problem without dilation; natten/geometry.py states the same for Python.
+#pragma once
+
+#include "instructions.h"
+
+namespace natten {
+
+// As _TENSORS in natten/backends/cuda.py.
+enum TensorName {
+  QUERY, KEY, VALUE, OUT, LSE, ATTN, GRAD_OUT, GRAD_LSE, GRAD_ATTN, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, DELTA, TENSORS
+};
+
+// [batch, axis 0, axis 1, axis 2, heads, items], items contiguous; strides in elements.
+struct TensorView {
+  char* data;
+  long long batch, axis[3], head;
+};
+
+struct Params {
+  TensorView tensors[TENSORS];
+  const float* rpb;    // [heads, 2K - 1 of each axis], contiguous; or null
+  float* partial_rpb;  // [heads, parts, 2K - 1 of each axis]: what each part adds to the gradient of rpb; or null
+  float* grad_rpb;     // [heads, 2K - 1 of each axis]; or null
+  long long pieces;    // blocks of work along the grid's x
+  int batch, heads, length[3], dilation[3];
+  int parts;           // blocks that share the work of a head, where rpb has a gradient
+  float scale;
+};
+
+constexpr int HAS_TABLE = HAS_RPB;
+constexpr int TABLE_Z = 2 * KERNEL_Z - 1, TABLE_Y = 2 * KERNEL_Y - 1, TABLE_X = 2 * KERNEL_X - 1;
+constexpr int TABLE = TABLE_Z * TABLE_Y * TABLE_X;
+constexpr int WINDOW = KERNEL_Z * KERNEL_Y * KERNEL_X;
+constexpr int RANK = KERNEL_Z > 1 ? 3 : KERNEL_Y > 1 ? 2 : 1;
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+struct Span {
+  int first, end;
+  __device__ __forceinline__ bool holds(int i) const { return static_cast<unsigned>(i - first) < static_cast<unsigned>(end - first); }
+};
+
+// Windows along one axis of a residue class of n tokens: DiNAT's equations 1 and 2 (arXiv:2209.15001), with strides.
+template <int K, int STRIDE, bool IS_CAUSAL>
+struct Windows {
+  // First slot of the window of a query; negative where a causal window begins before the map.
+  static __device__ __forceinline__ int start(int s, int n) {
+    const int group = s / STRIDE * STRIDE;
+    if (IS_CAUSAL) return min(group + STRIDE - 1, n - 1) - (K - 1);
+    return min(max(min(group + STRIDE / 2, n - 1) - K / 2, 0), n - K);
+  }
+  static __device__ __forceinline__ int end(int s, int n) { return IS_CAUSAL ? s + 1 : start(s, n) + K; }
+  static __device__ __forceinline__ Span keys(int s, int n) { return {max(start(s, n), 0), end(s, n)}; }
+
+  // The queries whose windows hold a key: an interval too, since neither end of a window ever moves back.
+  static __device__ __forceinline__ Span queries(int key, int n) {
+    int first, last_group;
+    if (IS_CAUSAL) {
+      first = key;
+      if (key + K - 1 >= n - 1) return {first, n};
+      last_group = key + K - STRIDE;
+    } else {
+      const int leader = key - (K - 1) + K / 2 - STRIDE / 2;
+      first = key < K ? 0 : max((leader + STRIDE - 1) / STRIDE * STRIDE, 0);
+      if (key >= n - K) return {first, n};
+      last_group = key + K / 2 - STRIDE / 2;
+    }
+    return {first, min(last_group / STRIDE * STRIDE + STRIDE, n)};
+  }
+};
+using WindowsZ = Windows<KERNEL_Z, STRIDE_Z, CAUSAL_Z>;
+using WindowsY = Windows<KERNEL_Y, STRIDE_Y, CAUSAL_Y>;
+using WindowsX = Windows<KERNEL_X, STRIDE_X, CAUSAL_X>;
+
+// One image, head and residue class.
+struct Submap {
+  int batch, head, residue[3], n[3];
+};
+
+// Takes the next digit of a mixed-radix number.
+__device__ __forceinline__ int take(long long& index, int radix) {
+  const long long rest = index / radix;
+  const int digit = static_cast<int>(index - rest * radix);
+  index = rest;
+  return digit;
+}
+
+__device__ __forceinline__ int longest_class(const Params& p, int axis) {
+  return (p.length[axis] + p.dilation[axis] - 1) / p.dilation[axis];
+}
+
+__device__ __forceinline__ int count_pieces(int tokens, int size) { return (tokens + size - 1) / size; }
+
+// Cuts each axis of each residue class into pieces of the given sizes: the index-th piece of a head, whose first tokens
+// are written to `at`. False if the piece lies beyond a class that is shorter than the longest.
+__device__ __forceinline__ bool locate(const Params& p, long long index, const int (&size)[3], Submap& map, int (&at)[3]) {
+#pragma unroll
+  for (int i = 2; i >= 0; --i) {
+    at[i] = map.residue[i] = 0, map.n[i] = 1;
+    if (i < 3 - RANK) continue;  // an axis that the compiler need not keep
+    at[i] = take(index, count_pieces(longest_class(p, i), size[i])) * size[i];
+    map.residue[i] = take(index, p.dilation[i]);
+    map.n[i] = (p.length[i] - map.residue[i] + p.dilation[i] - 1) / p.dilation[i];
+  }
+  map.batch = static_cast<int>(index);
+  return at[0] < map.n[0] && at[1] < map.n[1] && at[2] < map.n[2];
+}
+
+// A tensor within a submap: rows of `dim` elements, one a token.
+template <class T>
+struct Rows {
+  T* base;
+  long long step[3];
+
+  __device__ __forceinline__ Rows(const Params& p, TensorName name, const Submap& map) {
+    const TensorView& view = p.tensors[name];
+    long long offset = map.batch * view.batch + map.head * view.head;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      offset += map.residue[i] * view.axis[i];
+      step[i] = p.dilation[i] * view.axis[i];
+    }
+    base = reinterpret_cast<T*>(view.data) + offset;
+  }
+  __device__ __forceinline__ T* at(int z, int y, int x) const { return base + z * step[0] + y * step[1] + x * step[2]; }
+};
+
+// Which part of a head's work the block does, where the gradient of rpb is summed: pieces [first, end).
+__device__ __forceinline__ void share_of(const Params& p, int part, long long& first, long long& end) {
+  first = p.pieces * part / p.parts;
+  end = p.pieces * (part + 1) / p.parts;
+}
+
+}  // namespace natten

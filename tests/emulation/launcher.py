@@ -1,0 +1,108 @@
+"""Stands in for a GPU: kernels of natten/csrc/cuda run on the CPU, on tensors in ordinary memory.
+
+    with emulated_gpu():
+        out = natten.na2d(q, k, v, kernel_size=7, backend="cuda")
+
+The whole backend runs but for the driver: plans, launches, autograd. Each set of definitions is compiled once by the
+system's C++ compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+from natten import cuda_driver, nvrtc
+from natten.backends import cuda
+from natten.compiler import find_compilers
+
+HEADER = Path(__file__).parent
+FLAGS = (
+    *("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-DNATTEN_EMULATION"),
+    # Each library has its own machine, whatever others are loaded.
+    *("-fno-gnu-unique", "-fvisibility=hidden", "-fno-strict-aliasing"),
+)
+
+_folder = tempfile.TemporaryDirectory(prefix="natten-emulation-")
+
+
+class EmulationError(AssertionError):
+    """A kernel hung, met others where it must not, or wrote where it must not; the text says which."""
+
+
+@functools.cache
+def library(source: Path, definitions: tuple[str, ...]) -> ctypes.CDLL:
+    """A file of CUDA C++, compiled for the CPU."""
+    compiler = find_compilers()[0]
+    name = hashlib.sha256(repr((source, definitions)).encode()).hexdigest()[:24]
+    path = Path(_folder.name, f"{name}-{os.getpid()}.so")
+    command = [*compiler.command, *FLAGS, *(f"-D{text}" for text in definitions)]
+    command += [f"-I{nvrtc.SOURCES}", f"-I{HEADER}", "-x", "c++", str(source), "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise AssertionError(f"{source.name} with {' '.join(definitions)}:\n{done.stderr[:4000]}")
+    return ctypes.CDLL(str(path))
+
+
+def run(source: Path, kernel: cuda_driver.Kernel, blocks: int, parameters: ctypes.Array, seed: int) -> None:
+    """Runs a kernel; threads take turns as `seed` has it.
+
+    Raises:
+        EmulationError: saying what went wrong.
+    """
+    function = library(source, kernel.definitions)[f"emulate_{kernel.name}"]
+    function.restype = ctypes.c_char_p
+    grid = (ctypes.c_uint * 3)(blocks, 1, 1)
+    shared_bytes, seed = ctypes.c_size_t(kernel.shared_bytes), ctypes.c_uint64(seed)
+    error = function(parameters, grid, ctypes.c_uint(kernel.threads), shared_bytes, seed)
+    if error:
+        raise EmulationError(f"{kernel}: {error.decode()}")
+
+
+class Emulator:
+    """Launches kernels on the CPU, and remembers which."""
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        self.launched: list[str] = []
+
+    def launch(self, kernel: cuda_driver.Kernel, blocks: int, parameters: ctypes.Array, device: int | None) -> None:
+        self.launched.append(kernel.name)
+        self.seed += 1
+        run(nvrtc.SOURCES / kernel.source, kernel, blocks, parameters, self.seed)
+
+
+def gpu_properties(
+    capability: tuple[int, int], shared_bytes: int | None = None, processors: int = 132
+) -> SimpleNamespace:
+    """What the backend asks of a GPU: that of an H200, or of a smaller one."""
+    shared_bytes = shared_bytes or {7: 64 << 10, 8: 163 << 10}.get(capability[0], 227 << 10)
+    major, minor = capability
+    return SimpleNamespace(
+        major=major, minor=minor, multi_processor_count=processors, shared_memory_per_block_optin=shared_bytes
+    )
+
+
+@contextlib.contextmanager
+def emulated_gpu(
+    capability: tuple[int, int] = (9, 0), seed: int = 0, shared_bytes: int | None = None, processors: int = 132
+) -> Iterator[Emulator]:
+    """Lets backend="cuda" take tensors in ordinary memory, as if on a GPU of that compute capability and size."""
+    emulator = Emulator(seed)
+    with (
+        mock.patch.object(cuda, "refuses", lambda query: None),
+        mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability, shared_bytes, processors)),
+        mock.patch.object(cuda_driver, "launch", emulator.launch),
+        mock.patch.object(cuda_driver, "prepare", lambda kernels, device: None),
+        mock.patch.object(cuda, "_plan", cuda._plan.__wrapped__),
+    ):
+        yield emulator

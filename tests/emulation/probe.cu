@@ -1,0 +1,61 @@
+// Small kernels that show what the emulation does, and that it notices mistakes. MISTAKE chooses one.
+namespace natten {
+struct Params {
+  float* in;
+  float* out;
+};
+}  // namespace natten
+#define ELEMENT 2
+#include "instructions.h"
+
+// Sums 64 numbers, neighbours exchanged in warps and warps in shared memory.
+NATTEN_KERNEL(probe_sum, 64) {
+  __shared__ float sums[2];
+  float sum = p.in[threadIdx.x];
+  for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+#if MISTAKE != 1
+  __syncthreads();
+#endif
+  if (threadIdx.x == 63) p.out[blockIdx.x] = sums[0] + sums[1];
+  __syncthreads();
+  if (threadIdx.x == 63) sums[0] = sums[1] = __uint_as_float(0x7fc00000);  // for the next block
+}
+
+// A barrier that some threads never reach.
+NATTEN_KERNEL(probe_barrier, 64) {
+  if (MISTAKE != 2 || threadIdx.x < 40) __syncthreads();
+  atomicAdd(p.out, 1.f);
+}
+
+// Copies 16 x 16 halves to shared memory and multiplies them by themselves, or by their transpose.
+NATTEN_KERNEL(probe_matrix, 32) {
+  NATTEN_SHARED_MEMORY(shared);
+  const int lane = threadIdx.x;
+  natten::copy_async(shared + lane * 16, p.in + lane * 4, true);
+  natten::commit_copies();
+#if MISTAKE != 3
+  natten::wait_copies<0>();
+#endif
+  __syncwarp();
+  unsigned a[4], b[4];
+  const char* row = shared + (lane % 16) * 32 + lane / 16 * 16;
+  natten::load_matrices<4, false>(a, row);                // rows 0-7 and 8-15 of the left half, then of the right
+  natten::load_matrices<4, true>(b, row);
+  float plain[2][4] = {}, transposed[2][4] = {}, half_depth[4] = {};
+  natten::multiply_add<natten::Half, 16>(plain[0], a, b);
+  natten::multiply_add<natten::Half, 16>(plain[1], a, b + 2);
+  const unsigned left[2] = {a[0], a[2]}, right[2] = {a[1], a[3]};
+  natten::multiply_add<natten::Half, 16>(transposed[0], a, left);
+  natten::multiply_add<natten::Half, 16>(transposed[1], a, right);
+  natten::multiply_add<natten::Half, 8>(half_depth, a, left);
+  for (int i = 0; i < 4; ++i) {
+    const int at = (lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2;
+    for (int block = 0; block < 2; ++block) {
+      p.out[block * 128 + at] = plain[block][i];
+      p.out[256 + block * 128 + at] = transposed[block][i];
+    }
+    p.out[512 + at] = half_depth[i];
+  }
+  if (MISTAKE == 4) shared[512 + lane] = 0;
+}

@@ -1,0 +1,376 @@
+"""The cuda backend against the reference in float64, its kernels run by tests/emulation; and what it refuses.
+
+Errors are judged as in test_cpu.py: at most twice those of the reference in the same dtype over a sweep, eight times
+over one problem.
+"""
+
+from __future__ import annotations
+
+import unittest
+import warnings
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from brute_force import Window
+from emulation.launcher import emulated_gpu, gpu_properties
+
+import natten
+from natten import cuda_driver, dispatch, nvrtc
+from natten.backends import cuda, cuda_tiles
+from natten.geometry import Axis, make_axes
+from test_natten import test_goldens
+from test_natten.problems import RANKS, Problem, make_qkv, make_rpb
+from test_natten.test_cpu import fused, halves, problem_of, to_double
+
+TURING, HOPPER = (7, 5), (9, 0)
+
+
+def window(rank: int, kernel_size, stride=1, dilation=1, is_causal=False) -> Window:
+    return Window(
+        *(
+            tuple(getattr(axis, field) for axis in _axes(rank, kernel_size, stride, dilation, is_causal))
+            for field in ("kernel_size", "stride", "dilation", "is_causal")
+        )
+    )
+
+
+def _axes(rank: int, *arguments) -> tuple[Axis, ...]:
+    return make_axes((1 << 20,) * rank, *arguments)
+
+
+def problem(space, *window_arguments, dim=16, heads=2, batch=1, has_rpb=True, layout="packed", seed=0) -> Problem:
+    return Problem(batch, space, heads, dim, window(len(space), *window_arguments), has_rpb, layout, seed)
+
+
+class EmulatedTestCase(unittest.TestCase):
+    def setUp(self):
+        self.errors: list[tuple[float, float]] = []
+
+    def check(self, given: Problem, dtype: torch.dtype, compute=fused, **gpu) -> list[str]:
+        """Compares all results of a problem; returns the names of the kernels that ran."""
+        qkv, rpb = make_qkv(given, dtype), make_rpb(given, torch.float32)
+        with emulated_gpu(seed=given.seed, **gpu) as emulator:
+            found = compute(given, qkv, rpb, "cuda")
+        peers = compute(given, qkv, rpb, "reference")
+        exact = compute(given, [to_double(x) for x in qkv], to_double(rpb), "reference")
+        for index, (x, peer, expected) in enumerate(zip(found, peers, exact, strict=True)):
+            self.assertEqual((x.shape, x.dtype), (peer.shape, peer.dtype))
+            is_finite = expected.isfinite()
+            self.assertTrue(torch.equal(x.isfinite(), is_finite), f"result {index}")
+            x, peer, expected = (y.detach().double()[is_finite] for y in (x, peer, expected))
+            rounding = torch.finfo(dtype).eps * max([1.0, *expected.abs().flatten().tolist()])
+            error, peer_error = ((y - expected).square().mean().sqrt().item() / rounding for y in (x, peer))
+            self.assertLessEqual(error, max(8 * peer_error, 1.0), f"result {index}")
+            self.errors.append((error, peer_error))
+        return emulator.launched
+
+    def check_sweep(self) -> None:
+        error, peer_error = torch.tensor(self.errors).square().mean(0).sqrt().tolist()
+        self.assertLessEqual(error, 2 * peer_error)
+
+
+class EmulatedKernelsTest(EmulatedTestCase):
+    """Each kind of kernel, with all features at once."""
+
+    def test_matrix_kernels(self):
+        given = problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True))
+        kernels = ["natten_attention_tiles", "natten_grad_query_tiles", "natten_grad_key_value_tiles"]
+        self.assertEqual(self.check(given, torch.bfloat16), [*kernels, "natten_sum_parts"])
+
+    def test_group_kernels(self):
+        given = problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True), dim=24)
+        kernels = ["natten_attention", "natten_grad_query", "natten_grad_key_value", "natten_sum_parts"]
+        self.assertEqual(self.check(given, torch.float32), kernels)
+
+    def test_halves(self):
+        self.check(problem((9, 11), (4, 5), 1, (2, 1), (False, True), dim=8), torch.float16, halves)
+
+    def test_float16_on_turing_needs_no_matrix_instructions(self):
+        given = problem((12,), 5, 1, 2, dim=8, has_rpb=False)
+        self.assertNotIn("natten_attention_tiles", self.check(given, torch.float16, capability=TURING))
+
+    def test_maps_without_images_or_heads(self):
+        for batch, heads in ((0, 2), (2, 0)):
+            q = torch.zeros(batch, 9, heads, 8, requires_grad=True)
+            rpb = torch.zeros(heads, 5, requires_grad=True)
+            with emulated_gpu() as emulator:
+                natten.na1d(q, q, q, 3, rpb=rpb, backend="cuda").sum().backward()
+            self.assertEqual((q.grad.shape, rpb.grad.abs().sum().item(), emulator.launched), (q.shape, 0.0, []))
+
+
+@pytest.mark.slow
+class EmulatedSweepTest(EmulatedTestCase):
+    """Random problems of all ranks, and the rarer ways of cutting them."""
+
+    def check_problems(self, count: int, dtype: torch.dtype, compute=fused, **gpu) -> None:
+        for rank in RANKS:
+            for seed in range(count):
+                given = problem_of(rank, seed)
+                if given.head_dim > 64:
+                    given = given._replace(heads=1, batch=1)
+                with self.subTest(given=given):
+                    self.check(given, dtype, compute, **gpu)
+        self.check_sweep()
+
+    def test_bfloat16(self):
+        self.check_problems(12, torch.bfloat16)
+
+    def test_float16(self):
+        self.check_problems(4, torch.float16)
+
+    def test_float32(self):
+        self.check_problems(8, torch.float32)
+
+    def test_float16_on_turing(self):
+        self.check_problems(3, torch.float16, capability=TURING)
+
+    def test_halves(self):
+        self.check_problems(6, torch.float32, halves)
+        self.check_problems(2, torch.bfloat16, halves)
+
+    def test_columns_that_come_in_stages(self):
+        for given in (problem((18, 17), 7, dim=32), problem((6, 7, 9), 3, dim=16), problem((21, 19), 5, 1, 1, True)):
+            with self.subTest(given=given), mock.patch.object(cuda_tiles, "_STAGE_CHUNKS", (1,)):
+                cuda_tiles.choose_tile.cache_clear()
+                self.check(given, torch.bfloat16, shared_bytes=20 << 10)
+
+    def test_published_shapes(self):
+        """One image of each stage of NAT and DiNAT, in the tiles that a large batch of them takes on a large GPU."""
+        stages = ((56, 2, 1), (56, 2, 8), (28, 4, 1), (28, 4, 4), (14, 8, 1), (14, 8, 2), (7, 16, 1))
+        for side, heads, dilation in stages:
+            with self.subTest(side=side, dilation=dilation):
+                given = problem((side, side), 7, 1, dilation, dim=32, heads=heads)
+                self.check(given, torch.bfloat16, processors=1)
+
+    def test_long_windows(self):
+        for given in (problem((300,), 151, dim=32), problem((300,), 100, 3, 2, True), problem((7, 150), (3, 141))):
+            with self.subTest(given=given):
+                self.check(given, torch.bfloat16)
+
+    def test_tables_too_large_for_shared_memory(self):
+        given = problem((12, 13), (5, 4), 2, dim=24)
+        for table_bytes, gradient_bytes in ((0, 0), (0, 700), (1 << 16, 0)):
+            with (
+                self.subTest(table_bytes=table_bytes, gradient_bytes=gradient_bytes),
+                mock.patch.object(cuda_tiles, "_MOST_TABLE_BYTES", table_bytes),
+                mock.patch.object(cuda_tiles, "_MOST_GRADIENT_BYTES", gradient_bytes),
+            ):
+                cuda_tiles.choose_tile.cache_clear()
+                self.check(given, torch.bfloat16)
+        cuda_tiles.choose_tile.cache_clear()
+
+    def test_large_head_dims(self):
+        for dim in (72, 96, 128, 136, 256):
+            with self.subTest(dim=dim):
+                self.check(problem((9, 10), 4, dim=dim, heads=1), torch.bfloat16)
+
+    def test_goldens(self):
+        for case in test_goldens.CASES:
+            if case["d"] % 8:
+                continue
+            with self.subTest(case["tag"]), emulated_gpu():
+                qkv, rpb, dout = test_goldens.make_inputs(case)
+                out, lse = test_goldens.fused(case, qkv, rpb, "cuda")
+                inputs = dict(zip(("dq", "dk", "dv", "drpb"), (*qkv, rpb), strict=True))
+                inputs = {name: x for name, x in inputs.items() if x is not None}
+                found = dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), dout), strict=True))
+                test_goldens.GoldensTest.compare(
+                    self, {"out": out, "lse": lse, **found}, test_goldens.load(case["tag"])
+                )
+
+    def test_results_do_not_depend_on_the_order_of_threads(self):
+        given = problem((12, 17), 5, dim=16)
+        for gradient_bytes, is_ordered in ((1 << 15, False), (1400, True)):
+            torch.use_deterministic_algorithms(is_ordered)
+            self.addCleanup(torch.use_deterministic_algorithms, False)
+            with mock.patch.object(cuda_tiles, "_MOST_GRADIENT_BYTES", gradient_bytes):
+                cuda_tiles.choose_tile.cache_clear()
+                runs = []
+                for seed in range(2):
+                    qkv, rpb = make_qkv(given, torch.bfloat16), make_rpb(given, torch.float32)
+                    with emulated_gpu(seed=seed):
+                        runs.append(fused(given, qkv, rpb, "cuda"))
+            for one, other in zip(*runs, strict=True):
+                self.assertTrue(torch.equal(one, other))
+        cuda_tiles.choose_tile.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What needs no kernel to run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RefusalTest(unittest.TestCase):
+    """`refuses` is asked with stand-ins for tensors on devices that are not here."""
+
+    def setUp(self):
+        cuda._lacks.cache_clear()
+        cuda._warn.cache_clear()
+        self.addCleanup(cuda._lacks.cache_clear)
+        self.addCleanup(cuda._warn.cache_clear)
+
+    def query(self, device: str, dtype=torch.float32, dim: int = 32):
+        return mock.Mock(device=torch.device(device), dtype=dtype, shape=torch.Size((1, 9, 2, dim)))
+
+    def reason(self, query, capability=HOPPER) -> str | None:
+        with mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability)):
+            return cuda.refuses(query)
+
+    def test_what_it_takes(self):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            with mock.patch.object(nvrtc, "architecture"):
+                self.assertIsNone(self.reason(self.query("cuda:0", dtype)))
+
+    def test_what_it_does_not_take(self):
+        self.assertIn("on cpu", self.reason(self.query("cpu")))
+        self.assertIn("float64", self.reason(self.query("cuda:0", torch.float64)))
+        for dim in (4, 12, 264):
+            self.assertIn(f"head_dim is {dim}", self.reason(self.query("cuda:0", dim=dim)))
+
+    def test_one_warning_where_the_reference_serves(self):
+        cases = {
+            "mps": (self.query("mps"), HOPPER, None),
+            "7.0": (self.query("cuda:0"), (7, 0), None),
+            "ROCm": (self.query("cuda:0"), HOPPER, "6.0"),
+        }
+        for word, (query, capability, hip) in cases.items():
+            cuda._lacks.cache_clear()
+            with self.subTest(word), mock.patch.object(torch.version, "hip", hip):
+                with self.assertWarnsRegex(RuntimeWarning, word):
+                    self.assertIn(word, self.reason(query, capability))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    self.reason(query, capability)
+
+    def test_without_nvrtc(self):
+        error = nvrtc.Unavailable("NVRTC cannot be used")
+        with mock.patch.object(nvrtc, "bindings", side_effect=error), self.assertWarnsRegex(RuntimeWarning, "NVRTC"):
+            self.assertIn("NVRTC", self.reason(self.query("cuda:0")))
+
+    def test_it_stands_in_the_ladder_before_the_reference(self):
+        self.assertEqual(dispatch.NAMES, ("cpu", "cuda", "reference"))
+
+
+class LaunchTest(unittest.TestCase):
+    """The driver, replaced by a double that notes what it is asked."""
+
+    def setUp(self):
+        self.driver = mock.MagicMock()
+        for name in ("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuModuleLoadData"):
+            getattr(self.driver, name).return_value = (0, 7)
+        for name in ("cuLaunchKernel", "cuCtxPushCurrent", "cuCtxPopCurrent", "cuFuncSetAttribute"):
+            getattr(self.driver, name).return_value = (0,)
+        self.driver.cuModuleGetFunction.return_value = (0, "function")
+        self.code = mock.Mock(return_value=b"code")
+        for target, name, stand_in in (
+            (cuda_driver, "bindings", lambda: self.driver),
+            (nvrtc, "machine_code", self.code),
+            (torch._C, "_cuda_getCurrentRawStream", lambda device: 40 + device),
+            (torch.cuda, "is_current_stream_capturing", mock.Mock(return_value=False)),
+            (torch.cuda, "get_device_capability", lambda device: HOPPER),
+        ):
+            patcher = mock.patch.object(target, name, stand_in, create=True)
+            patcher.start()
+            self.addCleanup(patcher.stop)
+        cuda_driver._forget()
+        self.addCleanup(cuda_driver._forget)
+        self.kernel = cuda_driver.Kernel("attention.cu", "natten_attention", ("HEAD_DIM=8",), 128, 100 << 10)
+        self.launch = partial(cuda_driver.launch, self.kernel, 5, (cuda.ctypes.c_int64 * 4)())
+
+    def test_each_device_loads_once_and_launches_on_its_current_stream(self):
+        for device in (0, 1, 0, 1):
+            self.launch(device)
+        self.assertEqual(self.driver.cuModuleLoadData.call_count, 2)
+        streams = [call.args[8] for call in self.driver.cuLaunchKernel.call_args_list]
+        self.assertEqual(streams, [40, 41, 40, 41])
+        self.assertEqual(self.driver.cuLaunchKernel.call_args.args[1:8], (5, 1, 1, 128, 1, 1, 100 << 10))
+        self.assertEqual(self.driver.cuFuncSetAttribute.call_args.args[2], 100 << 10)
+
+    def test_another_devices_context_is_made_current_and_given_back(self):
+        self.launch(0)
+        self.driver.cuCtxPushCurrent.assert_not_called()
+        self.driver.cuCtxGetCurrent.return_value = (0, 8)
+        self.launch(0)
+        self.driver.cuCtxPushCurrent.assert_called_once_with(7)
+        self.driver.cuCtxPopCurrent.assert_called_once_with()
+
+    def test_nothing_is_compiled_while_a_graph_is_captured(self):
+        torch.cuda.is_current_stream_capturing.return_value = True
+        with self.assertRaisesRegex(RuntimeError, "run once before capture"):
+            self.launch(0)
+        torch.cuda.is_current_stream_capturing.return_value = False
+        self.launch(0)
+        torch.cuda.is_current_stream_capturing.return_value = True
+        self.launch(0)  # loaded already
+        self.assertEqual(self.driver.cuLaunchKernel.call_count, 2)
+
+    def test_kernels_of_a_problem_are_compiled_once_each(self):
+        other = self.kernel._replace(name="natten_grad_query")
+        for _ in range(2):
+            cuda_driver.prepare([self.kernel, other], 0)
+        self.launch(0)
+        self.assertEqual((self.code.call_count, self.driver.cuModuleLoadData.call_count), (2, 2))
+
+    def test_a_failing_driver_is_told(self):
+        self.driver.cuLaunchKernel.return_value = (1,)
+        self.driver.cuGetErrorString.return_value = (0, b"invalid argument")
+        with self.assertRaisesRegex(RuntimeError, "invalid argument"):
+            self.launch(0)
+
+    def test_a_forked_child_forgets(self):
+        self.launch(0)
+        cuda_driver._forget()
+        self.launch(0)
+        self.assertEqual(self.driver.cuModuleLoadData.call_count, 2)
+
+
+class PlanTest(unittest.TestCase):
+    """Plans of problems too large to run here."""
+
+    def plan(self, shape, kernel_size, dtype=torch.bfloat16, kind="attention"):
+        query = torch.empty(shape, dtype=dtype, device="meta")
+        axes = make_axes(shape[1:-2], kernel_size)
+        rpb = torch.empty(shape[-2], *(2 * axis.kernel_size - 1 for axis in axes), device="meta")
+        names = {"QUERY": query, "KEY": query, "VALUE": query}
+        with mock.patch.object(cuda, "_properties", lambda device: gpu_properties(HOPPER)):
+            return cuda._plan.__wrapped__(kind, query, axes, 1.0, rpb, False, tuple(names), *names.values())
+
+    def test_strides_beyond_32_bits(self):
+        shape = (40000, 56, 56, 4, 32)
+        (step,) = self.plan(shape, 7).steps
+        self.assertIn((56 * 56 * 4 * 32).to_bytes(8, "little"), step.parameters)
+        self.assertGreaterEqual(step.blocks, 40000 * 4)
+
+    def test_too_many_blocks_are_told(self):
+        with self.assertRaisesRegex(ValueError, "split the batch"):
+            self.plan((1 << 29, 9, 8, 8), 3)
+
+    def test_every_published_shape_has_a_tile_on_each_chip(self):
+        shapes = [((56, 56), 7, 32), ((28, 28), 7, 32), ((14, 14), 7, 32), ((7, 7), 7, 32), ((24, 24), 11, 32)]
+        shapes += [((16, 32, 32), 7, 128), ((200, 304), 13, 256), ((4096,), 2047, 128), ((64, 64), 63, 64)]
+        for space, kernel_size, dim in shapes:
+            axes = make_axes(space, kernel_size)
+            axes = (*(cuda._NO_AXIS,) * (3 - len(axes)), *axes)
+            for kind in cuda_tiles.KINDS:
+                for shared_bytes in (99 << 10, 163 << 10, 227 << 10):
+                    tile = cuda_tiles.choose_tile(kind, axes, dim, 64, True, 108, shared_bytes, True)
+                    self.assertLessEqual(tile.shared_bytes, shared_bytes)
+                    self.assertLessEqual(tile.threads, 1024)
+
+
+class AlignedRowsTest(unittest.TestCase):
+    def test_only_what_must_be_is_copied(self):
+        x = torch.zeros(2, 9, 3, 16)
+        self.assertIs(cuda._with_aligned_rows(x), x)
+        y = x[..., 4:12]
+        self.assertIs(cuda._with_aligned_rows(y), y)
+        for y in (x[..., 1:9], x[..., ::2], x.flatten()[3:291].view(2, 9, 2, 8)):
+            copy = cuda._with_aligned_rows(y)
+            self.assertIsNot(copy, y)
+            self.assertTrue(torch.equal(copy, y))
+
+
+if __name__ == "__main__":
+    unittest.main()

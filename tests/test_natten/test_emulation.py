@@ -1,0 +1,62 @@
+"""The header that runs CUDA C++ on the CPU: it computes as the PTX manual says, and notices what would go wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import unittest
+from pathlib import Path
+
+import torch
+from emulation import launcher
+from torch import Tensor
+
+from natten.cuda_driver import Kernel
+
+PROBE = Path(launcher.__file__).with_name("probe.cu")
+
+
+def run(name: str, threads: int, x: Tensor, out: Tensor, *, mistake: int = 0, blocks: int = 1, seed: int = 0) -> Tensor:
+    kernel = Kernel("probe.cu", name, (f"MISTAKE={mistake}",), threads, shared_bytes=512)
+    launcher.run(PROBE, kernel, blocks, (ctypes.c_int64 * 2)(x.data_ptr(), out.data_ptr()), seed)
+    return out
+
+
+class EmulationTest(unittest.TestCase):
+    def setUp(self):
+        generator = torch.Generator().manual_seed(0)
+        self.numbers = torch.randn(64, generator=generator)
+        self.matrix = torch.randn(16, 16, generator=generator).half()
+
+    def test_shuffles_and_barriers(self):
+        for seed in range(5):
+            sums = run("probe_sum", 64, self.numbers, torch.zeros(3), blocks=3, seed=seed)
+            torch.testing.assert_close(sums, self.numbers.sum().expand(3))
+
+    def test_a_missing_barrier_shows(self):
+        found = [run("probe_sum", 64, self.numbers, torch.zeros(3), blocks=3, mistake=1, seed=s) for s in range(5)]
+        expected = self.numbers.sum().expand(3)
+        self.assertTrue(any(not torch.allclose(sums, expected) for sums in found))
+
+    def test_atomics(self):
+        self.assertEqual(run("probe_barrier", 64, self.numbers, torch.zeros(1)).item(), 64.0)
+
+    def test_a_barrier_that_some_never_reach_is_a_deadlock(self):
+        with self.assertRaisesRegex(launcher.EmulationError, "deadlock"):
+            run("probe_barrier", 64, self.numbers, torch.zeros(1), mistake=2)
+
+    def test_matrix_instructions(self):
+        out = run("probe_matrix", 32, self.matrix, torch.zeros(640))
+        exact = self.matrix.double()
+        plain, transposed = (out[i : i + 256].view(2, 16, 8).movedim(0, 1).reshape(16, 16) for i in (0, 256))
+        torch.testing.assert_close(plain.double(), exact @ exact, atol=1e-4, rtol=0)
+        torch.testing.assert_close(transposed.double(), exact @ exact.T, atol=1e-4, rtol=0)
+        half_depth = out[512:].view(16, 8).double()
+        torch.testing.assert_close(half_depth, exact[:, :8] @ exact[:8, :8].T, atol=1e-4, rtol=0)
+
+    def test_a_copy_that_nobody_waited_for_is_noticed(self):
+        with self.assertRaisesRegex(launcher.EmulationError, "nobody waited"):
+            run("probe_matrix", 32, self.matrix, torch.zeros(640), mistake=3)
+
+    def test_a_write_beyond_shared_memory_is_noticed(self):
+        with self.assertRaisesRegex(launcher.EmulationError, "beyond shared memory"):
+            run("probe_matrix", 32, self.matrix, torch.zeros(640), mistake=4)
