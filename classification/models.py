@@ -120,16 +120,15 @@ def read_with_record(path: str) -> tuple[dict[str, Any], Path]:
     """A checkpoint with the record of its model, if there is one, and where it is; a folder's is made of its config.
 
     Raises:
-        ValueError, FileNotFoundError: as `locate` and `read_checkpoint`; if a folder needs transformers to be read.
+        ValueError, FileNotFoundError: as `locate` and `read_checkpoint`.
+        ModuleNotFoundError: if a folder needs transformers to be read.
     """
     source = locate(path)
     checkpoint = read_checkpoint(source)
     if not (Path(path) / "config.json").is_file():
         return checkpoint, source
-    try:
-        from natzoo.hf.folders import read_record
-    except ModuleNotFoundError as error:
-        raise ValueError(str(error)) from error
+    from natzoo.hf.folders import read_record
+
     record = read_record(path)
     return checkpoint if record is None else {"state_dict": checkpoint, RECORD: record}, source
 

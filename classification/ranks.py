@@ -24,6 +24,7 @@ from tqdm import tqdm
 import natten
 from classification.interruption import Watch
 from natten import dispatch
+from natzoo.command_line import MISTAKES
 
 T = TypeVar("T")
 
@@ -149,7 +150,7 @@ def join(device: str, watch: Watch) -> Iterator[tuple[Ranks, str]]:
     except SystemExit:
         dist.destroy_process_group()
         raise
-    except (ValueError, OSError, NotImplementedError) as error:
+    except MISTAKES as error:
         if not ranks.is_first:
             for _ in range(100):  # for the first one to find the same, whereupon torchrun ends this one
                 time.sleep(0.1)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+MISTAKES = (ValueError, OSError, NotImplementedError, ImportError)  # what a user can mend
+
 
 def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
     """Runs a script's main function and turns what a user can mend into one line on stderr and exit status 2.
@@ -19,7 +21,7 @@ def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
     except BrokenPipeError:  # who read the output has had enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
-    except (ValueError, OSError, NotImplementedError, ImportError) as error:
+    except MISTAKES as error:
         if os.environ.get("NATTEN_TRACEBACK"):
             raise
         print(f"error: {_text(error)}", file=sys.stderr)

@@ -66,15 +66,6 @@ def main() -> None:
         convert_classifier(args, checkpoint, weights, source)
 
 
-def hugging_face() -> Any:
-    """natzoo.hf.folders, which needs transformers."""
-    try:
-        from natzoo.hf import folders
-    except ModuleNotFoundError as error:
-        raise ValueError(str(error)) from error
-    return folders
-
-
 def convert_backbone(args: argparse.Namespace, weights: dict[str, Tensor]) -> None:
     """Writes a detector's backbone."""
     if args.target.suffix:
@@ -82,9 +73,11 @@ def convert_backbone(args: argparse.Namespace, weights: dict[str, Tensor]) -> No
     elif args.model is None:
         raise ValueError(f"{args.source} does not say which model its backbone is: name it with --model.")
     else:
+        from natzoo.hf import save_backbone_folder
+
         with torch.device("meta"):
             model = create_model(args.model, args.model_kwargs)
-        hugging_face().save_backbone_folder(model, weights, args.target)
+        save_backbone_folder(model, weights, args.target)
     report(args.target, weights)
 
 
@@ -115,9 +108,11 @@ def convert_classifier(
         if args.target.suffix:
             write_weights(args.target, weights, {**record, "num_classes": model.num_classes})
         else:
+            from natzoo.hf import save_folder
+
             model.pretrained_cfg = {**model.pretrained_cfg, **record["preprocessing"]}
             model = model.to(next(iter(weights.values())).dtype).eval()
-            hugging_face().save_folder(model, args.target, record["classes"])
+            save_folder(model, args.target, record["classes"])
     report(args.target, weights)
 
 

@@ -24,8 +24,6 @@ from natzoo.checkpoints.download import cache_folder, check, recorded_sha256
 from natzoo.checkpoints.sources import path_in_cache
 from natzoo.checkpoints.zoo import entries, find
 
-TASKS = ("classification", "detection", "segmentation", "mask2former")
-
 
 def show(args: argparse.Namespace) -> None:
     """One line a checkpoint: name, whether it is here, what was published of it, where it is."""
@@ -73,7 +71,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="all published checkpoints")
-    listing.add_argument("--task", choices=TASKS, help="only those of one task")
+    listing.add_argument(
+        "--task", choices=dict.fromkeys(entry.task for entry in entries().values()), help="only those of one task"
+    )
     listing.set_defaults(run=show)
     getting = commands.add_parser("get", help="download some")
     getting.add_argument("names", nargs="+", metavar="NAME", help="as `list` shows them")

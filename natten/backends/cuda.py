@@ -7,7 +7,6 @@ tensors' addresses. Plans are kept. Inputs must be finite, as for the reference.
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from math import prod
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from natten import cuda_driver, nvrtc
+from natten.backends.compiled import DTYPES, TENSORS, Problems, check_layout, refuses_kind, warn
 from natten.backends.cuda_tiles import Tile, choose_tile
 from natten.cuda_driver import Kernel
 from natten.geometry import Axis, check_rpb
@@ -26,13 +26,7 @@ from natten.memo import remember
 NAME = "cuda"
 LEAST_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# As TensorName in natten/csrc/cuda/problem.h.
-_TENSORS = (
-    *("QUERY", "KEY", "VALUE", "OUT", "LSE", "ATTN", "GRAD_OUT", "GRAD_LSE", "GRAD_ATTN"),
-    *("GRAD_QUERY", "GRAD_KEY", "GRAD_VALUE", "DELTA"),
-)
-_FLOAT32 = ("LSE", "GRAD_LSE", "DELTA")
+_TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out times grad_out of each query, which backward begins with
 _PARAMS = Struct(f"={len(_TENSORS) * 6}q 4q 2i 3i 3i i f")  # as Params there
 _VIEW_WORDS = 6
 _TABLES = _VIEW_WORDS * len(_TENSORS)  # where rpb, partial_rpb and grad_rpb stand
@@ -48,16 +42,14 @@ def refuses(query: Tensor) -> str | None:
     """Why this backend cannot take a call with such a query (or value), or None if it can."""
     device = query.device
     if device.type == "mps":
-        return _warn(f"there are no kernels for {device.type}")
+        return warn(f"there are no kernels for {device.type}")
     if device.type != "cuda":
         return f"the tensors are on {device}"
-    if query.dtype not in _DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {query.dtype}"
-    dim = query.shape[-1]
-    if dim % 8 or dim > 256:
-        return f"head_dim is {dim}, but must be a multiple of 8 up to 256"
+    reason = refuses_kind(query)
+    if reason is not None:
+        return reason
     reason = _lacks(device.index)
-    return reason if reason is None else _warn(reason)
+    return reason if reason is None else warn(reason)
 
 
 @cache
@@ -78,117 +70,6 @@ def _lacks(device: int) -> str | None:
 
 
 _properties = cache(torch.cuda.get_device_properties)
-
-
-@cache
-def _warn(reason: str) -> str:
-    warnings.warn(f"natten computes in plain PyTorch, several times slower: {reason}.", RuntimeWarning, stacklevel=2)
-    return reason
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fused attention
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output [B, X, H, d] in the query's dtype and logsumexp [B, X, H] in float32, both contiguous."""
-    query, key, value = (_with_aligned_rows(x) for x in (query, key, value))
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    _run("attention", axes, scale, rpb, QUERY=query, KEY=key, VALUE=value, OUT=out, LSE=lse)
-    return out, lse
-
-
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    axes: Sequence[Axis],
-    scale: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `attention` from its inputs and outputs: [B, X, 3, H, d] for q, k and v, and rpb's."""
-    query, key, value, out, grad_out = (_with_aligned_rows(x) for x in (query, key, value, out, grad_out))
-    grad_qkv = query.new_empty((*query.shape[:-2], 3, *query.shape[-2:]))
-    grad_query, grad_key, grad_value = grad_qkv.unbind(-3)
-    grad_rpb = _run(
-        "attention_backward",
-        axes,
-        scale,
-        rpb,
-        QUERY=query,
-        KEY=key,
-        VALUE=value,
-        OUT=out,
-        LSE=lse,
-        GRAD_OUT=grad_out,
-        GRAD_LSE=grad_lse,
-        GRAD_QUERY=grad_query,
-        GRAD_KEY=grad_key,
-        GRAD_VALUE=grad_value,
-        DELTA=torch.empty_like(lse, memory_format=torch.contiguous_format),
-    )
-    return grad_qkv, grad_rpb
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The two halves, heads-first
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
-    """Unscaled logits [B, H, X, W] of [B, H, X, d]; -inf in slots of a causal window before the map."""
-    query, key = _with_aligned_rows(query), _with_aligned_rows(key)
-    attn = query.new_empty((*query.shape[:-1], _window_size(axes)))
-    _run("query_key", axes, 1.0, rpb, **_heads_last(QUERY=query, KEY=key, ATTN=attn))
-    return attn
-
-
-def query_key_backward(
-    grad_attn: Tensor, query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `query_key` for query, key and rpb."""
-    query, key, grad_attn = _with_aligned_rows(query), _with_aligned_rows(key), _with_contiguous_rows(grad_attn)
-    grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
-    tensors = _heads_last(QUERY=query, KEY=key, GRAD_ATTN=grad_attn, GRAD_QUERY=grad_query, GRAD_KEY=grad_key)
-    grad_rpb = _run("query_key_backward", axes, 1.0, rpb, **tensors)
-    return grad_query, grad_key, grad_rpb
-
-
-def weight_value(attn: Tensor, value: Tensor, axes: Sequence[Axis]) -> Tensor:
-    """Sums [B, H, X, d] of values by weights [B, H, X, W]."""
-    attn, value = _with_contiguous_rows(attn), _with_aligned_rows(value)
-    out = value.new_empty(value.shape)
-    _run("weight_value", axes, 1.0, None, **_heads_last(VALUE=value, ATTN=attn, OUT=out))
-    return out
-
-
-def weight_value_backward(grad_out: Tensor, attn: Tensor, value: Tensor, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
-    """Gradients of `weight_value` for attn and value."""
-    attn, value, grad_out = _with_contiguous_rows(attn), _with_aligned_rows(value), _with_aligned_rows(grad_out)
-    grad_attn, grad_value = attn.new_empty(attn.shape), value.new_empty(value.shape)
-    tensors = _heads_last(VALUE=value, ATTN=attn, GRAD_OUT=grad_out, GRAD_ATTN=grad_attn, GRAD_VALUE=grad_value)
-    _run("weight_value_backward", axes, 1.0, None, **tensors)
-    return grad_attn, grad_value
-
-
-def _heads_last(**tensors: Tensor) -> dict[str, Tensor]:
-    return {name: x.movedim(1, -2) for name, x in tensors.items()}
-
-
-def _window_size(axes: Sequence[Axis]) -> int:
-    return prod([axis.kernel_size for axis in axes])
-
-
-def _with_contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _with_aligned_rows(x: Tensor) -> Tensor:
@@ -223,6 +104,8 @@ class Plan(NamedTuple):
 def _run(kind: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor | None) -> Tensor | None:
     """Launches the kernels of a kind of problem on heads-last tensors; returns rpb's gradient if it has one."""
     shaped = tensors["QUERY"] if "QUERY" in tensors else tensors["VALUE"]
+    if kind == "attention_backward":
+        tensors["DELTA"] = torch.empty_like(tensors["LSE"], memory_format=torch.contiguous_format)
     is_ordered = torch.are_deterministic_algorithms_enabled()
     plan = _plan(kind, shaped, axes, scale, rpb, is_ordered, tuple(tensors), *tensors.values())
     table = None if rpb is None else rpb.detach().float().contiguous()
@@ -265,22 +148,11 @@ def _plan(
     given = dict(zip(names, tensors, strict=True))
     for name, x in given.items():
         if x is not None:
-            _check_layout(name, x, shaped, axes)
+            check_layout(name, x, shaped, axes)
     planner = _Planner(shaped, axes, scale, rpb is not None, is_ordered, given)
     if shaped.numel():
         getattr(planner, kind)()
     return Plan(tuple(planner.steps), planner.partial)
-
-
-def _check_layout(name: str, x: Tensor, shaped: Tensor, axes: tuple[Axis, ...]) -> None:
-    items = {"ATTN": (_window_size(axes),), "GRAD_ATTN": (_window_size(axes),)}
-    expected = shaped.shape[:-1] if name in _FLOAT32 else (*shaped.shape[:-1], *items.get(name, (shaped.shape[-1],)))
-    dtype = torch.float32 if name in _FLOAT32 else shaped.dtype
-    if (x.dtype, x.shape, x.device) != (dtype, expected, shaped.device):
-        raise ValueError(
-            f"{name.lower()} is {x.dtype} of shape {tuple(x.shape)} on {x.device}, heads last, but these kernel_size "
-            f"and tensors need {dtype} of shape {tuple(expected)} on {shaped.device}."
-        )
 
 
 class _Planner:
@@ -289,7 +161,7 @@ class _Planner:
     def __init__(self, shaped: Tensor, axes, scale: float, has_rpb: bool, is_ordered: bool, tensors: dict):
         self.axes = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
         self.batch, self.heads, self.dim = shaped.shape[0], shaped.shape[-2], shaped.shape[-1]
-        self.element, self.device = _DTYPES[shaped.dtype], shaped.device
+        self.element, self.device = DTYPES[shaped.dtype], shaped.device
         self.scale, self.has_rpb, self.is_ordered = scale, has_rpb, is_ordered
         self.views = self._views(tensors, 3 - len(axes))
         self.table = prod(2 * axis.kernel_size - 1 for axis in self.axes)
@@ -419,3 +291,13 @@ class _Planner:
             definitions.append(f"STRIDE_{letter}={axis.stride}")
             definitions.append(f"CAUSAL_{letter}={int(axis.is_causal)}")
         return tuple(definitions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What natten/dispatch.py asks for
+# ---------------------------------------------------------------------------------------------------------------------
+
+_problems = Problems(_run, _with_aligned_rows)
+attention, attention_backward = _problems.attention, _problems.attention_backward
+query_key, query_key_backward = _problems.query_key, _problems.query_key_backward
+weight_value, weight_value_backward = _problems.weight_value, _problems.weight_value_backward

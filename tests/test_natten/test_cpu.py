@@ -18,6 +18,7 @@ from torch import Tensor
 
 import natten
 from natten import build
+from natten.backends.compiled import warn
 from test_natten.problems import RANKS, Problem, cotangents, function, gradients, make_qkv, make_rpb, random_problem
 
 PROBLEMS_PER_RANK = 200
@@ -248,14 +249,13 @@ class UnavailableTest(unittest.TestCase):
     """No kernels for this machine: the reference serves, with one warning."""
 
     def test_one_warning_then_the_reference(self):
-        from natten.backends import cpu
 
         def fail():
             raise build.Unavailable("there is no compiler, so install one.")
 
         library, build.cpu_library = build.cpu_library, fail
         self.addCleanup(setattr, build, "cpu_library", library)
-        cpu._warn.cache_clear()
+        warn.cache_clear()
         x = torch.ones(1, 9, 2, 8)
         with self.assertWarnsRegex(RuntimeWarning, "plain PyTorch.*no compiler") as caught:
             for _ in range(3):

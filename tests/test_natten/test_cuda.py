@@ -19,6 +19,7 @@ from emulation.launcher import emulated_gpu, gpu_properties
 import natten
 from natten import cuda_driver, dispatch, nvrtc
 from natten.backends import cuda, cuda_tiles
+from natten.backends.compiled import warn
 from natten.geometry import Axis, make_axes
 from test_natten import test_goldens
 from test_natten.problems import RANKS, Problem, make_qkv, make_rpb
@@ -207,9 +208,9 @@ class RefusalTest(unittest.TestCase):
 
     def setUp(self):
         cuda._lacks.cache_clear()
-        cuda._warn.cache_clear()
+        warn.cache_clear()
         self.addCleanup(cuda._lacks.cache_clear)
-        self.addCleanup(cuda._warn.cache_clear)
+        self.addCleanup(warn.cache_clear)
 
     def query(self, device: str, dtype=torch.float32, dim: int = 32):
         return mock.Mock(device=torch.device(device), dtype=dtype, shape=torch.Size((1, 9, 2, dim)))
