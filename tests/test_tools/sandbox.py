@@ -73,6 +73,8 @@ def all_weights() -> None:
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
+    import natzoo.openmmlab  # noqa: F401  before mmdet, whose compiled operators it stands for
+
     torch.manual_seed(0)
     for name in CLASSIFIERS:
         write_cached(name, timm.create_model(name))
@@ -117,6 +119,8 @@ def _picture(noise: np.random.Generator, path: Path, side: int = 64) -> None:
 def _draw_coco(noise: np.random.Generator, folder: Path) -> None:
     """One picture a split, with one square; the categories have COCO's names."""
     from mmdet.datasets import CocoDataset
+
+    import natzoo.openmmlab  # noqa: F401  before mmdet, whose compiled operators it stands for
 
     categories = [{"id": number, "name": name} for number, name in enumerate(CocoDataset.METAINFO["classes"], start=1)]
     square = {"bbox": [10, 10, 40, 40], "area": 1600, "segmentation": [[10, 10, 50, 10, 50, 50, 10, 50]]}

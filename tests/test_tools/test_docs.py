@@ -20,13 +20,10 @@ COMMANDS = pages.commands()
 TEXTS = list(dict.fromkeys(command.text for command in COMMANDS))
 
 
-@pytest.fixture(scope="module")
-def report(request):
-    """Counts, which are printed at the end."""
-    counts: dict[str, int] = {}
-    yield counts
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    terminal.write_line("\npages: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+@pytest.fixture
+def counted(record_property):
+    """Counts things, whose numbers conftest.py prints after all tests."""
+    return lambda what, number=1: record_property("pages", (what, number))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,7 +31,8 @@ def report(request):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_links_and_anchors(report):
+def test_links_and_anchors(counted):
+    number = 0
     for page in PAGES:
         for link in pages.links(page):
             path, _, anchor = link.partition("#")
@@ -42,8 +40,9 @@ def test_links_and_anchors(report):
             assert target.exists(), f"{name_of(page)}: {link}"
             if anchor:
                 assert anchor in pages.anchors(target), f"{name_of(page)}: {link}"
-            report["links checked"] = report.get("links checked", 0) + 1
-    assert report["links checked"] > 200
+            number += 1
+    assert number > 200
+    counted("links checked", number)
 
 
 def test_every_picture_has_both_themes():
@@ -65,14 +64,14 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if pages.blocks(page, "python")], ids=name_of)
-def test_python_blocks_run(page, tmp_path, monkeypatch, report):
+def test_python_blocks_run(page, tmp_path, monkeypatch, counted):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "cache"))
     for name in WEIGHTS.get(name_of(page), ()):
         sandbox.classifier(name)
     for block in pages.blocks(page, "python"):
         exec(compile(block, name_of(page), "exec"), {})
-        report["blocks of Python run"] = report.get("blocks of Python run", 0) + 1
+        counted("blocks of Python run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +79,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, report):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_command_has_a_rule(report):
+def test_every_command_has_a_rule(counted):
     missing = [command for command in COMMANDS if rules.find(command.text) is None]
     assert not missing, "give each a rule in tests/test_tools/rules.py: " + "; ".join(map(str, missing))
     used = {rules.find(text).pattern for text in TEXTS}
@@ -88,8 +87,8 @@ def test_every_command_has_a_rule(report):
     for rule in rules.RULES:
         for path in re.findall(r"tests/\S+?\.py", rule.elsewhere):
             assert (ROOT / path).is_file(), path
-    report["commands printed"] = len(COMMANDS)
-    report["different ones"] = len(TEXTS)
+    counted("commands printed", len(COMMANDS))
+    counted("different ones", len(TEXTS))
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +97,14 @@ def checkout(tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_command_is_taken(text, checkout, monkeypatch, report):
+def test_command_is_taken(text, checkout, monkeypatch, counted):
     monkeypatch.chdir(checkout)
     programs.check(text, checkout)
-    report["commands read by their programs"] = report.get("commands read by their programs", 0) + 1
+    counted("commands read by their programs")
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if rules.find(text) and rules.find(text).quick])
-def test_quick_command_runs(text, checkout, monkeypatch, report, tmp_path):
+def test_quick_command_runs(text, checkout, monkeypatch, counted, tmp_path):
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path))
     ((_, *words),) = programs.calls(text, checkout)
@@ -113,7 +112,7 @@ def test_quick_command_runs(text, checkout, monkeypatch, report, tmp_path):
         programs.call(words)
     except SystemExit as left:
         assert not left.code
-    report["commands run"] = report.get("commands run", 0) + 1
+    counted("commands run")
 
 
 def in_order(text: str) -> int:
@@ -138,10 +137,10 @@ def copy(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", sorted(RUN, key=in_order))
-def test_command_runs(text, copy, report):
+def test_command_runs(text, copy, counted):
     done = sandbox.run(rules.made_small(text, rules.find(text)), copy)
     assert done.returncode == 0, f"{done.args[-1]}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    report["commands run"] = report.get("commands run", 0) + 1
+    counted("commands run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
