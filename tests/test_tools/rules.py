@@ -28,6 +28,8 @@ class Rule(NamedTuple):
 
 _SMALL = "--device cpu --img-size 32 --crop-pct 1.0 --threads 1 --workers 0 --batch-size 4"
 _SHORT = f"{_SMALL} --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --grad-accum 1 --amp none"
+_ELSEWHERE = '--output "$(mktemp -d)"'  # where recipes of one name do not find each other's runs
+_IMAGENET = f"{_SHORT} {_ELSEWHERE} --batch-size 250"
 _TINY = '--model-kwargs "depths=(1,1)" "num_heads=(1,2)" embed_dim=16 kernel_size=3'
 _DILATED = f'{_TINY} "dilations=[[2],[1]]"'
 _LOADERS = " ".join(
@@ -57,15 +59,18 @@ RULES = (
     # Data.
     Rule(r"python tools/make_data\.py \w+ \S+", quick=True),
     # Classification.
-    Rule(r"python classification/train\.py data/digits --config configs/quickstart/nat\.yml", "--epochs 1 --workers 0"),
+    Rule(
+        r"python classification/train\.py data/digits --config configs/quickstart/nat\.yml",
+        "--epochs 1 --warmup-epochs 0 --workers 0",
+    ),
     Rule(r"python classification/train\.py (DATA|SIGN_DIGITS) .*", _SHORT),
-    Rule(r"python classification/train\.py --config \S+ --synthetic 64 .*", f"{_SHORT} {_TINY}"),
+    Rule(r"python classification/train\.py --config \S+ --synthetic 64 .*", f"{_SHORT} {_TINY} {_ELSEWHERE}"),
     Rule(r"python classification/validate\.py data/digits .*"),
     Rule(r"python classification/validate\.py DATA --checkpoint .*", "--device cpu"),
-    Rule(r"python classification/validate\.py \w+ --model \w+ --pretrained", "--device cpu --batch-size 4 --workers 0"),
+    Rule(r"python classification/validate\.py \w+ --model \w+ --pretrained", "--device cpu --img-size 32 --workers 0"),
     Rule(
         r"python classification/validate\.py \w+ --models .*",
-        "--models nat_mini --device cpu --batch-size 4 --workers 0",
+        "--models nat_mini --device cpu --img-size 32 --workers 0",
     ),
     Rule(r"python classification/predict\.py .*"),
     Rule(
@@ -74,11 +79,13 @@ RULES = (
         {"8": "2", "...": "data/digits --checkpoint output/nat/best.pth"},
     ),
     Rule(
-        r"bash classification/dist_train\.sh 8 configs/classification/nat_\S+ .*", f"{_SHORT} {_TINY}", {" 8 ": " 2 "}
+        r"bash classification/dist_train\.sh 8 configs/classification/nat_\S+ .*",
+        f"{_IMAGENET} {_TINY}",
+        {" 8 ": " 2 "},
     ),
     Rule(
         r"bash classification/dist_train\.sh 8 configs/classification/dinat_\S+ .*",
-        f"{_SHORT} {_DILATED}",
+        f"{_IMAGENET} {_DILATED}",
         {" 8 ": " 1 "},
     ),
     Rule(r"NNODES=4 RDZV_ENDPOINT=\S+ bash classification/dist_train\.sh .*", elsewhere="it needs four machines"),

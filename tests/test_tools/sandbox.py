@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -70,10 +71,9 @@ def classifier(name: str, **kwargs) -> None:
 
 def all_weights() -> None:
     """Those that the commands of the pages load; of the Large models small ones."""
+    importlib.import_module("natzoo.openmmlab")
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
-
-    import natzoo.openmmlab  # noqa: F401  before mmdet, whose compiled operators it stands for
 
     torch.manual_seed(0)
     for name in CLASSIFIERS:
@@ -99,11 +99,11 @@ def write_cached(name: str, model: torch.nn.Module) -> None:
 def draw_data(folder: Path) -> None:
     """ImageNet, COCO and ADE20K as the pages lay them out, of a few pictures each."""
     noise = np.random.default_rng(0)
-    for name in ("IMAGENET", "imagenet", "DATA", "SIGN_DIGITS"):
-        for part, count in (("train", 4), ("val", 2)):
-            for kind in ("n01440764", "n01443537", "n01484850"):
-                for number in range(count):
-                    _picture(noise, folder / name / part / kind / f"{number}.JPEG")
+    for name, classes, counts in (("IMAGENET", 1000, (1, 1)), ("DATA", 3, (4, 2)), ("SIGN_DIGITS", 3, (4, 2))):
+        for part, count in zip(("train", "val"), counts, strict=True):
+            for number in range(classes * count):
+                _picture(noise, folder / name / part / f"n{number % classes:08}" / f"{number}.JPEG", 32)
+    (folder / "imagenet").symlink_to("IMAGENET")
     _picture(noise, folder / "PICTURE" / "0.png")
     _picture(noise, folder / "picture.png")
     (folder / "a.yml").write_text("model: nat_mini\nmodel_kwargs: {depths: [1, 1], num_heads: [1, 2], embed_dim: 16}\n")
@@ -118,9 +118,8 @@ def _picture(noise: np.random.Generator, path: Path, side: int = 64) -> None:
 
 def _draw_coco(noise: np.random.Generator, folder: Path) -> None:
     """One picture a split, with one square; the categories have COCO's names."""
+    importlib.import_module("natzoo.openmmlab")  # before mmdet, whose compiled operators it stands for
     from mmdet.datasets import CocoDataset
-
-    import natzoo.openmmlab  # noqa: F401  before mmdet, whose compiled operators it stands for
 
     categories = [{"id": number, "name": name} for number, name in enumerate(CocoDataset.METAINFO["classes"], start=1)]
     square = {"bbox": [10, 10, 40, 40], "area": 1600, "segmentation": [[10, 10, 50, 10, 50, 50, 10, 50]]}

@@ -5,6 +5,7 @@ call, in every test run; slow tests then run them in a copy of the checkout, on 
 place of the published ones.
 """
 
+import importlib.util
 import re
 
 import pytest
@@ -18,6 +19,15 @@ from test_tools.pages import PAGES, ROOT, name_of
 
 COMMANDS = pages.commands()
 TEXTS = list(dict.fromkeys(command.text for command in COMMANDS))
+needs_openmmlab = pytest.mark.skipif(
+    importlib.util.find_spec("mmdet") is None, reason="the extra openmmlab is not installed"
+)
+
+
+def parametrize(texts):
+    """A test for each command."""
+    marks = lambda text: needs_openmmlab if re.search("detection|segmentation|CONFIG", text) else ()  # noqa: E731
+    return pytest.mark.parametrize("text", [pytest.param(text, id=text, marks=marks(text)) for text in texts])
 
 
 @pytest.fixture
@@ -96,14 +106,14 @@ def checkout(tmp_path_factory):
     return programs.checkout_of_links(tmp_path_factory.mktemp("links"))
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@parametrize(TEXTS)
 def test_command_is_taken(text, checkout, monkeypatch, counted):
     monkeypatch.chdir(checkout)
     programs.check(text, checkout)
     counted("commands read by their programs")
 
 
-@pytest.mark.parametrize("text", [text for text in TEXTS if rules.find(text) and rules.find(text).quick])
+@parametrize(text for text in TEXTS if rules.find(text) and rules.find(text).quick)
 def test_quick_command_runs(text, checkout, monkeypatch, counted, tmp_path):
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path))
@@ -136,7 +146,7 @@ def copy(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", sorted(RUN, key=in_order))
+@parametrize(sorted(RUN, key=in_order))
 def test_command_runs(text, copy, counted):
     done = sandbox.run(rules.made_small(text, rules.find(text)), copy)
     assert done.returncode == 0, f"{done.args[-1]}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
