@@ -16,6 +16,7 @@ from plots.style import WIDTH, Theme
 PEERS = Path(__file__).resolve().parents[2] / "assets" / "published" / "peers.csv"
 SIZES = ("Mini", "Tiny", "Small", "Base")  # trained on ImageNet-1K alone; the Large ones saw more
 _FAMILIES = {"NAT": "nat_{}", "DiNAT": "dinat_{}", "DiNAT_s": "dinat_s_{}"}
+_INITIALS = "M, T, S, B: Mini, Tiny, Small, Base. "
 _NOTE = "Figures as published with the models; none was measured here. "
 
 
@@ -66,7 +67,7 @@ def _of_zoo(backbone: str) -> dict[str, float]:
 
 def draw_compute(theme: Theme, families: tuple[str, ...]) -> plt.Figure:
     """Top-1 accuracy against MACs and against parameters."""
-    figure, (left, right) = _panels("ImageNet-1K, 224 x 224, trained without other data. " + _NOTE)
+    figure, (left, right) = _panels("ImageNet-1K, 224 x 224, trained without other data.")
     draw_lines(left, theme, families, "macs", "top1")
     draw_lines(right, theme, families, "params", "top1")
     left.set(xlabel="MACs (10⁹), logarithmic", ylabel="top-1 accuracy (%)", title="Accuracy against arithmetic")
@@ -77,7 +78,7 @@ def draw_compute(theme: Theme, families: tuple[str, ...]) -> plt.Figure:
 
 def draw_downstream(theme: Theme, families: tuple[str, ...]) -> plt.Figure:
     """Detection and segmentation against MACs."""
-    figure, (left, right) = _panels(_NOTE)
+    figure, (left, right) = _panels("COCO: 36 epochs. ADE20K: 160,000 iterations.")
     draw_lines(left, theme, families, "box_macs", "box_ap")
     draw_lines(right, theme, families, "miou_macs", "miou")
     left.set(xlabel="MACs (10⁹) at 1280 x 800, logarithmic", ylabel="box AP", title="COCO, Cascade Mask R-CNN")
@@ -87,29 +88,29 @@ def draw_downstream(theme: Theme, families: tuple[str, ...]) -> plt.Figure:
 
 
 def _panels(note: str) -> tuple[plt.Figure, list[plt.Axes]]:
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.2), layout="constrained")
-    figure.supxlabel(note, fontsize=8.5)
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.4), layout="constrained")
+    figure.supxlabel(f"{note} {_INITIALS}\n{_NOTE.strip()}", fontsize=8.5)
     return figure, axes
 
 
 def draw_lines(axes: plt.Axes, theme: Theme, families: tuple[str, ...], x: str, y: str) -> None:
-    """A line a family, from its smallest model to its largest."""
-    for family in families:
+    """A line a family, from its smallest model to its largest; ours have the initials of their sizes."""
+    for number, family in enumerate(families):
         rows = [row for row in published() if row.family == family and x in row.figures and y in row.figures]
         xs, ys = ([row.figures[name] for row in rows] for name in (x, y))
-        is_ours = family in _FAMILIES
-        style = {"marker": "o", "lw": 2, "ms": 6} if is_ours else {"marker": "s", "lw": 1.2, "ms": 4.5, "ls": "--"}
-        axes.plot(xs, ys, color=theme.families[family], label=family, zorder=3 if is_ours else 2, **style)
-    rows = [row for row in published() if row.family == families[0] and x in row.figures and y in row.figures]
-    style = {"bbox": {"facecolor": theme.page, "alpha": 0.75, "lw": 0, "pad": 0.5}, "zorder": 4}
-    for row in rows:
-        place, colour = (row.figures[x], row.figures[y]), theme.families[families[0]]
-        axes.annotate(row.size, place, xytext=(7, -13), textcoords="offset points", color=colour, **style)
+        is_ours, colour = family in _FAMILIES, theme.families[family]
+        style = {"marker": "o", "lw": 2, "ms": 11} if is_ours else {"marker": "s", "lw": 1.2, "ms": 5, "ls": "--"}
+        axes.plot(xs, ys, color=colour, label=family, zorder=10 - number, **style)
+        for row in rows if is_ours else ():
+            place = (row.figures[x], row.figures[y])
+            style = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "weight": "bold"}
+            axes.text(*place, row.size[0], color=theme.page, zorder=10.5 - number, **style)
+        if number == 0:
+            ticks = sorted({round(value, 1) for value in xs})
     axes.set_xscale("log")
-    ticks = sorted({round(row.figures[x], 1) for row in rows})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.margins(x=0.14, y=0.1)
+    axes.margins(x=0.1, y=0.1)
     axes.grid(alpha=0.6)
 
 
