@@ -29,7 +29,8 @@ class Rule(NamedTuple):
 _SMALL = "--device cpu --img-size 32 --crop-pct 1.0 --threads 1 --workers 0 --batch-size 4"
 _SHORT = f"{_SMALL} --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --grad-accum 1 --amp none"
 _ELSEWHERE = '--output "$(mktemp -d)"'  # where recipes of one name do not find each other's runs
-_IMAGENET = f"{_SHORT} {_ELSEWHERE} --batch-size 250"
+_CLASSES = "--class-map classes.txt"  # a thousand, of which the drawn data has a few
+_IMAGENET = f"{_SHORT} {_ELSEWHERE} {_CLASSES}"
 _TINY = '--model-kwargs "depths=(1,1)" "num_heads=(1,2)" embed_dim=16 kernel_size=3'
 _DILATED = f'{_TINY} "dilations=[[2],[1]]"'
 _LOADERS = " ".join(
@@ -67,10 +68,13 @@ RULES = (
     Rule(r"python classification/train\.py --config \S+ --synthetic 64 .*", f"{_SHORT} {_TINY} {_ELSEWHERE}"),
     Rule(r"python classification/validate\.py data/digits .*"),
     Rule(r"python classification/validate\.py DATA --checkpoint .*", "--device cpu"),
-    Rule(r"python classification/validate\.py \w+ --model \w+ --pretrained", "--device cpu --img-size 32 --workers 0"),
+    Rule(
+        r"python classification/validate\.py \w+ --model \w+ --pretrained",
+        f"--device cpu --img-size 32 --workers 0 {_CLASSES}",
+    ),
     Rule(
         r"python classification/validate\.py \w+ --models .*",
-        "--models nat_mini --device cpu --img-size 32 --workers 0",
+        f"--models nat_mini --device cpu --img-size 32 --workers 0 {_CLASSES}",
     ),
     Rule(r"python classification/predict\.py .*"),
     Rule(

@@ -99,11 +99,12 @@ def write_cached(name: str, model: torch.nn.Module) -> None:
 def draw_data(folder: Path) -> None:
     """ImageNet, COCO and ADE20K as the pages lay them out, of a few pictures each."""
     noise = np.random.default_rng(0)
-    for name, classes, counts in (("IMAGENET", 1000, (1, 1)), ("DATA", 3, (4, 2)), ("SIGN_DIGITS", 3, (4, 2))):
+    for name, classes, counts in (("IMAGENET", 8, (2, 1)), ("DATA", 3, (4, 2)), ("SIGN_DIGITS", 3, (4, 2))):
         for part, count in zip(("train", "val"), counts, strict=True):
             for number in range(classes * count):
                 _picture(noise, folder / name / part / f"n{number % classes:08}" / f"{number}.JPEG", 32)
     (folder / "imagenet").symlink_to("IMAGENET")
+    (folder / "classes.txt").write_text("".join(f"n{number:08}\n" for number in range(1000)))
     _picture(noise, folder / "PICTURE" / "0.png")
     _picture(noise, folder / "picture.png")
     (folder / "a.yml").write_text("model: nat_mini\nmodel_kwargs: {depths: [1, 1], num_heads: [1, 2], embed_dim: 16}\n")
