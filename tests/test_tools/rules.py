@@ -40,8 +40,23 @@ _LOADERS = " ".join(
 _TEST = "--cfg-options test_dataloader.num_workers=0 test_dataloader.persistent_workers=False"
 _ITERATIONS = "train_cfg.max_iters=2 train_cfg.val_interval=2 default_hooks.checkpoint.interval=2"
 _QUICKSTART = f"--cfg-options {_ITERATIONS} train_dataloader.batch_size=2 {_LOADERS}"
-_RECIPE_DETECTION = f"--cfg-options train_cfg.max_epochs=1 train_dataloader.batch_size=1 {_LOADERS}"
-_RECIPE_SEGMENTATION = f"--cfg-options train_cfg.max_iters=1 train_cfg.val_interval=1 {_LOADERS}"
+# The published recipes on pictures of a tenth of their side.
+_RESIZED = {split: f"{split}_dataloader.dataset.pipeline" for split in ("train", "val", "test")}
+_TEST_DETECTION = f'{_TEST} "{_RESIZED["test"]}.1.scale=(160,96)"'
+_TEST_SEGMENTATION = f'{_TEST} "{_RESIZED["test"]}.1.scale=(256,64)"'
+_ONE_SIZE = (
+    f"{_RESIZED['train']}.3._delete_=True {_RESIZED['train']}.3.type=Resize {_RESIZED['train']}.3.keep_ratio=True"
+)
+_RECIPE_DETECTION = (
+    f"--cfg-options train_cfg.max_epochs=1 train_dataloader.batch_size=1 {_LOADERS} {_ONE_SIZE} "
+    f'"{_RESIZED["train"]}.3.scale=(160,96)" "{_RESIZED["val"]}.1.scale=(160,96)"'
+)
+_RECIPE_SEGMENTATION = (
+    f"--cfg-options train_cfg.max_iters=1 train_cfg.val_interval=1 {_LOADERS} "
+    '"model.data_preprocessor.size=(64,64)" '
+    f'"{_RESIZED["train"]}.2.scale=(256,64)" "{_RESIZED["train"]}.3.crop_size=(64,64)" '
+    f'"{_RESIZED["val"]}.1.scale=(256,64)"'
+)
 
 RULES = (
     # Setting up.
@@ -123,7 +138,8 @@ RULES = (
         _TEST,
         {"CONFIG": "configs/quickstart/upernet.py", "CHECKPOINT": "output/upernet/iter_2.pth", " 8": " 2"},
     ),
-    Rule(r"python (detection|segmentation)/test\.py configs/\S+ \w+ --show-dir \S+", _TEST),
+    Rule(r"python detection/test\.py configs/\S+ \w+ --show-dir \S+", _TEST_DETECTION),
+    Rule(r"python segmentation/test\.py configs/\S+ \w+ --show-dir \S+", _TEST_SEGMENTATION),
     Rule(r"bash detection/dist_train\.sh configs/\S+ 8", _RECIPE_DETECTION, {" 8": " 1"}),
     Rule(r"bash segmentation/dist_train\.sh configs/\S+ 8", _RECIPE_SEGMENTATION, {" 8": " 1"}),
     # Tools.
