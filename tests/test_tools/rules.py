@@ -160,7 +160,7 @@ RULES = (
     Rule(
         r"python tools/compare\.py SIGN_DIGITS .*",
         f"--output output/compare_small -- {_SHORT}",
-        {"digits_*.yml --seeds 1 2 3": "digits_nat.yml configs/classification/sign_digits_swin.yml --seeds 1"},
+        {"digits_*.yml --seeds 1 2 3": "digits_nat.yml configs/classification/sign_digits_dinat.yml --seeds 1"},
     ),
     Rule(r"python tools/compare\.py DATA .*", _SHORT, {"a.yml b.yml --seeds 1 2 3": "a.yml --seeds 1"}),
     Rule(r"python tools/benchmark_training\.py --help", quick=True),
