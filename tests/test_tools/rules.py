@@ -44,12 +44,11 @@ _QUICKSTART = f"--cfg-options {_ITERATIONS} train_dataloader.batch_size=2 {_LOAD
 _RESIZED = {split: f"{split}_dataloader.dataset.pipeline" for split in ("train", "val", "test")}
 _TEST_DETECTION = f'{_TEST} "{_RESIZED["test"]}.1.scale=(160,96)"'
 _TEST_SEGMENTATION = f'{_TEST} "{_RESIZED["test"]}.1.scale=(256,64)"'
-_ONE_SIZE = (
-    f"{_RESIZED['train']}.3._delete_=True {_RESIZED['train']}.3.type=Resize {_RESIZED['train']}.3.keep_ratio=True"
-)
+_CHOICE = f"{_RESIZED['train']}.3.transforms"
 _RECIPE_DETECTION = (
-    f"--cfg-options train_cfg.max_epochs=1 train_dataloader.batch_size=1 {_LOADERS} {_ONE_SIZE} "
-    f'"{_RESIZED["train"]}.3.scale=(160,96)" "{_RESIZED["val"]}.1.scale=(160,96)"'
+    f"--cfg-options train_cfg.max_epochs=1 train_dataloader.batch_size=1 {_LOADERS} "
+    f'"{_CHOICE}.0.0.scales=[(160,96)]" "{_CHOICE}.1.0.scales=[(160,96)]" "{_CHOICE}.1.1.crop_size=(48,64)" '
+    f'"{_CHOICE}.1.2.scales=[(160,96)]" "{_RESIZED["val"]}.1.scale=(160,96)"'
 )
 _RECIPE_SEGMENTATION = (
     f"--cfg-options train_cfg.max_iters=1 train_cfg.val_interval=1 {_LOADERS} "
