@@ -308,7 +308,7 @@ class MergeTest(RefusalTestCase):
 
 
 class CompileTest(unittest.TestCase):
-    """torch.compile(fullgraph=True), autocast and FlopCounterMode on all abilities at once."""
+    """torch.compile(fullgraph=True), torch.export, autocast and counts of FLOPs, on all abilities at once."""
 
     def setUp(self):
         self.addCleanup(torch.compiler.reset)
@@ -326,6 +326,18 @@ class CompileTest(unittest.TestCase):
                 compiled = torch.compile(attend(problem, backend), fullgraph=True, backend="aot_eager")
                 found, expected = (results(call, inputs, 0) for call in (compiled, attend(problem, backend)))
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    def test_exported(self):
+        class Call(torch.nn.Module):
+            def __init__(self, problem: Problem):
+                super().__init__()
+                self.forward = attend(problem)
+
+        for problem in self.problems()[1:]:
+            inputs = tuple(x.detach() for x in make_inputs(problem, torch.float32))
+            program = torch.export.export(Call(problem), inputs)
+            self.assertNotIn("natten", str(program.graph))
+            torch.testing.assert_close(program.module()(*inputs), attend(problem)(*inputs), rtol=1e-5, atol=1e-5)
 
     def test_autocast(self):
         for problem in self.problems():
@@ -346,6 +358,9 @@ class CompileTest(unittest.TestCase):
         with FlopCounterMode(display=False) as counter:  # of the map with its margins
             natten.na1d(q, k, v, 3, window_padding="zeros")
         self.assertEqual(counter.get_total_flops(), 2 * 2 * (2 * 11 * 4) * 3 * 8)
+        layer = natten.NeighborhoodAttention1D(8, 2, 3, window_padding="zeros")
+        macs = natten.flops.get_flops(layer, torch.zeros(1, 9, 8), disable_warnings=True)
+        self.assertEqual(macs, 9 * 8 * (24 + 8) + 2 * 11 * 3 * (2 * 4 + 1))
 
 
 class RefusalTest(RefusalTestCase):
