@@ -166,10 +166,10 @@ class DefinitionTest(unittest.TestCase):
                     self.compare(found, expected, bounds)
 
     def test_cpu_in_float32(self):
-        self.check_backend("cpu", torch.float32, 32, 9)
+        self.check_backend("cpu", torch.float32, 32, 6)
 
     def test_cpu_in_bfloat16(self):
-        self.check_backend("cpu", torch.bfloat16, 6, 9)
+        self.check_backend("cpu", torch.bfloat16, 6, 6)
 
     def test_cuda_emulated(self):
         """All abilities in one problem on the kernels with matrix instructions."""
@@ -187,6 +187,17 @@ class DefinitionTest(unittest.TestCase):
         for dtype, multiple in ((torch.float32, 32), (torch.bfloat16, 6)):
             with emulated_gpu():
                 self.check_backend("cuda", dtype, multiple, 6)
+
+    def test_scale(self):
+        """A scale that is given serves windows and additional tokens alike."""
+        problem = random_problem(1, 1)._replace(tokens=3, head_dim=4, has_rpb=True)
+        (q, k, v), additional, rpb = sort_out(problem, tuple(make_inputs(problem)))
+        options = dict(zip(("additional_keys", "additional_values"), additional, strict=True))
+        options |= {"rpb": rpb, "window_padding": problem.window_padding}
+        found = natten.na1d(q, k, v, *problem.window, scale=0.3, **options)
+        expected = natten.na1d(q * 0.3, k, v, *problem.window, scale=1.0, **options)
+        torch.testing.assert_close(found, expected)
+        self.assertFalse(torch.allclose(found, natten.na1d(q, k, v, *problem.window, **options)))
 
     def test_the_problems_cover_what_they_should(self):
         problems = [random_problem(rank, seed) for rank, count in {1: 75, 2: 24, 3: 9}.items() for seed in range(count)]
@@ -319,7 +330,7 @@ class CompileTest(unittest.TestCase):
         return [base._replace(space=(9, 8), window=window, window_padding=p) for p in ("shift", "zeros", "valid")]
 
     def test_compiled(self):
-        for problem, backend in zip(self.problems(), (None, None, "reference"), strict=True):
+        for problem, backend in zip(self.problems()[1:], (None, "reference"), strict=True):
             inputs = make_inputs(problem, torch.float32)
             torch.compiler.reset()
             with self.subTest(problem=problem, backend=backend):
