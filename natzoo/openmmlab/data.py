@@ -163,7 +163,7 @@ def _check_labels(batch: Any, dataset: Any) -> None:
         for one in sample if isinstance(sample, (list, tuple)) else (sample,):
             if not classes or "gt_sem_seg" not in one:
                 continue
-            labels = one.gt_sem_seg.data
+            labels = one.gt_sem_seg.get("data", one.gt_sem_seg.get("sem_seg"))  # as mmseg and as mmdet call it
             wrong = labels[(labels >= classes) & (labels != 255)]
             if len(wrong):
                 path = one.get("seg_map_path", "a label picture")
