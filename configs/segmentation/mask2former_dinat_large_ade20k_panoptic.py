@@ -2,6 +2,7 @@
 # Published: PQ 49.4, AP 35.0, mIoU 56.3.
 _base_ = ["./_base_/mask2former_panoptic.py", "./_base_/mask2former_ade20k.py"]
 
+custom_imports = dict(imports=["natzoo.openmmlab", "natzoo.openmmlab.panoptic_data"])
 things, stuff = 100, 50
 counts = dict(num_things_classes=things, num_stuff_classes=stuff)
 image_size = _base_.crop_size
@@ -35,7 +36,7 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = [
     dict(
-        type="CocoPanopticMetric",
+        type="PanopticMetric",
         ann_file=data_root + "ade20k_panoptic_val.json",
         seg_prefix=data_root + "ade20k_panoptic_val/",
     )

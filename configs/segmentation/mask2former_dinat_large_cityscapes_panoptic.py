@@ -2,7 +2,7 @@
 # Published: PQ 67.2, AP 44.5, mIoU 83.4.
 _base_ = ["./_base_/mask2former_panoptic.py", "./_base_/mask2former_cityscapes.py"]
 
-custom_imports = dict(imports=["natzoo.openmmlab", "natzoo.openmmlab.cityscapes"])
+custom_imports = dict(imports=["natzoo.openmmlab", "natzoo.openmmlab.panoptic_data"])
 things, stuff = 8, 11
 counts = dict(num_things_classes=things, num_stuff_classes=stuff)
 image_size = _base_.crop_size
@@ -36,7 +36,7 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = [
     dict(
-        type="CocoPanopticMetric",
+        type="PanopticMetric",
         ann_file=data_root + "gtFine/cityscapes_panoptic_val.json",
         seg_prefix=data_root + "gtFine/cityscapes_panoptic_val/",
     )

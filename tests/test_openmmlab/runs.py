@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 
@@ -32,6 +35,14 @@ def forget() -> None:
     for kind in kinds:
         kinds += kind.__subclasses__()
         kind._instance_dict.clear()
+
+
+def load_config(path: Path) -> Config:
+    """A config, which is read once and may be changed."""
+    return copy.deepcopy(_read_config(path))
+
+
+_read_config = functools.cache(Config.fromfile)
 
 
 def run(main: Callable[[list[str]], Any], *arguments: object) -> Any:

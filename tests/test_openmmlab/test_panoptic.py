@@ -1,13 +1,15 @@
 """Panoptic maps: what stands in for panopticapi, and a Mask2Former that is trained and evaluated on them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.structures import PixelData
 from PIL import Image
 from pycocotools.coco import COCO
-from runs import losses, run, tiny_mask2former
+from runs import ROOT, load_config, losses, run, tiny_mask2former
 
 from natzoo.openmmlab.panoptic import id2rgb, rgb2id
 from segmentation import test as segmentation_test
@@ -120,3 +122,63 @@ def test_from_training_to_evaluation(panoptic_shapes, tmp_path):
     scores = run(segmentation_test.main, config, folder / "iter_2.pth", *options, "--show-dir", tmp_path / "pictures")
     assert {"coco_panoptic/PQ", "coco_panoptic/PQ_th", "coco_panoptic/PQ_st"} <= scores.keys()
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
+
+
+# ----- data sets whose files list the classes in an order of their own -----
+
+
+def panoptic_set(folder, config):
+    """Makes up a picture of a thing and stuff where a config expects it: the data set, the metric, a perfect map."""
+    from mmdet.registry import DATASETS
+    from mmengine.evaluator import Evaluator
+    from mmengine.registry import init_default_scope
+
+    from natzoo.openmmlab.data import set_data_root
+
+    cfg = load_config(ROOT / "configs" / "segmentation" / config)
+    set_data_root(cfg, folder)
+    init_default_scope("mmdet")
+    described = DATASETS.get(cfg.val_dataloader.dataset.type).METAINFO
+    backwards = described["classes"][::-1]  # as no file of mmdet's has them
+    things = described["thing_classes"]
+    categories = [{"id": i, "name": name, "isthing": int(name in things)} for i, name in enumerate(backwards, 7)]
+    prefix, name = cfg.val_dataloader.dataset.data_prefix, "ulm_000000_000019_leftImg8bit.png"
+    picture, seg = Path(folder, prefix.img), Path(folder, prefix.seg)
+    map_name = name
+    if "cityscapes" in config:
+        picture, map_name = picture / "ulm", name.replace("leftImg8bit", "gtFine_panoptic")
+    picture.mkdir(parents=True)
+    seg.mkdir(parents=True)
+    Image.new("RGB", (64, 32)).save(picture / name)
+    numbers = np.full((32, 64), 500)
+    numbers[:, 20:] = 90000
+    Image.fromarray(id2rgb(numbers)).save(seg / map_name)
+    thing, stuff = things[1], described["stuff_classes"][2]
+    segments = [
+        {"id": number, "category_id": 7 + backwards.index(name), "iscrowd": 0, "area": area, "bbox": [x, 0, 30, 32]}
+        for number, name, area, x in ((500, thing, 32 * 20, 0), (90000, stuff, 32 * 44, 20))
+    ]
+    annotations = [{"image_id": "ulm", "file_name": map_name, "segments_info": segments}]
+    images = [{"id": "ulm", "file_name": name, "height": 32, "width": 64}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path = Path(folder, cfg.val_dataloader.dataset.ann_file)
+    path.write_text(json.dumps(content))
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    evaluator = Evaluator(cfg.val_evaluator)
+    evaluator.dataset_meta = dataset.metainfo
+    perfect = np.full((32, 64), described["classes"].index(stuff))
+    perfect[:, :20] = 1000 + described["classes"].index(thing)
+    return dataset, evaluator, perfect
+
+
+@pytest.mark.parametrize("data", ["ade20k", "cityscapes"])
+def test_classes_are_told_by_their_names(tmp_path, data):
+    dataset, evaluator, perfect = panoptic_set(tmp_path, f"mask2former_dinat_large_{data}_panoptic.py")
+    assert len(dataset) == 1
+    sample = dataset[0]["data_samples"]
+    (thing,), (stuff,) = sample.gt_instances.labels.tolist(), set(sample.gt_sem_seg.sem_seg.unique().tolist()) - {1}
+    classes = dataset.metainfo["classes"]
+    assert (classes[thing], classes[stuff]) == (classes[1], dataset.metainfo["stuff_classes"][2])
+    sample.pred_panoptic_seg = PixelData(sem_seg=torch.from_numpy(perfect)[None])
+    evaluator.process([sample])
+    assert evaluator.evaluate(1)["coco_panoptic/PQ"] == 100
