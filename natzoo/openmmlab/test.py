@@ -54,7 +54,8 @@ def main(project: Project, argv: Sequence[str] | None = None) -> dict[str, float
 
 
 def _metrics(cfg: Config) -> list[ConfigDict]:
-    return cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    metrics = cfg.test_evaluator
+    return list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
 
 
 def _set_measures(cfg: Config, measures: Sequence[str]) -> None:

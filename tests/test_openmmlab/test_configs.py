@@ -1,7 +1,6 @@
 """Every config: it builds, has the published size and arithmetic, learns from a picture and predicts."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +9,15 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.structures import PixelData
-from runs import load_config
+from runs import ROOT, load_config
 
 import natzoo.openmmlab  # noqa: F401  registers the backbones
+from natzoo.checkpoints.detectors import fit_detector
 from natzoo.checkpoints.zoo import entries
 from natzoo.openmmlab.counting import count_config
+from natzoo.openmmlab.data import set_data_root
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 PUBLISHED = [path for kind in ("detection", "segmentation") for path in sorted((CONFIGS / kind).glob("*_*_*.py"))]
 PUBLISHED = [path for path in PUBLISHED if not path.name.startswith(("nuclei", "coco"))]
 OTHERS = [*CONFIGS.glob("*/nuclei_*.py"), *CONFIGS.glob("*/coco_*.py"), *CONFIGS.glob("quickstart/*.py")]
@@ -113,6 +114,28 @@ def test_position_biases_and_norms_do_not_decay():
                 if names[id(parameter)].endswith("qkv.weight"):
                     assert group["weight_decay"] == 0.05
                     assert group["lr"] == (1e-5 if "mask2former" in name else 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["detection", "segmentation"])
+def test_configs_of_the_readmes(kind, shapes, tmp_path):
+    """To fine-tune on pictures of one's own: the model takes the published weights, the data is found."""
+    text = re.search(r"```python\n(_base_ = .*?)```", (ROOT / kind / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "mine.py").write_text(text.replace("./", f"{CONFIGS / kind}/"))
+    for split, name in (("training", "train"), ("validation", "val")):
+        (shapes / f"instances_{split}.json").rename(shapes / f"{name}.json")
+        (shapes / name).symlink_to(shapes / "images" / split)
+    cfg = load_config(tmp_path / "mine.py")
+    set_data_root(cfg, shapes)
+    init_default_scope(cfg.default_scope)
+    for loader, count in ((cfg.train_dataloader, 6), (cfg.val_dataloader, 3), (cfg.test_dataloader, 3)):
+        dataset = DATASETS.build(loader.dataset)
+        assert len(dataset) == count
+        assert dataset[0]["data_samples"] is not None
+    base = load_config(CONFIGS / kind / re.search(r'_base_ = "./(.+)"', text)[1])
+    with torch.device("meta"):
+        model, published = MODELS.build(cfg.model), MODELS.build(base.model)
+    _, notes = fit_detector(published.state_dict(), model, "published.pth", new_classes=True)
+    assert len(notes) == 1
 
 
 # ----- a picture -----
