@@ -1,32 +1,16 @@
 """These tests need the extra `openmmlab`; where it is not installed none is collected, and the run says so."""
 
 import functools
-import importlib.util
-import os
+import importlib
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from openmmlab_extra import MISSING, PHOTOGRAPHS, has_photographs
 
 ROOT = Path(__file__).parents[2]
-MISSING = [name for name in ("mmengine", "mmcv", "mmdet", "mmseg") if importlib.util.find_spec(name) is None]
 collect_ignore_glob = ["test_*.py"] if MISSING else []
-
-# Where photographs in COCO's and ADE20K's layouts are: coco_ccby/ and coco_ade/. Without them drawn shapes serve.
-PHOTOGRAPHS = Path(os.environ.get("NATTEN_TEST_DATA", ROOT.parent / "shared" / "data"))
-
-
-def pytest_terminal_summary(terminalreporter):
-    if MISSING:
-        line = f"tests/test_openmmlab was left out, since {', '.join(MISSING)} is not installed"
-    else:
-        line = f"configs were tried on {f'photographs of {PHOTOGRAPHS}' if has_photographs() else 'drawn shapes'}"
-    terminalreporter.line(f"openmmlab: {line}")
-
-
-def has_photographs():
-    return all((PHOTOGRAPHS / name).is_dir() for name in ("coco_ccby", "coco_ade"))
 
 
 @pytest.fixture(autouse=True)
