@@ -46,13 +46,10 @@ def count(what: str, size: tuple[int, int] | None = None) -> tuple[int, int, tup
     """The same of a model's name or a config's path."""
     if not what.endswith(".py"):
         return count_model(what, size)
-    if not Path(what).is_file():
-        raise FileNotFoundError(f"there is no config {what}: check the path.")
-    from mmengine.config import Config
-
     from natzoo.openmmlab.counting import count_config
+    from natzoo.openmmlab.options import read_config
 
-    return count_config(Config.fromfile(what), size)
+    return count_config(read_config(Path(what)), size)
 
 
 def main(argv: list[str] | None = None) -> None:
