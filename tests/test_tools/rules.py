@@ -158,6 +158,8 @@ RULES = (
         r"python tools/benchmark\.py (ops|layers).*", "--case b1_8x8_h2_d8_k3 --provider natten-reference --repeats 1"
     ),
     Rule(r"python tools/benchmark\.py models.*", "--case inference_b1_32 --provider nat_mini --repeats 1"),
+    Rule(r"python -m natten\.profiler .* --dry-run .*", quick=True),
+    Rule(r"python -m natten\.profiler .*", "--device cpu --repeats 1"),
     Rule(r"python -m natten\.build( --list)?"),
     Rule(r"python -m natten\.build --cpu .*", replace={"--cpu x86-64-v4 ": ""}),
 )
