@@ -101,6 +101,10 @@ RULES = (
         _TEST,
         {"iter_400": "iter_2", "iter_300": "iter_2"},
     ),
+    Rule(
+        r"python (detection|segmentation)/train\.py configs/\w+/mine\.py .*",
+        elsewhere="tests/test_openmmlab/test_configs.py, which takes the config from the page",
+    ),
     Rule(r"python detection/train\.py CONFIG", _QUICKSTART, {"CONFIG": "configs/quickstart/mask_rcnn.py"}),
     Rule(r"python segmentation/train\.py CONFIG", _QUICKSTART, {"CONFIG": "configs/quickstart/upernet.py"}),
     Rule(
