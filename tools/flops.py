@@ -17,7 +17,6 @@ import argparse
 import csv
 import io
 import sys
-import warnings
 from pathlib import Path
 
 import timm
@@ -62,15 +61,10 @@ def count_anything(what: str, size: tuple[int, int] | None = None) -> Counted:
     """The same of a model's name or a config's path."""
     if not what.endswith(".py"):
         return count_model(what, size)
-    if not Path(what).is_file():
-        raise FileNotFoundError(f"there is no config {what}: check the path.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of old calls inside mmdet and mmseg
-        from mmengine.config import Config
+    from natzoo.openmmlab.counting import count_config
+    from natzoo.openmmlab.options import read_config
 
-        from natzoo.openmmlab.counting import count_config
-
-        return count_config(Config.fromfile(what), size)
+    return count_config(read_config(Path(what)), size)
 
 
 def format_row(name: str, size: str, layer: Layer) -> str:
