@@ -108,13 +108,13 @@ class Trainer:
 
     def build_data_and_model(self) -> None:
         args = self.args
-        self.train_images = training_images(args)
+        self.train_images = training_images(args, self.ranks)
         self.model, self.record = build_model(args, self.train_images.classes, self.ranks)
         self.model.to(self.device, memory_format=self.memory_format)
         check_classes(self.train_images, self.model.num_classes, are_named=True)
         config, pin = self.record["preprocessing"], self.device.type == "cuda"
         self.train_loader = training_loader(args, self.train_images, config, self.ranks, pin)
-        val_images = validation_images(args, self.train_images, config)
+        val_images = validation_images(args, self.train_images.classes, config, self.ranks)
         batch_size = args.val_batch_size or args.batch_size
         self.val_loader = evaluation_loader(val_images, batch_size, args.workers, pin, self.ranks)
 

@@ -23,11 +23,11 @@ from classification.devices import autocast_of, pick_device
 from classification.evaluation import Flipped, check_classes, evaluate
 from classification.images import Images
 from classification.interruption import Interrupted, Watch
-from classification.loaders import evaluation_loader
-from classification.models import add_model_options, evaluation_transform, preprocessing, requested_model
-from classification.options import WORKERS, non_negative, positive
+from classification.loaders import evaluation_loader, is_sharded, validation_images
+from classification.models import add_model_options, preprocessing, requested_model
+from classification.options import WORKERS, add_column_options, non_negative, positive
 from classification.ranks import Ranks, join
-from classification.readers import open_reader, read_class_map
+from classification.readers import read_class_map
 from classification.real_labels import RealLabels
 from natzoo import command_line
 from natzoo.checkpoints import DownloadError, write_table, zoo
@@ -45,7 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     parser.add_argument("--models", nargs="+", metavar="PATTERN", help="all published models of such names: 'nat_*'")
     parser.add_argument("--results-file", type=Path, metavar="CSV", help="table to write, a row a model")
-    parser.add_argument("--dataset", default="", help="folder, tar or hfds/NAME; by what DATA holds unless given")
+    parser.add_argument("--dataset", default="", help="folder, tar, hfds/NAME or wds; by what DATA holds unless given")
+    add_column_options(parser)
     parser.add_argument("--val-split", default="val", help="folder or tar file of the images under DATA")
     parser.add_argument("--class-map", metavar="FILE", help="text file of the classes in order, one a line")
     parser.add_argument("--real-labels", nargs="?", const="", metavar="JSON", help="score by ImageNet's real labels")
@@ -55,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision")
     parser.add_argument("--channels-last", action="store_true", help="memory format of convolutions")
     parser.add_argument("--skip-bad-images", action="store_true", help="go on where an image cannot be read")
+    parser.set_defaults(synthetic=None, seed=0)  # of train.py, which the loaders ask for
     return parser
 
 
@@ -99,10 +101,13 @@ def validate(args: argparse.Namespace, ranks: Ranks, watch: Watch) -> dict[str, 
     model, record = obtain(args, device, ranks)
     config = preprocessing(args, model, record)
     classes = read_class_map(args.class_map) or record["classes"]
-    reader = open_reader(args.dataset, args.data, args.val_split, classes)
-    images = Images(reader, evaluation_transform(config), replace=False)
+    if classes is None and is_sharded(args):
+        classes = [str(number) for number in range(model.num_classes)]
+    images = validation_images(args, classes, config, ranks)
     check_classes(images, model.num_classes, are_named=record["classes"] is not None)
     if args.real_labels is not None:
+        if not isinstance(images, Images):
+            raise ValueError("--real-labels goes by the names of files, which shards do not keep: use folders or tar.")
         images = RealLabels(images, args.real_labels or None)
     loader = evaluation_loader(images, args.batch_size, args.workers, device.type == "cuda", ranks)
     if args.channels_last:
