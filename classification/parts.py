@@ -35,7 +35,10 @@ def build_model(args: argparse.Namespace, classes: list[str], ranks: Ranks) -> t
         for note in load_weights(model, weights, args.initial_checkpoint, new_classifier=True):
             ranks.say(f"{args.initial_checkpoint}: {note}")
     if args.grad_checkpointing:
-        model.set_grad_checkpointing()
+        try:
+            model.set_grad_checkpointing()
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(f"the model {args.model!r} cannot do with --grad-checkpointing: leave it out.") from error
     record = {
         "model": args.model,
         "model_kwargs": args.model_kwargs,

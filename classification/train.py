@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.checkpoints import Checkpoints, check_record, run_folder, to_resume
-from classification.devices import autocast_of, pick_device
+from classification.devices import autocast_of, enough_memory, pick_device
 from classification.evaluation import check_classes, evaluate
 from classification.images import STEP_SEED, check_images, seed_all
 from classification.interruption import Interrupted, Watch
@@ -423,7 +423,8 @@ def main(argv: list[str] | None = None) -> float:
         torch.set_num_threads(args.threads)
     with Watch() as watch, join(args.device, watch) as (ranks, args.device):
         try:
-            return Trainer(args, ranks, watch).run()
+            with enough_memory("lower --batch-size and raise --grad-accum, or use --grad-checkpointing or --amp bf16"):
+                return Trainer(args, ranks, watch).run()
         except Interrupted:
             pass
         # Only here is the trainer gone, which the exception held, and with it its loading processes: at the

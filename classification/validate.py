@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification.devices import autocast_of, pick_device
+from classification.devices import autocast_of, enough_memory, pick_device
 from classification.evaluation import Flipped, check_classes, evaluate
 from classification.images import Images
 from classification.interruption import Interrupted, Watch
@@ -160,7 +160,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for name in chosen_models(args.models) if args.models else [args.model]:
             args.model = name
             try:
-                result = validate(args, ranks, watch)
+                with enough_memory("lower --batch-size, or use --amp bf16"):
+                    result = validate(args, ranks, watch)
             except DownloadError as error:  # the next one may be here already
                 if not args.models:
                     raise
