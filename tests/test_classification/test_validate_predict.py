@@ -160,10 +160,12 @@ def test_a_signal_ends_the_evaluation(trained, data, tmp_path, monkeypatch, caps
     assert not (tmp_path / "results.csv").exists()
 
 
-def test_what_one_process_could_not_download_all_leave_out(imagenet, monkeypatch, capsys):
+def test_what_one_process_could_not_download_all_leave_out(imagenet, data, monkeypatch, capsys):
     def gather(self, value):
         return [value, "node b cannot be reached"] if value is None else [value]
 
+    for image in data.rglob("val/*/1.png"):
+        image.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(Ranks, "gather", gather)
         with pytest.raises(ValueError, match="1 of 1 models could not be had: nat_isotropic_small"):
