@@ -10,6 +10,7 @@ from typing import Any
 
 from classification.ranks import Ranks
 from natzoo.checkpoints import read_checkpoint, write_checkpoint
+from natzoo.checkpoints.write import sync
 
 # Where things are and how they are shown does not matter to a run.
 _PLACES = (
@@ -17,7 +18,7 @@ _PLACES = (
     *("save_interval", "keep_last", "grad_accum"),
 )
 # A run that goes on with another of these would not be the same run.
-_KEPT_OPTIONS = ("seed", "opt", "batch_size", "model_ema", "amp")
+_KEPT_OPTIONS = ("seed", "opt", "batch_size", "model_ema", "amp", "layer_decay", "decay_rpb")
 # What a run's last checkpoint holds.
 KEYS = (
     *("model", "model_ema", "record", "epoch", "best", "best_epoch"),  # best.pth too
@@ -65,6 +66,7 @@ class Checkpoints:
             os.link(self.last, temporary)  # costs nothing: saving last.pth anew leaves this file alone
         except OSError:
             shutil.copyfile(self.last, temporary)
+            sync(temporary)
         os.replace(temporary, kept)
         for path in sorted(self.folder.glob("epoch-*.pth"))[: -self.keep]:
             path.unlink()
@@ -81,8 +83,10 @@ def to_resume(args: argparse.Namespace, ranks: Ranks) -> tuple[Path, dict[str, A
         FileNotFoundError: if there is no such file.
     """
     last = run_folder(args) / "last.pth"
-    if args.resume == "auto":
+    if args.resume == "auto" or _is_started_again(args, last):
         chosen = last if last.exists() else None
+        if chosen is None:
+            ranks.say(f"there is no {last} to go on from: the run starts anew")
     else:
         chosen = None if args.resume is None else Path(args.resume)
         if last.exists() and (chosen is None or chosen.resolve().parent != last.resolve().parent):
@@ -109,6 +113,13 @@ def to_resume(args: argparse.Namespace, ranks: Ranks) -> tuple[Path, dict[str, A
         if theirs.get(key) != ours and key not in _PLACES:
             ranks.say(f"resumed with another {key}: {ours!r} instead of {theirs.get(key)!r}")
     return chosen, state
+
+
+def _is_started_again(args: argparse.Namespace, last: Path) -> bool:
+    """Whether torchrun has started this run again, with the command that last.pth was made by, after a process died."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not last.exists():
+        return False
+    return read_checkpoint(last).get("options", {}).get("resume") == args.resume
 
 
 def check_record(path: Path, state: dict[str, Any], record: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -22,6 +22,15 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Raises ValueError, saying what to do, where the block finds the GPU's memory full."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"the memory of the GPU is not enough: {remedy} ({str(error).split('. ')[0]}).") from error
 
 
 def autocast_of(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on N GPUs of this machine, or on N of each of several machines.
 #
-#   bash classification/dist_train.sh N CONFIG DATA [options of train.py]
+#   bash classification/dist_train.sh N CONFIG [DATA] [options of train.py]
 #   bash classification/dist_train.sh 8 configs/classification/nat_mini.yml IMAGENET --amp bf16
 #
 #   MAX_RESTARTS=3      start again after a process died, from the last checkpoint: implies --resume
@@ -12,12 +12,13 @@
 #
 # SIGTERM and SIGUSR1 make the run save and leave, within PET_SHUTDOWN_TIMEOUT seconds (60).
 set -euo pipefail
-if [ $# -lt 3 ]; then
+if [ $# -lt 2 ]; then
     sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-n=$1 config=$2 data=$3
-shift 3
+n=$1 config=$2
+shift 2
+python=${PYTHON:-python}
 
 restarts=${MAX_RESTARTS:-0}
 if [ "$restarts" -gt 0 ] && [[ " $* " != *" --resume"* ]]; then
@@ -36,7 +37,19 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-60}
+where='import importlib.util as util; print(util.find_spec("torch").submodule_search_locations[0])'
+if ! torch=$("$python" -c "$where" 2>/dev/null); then
+    echo "error: $python has no PyTorch: activate the environment that tools/setup.sh made, or set PYTHON." >&2
+    exit 2
+fi
+# Older ones do not read these variables.
+if ! grep -q signals-to-handle "$torch/distributed/run.py"; then
+    echo "note: torchrun of this PyTorch dies of SIGUSR1 without a save: send SIGTERM, or install a newer PyTorch." >&2
+fi
+if ! grep -q shutdown-timeout "$torch/distributed/run.py"; then
+    echo "note: torchrun of this PyTorch gives a run 30 seconds to save after a signal, not $PET_SHUTDOWN_TIMEOUT." >&2
+fi
 # Processes that are started again must not find the addresses of those that died in the store that torchrun keeps.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec "${PYTHON:-python}" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$n" --max-restarts "$restarts" \
-    "$(dirname "$0")/train.py" "$data" --config "$config" "$@"
+exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$n" --max-restarts "$restarts" \
+    "$(dirname "$0")/train.py" "$@" --config "$config"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from classification.images import check_images
@@ -45,7 +45,8 @@ def evaluate(
     ranks = ranks or Ranks()
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # right, right among five, loss, images
-    bar = tqdm(total=len(loader), desc="evaluate", leave=False, disable=None if ranks.is_first else True)
+    total = None if isinstance(loader.dataset, IterableDataset) else len(loader)  # of streams nobody knows
+    bar = tqdm(total=total, desc="evaluate", leave=False, disable=None if ranks.is_first else True)
     batches = iter(loader)
     with bar:
         while True:

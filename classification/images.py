@@ -56,7 +56,7 @@ class Images(Dataset):
             try:
                 file, target = self.reader[candidate]
                 image = read_image(file, self.reader.filename(candidate))
-            except (OSError, ValueError):
+            except (OSError, ValueError):  # as `read_image` and the readers raise it
                 self._is_bad[candidate] = True
                 self._has_bad[0] = True
                 if self.replace:
@@ -73,11 +73,10 @@ class Images(Dataset):
 
 
 class SyntheticImages(Dataset):
-    """Noise that costs nothing to load, to measure how fast a model trains.
+    """Noise, to measure how fast a model trains: an image costs a copy of one that is there, moved aside.
 
     Args:
         length: number of images.
-        input_size: [channels, height, width] in pixels; may be set later.
         num_classes: number of classes.
     """
 

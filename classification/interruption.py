@@ -19,10 +19,20 @@ class Watch:
 
     Attributes:
         received: the first signal, or None.
+        name: what to call it.
+        status: the exit status of a process that leaves because of it, or because another process was told to.
     """
 
     def __init__(self):
         self.received: signal.Signals | None = None
+
+    @property
+    def name(self) -> str:
+        return self.received.name if self.received else "a signal to another process"
+
+    @property
+    def status(self) -> int:
+        return 128 + (self.received or signal.SIGTERM)
 
     def __enter__(self) -> Watch:
         self._previous = {}

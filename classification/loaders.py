@@ -46,7 +46,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
-def training_images(args: argparse.Namespace) -> TrainingImages:
+def training_images(args: argparse.Namespace, ranks: Ranks) -> TrainingImages:
     """The images to train on, as the options say; the transform comes with the loader.
 
     Raises:
@@ -55,22 +55,28 @@ def training_images(args: argparse.Namespace) -> TrainingImages:
     classes = read_class_map(args.class_map)
     if args.synthetic:
         return SyntheticImages(args.synthetic, args.num_classes or len(classes or range(1000)))
-    if args.dataset.partition("/")[0] == "wds":
-        return _shards(args, args.train_split, classes, args.batch_size, is_training=True)
-    return Images(open_reader(args.dataset, args.data, args.train_split, classes), transform=None)
+    if is_sharded(args):
+        return _shards(args, args.train_split, classes, ranks, is_training=True)
+    return Images(open_reader(args.dataset, args.data, args.train_split, classes, _columns(args)), transform=None)
 
 
-def validation_images(args: argparse.Namespace, train: TrainingImages, config: dict[str, Any]) -> TrainingImages:
-    """The images to evaluate on, of the same classes; of --synthetic one batch a process."""
+def validation_images(
+    args: argparse.Namespace, classes: list[str] | None, config: dict[str, Any], ranks: Ranks
+) -> TrainingImages:
+    """The images to evaluate on, of these classes, or of those that they have; of --synthetic one batch.
+
+    Raises:
+        ValueError, FileNotFoundError: if there are none.
+    """
     if args.synthetic:
-        images = SyntheticImages(args.val_batch_size or args.batch_size, len(train.classes))
+        images = SyntheticImages(args.val_batch_size or args.batch_size, len(classes))
         images.make_noise(config["input_size"])
         return images
-    if isinstance(train, ShardImages):
-        images = _shards(args, args.val_split, train.classes, args.val_batch_size or args.batch_size, is_training=False)
+    if is_sharded(args):
+        images = _shards(args, args.val_split, classes, ranks, is_training=False)
         images.transform = evaluation_transform(config)
         return images
-    reader = open_reader(args.dataset, args.data, args.val_split, train.classes)
+    reader = open_reader(args.dataset, args.data, args.val_split, classes, _columns(args))
     return Images(reader, evaluation_transform(config), replace=False)
 
 
@@ -132,11 +138,20 @@ def _rest(workers: int, pin: bool) -> dict[str, Any]:
     }
 
 
+def _columns(args: argparse.Namespace) -> tuple[str, str]:
+    return args.input_key, args.target_key
+
+
+def is_sharded(args: argparse.Namespace) -> bool:
+    """Whether --dataset means webdataset shards, which know classes by number alone."""
+    return args.dataset.partition("/")[0] == "wds"
+
+
 def _shards(
-    args: argparse.Namespace, split: str, classes: list[str] | None, batch_size: int, is_training: bool
+    args: argparse.Namespace, split: str, classes: list[str] | None, ranks: Ranks, is_training: bool
 ) -> ShardImages:
     if classes is None:
         if args.num_classes is None:
             raise ValueError("webdataset shards do not tell their classes: give --class-map or --num-classes.")
         classes = [str(number) for number in range(args.num_classes)]
-    return ShardImages(args.data or "", split, classes, batch_size, args.seed, is_training)
+    return ShardImages(args.data or "", split, classes, args.batch_size, args.seed, is_training, ranks)

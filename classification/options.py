@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-# More than cores only wait for each other; the processes of a machine share them.
-WORKERS = max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+# More than cores only wait for each other; the processes of a machine share them. macOS does not tell those allowed.
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = max(1, min(8, _CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 _RESAMPLING = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
@@ -70,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="", help="folder, tar, hfds/NAME or wds; by what DATA holds unless given")
+    add_column_options(group)
     group.add_argument("--train-split", default="train", help="folder or tar file of the training images under DATA")
     group.add_argument("--val-split", default="val", help="folder or tar file of the validation images under DATA")
     group.add_argument("--class-map", metavar="FILE", help="text file of the classes in order, one a line")
@@ -152,6 +154,12 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--compile", default=False, **flag, help="torch.compile the model")
     group.add_argument("--log-interval", type=positive, default=10, help="updates between figures shown and logged")
     return parser
+
+
+def add_column_options(parser: argparse._ActionsContainer) -> None:
+    """The names of a Hugging Face dataset's columns, as `HubReader` takes them."""
+    parser.add_argument("--input-key", default="image", metavar="NAME", help="column of the images, with hfds/NAME")
+    parser.add_argument("--target-key", default="label", metavar="NAME", help="column of the labels, with hfds/NAME")
 
 
 def positive(text: str) -> int:

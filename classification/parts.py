@@ -35,7 +35,10 @@ def build_model(args: argparse.Namespace, classes: list[str], ranks: Ranks) -> t
         for note in load_weights(model, weights, args.initial_checkpoint, new_classifier=True):
             ranks.say(f"{args.initial_checkpoint}: {note}")
     if args.grad_checkpointing:
-        model.set_grad_checkpointing()
+        try:
+            model.set_grad_checkpointing()
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(f"the model {args.model!r} cannot do with --grad-checkpointing: leave it out.") from error
     record = {
         "model": args.model,
         "model_kwargs": args.model_kwargs,
@@ -88,17 +91,21 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, images_per_updat
     lr = peak_learning_rate(args, images_per_update)
     extra = {key: value for key, value in (("eps", args.opt_eps), ("betas", args.opt_betas)) if value is not None}
     try:
-        groups = _parameter_groups(args, model)
+        groups = _parameter_groups(args, model, lr)
         return create_optimizer_v2(groups, args.opt, lr, weight_decay=0.0, momentum=args.momentum, **extra)
     except (AssertionError, TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"the optimizer {args.opt!r} cannot be made with these options: {error}.") from error
 
 
-def _parameter_groups(args: argparse.Namespace, model: nn.Module) -> list[dict[str, Any]]:
+def _parameter_groups(args: argparse.Namespace, model: nn.Module, lr: float) -> list[dict[str, Any]]:
     kept = model.no_weight_decay() if hasattr(model, "no_weight_decay") and not args.decay_rpb else ()
     if args.layer_decay is None:
         return param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=kept)
-    return param_groups_layer_decay(model, args.weight_decay, no_weight_decay_list=kept, layer_decay=args.layer_decay)
+    groups = param_groups_layer_decay(model, args.weight_decay, no_weight_decay_list=kept, layer_decay=args.layer_decay)
+    if args.sched == "none":  # timm's schedulers apply the scale, and to the lowest learning rate too
+        for group in groups:
+            group["lr"] = lr * group.pop("lr_scale")
+    return groups
 
 
 def _check_installed(opt: str) -> None:

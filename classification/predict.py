@@ -131,16 +131,27 @@ def main(argv: list[str] | None = None) -> None:
     transform = evaluation_transform(preprocessing(args, model, record))
     names = class_names(record, model.num_classes)
     answers: dict[Path, Answer] = {}
+    broken: list[str] = []
     for start in tqdm(range(0, len(paths), args.batch_size), desc="predict", leave=False, disable=None):
-        batch = paths[start : start + args.batch_size]
-        found = predict(model, [read_image(path) for path in batch], transform, args.topk)
+        batch = {}
+        for path in paths[start : start + args.batch_size]:
+            try:
+                batch[path] = read_image(path)
+            except ValueError as error:
+                broken.append(str(error))
+                tqdm.write(broken[-1])
+        if not batch:
+            continue
+        found = predict(model, list(batch.values()), transform, args.topk)
         for path, classes in zip(batch, found, strict=True):
             answers[path] = [(names[number], value) for number, value in classes]
             tqdm.write(f"{path}: " + ", ".join(f"{name} {value:.1%}" for name, value in answers[path]))
     if args.json:
         write_json(args.json, answers)
-    if args.grid:
+    if args.grid and answers:
         write_grid(args.grid, dict(itertools.islice(answers.items(), GRID)))
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(paths)} pictures are left out: {broken[0]}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 import natten
-from classification.interruption import Watch
+from classification.interruption import Interrupted, Watch
 from natten import dispatch
 from natzoo.command_line import MISTAKES
 
@@ -83,21 +83,30 @@ class Ranks(NamedTuple):
             return model
         return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
-    def check_kernels(self, device: torch.device) -> None:
-        """Checks that all processes compute attention with the same backend, made of the same sources.
+    def check_same(self, remedy: str, /, **what: Any) -> None:
+        """Checks that all processes have the same of everything; all must call it.
+
+        Args:
+            remedy: what to do where they have not.
+            what: plain values, by what they are called in the error's text.
 
         Raises:
-            ValueError: naming the first process that does not, and how it differs.
+            ValueError: naming the first process that has another value, and how it differs.
         """
-        found = self.gather((socket.gethostname(), kernels(device)))
+        found = self.gather((socket.gethostname(), what))
         first_host, first = found[0]
         for rank, (host, theirs) in enumerate(found):
-            for what, value in theirs.items():
-                if value != first[what]:
+            for name, value in theirs.items():
+                if value != first[name]:
                     raise ValueError(
-                        f"rank {rank} on {host} has the {what} {value}, but rank 0 on {first_host} has {first[what]}: "
-                        "use the same installation and the same NATTEN_BACKEND everywhere."
+                        f"rank {rank} on {host} has the {name} {value}, but rank 0 on {first_host} has {first[name]}: "
+                        f"{remedy}."
                     )
+
+    def leave_on_signal(self, watch: Watch) -> None:
+        """Raises Interrupted in all processes if any of them was told to end; all must call it."""
+        if self.sum(watch.received is not None) != [0]:
+            raise Interrupted
 
 
 def kernels(device: torch.device) -> dict[str, str]:
@@ -129,7 +138,7 @@ def join(device: str, watch: Watch) -> Iterator[tuple[Ranks, str]]:
         the ranks, and the device's name.
 
     Raises:
-        ValueError: if there are fewer GPUs than processes on this machine.
+        ValueError: if there are fewer GPUs than processes on this machine, or all are sent to one.
     """
     if "RANK" not in os.environ:
         yield Ranks(), device
@@ -137,6 +146,8 @@ def join(device: str, watch: Watch) -> Iterator[tuple[Ranks, str]]:
     ranks = Ranks(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
     try:
         is_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        if device.startswith("cuda:") and ranks.local_size > 1:
+            raise ValueError(f"--device {device} puts all processes on one GPU: use cuda, which gives each its own.")
         if is_cuda:
             if torch.cuda.device_count() < ranks.local_size:
                 raise ValueError(

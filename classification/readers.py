@@ -1,4 +1,4 @@
-"""Where images come from: folders, tar files, Hugging Face datasets, webdataset shards; all but folders through timm.
+"""Where images come from: folders, tar files, Hugging Face datasets (through timm's reader).
 
 A reader has what timm's readers have: `len(reader)`, `reader[index] -> (file, class number)`, `reader.filename(index)`;
 and `classes`, the names of the classes in the order of their numbers, and `where`, for messages.
@@ -6,19 +6,18 @@ and `classes`, the names of the classes in the order of their numbers, and `wher
 
 from __future__ import annotations
 
+import io
 import tarfile
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
 
-from timm.data.readers import create_reader, reader_image_in_tar
+from timm.data.readers import create_reader
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval", "test")}
-
-# Beside large tar files timm keeps an index, a pickle, which its older versions read without care. None: it may.
-_KEEPS_INDEX = None if hasattr(reader_image_in_tar, "_TarInfoUnpickler") else False
 
 
 class FolderReader:
@@ -50,80 +49,156 @@ class FolderReader:
 class TarReader:
     """Images of a tar file, or of a folder of tar files, which are not unpacked; the innermost folder names the class.
 
+    A tar file within counts as a folder of its name. The files are looked through at each start, from header to header:
+    no index is kept beside them.
+
     Raises:
         ValueError: if a file is no tar file, or none holds images of the classes.
     """
 
     def __init__(self, root: Path, classes: list[str] | None = None):
         self.where = str(root)
-        numbers = {name: number for number, name in enumerate(classes or [])}
+        found: list[_Member] = []
         try:
-            self._reader = ReaderImageInTar(str(root), class_map=numbers, cache_tarinfo=_KEEPS_INDEX)
+            if root.is_dir():
+                for path in sorted(root.glob("*.tar")):
+                    with tarfile.open(path, "r:") as tar:
+                        found += _members(tar, path, path.stem)
+            else:
+                with tarfile.open(root, "r:") as tar:
+                    found += _members(tar, root, "")
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{root} cannot be read as tar files of images: {error}.") from error
-        except ValueError as error:  # nothing to unpack
-            raise ValueError(f"{root} holds no images of the classes looked for.") from error
-        self.classes = classes or list(self._reader.class_name_to_idx)
+        self.classes = classes or sorted({member.label for member in found}, key=natural_key)
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        samples = ((numbers[member.label], member) for member in found if member.label in numbers)
+        self.samples = sorted(samples, key=lambda sample: (sample[0], sample[1].name))
+        if not self.samples:
+            raise ValueError(f"{root} holds no images of the classes looked for.")
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return len(self.samples)
 
-    def __getitem__(self, index: int):
-        file, target = self._reader[index]
-        return file, int(target)
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        number, member = self.samples[index]
+        with open(member.path, "rb") as file:
+            file.seek(member.offset)
+            return io.BytesIO(file.read(member.size)), number
 
     def filename(self, index: int) -> str:
-        return f"{self.where}/{self._reader.filename(index)}"
+        _, member = self.samples[index]
+        return f"{member.path}/{member.name}"
+
+
+class _Member(NamedTuple):
+    """An image in a tar file, and the bytes of the file that it is made of."""
+
+    path: Path
+    offset: int
+    size: int
+    name: str
+    label: str
+
+
+def _members(tar: tarfile.TarFile, path: Path, folder: str, offset: int = 0) -> Iterator[_Member]:
+    """The images in a tar file that begins at a byte of the file at `path`; `folder` stands for their first folder."""
+    suffixes = get_img_extensions(as_set=True)
+    for entry in tar:
+        name = PurePosixPath(folder, entry.name)
+        if not entry.isreg() or entry.issparse():
+            continue
+        if name.suffix.lower() == ".tar":
+            with tarfile.open(fileobj=tar.extractfile(entry), mode="r:") as inner:
+                yield from _members(inner, path, str(name.with_suffix("")), offset + entry.offset_data)
+        elif name.suffix.lower() in suffixes:
+            yield _Member(path, offset + entry.offset_data, entry.size, str(name), name.parent.name)
 
 
 class HubReader:
-    """A dataset of the Hugging Face hub, or a local one in its formats, with columns `image` and `label`.
+    """A dataset of the Hugging Face hub, or a local one in its formats.
 
     Args:
         name: "OWNER/NAME", or a path.
         split: its name there.
         cache: folder that downloads are kept in; the library's own unless given.
-        classes: names in the order of their numbers; the dataset's own unless given.
+        classes: names in the order of their numbers; the dataset's own unless given, which some lack.
+        columns: names of the columns of images and of labels.
 
     Raises:
-        ValueError: if the package datasets is missing, or it cannot load the dataset.
+        ValueError: if the package datasets is missing, or it cannot load the dataset; if nothing names the classes, or
+            a label is none of them.
     """
 
-    def __init__(self, name: str, split: str, cache: str | None = None, classes: list[str] | None = None):
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        cache: str | None = None,
+        classes: list[str] | None = None,
+        columns: tuple[str, str] = ("image", "label"),
+    ):
         self.where = f"{name}[{split}]"
-        numbers = {given: number for number, given in enumerate(classes or [])}
+        self._input_key, target_key = columns
         try:
-            self._reader = create_reader(f"hfds/{name}", root=cache, split=split, class_map=numbers or None)
+            self._reader = create_reader(
+                f"hfds/{name}", root=cache, split=split, input_key=self._input_key, target_key=target_key
+            )
+            labels = self._reader.dataset.unique(target_key)
         except ImportError as error:
             raise ValueError("--dataset hfds/... needs the package datasets: pip install datasets.") from error
         except Exception as error:  # the library raises those of several others
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the dataset {name}, split {split}, cannot be loaded: {reason}") from error
-        self.classes = classes or list(self._reader.class_to_idx)
+            raise ValueError(
+                f"the dataset {name}, split {split}, cannot be loaded, with images in the column {self._input_key!r} "
+                f"and labels in {target_key!r} (--input-key, --target-key): {reason}"
+            ) from error
+        names = list(self._reader.class_to_idx)
+        if not (classes or names):
+            raise ValueError(f"{self.where} does not name its classes: name them in order by --class-map.")
+        self.classes = classes or names
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        # Labels are names, or numbers of the dataset's names, or, where it has none, of those given.
+        known = {**numbers, **{label: numbers.get(name) for label, name in enumerate(names or self.classes)}}
+        self._numbers = {label: known.get(label) for label in labels}
+        for label, number in self._numbers.items():
+            if number is None:
+                name = names[label] if label in range(len(names)) else label
+                raise ValueError(f"{self.where} has a class {name!r}, which the model was not trained on.")
 
     def __len__(self) -> int:
         return len(self._reader)
 
-    def __getitem__(self, index: int):
-        return self._reader[index]
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        try:
+            file, label = self._reader[index]
+        except (AssertionError, TypeError) as error:
+            raise ValueError(f"row {index} of {self.where} holds no image.") from error
+        return file, self._numbers[label]
 
     def filename(self, index: int) -> str:
-        return str(self._reader.filename(index) or f"{self.where} image {index}")
+        image = self._reader.dataset[index][self._input_key] or {}
+        return str(image.get("path") or f"{self.where} image {index}")
 
 
-def open_reader(dataset: str, data: str | None, split: str, classes: list[str] | None):
-    """The reader that --dataset, DATA and a split's name mean.
+def open_reader(
+    dataset: str,
+    data: str | None,
+    split: str,
+    classes: list[str] | None,
+    columns: tuple[str, str] = ("image", "label"),
+):
+    """The reader that --dataset, DATA, a split's name, and for the hub --input-key and --target-key mean.
 
     Raises:
         ValueError, FileNotFoundError: if there is no such data, or it cannot be read.
     """
     kind, _, name = dataset.partition("/")
     if kind == "hfds":
-        return HubReader(name, split, data, classes)
+        return HubReader(name, split, data, classes, columns)
     if kind not in ("", "folder", "tar"):
         raise ValueError(f"--dataset {dataset} is unknown: use folder, tar, hfds/NAME or wds.")
     root = split_place(data, split)
-    if kind == "tar" or root.suffix == ".tar" or (not kind and any(root.glob("*.tar"))):
+    if kind == "tar" or root.suffix == ".tar" or (not kind and any(root.glob("*.tar")) and not _subfolders(root)):
         return TarReader(root, classes)
     return FolderReader(root, classes)
 
@@ -172,11 +247,15 @@ def _places(root: Path, name: str) -> list[Path]:
     return [place for place in (root / name, root / f"{name}.tar") if place.exists()]
 
 
+def _subfolders(root: Path) -> list[str]:
+    return [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+
+
 def _find(root: Path, classes: list[str] | None) -> tuple[list[tuple[str, int]], list[str]]:
     """(path, class number) of every image, and the names of the classes."""
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}.")
-    folders = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    folders = _subfolders(root)
     if not folders:
         raise ValueError(f"{root} holds no class folders: it should hold one folder of images a class.")
     folders.sort(key=natural_key)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import io
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from natzoo.checkpoints import write_atomically
+from natzoo.checkpoints import write_table
 
 COLUMNS = (
     *("epoch", "train_loss", "val_loss", "top1", "top5"),
@@ -36,28 +37,33 @@ class RunLog:
         Raises:
             OSError: if the disk is full.
         """
-        try:
+        with self._naming_itself():
             for name, value in figures.items():
                 self.writer.add_scalar(f"train/{name}", value, step)
+
+    def epoch(self, step: int, **figures: float) -> None:
+        """A row of summary.csv, and the epoch's figures in TensorBoard; raises OSError as `step`."""
+        self.rows.append({name: _format(figures[name]) for name in COLUMNS})
+        with self._naming_itself():
+            for name in ("val_loss", "top1", "top5"):
+                self.writer.add_scalar(f"val/{name.removeprefix('val_')}", figures[name], step)
+            self.writer.add_scalar("train/epoch_loss", figures["train_loss"], step)
+            self.writer.flush()
+        write_table(self.path, COLUMNS, self.rows)
+
+    def close(self) -> None:
+        """Writes what is left, and raises nothing: whatever ended the run has its own message."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
+
+    @contextlib.contextmanager
+    def _naming_itself(self) -> Iterator[None]:
+        """Gives errors of the disk a text that says which file it was."""
+        try:
+            yield
         except OSError as error:
             text = f"{self.writer.log_dir} could not be written; the checkpoints are unharmed ({error.strerror})."
             raise OSError(error.errno, text) from error
-
-    def epoch(self, step: int, **figures: float) -> None:
-        """A row of summary.csv, and the epoch's figures in TensorBoard."""
-        self.rows.append({name: _format(figures[name]) for name in COLUMNS})
-        for name in ("val_loss", "top1", "top5"):
-            self.writer.add_scalar(f"val/{name.removeprefix('val_')}", figures[name], step)
-        self.writer.add_scalar("train/epoch_loss", figures["train_loss"], step)
-        self.writer.flush()
-        text = io.StringIO()
-        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(self.rows)
-        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -5,7 +5,8 @@
     bash classification/dist_train.sh 8 configs/classification/nat_mini.yml IMAGENET
 
 Every random draw follows from the seed and from where it stands (epoch, step, image), so a run that is interrupted and
-resumed ends as it would have ended: bit by bit, on a CPU with the same number of threads and processes.
+resumed ends as it would have ended: bit by bit, on a CPU with the same number of threads, with one or two processes. Of
+more the gradients are summed in an order settled after the first step of each start, so the last bits may differ.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import contextlib
+import hashlib
 import math
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -27,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.checkpoints import Checkpoints, check_record, run_folder, to_resume
-from classification.devices import autocast_of, pick_device
+from classification.devices import autocast_of, enough_memory, pick_device
 from classification.evaluation import check_classes, evaluate
 from classification.images import STEP_SEED, check_images, seed_all
 from classification.interruption import Interrupted, Watch
@@ -46,12 +47,15 @@ from classification.loaders import (
 )
 from classification.options import parse
 from classification.parts import build_loss, build_model, build_optimizer, build_scheduler, peak_learning_rate
-from classification.ranks import Ranks, join
+from classification.ranks import Ranks, join, kernels
 from classification.runlog import RunLog
 from natzoo import command_line
 
 # What a resumed run takes from its options, not from the optimizer's state.
 _HYPERPARAMETERS = ("lr", "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")
+# The sums of an epoch before its first update, and how many are in them: updates that are skipped are not, nor is an
+# infinite norm, which with fp16 may go with a finite loss.
+_NOTHING = {"loss": 0.0, "losses": 0, "norm": 0.0, "norms": 0, "seconds": 0.0}
 
 
 class Trainer:
@@ -71,7 +75,8 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.watch = watch or Watch()
         self.device = pick_device(args.device)
-        self.ranks.check_kernels(self.device)
+        installation = "use the same installation and the same NATTEN_BACKEND everywhere"
+        self.ranks.check_same(installation, **kernels(self.device))
         self.autocast = autocast_of(args.amp, self.device)
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.folder = run_folder(args)
@@ -88,12 +93,13 @@ class Trainer:
         self.scheduler, self.epochs = build_scheduler(args, self.optimizer, self.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay) if args.model_ema else None
-        # How far the run has come: epochs done, updates done in this one, their sums of loss and gradient norm, and
-        # updates skipped in a row; and the best score, and after which epoch it was.
-        self.epoch, self.update, self.totals, self.skipped = 0, 0, [0.0, 0.0], 0
+        # How far the run has come: epochs done, updates done in this one, the sums of their losses, gradient norms and
+        # seconds, and updates skipped in a row; and the best score, and after which epoch it was.
+        self.epoch, self.update, self.totals, self.skipped = 0, 0, dict(_NOTHING), 0
         self.best, self.best_epoch = -math.inf, 0
         if resumed is not None:
             self.load_state(*resumed)
+        self.check_same_run()
         self.parallel = self.ranks.parallel(self.model, self.device)
         self.forward = torch.compile(self.parallel) if args.compile else self.parallel
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,15 +108,26 @@ class Trainer:
 
     def build_data_and_model(self) -> None:
         args = self.args
-        self.train_images = training_images(args)
+        self.train_images = training_images(args, self.ranks)
         self.model, self.record = build_model(args, self.train_images.classes, self.ranks)
         self.model.to(self.device, memory_format=self.memory_format)
         check_classes(self.train_images, self.model.num_classes, are_named=True)
         config, pin = self.record["preprocessing"], self.device.type == "cuda"
         self.train_loader = training_loader(args, self.train_images, config, self.ranks, pin)
-        val_images = validation_images(args, self.train_images, config)
+        val_images = validation_images(args, self.train_images.classes, config, self.ranks)
         batch_size = args.val_batch_size or args.batch_size
         self.val_loader = evaluation_loader(val_images, batch_size, args.workers, pin, self.ranks)
+
+    def check_same_run(self) -> None:
+        """Raises ValueError if another process stands elsewhere, or has other data: each has read its own disk."""
+        classes = hashlib.sha256("\0".join(self.train_images.classes).encode()).hexdigest()[:12]
+        self.ranks.check_same(
+            "all machines must see the same data and the same folder of the run, and be given the same options",
+            **{"state (epochs and updates done, best top-1)": (self.epoch, self.update, self.best)},
+            **{"number of training images": len(self.train_images), "hash of the classes' names": classes},
+            **{"batch size": self.args.batch_size, "accumulation": self.args.grad_accum},
+            **{"number of epochs": self.epochs, "seed": self.args.seed},
+        )
 
     # ----- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -157,7 +174,7 @@ class Trainer:
             group.update(hyperparameters)
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.update, self.skipped = state["epoch"], state["update"], state["skipped"]
-        self.totals = list(state["totals"])
+        self.totals = dict(state["totals"])
         if path.resolve().parent == self.folder.resolve():  # elsewhere the best weights are not this run's
             self.best, self.best_epoch = state["best"], state["best_epoch"]
         done = self.epoch * self.updates_per_epoch + self.update
@@ -207,7 +224,7 @@ class Trainer:
         """Sees every training image once, but for what is left of the last update, and returns the epoch's figures."""
         self.model.train()
         self.bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}")
-        start, first = time.perf_counter(), self.update
+        then = time.perf_counter()
         batches = self.batches()
         while self.update < self.updates_per_epoch:
             update = self.epoch * self.updates_per_epoch + self.update
@@ -219,19 +236,21 @@ class Trainer:
                 self.ema.update(self.model, step=update)
             self.update += 1
             self.bar.update()
-            rate = (self.update - first) * self.images_per_update / (time.perf_counter() - start)
+            now = time.perf_counter()
+            self.totals["seconds"], then = self.totals["seconds"] + now - then, now
+            rate = self.update * self.images_per_update / self.totals["seconds"]
             if update % self.args.log_interval == 0:
                 self.show(update, loss, norm, rate)
             if self.args.save_interval and self.update % self.args.save_interval == 0 and not self.skipped:
                 self.checkpoints.save_last(self.state())
             self.leave_on_signal()
-        seconds, updates = time.perf_counter() - start, max(1, self.updates_per_epoch)
+        totals = self.totals
         return {
-            "train_loss": self.totals[0] / updates,
-            "grad_norm": self.totals[1] / updates,
+            "train_loss": totals["loss"] / totals["losses"] if totals["losses"] else math.nan,
+            "grad_norm": totals["norm"] / totals["norms"] if totals["norms"] else math.nan,
             "lr": self.learning_rate(),
-            "images_per_s": (self.updates_per_epoch - first) * self.images_per_update / seconds,
-            "seconds": seconds,
+            "images_per_s": self.update * self.images_per_update / totals["seconds"],
+            "seconds": totals["seconds"],
         }
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -275,8 +294,11 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or is_overflow):
             self.skipped = 0
             self.scaler.step(self.optimizer)
-            self.totals[0] += loss
-            self.totals[1] += norm if math.isfinite(norm) else 0.0
+            self.totals["loss"] += loss
+            self.totals["losses"] += 1
+            if math.isfinite(norm):
+                self.totals["norm"] += norm
+                self.totals["norms"] += 1
         else:
             self.skipped += 1
             self.check_skipped(loss, norm)
@@ -310,6 +332,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Accuracy of the averaged weights if there are any, else of the weights, on the validation images."""
         model = self.model if self.ema is None else self.ema.module
+        if self.ranks.size > 1:  # as the first process has them: its are saved
+            distribute_bn(model, self.ranks.size)
         skip, stop = self.args.skip_bad_images, self.leave_on_signal
         result = evaluate(model, self.val_loader, self.device, self.autocast, skip, self.ranks, stop)
         if not math.isfinite(result["loss"]):
@@ -335,7 +359,7 @@ class Trainer:
                 bad_images=len(bad),
                 **figures,
             )
-        self.epoch, self.update, self.totals = self.epoch + 1, 0, [0.0, 0.0]
+        self.epoch, self.update, self.totals = self.epoch + 1, 0, dict(_NOTHING)
         if is_best:
             self.checkpoints.save_best(self.weights())
         self.checkpoints.save_last(self.state())
@@ -345,18 +369,21 @@ class Trainer:
 
     def leave_on_signal(self) -> None:
         """Raises Interrupted in all processes if any of them was told to end."""
-        if self.ranks.sum(self.watch.received is not None) != [0]:
-            raise Interrupted
+        self.ranks.leave_on_signal(self.watch)
 
     def save_and_leave(self) -> None:
-        """Saves between two updates, and raises Interrupted; saves nothing where the last update had no finite loss."""
-        if not self.skipped:
+        """Saves between two updates, and raises Interrupted; saves nothing if the run has diverged.
+
+        Where only the loss was not finite, the update was skipped, and the weights are those from before it.
+        """
+        last, stopped = self.checkpoints.last, f"after {self.epoch} epochs and {self.update} updates"
+        if all(value.isfinite().all() for value in self.model.state_dict().values()):
             self.checkpoints.save_last(self.state())
-        name = self.watch.received.name if self.watch.received else "a signal to another process"
-        self.ranks.say(
-            f"stopped by {name} after {self.epoch} epochs and {self.update} updates; go on with --resume "
-            f"from {self.checkpoints.last}"
-        )
+            then = f"go on with --resume from {last}"
+        else:
+            kept = f"the last good state is {last}" if last.exists() else "nothing is saved"
+            then = f"its weights are not finite, and not saved; {kept}"
+        self.ranks.say(f"stopped by {self.watch.name} {stopped}; {then}")
         raise Interrupted
 
     # ----- figures ----------------------------------------------------------------------------------------------------
@@ -396,12 +423,13 @@ def main(argv: list[str] | None = None) -> float:
         torch.set_num_threads(args.threads)
     with Watch() as watch, join(args.device, watch) as (ranks, args.device):
         try:
-            return Trainer(args, ranks, watch).run()
+            with enough_memory("lower --batch-size and raise --grad-accum, or use --grad-checkpointing or --amp bf16"):
+                return Trainer(args, ranks, watch).run()
         except Interrupted:
             pass
         # Only here is the trainer gone, which the exception held, and with it its loading processes: at the
         # interpreter's exit each would be waited for.
-        sys.exit(128 + (watch.received or signal.SIGTERM))
+        sys.exit(watch.status)
 
 
 if __name__ == "__main__":

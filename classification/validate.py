@@ -9,9 +9,8 @@ torchrun --standalone --nproc-per-node 8 classification/validate.py IMAGENET --m
 from __future__ import annotations
 
 import argparse
-import csv
 import fnmatch
-import io
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,18 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification.devices import autocast_of, pick_device
+from classification.devices import autocast_of, enough_memory, pick_device
 from classification.evaluation import Flipped, check_classes, evaluate
 from classification.images import Images
-from classification.interruption import Watch
-from classification.loaders import evaluation_loader
-from classification.models import add_model_options, evaluation_transform, preprocessing, requested_model
-from classification.options import WORKERS, non_negative, positive
+from classification.interruption import Interrupted, Watch
+from classification.loaders import evaluation_loader, is_sharded, validation_images
+from classification.models import add_model_options, preprocessing, requested_model
+from classification.options import WORKERS, add_column_options, non_negative, positive
 from classification.ranks import Ranks, join
-from classification.readers import open_reader, read_class_map
+from classification.readers import read_class_map
 from classification.real_labels import RealLabels
 from natzoo import command_line
-from natzoo.checkpoints import DownloadError, write_atomically, zoo
+from natzoo.checkpoints import DownloadError, write_table, zoo
 
 # timm's, and what was published beside what was found.
 COLUMNS = (
@@ -46,7 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     parser.add_argument("--models", nargs="+", metavar="PATTERN", help="all published models of such names: 'nat_*'")
     parser.add_argument("--results-file", type=Path, metavar="CSV", help="table to write, a row a model")
-    parser.add_argument("--dataset", default="", help="folder, tar or hfds/NAME; by what DATA holds unless given")
+    parser.add_argument("--dataset", default="", help="folder, tar, hfds/NAME or wds; by what DATA holds unless given")
+    add_column_options(parser)
     parser.add_argument("--val-split", default="val", help="folder or tar file of the images under DATA")
     parser.add_argument("--class-map", metavar="FILE", help="text file of the classes in order, one a line")
     parser.add_argument("--real-labels", nargs="?", const="", metavar="JSON", help="score by ImageNet's real labels")
@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision")
     parser.add_argument("--channels-last", action="store_true", help="memory format of convolutions")
     parser.add_argument("--skip-bad-images", action="store_true", help="go on where an image cannot be read")
+    parser.set_defaults(synthetic=None, seed=0)  # of train.py, which the loaders ask for
     return parser
 
 
@@ -72,25 +73,52 @@ def chosen_models(patterns: list[str]) -> list[str]:
     return chosen
 
 
-def validate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """Evaluates the model that the options name, and returns its row of the table."""
+def obtain(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that the options name, and its record.
+
+    Raises:
+        DownloadError: in all processes, if one of them could not download it.
+        ValueError, FileNotFoundError: as `requested_model`.
+    """
+    found, reason = None, None
+    try:
+        found = ranks.in_turn(lambda: requested_model(args, device))
+    except DownloadError as error:
+        reason = str(error)
+    reasons = [reason for reason in ranks.gather(reason) if reason is not None]
+    if reasons:
+        raise DownloadError(reasons[0])
+    return found
+
+
+def validate(args: argparse.Namespace, ranks: Ranks, watch: Watch) -> dict[str, Any]:
+    """Evaluates the model that the options name, and returns its row of the table.
+
+    Raises:
+        Interrupted: if a signal tells any of the processes to end.
+    """
     device = pick_device(args.device)
-    model, record = ranks.in_turn(lambda: requested_model(args, device))
+    model, record = obtain(args, device, ranks)
     config = preprocessing(args, model, record)
     classes = read_class_map(args.class_map) or record["classes"]
-    reader = open_reader(args.dataset, args.data, args.val_split, classes)
-    images = Images(reader, evaluation_transform(config), replace=False)
+    if classes is None and is_sharded(args):
+        classes = [str(number) for number in range(model.num_classes)]
+    images = validation_images(args, classes, config, ranks)
     check_classes(images, model.num_classes, are_named=record["classes"] is not None)
     if args.real_labels is not None:
+        if not isinstance(images, Images):
+            raise ValueError("--real-labels goes by the names of files, which shards do not keep: use folders or tar.")
         images = RealLabels(images, args.real_labels or None)
     loader = evaluation_loader(images, args.batch_size, args.workers, device.type == "cuda", ranks)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     name = args.model or record["model"]
     seen: nn.Module = Flipped(model) if args.tta == "flip" else model
-    result = evaluate(seen, loader, device, autocast_of(args.amp, device), args.skip_bad_images, ranks)
+    autocast, stop = autocast_of(args.amp, device), functools.partial(ranks.leave_on_signal, watch)
+    result = evaluate(seen, loader, device, autocast, args.skip_bad_images, ranks, stop)
     bad = len(set().union(*ranks.gather(images.bad_images())))
-    row = _row(name, model, config, result, is_published=args.pretrained)
+    is_usual = args.real_labels is None and args.tta == "none" and config == preprocessing(argparse.Namespace(), model)
+    row = _row(name, model, config, result, is_published=args.pretrained and is_usual)
     ranks.say(
         f"{name} on {images.where}: {result['count']} images, "
         f"top-1 {result['top1']:.2f}%, top-5 {result['top5']:.2f}%, loss {result['loss']:.4f}"
@@ -120,16 +148,6 @@ def _row(name: str, model: nn.Module, config: dict, result: dict[str, float], is
     }
 
 
-def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes the table, whole or not at all."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Returns the figures of the last model."""
     args = make_parser().parse_args(argv)
@@ -142,18 +160,25 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for name in chosen_models(args.models) if args.models else [args.model]:
             args.model = name
             try:
-                result = validate(args, ranks)
+                with enough_memory("lower --batch-size, or use --amp bf16"):
+                    result = validate(args, ranks, watch)
             except DownloadError as error:  # the next one may be here already
                 if not args.models:
                     raise
                 ranks.say(f"{name} is left out: {error}")
                 failed.append(name)
                 continue
+            except Interrupted:
+                ranks.say(f"stopped by {watch.name}")
+                sys.exit(watch.status)
             rows.append(result.pop("row"))
             if args.results_file and ranks.is_first:
-                write_results(args.results_file, rows)
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(failed) + len(rows)} models could not be had: {', '.join(failed)}.")
+                args.results_file.parent.mkdir(parents=True, exist_ok=True)
+                write_table(args.results_file, COLUMNS, rows)
+        if failed:
+            raise ValueError(
+                f"{len(failed)} of {len(failed) + len(rows)} models could not be had: {', '.join(failed)}."
+            )
     return result
 
 

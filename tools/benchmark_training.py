@@ -31,6 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification import train
 from classification.options import parse, positive
+from classification.shards import ShardImages
 from natzoo import command_line
 from natzoo.checkpoints import write_atomically
 
@@ -87,9 +88,15 @@ def loops(trainer: ReadyTrainer, updates: int) -> dict[str, Callable[[], None]]:
 
 
 def measure(trainer: ReadyTrainer, updates: int, rounds: int) -> dict[str, list[float]]:
-    """Images a second of each loop in each round, after one round that does not count."""
+    """Images a second of each loop in each round, after one round that does not count.
+
+    An epoch ends with the last image that a loop sees, so that none is loaded while the next loop is timed.
+    """
     images = updates * trainer.images_per_update
     trainer.updates_per_epoch = updates
+    loader = trainer.train_loader
+    order = loader.dataset if isinstance(loader.dataset, ShardImages) else loader.batch_sampler
+    order.length = images
     trainer.bar = tqdm(disable=True)
     rates: dict[str, list[float]] = {}
     timed = loops(trainer, updates)

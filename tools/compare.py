@@ -11,8 +11,6 @@ and its curve, with a band from the least to the most.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import statistics
 import subprocess
 import sys
@@ -27,8 +25,9 @@ from matplotlib.ticker import MaxNLocator
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from visualize import read_summary, save
 
+from classification.options import read_config
 from natzoo import command_line
-from natzoo.checkpoints import read_checkpoint, weights_of, write_atomically
+from natzoo.checkpoints import read_checkpoint, weights_of, write_table
 
 TRAIN = Path(__file__).resolve().parents[1] / "classification" / "train.py"
 COLUMNS = ("recipe", "model", "parameters", "seeds", "top1_mean", "top1_least", "top1_most", "minutes")
@@ -95,18 +94,14 @@ def main(argv: list[str] | None = None) -> None:
     end = words.index("--") if "--" in words else len(words)
     args, more = parser.parse_args(words[:end]), words[end + 1 :]
 
-    configs = [config for config in args.configs if "model:" in config.read_text()]  # not those that others build on
+    configs = [config for config in args.configs if "model" in read_config(config)]  # not those that others build on
     runs: dict[str, list[Path]] = {config.stem: [] for config in configs}
     rows: dict[str, dict[str, str]] = {}
     for seed in args.seeds:  # so that there is something of each to compare early
         for config in configs:
             runs[config.stem].append(train(args.data, config, seed, args.output, more))
             rows[config.stem] = summarize(config, runs[config.stem])
-        text = io.StringIO()
-        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows.values())
-        write_atomically(args.output / "compare.csv", lambda file, text=text: file.write(text.getvalue().encode()))
+        write_table(args.output / "compare.csv", COLUMNS, rows.values())
         save(draw(runs), args.output / "compare.png")
     for row in (dict(zip(COLUMNS, COLUMNS, strict=True)), *rows.values()):
         print("  ".join(f"{row[name]:<{22 if name in ('recipe', 'model') else 11}}" for name in COLUMNS).rstrip())

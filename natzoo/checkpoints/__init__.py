@@ -5,7 +5,7 @@ from natzoo.checkpoints.load import load_weights
 from natzoo.checkpoints.read import read_checkpoint, read_weights, weights_of
 from natzoo.checkpoints.record import record_of
 from natzoo.checkpoints.sources import locate
-from natzoo.checkpoints.write import write_atomically, write_checkpoint, write_weights
+from natzoo.checkpoints.write import write_atomically, write_checkpoint, write_table, write_weights
 
 __all__ = [
     "DownloadError",
@@ -17,5 +17,6 @@ __all__ = [
     "weights_of",
     "write_atomically",
     "write_checkpoint",
+    "write_table",
     "write_weights",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
+import io
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,6 +51,15 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
         text = f"{path} could not be written; what was there before is unharmed ({error.strerror})."
         raise OSError(error.errno, text) from error
     sync(path.parent)
+
+
+def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a CSV file with a line of column names atomically; raises OSError as `write_atomically`."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> None:

@@ -1,10 +1,17 @@
 """Several processes: what one process with accumulation computes, one voice, signals, and killed ones started again."""
 
+import contextlib
+import fcntl
 import os
+import pty
 import random
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +21,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from classification import train
+from classification.interruption import Watch
+from classification.ranks import join
 from natzoo.checkpoints import read_checkpoint
 
 SCRIPT = Path(train.__file__).with_name("dist_train.sh")
@@ -38,10 +47,10 @@ def launch(config, data):
     """Starts a run of several processes; returns the launcher, whose output is merged."""
     started = []
 
-    def start(count, *more, **environment):
+    def start(count, *more, output=subprocess.PIPE, **environment):
         words = ["bash", str(SCRIPT), str(count), str(config), str(data), *map(str, more)]
         env = {**os.environ, "PYTHON": sys.executable, **environment}
-        process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(words, env=env, stdout=output, stderr=subprocess.STDOUT, text=True)
         started.append(process)
         return process
 
@@ -90,16 +99,44 @@ def test_two_processes_compute_what_one_computes_with_accumulation(launch, confi
     assert scores[0] == pytest.approx(scores[1])
 
 
-def test_a_signal_saves_and_the_run_goes_on_with_one_process(launch, config, data, tmp_path):
-    """Within an epoch, with loading processes that the signal reaches too."""
+@pytest.fixture
+def terminal():
+    """A terminal to write to, and what was written."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    written = []
+
+    def read():
+        with contextlib.suppress(OSError):  # closed
+            while content := os.read(master, 65536):
+                written.append(content)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+
+    def text():
+        os.close(slave)
+        reader.join(timeout=60)
+        return b"".join(written).decode()
+
+    yield slave, text
+    os.close(master)
+
+
+def test_a_signal_saves_and_the_run_goes_on_with_one_process(launch, config, data, tmp_path, terminal):
+    """Within an epoch, with loading processes that the signal reaches too; in a terminal, where one process speaks."""
     folder = tmp_path / "output" / "stopped"
-    run = launch(2, "--experiment", "stopped", "--epochs", "300")
+    run = launch(2, "--experiment", "stopped", "--epochs", "300", output=terminal[0])
     wait_for(lambda: run.poll() is not None or list(folder.glob("tensorboard/*")))
     time.sleep(1)
     run.send_signal(signal.SIGUSR1)
-    output, _ = run.communicate(timeout=60)
+    run.wait(timeout=60)
+    output = terminal[1]()
     assert run.returncode != 0
     assert output.count("stopped by SIGUSR1 after") == 1, output
+    assert len(re.findall(r"\repoch 1/300: +0%\|.*\| 0/2700 ", output)) == 1  # one bar begins
+    assert re.search(r"\repoch 1/300: .*\| [1-9]\d*/2700 .*update.*, loss=\d\.\d+, lr=", output)
+    assert max(map(len, re.findall(r"epoch 1/300: [^\r\n\]]*\]", output))) <= 120  # none is wrapped
     state = read_checkpoint(folder / "last.pth")
     assert state["processes"] == 2
     done = state["epoch"] * 9 + state["update"]
@@ -124,6 +161,54 @@ def test_processes_with_other_kernels_are_told(launch, tmp_path):
     assert "has the attention backend reference, but rank 0 on" in output
     assert output.count("error: ") == 1, output  # what both find, one says
     assert 'train.py", line' not in output
+
+
+def test_the_launcher_takes_options_for_data_and_says_what_an_older_torchrun_lacks(config, tmp_path):
+    torch_folder = tmp_path / "torch"
+    (torch_folder / "distributed").mkdir(parents=True)
+    (torch_folder / "distributed" / "run.py").write_text("--signals-to-handle")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {torch_folder} || echo "$@"\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "MAX_RESTARTS": "2"}
+    words = ["bash", str(SCRIPT), "8", str(config), "--synthetic", "1000"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.stdout.endswith(
+        f"--max-restarts 2 {SCRIPT} --synthetic 1000 --resume --config {config}\n".replace("dist_train.sh", "train.py")
+    )
+    assert done.stderr.count("note: ") == 1
+    assert "gives a run 30 seconds to save after a signal, not 60" in done.stderr
+    (torch_folder / "distributed" / "run.py").write_text("")
+    assert "dies of SIGUSR1 without a save" in subprocess.run(words, env=env, capture_output=True, text=True).stderr
+    env["PYTHON"] = "/nowhere"
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.startswith("error: /nowhere has no PyTorch")) == (2, True)
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_the_slurm_script_queues_a_job_again_whose_time_was_over(tmp_path, is_stopped):
+    readme = SCRIPT.with_name("README.md").read_text()
+    (script,) = re.findall(r"```bash\n(#!/bin/bash.*?)```", readme, re.DOTALL)
+    for name, body in {
+        "srun": 'trap "echo saved; exit 1" USR1; echo begun; sleep 5 & wait' if is_stopped else "echo begun",
+        "scontrol": 'echo "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[0-3]"}
+    words = ["bash", "-c", script]
+    job = subprocess.Popen(words, env={**env, "SLURM_JOB_ID": "17"}, stdout=subprocess.PIPE, text=True)
+    assert job.stdout.readline() == "begun\n"
+    if is_stopped:
+        job.send_signal(signal.SIGUSR1)
+    assert job.communicate(timeout=30)[0] == ("saved\nrequeue 17\n" if is_stopped else "")
+
+
+def test_all_processes_on_one_gpu_are_refused(monkeypatch):
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match="--device cuda:1 puts all processes on one GPU"), join("cuda:1", Watch()):
+        pass
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Images from elsewhere than folders: tar files, Hugging Face datasets, webdataset shards, noise."""
 
 import io
+import itertools
 import json
 import shutil
 import tarfile
@@ -10,16 +11,18 @@ import pytest
 import torch
 
 from classification import train, validate
+from classification.ranks import Ranks
 from classification.readers import FolderReader, HubReader, TarReader, open_reader, read_class_map
+from classification.shards import ShardImages
 from natzoo.checkpoints import read_checkpoint
 
 CLASSES = ["amber", "blue", "crimson"]
 
 
-def pack(folder, path):
+def pack(folder, path, pattern="*.png"):
     """A tar file of what a folder holds."""
     with tarfile.open(path, "w") as tar:
-        for file in sorted(folder.rglob("*.png")):
+        for file in sorted(folder.rglob(pattern)):
             tar.add(file, file.relative_to(folder))
 
 
@@ -63,14 +66,15 @@ def test_tar_files_give_the_images_of_the_folders(data, tmp_path):
     many.mkdir()
     for name in CLASSES:
         pack(data / "train" / name, many / f"{name}.tar")
-    for root in (tmp_path / "all.tar", many):
+    pack(many, tmp_path / "nested.tar", "*.tar")
+    for root in (tmp_path / "all.tar", many, tmp_path / "nested.tar"):
         tar = open_reader("", str(root), "val", None)
         assert isinstance(tar, TarReader)
         assert tar.classes == CLASSES
         contents = {(file.read(), target) for file, target in (tar[index] for index in range(len(tar)))}
         assert contents == {(Path(path).read_bytes(), target) for path, target in folder.samples}
     assert "0.png" in tar.filename(0)
-    assert {target for _, target in (TarReader(many, ["blue", "amber", "crimson"])[i] for i in range(1))} == {1}
+    assert "blue" in TarReader(many, ["blue", "amber", "crimson"]).filename(0)
 
 
 def test_tar_files_that_are_wrong(data, tmp_path):
@@ -80,6 +84,13 @@ def test_tar_files_that_are_wrong(data, tmp_path):
     pack(data / "train", tmp_path / "b.tar")
     with pytest.raises(ValueError, match=r"b\.tar holds no images of the classes looked for"):
         TarReader(tmp_path / "b.tar", ["zinc"])
+
+
+def test_a_tar_file_beside_class_folders_is_no_data(data):
+    (data / "train" / "spare.tar").write_bytes(b"")
+    assert isinstance(open_reader("", str(data), "train", None), FolderReader)
+    with pytest.raises(ValueError, match="cannot be read as tar files"):
+        open_reader("tar", str(data), "train", None)
 
 
 def test_training_and_evaluation_on_tar_files(tars, tiny, run_folder):
@@ -138,10 +149,55 @@ def test_hugging_face_datasets(data, tiny, run_folder):
         HubReader(str(data), "wibble")
 
 
+@pytest.fixture
+def table(data, tmp_path):
+    """Writes a dataset of images and given labels, without names of classes, in columns `picture` and `kind`."""
+    datasets = pytest.importorskip("datasets")
+
+    def write(labels):
+        pictures = [
+            None if label is None else {"bytes": (data / "val" / "blue" / "0.png").read_bytes(), "path": None}
+            for label in labels
+        ]
+        folder = tmp_path / f"table-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        columns = {"picture": pictures, "kind": [label or 0 for label in labels]}
+        datasets.Dataset.from_dict(columns).to_parquet(folder / "train.parquet")
+        return HubReader(str(folder), "train", str(tmp_path / "cache"), *given, columns=("picture", "kind"))
+
+    given = []
+    write.given = given
+    return write
+
+
+def test_hugging_face_datasets_that_do_not_name_their_classes(table):
+    with pytest.raises(ValueError, match="does not name its classes: name them in order by --class-map"):
+        table([0, 1, 2])
+    table.given[:] = [["amber", "blue", "crimson"]]
+    assert [target for _, target in map(table([2, 1, 1]).__getitem__, range(3))] == [2, 1, 1]
+    with pytest.raises(ValueError, match="has a class 3, which the model was not trained on"):
+        table([0, 3])
+    reader = table([1, None])
+    with pytest.raises(ValueError, match=r"row 1 of .* holds no image"):
+        reader[1]
+    assert reader.filename(1).endswith("[train] image 1")
+
+
+def test_a_class_map_renumbers_a_dataset_that_names_its_classes(data):
+    pytest.importorskip("datasets")
+    reader = HubReader(str(data), "validation", classes=["zinc", "crimson", "blue", "amber"])
+    found = {Path(reader.filename(index)).parent.name: reader[index][1] for index in range(len(reader))}
+    assert found == {"crimson": 1, "blue": 2, "amber": 3}
+    with pytest.raises(ValueError, match="has a class 'amber', which the model was not trained on"):
+        HubReader(str(data), "validation", classes=["crimson", "blue"])
+    with pytest.raises(ValueError, match=r"labels in 'kind'.*--target-key"):
+        HubReader(str(data), "train", columns=("image", "kind"))
+
+
 def test_webdataset_shards(shards, tiny, run_folder, tmp_path, stop_after):
     """A run that is gone on with in the middle of an epoch ends as one that was not."""
     pytest.importorskip("webdataset")
-    options = ["--dataset", "wds", "--num-classes", "3", "--workers", "2", "--mixup", "0.8"]
+    options = ["--dataset", "wds", "--num-classes", "3", "--workers", "1", "--mixup", "0.8"]
     train.main(tiny(*options, "--output", tmp_path / "unbroken", epochs=2))
     stop_after(13, tiny(*options, epochs=2))
     assert read_checkpoint(run_folder / "last.pth")["epoch"] == 1
@@ -149,6 +205,58 @@ def test_webdataset_shards(shards, tiny, run_folder, tmp_path, stop_after):
     train.main(tiny(*options, "--resume", epochs=2))
     one, other = (read_checkpoint(folder / "last.pth") for folder in (tmp_path / "unbroken" / "tiny", run_folder))
     torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
+    argv = [str(shards), "--checkpoint", str(run_folder / "last.pth"), "--dataset", "wds", "--workers", "0"]
+    assert validate.main(argv)["count"] == 27
+    with pytest.raises(ValueError, match="--real-labels goes by the names of files"):
+        validate.main([*argv, "--real-labels"])
+
+
+def shares(data, split, size, workers, is_training=False, epoch=0):
+    """The targets that each process gets."""
+    pytest.importorskip("webdataset")
+    found = []
+    for rank in range(size):
+        images = ShardImages(str(data), split, CLASSES, 4, 0, is_training, Ranks(rank, size, rank, size))
+        images.transform = lambda image: torch.tensor(image.getpixel((0, 0)))
+        images.prepare(workers)
+        images.set_epoch(epoch)
+        batches = torch.utils.data.DataLoader(images, 4, num_workers=workers)
+        found.append([(tuple(x.tolist()), y.item()) for xs, ys in batches for x, y in zip(xs, ys, strict=True)])
+    return found
+
+
+@pytest.mark.parametrize(("size", "workers"), [(2, 0), (3, 0), (8, 0), (1, 2)])
+def test_shards_are_shared_out_exactly_in_evaluation(shards, size, workers):
+    found = shares(shards, "val", size, workers)
+    assert sum(map(len, found)) == 27
+    assert sorted(itertools.chain(*found)) == sorted(*shares(shards, "val", 1, 0))
+
+
+def test_shards_give_each_process_as_many_in_training(shards):
+    found = shares(shards, "train", 2, 0, is_training=True)
+    assert [len(share) for share in found] == [36, 36]
+    assert len(set(itertools.chain(*found))) == len(set(*shares(shards, "train", 1, 0)))
+    assert found != shares(shards, "train", 2, 0, is_training=True, epoch=1)
+    with pytest.raises(ValueError, match="has 4 shards, fewer than 3 processes x 2 --workers: use fewer workers"):
+        shares(shards, "train", 3, 2, is_training=True)
+
+
+def test_broken_shards_are_said_or_skipped(shards, tiny, run_folder, capsys):
+    """An image that is none in one shard, another cut off in the middle."""
+    pytest.importorskip("webdataset")
+    for number, change in ((0, lambda file: file.write(bytes(100))), (2, lambda file: file.truncate())):
+        with tarfile.open(shards / f"train-000{number}.tar") as tar:
+            entry = [entry for entry in tar if entry.name.endswith(".png")][number]
+        with (shards / f"train-000{number}.tar").open("r+b") as file:
+            file.seek(entry.offset_data + number)
+            change(file)
+    options = tiny("--dataset", "wds", "--num-classes", "3", "--batch-size", "24", epochs=1)
+    with pytest.raises(ValueError, match=r"train-000.* cannot be read as an image: mend .*--skip-bad-images"):
+        train.main(options)
+    train.main([*options, "--skip-bad-images"])
+    output = capsys.readouterr().out
+    assert f"{shards}/train-0000.tar/amber_0" in output
+    assert f"{shards}/train-0002.tar" in output
 
 
 def test_what_is_missing_for_shards_is_said(shards, tiny):

@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+from classification import checkpoints as module
 from classification.checkpoints import Checkpoints
 from classification.ranks import Ranks
 from natzoo.checkpoints import read_checkpoint
@@ -144,11 +145,14 @@ def test_epochs_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
+    synced, sync = [], module.sync
     monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(module, "sync", lambda path: (synced.append(path.stat().st_size), sync(path)))
     checkpoints = Checkpoints(tmp_path, keep=1, ranks=Ranks())
     checkpoints.save_last(state(1))
     checkpoints.keep_epoch(1)
     assert read_checkpoint(tmp_path / "epoch-0001.pth")["version"] == 1
+    assert synced == [(tmp_path / "epoch-0001.pth").stat().st_size]
 
 
 def test_one_process_writes(tmp_path):

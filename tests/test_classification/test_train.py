@@ -1,6 +1,8 @@
 """train.py: what a run leaves, that it can be killed, and what it says of mistakes."""
 
 import csv
+import errno
+import math
 import os
 import signal
 import subprocess
@@ -11,8 +13,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from classification import train
+from classification import runlog, train
+from classification.ranks import Ranks
 from natzoo.checkpoints import read_checkpoint, read_weights, write_checkpoint
+from natzoo.models.hierarchy import HierarchicalTransformer
 
 TRAIN = Path(train.__file__)
 
@@ -162,6 +166,7 @@ def test_stopped_by_a_signal_it_ends_as_the_unbroken_run(tiny, run_folder, tmp_p
     assert (stopped["epoch"], stopped["update"]) == (0, updates)
     assert f"stopped by SIGTERM after 0 epochs and {updates} updates" in capsys.readouterr().out
     train.main(tiny(*more, "--resume", "--workers", "1"))
+    assert float(rows(run_folder)[0]["seconds"]) > 0.99 * stopped["totals"]["seconds"] > 0
     expected, resumed = (
         read_checkpoint(folder / "last.pth") for folder in (tmp_path / "unbroken" / "tiny", run_folder)
     )
@@ -182,6 +187,69 @@ def test_saves_between_epochs(tiny, run_folder, monkeypatch):
     assert not (run_folder / "epoch-0001.pth").exists()
 
 
+@pytest.fixture
+def pair(monkeypatch):
+    """Ranks as the first of two processes sees them, alone: `others` holds what the second one says."""
+
+    class Pair(Ranks):
+        others = ()
+
+        def sum(self, *values):
+            return list(values)
+
+        def gather(self, value):
+            return [*self.others, value]
+
+        def parallel(self, model, device):
+            return model
+
+    return Pair
+
+
+def test_processes_that_stand_elsewhere_are_told(tiny, data, pair):
+    """One that found no last.pth, one that found another, one with another image or another class."""
+    said = []
+
+    def start(*more):
+        class Ear(pair):
+            others = said[-1:] if said else ()
+
+            def gather(self, value):
+                if "state (epochs and updates done, best top-1)" in value[1]:
+                    heard.append(value)
+                    return super().gather(value)
+                return [value]
+
+        heard = []
+        train.Trainer(train.parse(tiny("--resume", *more)), Ear(1, 2, 1, 2))
+        said[:] = heard
+
+    start()
+    start()
+    train.main(tiny("--grad-accum", "2", epochs=1))
+    with pytest.raises(
+        ValueError, match=r"rank 1 on .* has the state .* \(1, 0, [\d.]+\), but rank 0 .* \(0, 0, -inf\)"
+    ):
+        start()
+    start_anew = ("--experiment", "new")
+    (data / "train" / "blue" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"number of training images 71, but rank 0 .* has 72: all machines must see"):
+        start(*start_anew)
+    (data / "train" / "crimson" / "0.png").rename(data / "train" / "blue" / "0.png")
+    for split in ("train", "val"):
+        (data / split / "amber").rename(data / split / "azure")
+    with pytest.raises(ValueError, match=r"number of training images 71|hash of the classes' names"):
+        start(*start_anew)
+
+
+def test_running_statistics_are_those_of_the_first_process(tiny, pair, monkeypatch):
+    shared = []
+    monkeypatch.setattr(train, "distribute_bn", lambda model, size: shared.append((model, size)))
+    trainer = train.Trainer(train.parse(tiny("--model-ema", epochs=1)), pair(0, 2, 0, 2))
+    trainer.run()
+    assert shared == [(trainer.ema.module, 2)]
+
+
 def broken_loss(monkeypatch, *updates):
     """Makes the loss of some updates, counted from 0, not a number."""
     original, calls = train.Trainer.backward, []
@@ -200,6 +268,50 @@ def test_updates_without_a_finite_loss_are_skipped(tiny, run_folder, monkeypatch
     assert all(value.isfinite().all() for part in ("model", "model_ema") for value in state[part].values())
     assert {part["step"].item() for part in state["optimizer"]["state"].values()} == {5}
     assert capsys.readouterr().out.count("is skipped: the loss is nan, the gradient's norm nan") == 4
+    events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
+    (row,) = rows(run_folder)
+    for column, tag in (("train_loss", "train/loss"), ("grad_norm", "train/grad_norm")):
+        summed = [event.value for event in events.Scalars(tag) if math.isfinite(event.value)]
+        assert len(summed) == 5
+        assert float(row[column]) == pytest.approx(sum(summed) / 5)
+
+
+def test_a_signal_after_a_skipped_update_saves(tiny, run_folder, monkeypatch, stop_after, capsys):
+    broken_loss(monkeypatch, 4)
+    stop_after(5, tiny())
+    state = read_checkpoint(run_folder / "last.pth")
+    assert (state["update"], state["skipped"]) == (5, 1)
+    assert {part["step"].item() for part in state["optimizer"]["state"].values()} == {4}
+    assert (
+        f"after 0 epochs and 5 updates; go on with --resume from {run_folder / 'last.pth'}" in capsys.readouterr().out
+    )
+
+
+def test_a_signal_to_a_run_that_has_diverged_saves_nothing(tiny, run_folder, monkeypatch, stop_after, capsys):
+    original = train.Trainer.backward
+
+    def backward(self, *args, **kwargs):
+        self.model.head.weight.data.fill_(math.inf)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(train.Trainer, "backward", backward)
+    stop_after(2, tiny())
+    assert not (run_folder / "last.pth").exists()
+    assert "its weights are not finite, and not saved; nothing is saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sched", ["none", "cosine"])
+def test_layer_decay_lowers_the_learning_rates_of_early_layers_once(tiny, sched):
+    trainer = train.Trainer(train.parse(tiny("--layer-decay", "0.5", "--sched", sched)))
+    if trainer.scheduler is not None:
+        trainer.scheduler.step_update(0)
+    rates = {}
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        rates.update({names[id(parameter)]: group["lr"] for parameter in group["params"]})
+    assert rates["head.weight"] == pytest.approx(2e-3)
+    assert rates["levels.1.blocks.0.mlp.fc1.weight"] == pytest.approx(1e-3)
+    assert rates["levels.0.blocks.0.mlp.fc1.weight"] == pytest.approx(5e-4)
 
 
 def test_a_run_stops_after_too_many_of_them(tiny, run_folder, monkeypatch):
@@ -246,12 +358,29 @@ def test_resuming_a_file_of_another_run(tiny, run_folder, tmp_path):
         train.main(tiny("--experiment", "other", "--resume", run_folder / "last.pth", epochs=2))
 
 
+def test_started_again_by_torchrun_it_goes_on_from_its_own_checkpoint(tiny, run_folder, monkeypatch, capsys):
+    """Where --resume names another file, which the first process of the run began from."""
+    assert "goes on" not in capsys.readouterr().out
+    train.main(tiny("--resume", epochs=1))
+    assert f"there is no {run_folder / 'last.pth'} to go on from: the run starts anew" in capsys.readouterr().out
+    first, other = run_folder / "last.pth", run_folder.with_name("other")
+    options = tiny("--experiment", "other", "--resume", first, epochs=2)
+    train.main(options)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.main(options)
+    assert f"goes on from {other / 'last.pth'}: 2 epochs" in capsys.readouterr().out
+    write_checkpoint(run_folder / "kept.pth", read_checkpoint(first))
+    with pytest.raises(ValueError, match=r"other/last\.pth is there already"):  # of another command
+        train.main(tiny("--experiment", "other", "--resume", run_folder / "kept.pth", epochs=2))
+
+
 def test_another_run_is_not_resumed(tiny, data, run_folder, capsys):
     train.main(tiny(epochs=1))
     for more, message in (
         (["--seed", "7"], "its seed is 42, but this run's is 7"),
         (["--opt", "lamb"], "its opt is 'adamw', but this run's is 'lamb'"),
         (["--model-ema"], "its model_ema is False, but this run's is True"),
+        (["--layer-decay", "0.8"], "its layer_decay is None, but this run's is 0.8"),
     ):
         with pytest.raises(ValueError, match=message):
             train.main(tiny("--resume", *more))
@@ -331,6 +460,35 @@ def test_a_run_that_diverges_keeps_its_last_good_state(tiny, run_folder):
     with pytest.raises(ValueError, match=r"the last good state is .*last\.pth\. Lower --lr"):
         train.main(tiny("--resume", "--lr", "1e30", "--clip-grad", "0", "--sched", "none", "--log-interval", "1000"))
     assert (run_folder / "last.pth").read_bytes() == before
+
+
+def test_models_without_gradient_checkpointing_are_named(tiny, monkeypatch):
+    monkeypatch.delattr(HierarchicalTransformer, "set_grad_checkpointing")
+    with pytest.raises(ValueError, match="the model 'nat_mini' cannot do with --grad-checkpointing: leave it out"):
+        train.main(tiny("--grad-checkpointing"))
+
+
+def test_too_little_memory_is_said_in_one_line(tiny, monkeypatch):
+    def backward(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(train.Trainer, "backward", backward)
+    with pytest.raises(
+        ValueError, match=r"memory of the GPU is not enough: lower --batch-size .*\(CUDA out of memory\)"
+    ):
+        train.main(tiny())
+
+
+def test_a_disk_too_full_for_figures_is_said(tiny, run_folder, monkeypatch):
+    """Also where closing the file fails as well."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("flush", "close"):
+        monkeypatch.setattr(runlog.SummaryWriter, name, full)
+    with pytest.raises(OSError, match="tensorboard could not be written; the checkpoints are unharmed"):
+        train.main(tiny(epochs=1))
 
 
 def test_an_unreadable_image_is_named_and_can_be_skipped(tiny, data, run_folder, capsys):

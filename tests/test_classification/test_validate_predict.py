@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ import timm
 import torch
 from PIL import Image
 
-from classification import predict, train, validate
+from classification import evaluation, predict, train, validate
+from classification.ranks import Ranks
 from natzoo.checkpoints import read_checkpoint, write_checkpoint, zoo
 from natzoo.checkpoints.sources import path_in_cache
 
@@ -143,6 +146,35 @@ def test_processes_share_the_images(trained, data):
     assert f"27 images, top-1 {alone['top1']:.2f}%, top-5 100.00%, loss {alone['loss']:.4f}" in line
 
 
+def test_a_signal_ends_the_evaluation(trained, data, tmp_path, monkeypatch, capsys):
+    """Between two batches; there is no row of what was not evaluated."""
+    original = evaluation.check_images
+    monkeypatch.setattr(
+        evaluation, "check_images", lambda *args: (os.kill(os.getpid(), signal.SIGUSR1), original(*args))
+    )
+    argv = [str(data), "--checkpoint", str(trained[0]), "--workers", "0", "--batch-size", "5"]
+    with pytest.raises(SystemExit) as left:
+        validate.main([*argv, "--results-file", str(tmp_path / "results.csv")])
+    assert left.value.code == 128 + signal.SIGUSR1
+    assert capsys.readouterr().out.endswith("stopped by SIGUSR1\n")
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_what_one_process_could_not_download_all_leave_out(imagenet, data, monkeypatch, capsys):
+    def gather(self, value):
+        return [value, "node b cannot be reached"] if value is None else [value]
+
+    for image in data.rglob("val/*/1.png"):
+        image.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "gather", gather)
+        with pytest.raises(ValueError, match="1 of 1 models could not be had: nat_isotropic_small"):
+            validate.main([*imagenet, "--models", "nat_iso*small"])
+    assert "nat_isotropic_small is left out: node b cannot be reached" in capsys.readouterr().out
+    validate.main([*imagenet, "--model", "nat_isotropic_small", "--tta", "flip"])
+    assert "published" not in capsys.readouterr().out  # which is of other arithmetic
+
+
 def test_bare_weights_need_the_name_of_the_model(trained, data, tmp_path):
     path, _ = trained
     write_checkpoint(tmp_path / "bare.pth", read_checkpoint(path)["model"])
@@ -224,6 +256,11 @@ def test_a_reader_that_has_had_enough_is_no_error(trained, data):
 def test_predict_names_what_is_wrong(trained, data, tmp_path):
     path, _ = trained
     (tmp_path / "a.png").write_bytes(b"no image")
+    pictures = [str(tmp_path / "a.png"), str(data / "val" / "blue"), "--json", str(tmp_path / "answers.json")]
+    with pytest.raises(ValueError, match=r"1 of 10 pictures are left out: .*a\.png cannot be read as an image"):
+        predict.main([*pictures, "--checkpoint", str(path), "--grid", str(tmp_path / "grid.png")])
+    assert len(json.loads((tmp_path / "answers.json").read_text())) == 9
+    assert (tmp_path / "grid.png").exists()
     (tmp_path / "empty").mkdir()
     for picture, error, message in (
         (tmp_path / "a.png", ValueError, r"a\.png cannot be read as an image"),

@@ -30,10 +30,17 @@ def recipe(tmp_path):
     return path
 
 
-def test_the_training_loop_is_timed_against_its_parts(recipe, tmp_path, capsys):
+def test_the_training_loop_is_timed_against_its_parts(recipe, tmp_path, capsys, monkeypatch):
     out = tmp_path / "training.csv"
     more = ["--synthetic", "32", "--num-classes", "3", "--grad-accum", "2", "--updates", "2", "--rounds", "2"]
+    measure, epochs = benchmark_training.measure, []
+    monkeypatch.setattr(
+        benchmark_training,
+        "measure",
+        lambda trainer, *args: (measure(trainer, *args), epochs.append(len(trainer.train_loader)))[0],
+    )
     benchmark_training.main(["--config", str(recipe), *more, "--out", str(out)])
+    assert epochs == [2 * 2]  # nothing is left to be loaded while the next loop is timed
     with out.open(newline="") as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["loop", "loader", "step", "loop", "loop and loader"]
@@ -51,7 +58,7 @@ def test_recipes_are_compared_over_seeds(recipe, tmp_path):
         for number in range(4):
             pixels = noise.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / folder / f"{number}.png")
-    (tmp_path / "base.yml").write_text("epochs: 2\n")
+    (tmp_path / "base.yml").write_text("epochs: 2  # those built on it name the model: none here\n")
     output = tmp_path / "output"
     configs = [str(tmp_path / "base.yml"), str(recipe)]
     argv = [str(tmp_path / "data"), "--configs", *configs, "--seeds", "1", "2", "--output", str(output)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import platform
 from datetime import UTC, datetime
 from functools import cache
@@ -16,7 +14,7 @@ import torch
 import natten
 from benchmarks.entry import Entry
 from benchmarks.timing import Timing
-from natzoo.checkpoints import write_atomically
+from natzoo.checkpoints import write_table
 
 COLUMNS = (
     *("kind", "group", "case", "provider", "pass", "dtype", "threads", "device"),
@@ -68,12 +66,8 @@ def _cpu_model() -> str:
 
 def write_csv(path: Path, rows: list[Row]) -> None:
     """Writes all rows, replacing an older file."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows({name: _format(row[name]) for name in COLUMNS} for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_table(path, COLUMNS, ({name: _format(row[name]) for name in COLUMNS} for row in rows))
 
 
 def _format(value: Any) -> str:
