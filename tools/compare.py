@@ -18,14 +18,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from visualize import read_summary, save
+from pictures.curves import read_summary
+from pictures.style import save, to_png
 
 from natzoo import command_line
 from natzoo.checkpoints import read_checkpoint, weights_of, write_atomically
@@ -107,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         table.writeheader()
         table.writerows(rows.values())
         write_atomically(args.output / "compare.csv", lambda file, text=text: file.write(text.getvalue().encode()))
-        save(draw(runs), args.output / "compare.png")
+        save(to_png(draw(runs)), args.output / "compare.png")
     for row in (dict(zip(COLUMNS, COLUMNS, strict=True)), *rows.values()):
         print("  ".join(f"{row[name]:<{22 if name in ('recipe', 'model') else 11}}" for name in COLUMNS).rstrip())
 
