@@ -171,18 +171,19 @@ def _axis_lines(axes: Sequence[Axis], query: Sequence[int]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_parts(axes: Any, parts: Tensor, palette: Palette) -> None:
-    """Draws a map of `Part`s [rows, columns] on matplotlib's axes, a square for each token."""
+def draw_parts(axes: Any, parts: Tensor, palette: Palette) -> Any:
+    """Draws a map of `Part`s [rows, columns] on matplotlib's axes, a square for each token; returns the QuadMesh."""
     from matplotlib.colors import ListedColormap
 
     rows, columns = parts.shape
-    axes.pcolormesh(
+    mesh = axes.pcolormesh(
         parts.numpy(), cmap=ListedColormap(palette.parts), vmin=0, vmax=len(Part) - 1, edgecolors=palette.page, lw=0.8
     )
     axes.set(aspect="equal", xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
     axes.set_facecolor(palette.page)
     for spine in axes.spines.values():
         spine.set_visible(False)
+    return mesh
 
 
 def add_legend(figure: Any, seen: Iterable[int], palette: Palette, ncols: int) -> None:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from PIL import Image
 from tqdm import tqdm
 
 from classification.options import positive
 from natten.geometry import Axis, make_axes
-from natten.geometry.drawing import PALETTES, Part, add_legend, axis_window, draw_parts, parts_of
+from natten.geometry.drawing import PALETTES, Palette, Part, add_legend, axis_window, draw_parts, parts_of
 from pictures.overlay import panels
 
 HELP = "the window of a query, plain, dilated, causal and with a stride: PNG, or GIF of the sliding window"
@@ -29,7 +30,7 @@ GIF_DPI = 100
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=positive, default=11, help="tokens on each side of the map")
+    parser.add_argument("--size", type=positive, default=10, help="tokens on each side of the map")
     parser.add_argument("--kernel-size", type=positive, default=5, help="tokens on each side of the window")
     parser.add_argument("--dilation", type=positive, default=2, help="of the dilated window")
     parser.add_argument("--stride", type=positive, default=3, help="of the window with a stride")
@@ -82,37 +83,44 @@ def caption(axes: Sequence[Axis], query: Sequence[int]) -> str:
         for axis, position in zip(axes, query, strict=True)
     )
     return (
-        "inside, the query is in the middle of its window",
-        "at a border the window stays on the map: as many keys, the query off its middle",
-        "in a corner it is so on both axes",
+        "inside: the query is in the middle of its window",
+        "at a border: the window stays on the map and has as many keys, the query is off its middle",
+        "in a corner: the same on both axes",
     )[moved]
 
 
 def to_gif(problems: dict[str, tuple[Axis, ...]], size: int, theme: str) -> bytes:
     """The query moves over the map, row by row, in all problems at once."""
     palette = PALETTES[theme]
-    figure, table = panels(1, len(problems), 2.2, 2.9)
-    canvas = FigureCanvasAgg(figure)
+    figure, table = panels(1, len(problems), 2.2, 3.3)
     figure.set_dpi(GIF_DPI)
-    text = figure.suptitle("in a corner", fontsize=10)
-    add_legend(figure, [Part.QUERY, Part.KEY, Part.KEY_SHARES, Part.OTHER], palette, ncols=4)
-    frames = []
+    canvas = FigureCanvasAgg(figure)
     queries = list(itertools.product(range(size), repeat=2))
+    text = figure.suptitle("room for two lines\nof which one is used", fontsize=10)
+    add_legend(figure, [Part.QUERY, Part.KEY, Part.KEY_SHARES, Part.SAME_CLASS], palette, ncols=2)
+    meshes = []
+    for axes, (title, problem) in zip(table[0], problems.items(), strict=True):
+        meshes.append(draw_parts(axes, parts_of(problem, queries[0]), palette))
+        axes.set_title(title, fontsize=9)
+    canvas.draw()
+    figure.set_layout_engine("none")  # what stands there stays there
+    frames = []
     for query in tqdm(queries, desc="frames", leave=False, disable=None):
         text.set_text(caption(next(iter(problems.values())), query))
-        for axes, (title, problem) in zip(table[0], problems.items(), strict=True):
-            axes.clear()
-            draw_parts(axes, parts_of(problem, query), palette)
-            axes.set_title(title, fontsize=9)
+        for mesh, problem in zip(meshes, problems.values(), strict=True):
+            mesh.set_array(parts_of(problem, query).numpy())
         canvas.draw()
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
     plt.close(figure)
-    return encode(frames)
+    return encode(frames, palette)
 
 
-def encode(frames: list[Image.Image]) -> bytes:
-    """An endless GIF of flat colours, one palette for all frames."""
-    colours = frames[len(frames) // 2].quantize(64)
+def encode(frames: list[Image.Image], palette: Palette) -> bytes:
+    """An endless GIF of a theme's colours, and those between ink and page for the edges of letters."""
+    page, ink, *parts = (np.array(to_rgb(colour)) for colour in (palette.page, palette.ink, *palette.parts))
+    greys = [page + (ink - page) * share for share in (0.2, 0.4, 0.6, 0.8)]
+    colours = Image.new("P", (1, 1))
+    colours.putpalette((np.stack([page, ink, *parts, *greys]) * 255).round().astype(np.uint8).tobytes())
     flat = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
     content = io.BytesIO()
     timing = {"duration": [FRAME_MS] * (len(flat) - 1) + [LOOP_PAUSE_MS], "loop": 0}

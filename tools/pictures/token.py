@@ -91,7 +91,7 @@ def draw_heads(
 ) -> plt.Figure:
     """A row for each layer: the mean over its heads, then the heads."""
     figure, table = panels(len(layers), len(heads) + 1, 1.7, 1.8)
-    figure.suptitle(f"stage {layers[0].stage}: what the framed token attends to, in each head", fontsize=10)
+    figure.suptitle(f"attention of the framed token, stage {layers[0].stage}", fontsize=10)
     for row, layer, weights in zip(table, layers, maps, strict=True):
         row[0].set_ylabel(f"layer {layer.number}\n{layer.kind.replace(', ', chr(10))}", fontsize=8)
         for axes, heat in zip(row, [weights.mean(0), *weights[heads]], strict=True):
@@ -109,7 +109,7 @@ def draw_layers(picture: Tensor, layers: list[Layer], maps: list[Tensor], point:
             rows.append([])
         rows[-1].append(index)
     figure, table = panels(len(rows), max(map(len, rows)), 1.7, 2.1)
-    figure.suptitle("what the framed token attends to, mean over heads", fontsize=10)
+    figure.suptitle("attention of the framed token\nmean over heads", fontsize=10)
     for axes in table.flat:
         axes.set_axis_off()
     for panel_row, row in zip(table, rows, strict=True):
