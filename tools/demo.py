@@ -15,11 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.devices import pick_device
 from classification.models import add_model_options, class_names, evaluation_transform, preprocessing, requested_model
 from natzoo import command_line
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def export(folder: Path) -> None:

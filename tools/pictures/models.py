@@ -15,11 +15,15 @@ from classification.models import class_names, create_model, preprocessing, rest
 class Contestant(NamedTuple):
     """A model to be compared; `config` says how pictures are made its input, `weights` where its numbers come from."""
 
-    title: str
+    name: str
     weights: str
     model: nn.Module
     config: dict[str, Any]
     names: list[str]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}\n{self.weights}"
 
     @property
     def is_trained(self) -> bool:
@@ -51,18 +55,10 @@ def contestant(word: str, pretrained: bool, device: torch.device) -> Contestant:
     name, _, file = word.partition("=")
     if file or Path(word).exists():
         model, record = restore(file or word, name if file else None)
-        name, weights = record["model"], f"weights of {file or word}"
+        name, weights = record["model"], f"weights of {'/'.join(Path(file or word).parts[-2:])}"
     else:
         torch.manual_seed(0)
         model, record = create_model(name, {"pretrained": pretrained}).eval(), {"classes": None}
         weights = "published weights" if pretrained else RANDOM
     config = preprocessing(argparse.Namespace(), model, record)
     return Contestant(name, weights, model.to(device), config, class_names(record, model.num_classes))
-
-
-def weights_line(contestants: list[Contestant]) -> str:
-    """Whose weights a picture shows."""
-    kinds = list(dict.fromkeys(each.weights for each in contestants))
-    if len(kinds) == 1:
-        return kinds[0]
-    return "; ".join(f"{each.title}: {each.weights}" for each in contestants)

@@ -20,7 +20,7 @@ from classification.devices import pick_device
 from classification.images import read_image
 from classification.models import evaluation_transform
 from classification.options import positive
-from pictures.models import Contestant, contestant, weights_line
+from pictures.models import Contestant, contestant
 from pictures.models import add_options as add_model_options
 from pictures.overlay import panels
 from pictures.style import SEQUENTIAL
@@ -95,7 +95,7 @@ def prepare(args: argparse.Namespace) -> Callable[[str], plt.Figure]:
             draws = torch.Generator().manual_seed(0)
             shape = (1, *each.config["input_size"])
             inputs = [torch.randn(shape, generator=draws).to(device) for _ in range(args.inputs)]
-        fields.append(receptive_fields(each.model, tqdm(inputs, desc=each.title, leave=False, disable=None)))
+        fields.append(receptive_fields(each.model, tqdm(inputs, desc=each.name, leave=False, disable=None)))
         contestants.append(each._replace(model=nn.Identity()))  # what is drawn needs no weights
     source = f"{len(images)} pictures" if images else f"{args.inputs} inputs of noise"
     return lambda theme: draw_fields(contestants, fields, source, SEQUENTIAL[theme])
@@ -105,7 +105,7 @@ def draw_fields(contestants: list[Contestant], fields: list[list[Tensor]], sourc
     """A row for each model, a column for each stage, with the square that holds most of the gradient."""
     figure, table = panels(len(fields), max(map(len, fields)), 2.0, 2.25)
     figure.suptitle(
-        f"effective receptive field of the middle token, {weights_line(contestants)}, mean over {source}\n"
+        f"effective receptive field of the middle token, mean over {source}\n"
         f"logarithmic, {DECADES} powers of ten; the square holds {SHARE:.0%} of the gradient",
         fontsize=9,
     )

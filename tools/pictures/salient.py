@@ -21,7 +21,7 @@ from classification.devices import pick_device
 from classification.images import read_image
 from classification.models import evaluation_transform
 from classification.options import positive
-from pictures.models import Contestant, contestant, weights_line
+from pictures.models import Contestant, contestant
 from pictures.models import add_options as add_model_options
 from pictures.overlay import panels
 from pictures.style import SEQUENTIAL
@@ -77,7 +77,7 @@ def draw_salience(
 ) -> plt.Figure:
     """A row for each picture: itself, and the salient map of each model; what it sees, where it was trained."""
     figure, table = panels(len(images), 1 + len(contestants), 2.0, 2.15)
-    figure.suptitle(f"salient maps, {weights_line(contestants)}", fontsize=10)
+    figure.suptitle("salient maps", fontsize=10)
     for row, image in zip(table, images, strict=True):
         row[0].imshow(centre(image))
     for axes, title in zip(table[0], ["picture", *(each.title for each in contestants)], strict=True):
