@@ -30,11 +30,12 @@ def to_picture(x_CHW: Tensor, config: dict[str, Any]) -> Tensor:
 
 
 def overlay(axes: plt.Axes, picture_HW3: Tensor, heat_hw: Tensor, title: str = "") -> None:
-    """Draws a map of tokens over a picture, each token as the square of pixels that it stands for."""
+    """Draws a map of tokens, at least 0, over a picture, each token as the square of pixels that it stands for."""
     height, width = picture_HW3.shape[:2]
     heat = F.interpolate(heat_hw[None, None].cpu(), size=(height, width), mode="nearest")[0, 0]
     axes.imshow(picture_HW3.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-    axes.imshow(heat.numpy(), cmap="inferno", alpha=0.65)
+    share = heat / heat.max().clamp(min=1e-12)
+    axes.imshow(share.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=(0.35 + 0.4 * share).numpy())
     if title:
         axes.set_title(title, fontsize=8)
 

@@ -28,7 +28,7 @@ from pictures.style import SEQUENTIAL
 HELP = "the pixels that the middle of each stage depends on, of several models"
 STAGES = 4  # of models that count each block as a stage, so many of them, evenly
 SHARE = 0.95
-DECADES = 3  # what is weaker by more powers of ten than these has the colour of nothing
+DECADES = 4  # what is weaker by more powers of ten than these has the colour of nothing
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -70,17 +70,20 @@ def spread(maps: list[Tensor]) -> list[Tensor]:
     return [maps[(number + 1) * len(maps) // STAGES - 1] for number in range(STAGES)] if len(maps) > STAGES else maps
 
 
-def side_of_share(field_HW: Tensor, share: float = SHARE) -> int:
-    """Side in pixels of the smallest square around the middle that holds this share of a field."""
+def square_of_share(field_HW: Tensor, share: float = SHARE) -> tuple[int, int, int]:
+    """Row, column and side in pixels of the smallest square that holds this share of a field; a part may lie outside.
+
+    It is that around the centre of mass of the field's square, since a token does not stand in the middle of a picture.
+    """
     height, width = field_HW.shape
-    # Twice the distance of a pixel from the middle, on its farther axis, and 1: the side of the square that reaches it.
-    y = (2 * torch.arange(height) - (height - 1)).abs()[:, None]
-    x = (2 * torch.arange(width) - (width - 1)).abs()[None]
-    side = torch.maximum(y.expand(height, width), x.expand(height, width)) + 1
-    by_side = torch.zeros(max(height, width) + 1, dtype=torch.float64)
-    by_side.index_add_(0, side.flatten(), field_HW.flatten().double())
-    inside = by_side.cumsum(0)
-    return int((inside >= share * inside[-1]).nonzero()[0])
+    field = field_HW.double()
+    mass = field.square() / field.square().sum()
+    y, x = torch.arange(height), torch.arange(width)
+    row, column = round(float(mass.sum(1) @ y.double())), round(float(mass.sum(0) @ x.double()))
+    distance = torch.maximum((y - row).abs()[:, None], (x - column).abs()[None])
+    inside = torch.zeros(max(height, width), dtype=torch.float64)
+    inside = inside.index_add_(0, distance.flatten(), field.flatten()).cumsum(0)
+    return row, column, 2 * int((inside >= share * inside[-1]).nonzero()[0]) + 1
 
 
 def prepare(args: argparse.Namespace) -> Callable[[str], plt.Figure]:
@@ -109,16 +112,15 @@ def draw_fields(contestants: list[Contestant], fields: list[list[Tensor]], sourc
         f"logarithmic, {DECADES} powers of ten; the square holds {SHARE:.0%} of the gradient",
         fontsize=9,
     )
-    for row, each, stages in zip(table, contestants, fields, strict=True):
-        row[0].set_ylabel(each.title, fontsize=8)
-        for axes in row[len(stages) :]:
+    for panels_of, each, stages in zip(table, contestants, fields, strict=True):
+        panels_of[0].set_ylabel(each.title, fontsize=8)
+        for axes in panels_of[len(stages) :]:
             axes.set_axis_off()
-        for number, (axes, field) in enumerate(zip(row, stages, strict=False), start=1):
-            height, width = field.shape
+        for number, (axes, field) in enumerate(zip(panels_of, stages, strict=False), start=1):
             strength = (field / field.max()).clamp(min=10.0**-DECADES).log10()
             axes.imshow(strength.numpy(), cmap=colours, vmin=-DECADES, vmax=0)
-            side = side_of_share(field)
-            corner = ((width - side) / 2 - 0.5, (height - side) / 2 - 0.5)
+            row, column, side = square_of_share(field)
+            corner = (column - side / 2, row - side / 2)
             axes.add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor="C1", linewidth=1.2))
-            axes.set_title(f"stage {number}: {side} pixels", fontsize=8)
+            axes.set_title(f"stage {number}: {min(side, *field.shape)} pixels", fontsize=8)
     return figure

@@ -93,8 +93,9 @@ def blend(picture_HW: np.ndarray, weights_hw: np.ndarray, token: tuple[int, int]
     size = (picture_HW.shape[1] * zoom, picture_HW.shape[0] * zoom)
     grey = Image.fromarray((picture_HW * 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     share = weights_hw / max(float(weights_hw.max()), 1e-12)
-    heat = Image.fromarray((colormaps["inferno"](share)[..., :3] * 255).astype(np.uint8))
-    shown = Image.blend(grey.convert("RGB"), heat.resize(size, Image.Resampling.NEAREST), 0.6)
+    heat = np.concatenate([colormaps["inferno"](share)[..., :3], 0.35 + 0.4 * share[..., None]], axis=-1)
+    layer = Image.fromarray((heat * 255).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    shown = Image.alpha_composite(grey.convert("RGBA"), layer).convert("RGB")
     rows, columns = weights_hw.shape
     height, width = size[1] / rows, size[0] / columns
     corner = (token[1] * width, token[0] * height)
