@@ -371,8 +371,10 @@ class Trainer:
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
         images, ranks, args = self.train_images, self.ranks, self.args
+        changed = ", ".join(f"{key}={value}" for key, value in args.model_kwargs.items())
         return (
-            f"{args.model}: {parameters / 1e6:.2f}M parameters; {len(images)} images of {len(images.classes)} classes\n"
+            f"{args.model}{changed and f' with {changed}'}: {parameters / 1e6:.2f}M parameters; "
+            f"{len(images)} images of {len(images.classes)} classes\n"
             f"nodes {ranks.nodes} x processes {ranks.local_size} x batch {args.batch_size} "
             f"x accumulation {args.grad_accum} = {self.images_per_update} images an update\n"
             f"{self.updates_per_epoch} updates an epoch, {self.epochs} epochs; learning rate "

@@ -30,8 +30,11 @@ def show(args: argparse.Namespace) -> None:
     for entry in entries().values():
         if args.task in (None, entry.task):
             state = "here" if path_in_cache(entry).exists() else "-"
-            facts = " ".join(f"{key}={value}" for key, value in entry.facts.items() if not isinstance(value, str))
-            print(f"{entry.name:40} {entry.task:14} {state:5} {facts}\n{'':4}{entry.url}")
+            facts = {key: value for key, value in entry.facts.items() if not isinstance(value, str)}
+            if "parameters" in facts:
+                facts.pop("params", None)  # the same in millions
+            told = " ".join(f"{key}={value}" for key, value in facts.items())
+            print(f"{entry.name:40} {entry.task:14} {state:5} {told}\n{'':4}{entry.url}")
 
 
 def get(args: argparse.Namespace) -> None:
@@ -59,7 +62,7 @@ def verify(args: argparse.Namespace) -> None:
     for entry in chosen if args.names else here:
         path = path_in_cache(entry)
         if entry not in here:
-            raise FileNotFoundError(f"{path} is not here: `python tools/download.py get` downloads it.")
+            raise FileNotFoundError(f"{path} is not here: `python tools/download.py get {entry.name}` downloads it.")
         known = entry.sha256 or recorded_sha256(path)
         print(f"{check(path, entry.sha256)}  {path}{'' if known else '  (nothing to compare it with)'}")
     if not here:

@@ -24,6 +24,7 @@ trained=$((SECONDS - start))
 
 step "4/5 evaluation"
 for name in nat dinat; do
+    echo "$name on held-out digits:"
     "$python" classification/validate.py "$data" --checkpoint "$output/$name/best.pth" | tee "$output/$name/top1.txt"
 done
 # The first held-out image of each class.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs every check: lint, format, tests.
 #   bash tools/test.sh [--all] [PYTEST ARGUMENTS...]     --all: the tests marked slow too
+# Files of tests run side by side, a process a core and four at most, each computing on one thread; -n 0: one by one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,4 +15,5 @@ bash tools/setup.sh dev openmmlab
 venv=${VENV:-.venv}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-exec "$venv/bin/python" -m pytest "${marker[@]}" "$@"
+export OMP_NUM_THREADS=1
+exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "${marker[@]}" "$@"
