@@ -67,9 +67,8 @@ def test_a_click_moves_the_window(looker, picture):
     assert colour[0, 9] and not colour[7, 0]
 
 
+@pytest.mark.skipif(not has_gradio, reason="the extra demo is not installed")
 def test_page(app, looker):
-    if not has_gradio:
-        pytest.skip("gradio is not installed")
     page = app.make_page(looker, "a model")
     labels = {block.label for block in page.blocks.values() if getattr(block, "label", None)}
     assert {"picture", "stage", "layer", "head", "attention of the framed token"} <= labels
@@ -83,8 +82,6 @@ def test_without_gradio(monkeypatch):
 
 def test_a_model_is_restored_with_its_classes(app, tmp_path, monkeypatch):
     monkeypatch.setattr(app, "make_page", lambda looker, title: (looker, title))
-    if not has_gradio:
-        monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
     kwargs = {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16, "kernel_size": 3}
     config = {"input_size": [3, 32, 32], "crop_pct": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [1] * 3}
     record = {"model": "nat_mini", "model_kwargs": kwargs, "num_classes": 5, "classes": list("vwxyz")}
@@ -123,7 +120,8 @@ def test_the_folder_of_a_space_needs_nothing_beside_it(tmp_path, capsys):
 
 
 def test_the_published_model_of_a_space(app, monkeypatch):
-    monkeypatch.setattr(app.timm, "create_model", lambda name, pretrained: small("nat_mini", num_classes=1000))
+    model = small("nat_mini", num_classes=1000)
+    monkeypatch.setattr(app.timm, "create_model", lambda name, pretrained: model)
     looker = app.published("nat_mini")
     answer = looker.classify(Image.new("RGB", (300, 200)))
     assert len(answer) == 5

@@ -227,11 +227,11 @@ def test_neighborhood_as_a_picture(texts, tmp_path):
 
 def test_neighborhood_as_a_film(tmp_path):
     out = tmp_path / "neighborhood.gif"
-    words = ["neighborhood", "--size", "5", "--kernel-size", "2", "--stride", "2", "--theme", "both", "--out", str(out)]
-    visualize.main(words)
+    words = ["neighborhood", "--size", "3", "--kernel-size", "2", "--dilation", "1", "--stride", "2"]
+    visualize.main([*words, "--theme", "both", "--out", str(out)])
     for theme, path in places(out, "both").items():
         with Image.open(path) as film:
-            assert film.n_frames == 25 and film.info["loop"] == 0
+            assert film.n_frames == 9 and film.info["loop"] == 0
             colours = {"#{:02x}{:02x}{:02x}".format(*c) for _, c in film.convert("RGB").getcolors(1 << 20)}
         assert {PALETTES[theme].page, PALETTES[theme].parts[-1]} <= colours
 

@@ -30,7 +30,7 @@ GIF_DPI = 100
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=positive, default=10, help="tokens on each side of the map")
+    parser.add_argument("--size", type=positive, default=11, help="tokens on each side of the map")
     parser.add_argument("--kernel-size", type=positive, default=5, help="tokens on each side of the window")
     parser.add_argument("--dilation", type=positive, default=2, help="of the dilated window")
     parser.add_argument("--stride", type=positive, default=3, help="of the window with a stride")
