@@ -17,7 +17,6 @@ Linux and macOS; on Windows the reference backend serves. NATTEN_LOG_LEVEL=DEBUG
 from __future__ import annotations
 
 import _ctypes
-import argparse
 import ctypes
 import functools
 import hashlib
@@ -33,9 +32,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from natten import cache
+from natten.command_line import Parser
 from natten.compiler import (
     FLAGS,
     NATIVE,
@@ -330,13 +330,8 @@ def build_ahead(level: str, out: Path) -> Path:
     return path
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m natten.build",
         description="Compile the CPU kernels of natten, for this machine unless told otherwise.",
         epilog="Environment: CXX names the compiler, NATTEN_CACHE_DIR the folder that keeps the library.",

@@ -13,21 +13,9 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from natten.command_line import Parser, numbers
 from natten.geometry import Axis, drawing, make_axes
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.replace("x", ",").split(","))
-
-
-_numbers.__name__ = "number, or numbers such as 12x12"  # which argparse shows
 
 
 def problem(args: argparse.Namespace) -> tuple[Axis, ...]:
@@ -65,16 +53,16 @@ def write(figure, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m natten.geometry", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=_numbers, required=True, help="tokens, such as 12x12")
-    parser.add_argument("--kernel-size", type=_numbers, required=True, help="tokens a window has")
-    parser.add_argument("--stride", type=_numbers, default=(1,), help="queries that share a window")
-    parser.add_argument("--dilation", type=_numbers, default=(1,), help="distance between the tokens of a window")
+    parser.add_argument("--size", type=numbers, required=True, help="tokens, such as 12x12")
+    parser.add_argument("--kernel-size", type=numbers, required=True, help="tokens a window has")
+    parser.add_argument("--stride", type=numbers, default=(1,), help="queries that share a window")
+    parser.add_argument("--dilation", type=numbers, default=(1,), help="distance between the tokens of a window")
     parser.add_argument("--causal", type=int, nargs="*", metavar="AXIS", help="causal axes; all of them unless named")
     parser.add_argument(
-        "--query", type=_numbers, action="append", help="token to draw the window of, such as 3,4; may be repeated"
+        "--query", type=numbers, action="append", help="token to draw the window of, such as 3,4; may be repeated"
     )
     parser.add_argument("--out", type=Path, metavar="PNG", help="picture to write")
     parser.add_argument("--theme", choices=drawing.PALETTES, default="light", help="colours of the picture")
