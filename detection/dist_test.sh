@@ -4,4 +4,4 @@ set -euo pipefail
 config=${1:?config} checkpoint=${2:?checkpoint} processes=${3:?number of processes}
 shift 3
 arguments=("$config" "$checkpoint" "$@")
-exec "${PYTHON:-python}" -m torch.distributed.run --nproc_per_node="$processes" --master_port="${PORT:-29500}" "$(dirname "$0")/test.py" "${arguments[@]}"
+exec "${PYTHON:-python}" -m torch.distributed.run "${PORT:+--master_port=}${PORT:---standalone}" --nproc_per_node="$processes" "$(dirname "$0")/test.py" "${arguments[@]}"

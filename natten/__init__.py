@@ -1,6 +1,6 @@
 """Neighborhood attention for PyTorch: 1-D, 2-D and 3-D, with dilation, stride, causal axes and relative position bias.
 
-Functions: `na1d`, `na2d`, `na3d`, each also with `_qkvpacked`, `_qk` and `_av`.
+Functions: `na1d`, `na2d`, `na3d`, each also with `_qkvpacked`, `_qk` and `_av`; `merge_attentions`.
 Layers: `NeighborhoodAttention1D`, `NeighborhoodAttention2D`, `NeighborhoodAttention3D`.
 """
 

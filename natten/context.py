@@ -5,15 +5,17 @@
 - The rest chose among kernels and tuners that this release does not have. They are without effect on any result: what
   one sets, the questions beside it answer; before that, what they answered in the last release that had them.
   `NATTEN_LOG_LEVEL=DEBUG` tells of each use.
+- Arguments that tuned those kernels, and names of backends, are taken too: each is told of once.
 
-Here, as in natten and natten.functional, all of them can be imported.
+Here, as in natten and natten.functional, all switches can be imported.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any
 
@@ -177,6 +179,61 @@ class NattenContext:
 
 
 AutotunerContext = NattenContext
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without effect, as arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Of na1d, na2d and na3d from 0.17.4 on: they choose tiles, schedules and compilation of kernels that are not here.
+TUNING = frozenset(
+    (
+        "attention_kwargs",
+        "backward_kv_splits",
+        "backward_kv_tile_shape",
+        "backward_q_tile_shape",
+        "backward_use_pt_reduction",
+        "kernel_schedule",
+        "kv_tile_shape",
+        "q_tile_shape",
+        "run_persistent_kernel",
+        "torch_compile",
+        "xformers_kwargs",
+    )
+)
+
+# Names of backends from 0.20 on; which kernels stand behind one is no part of what it computes.
+BACKENDS = ("blackwell-fna", "cutlass-fna", "flex-fna", "hopper-fna")
+
+
+def ignore_tuning(function: str, given: Iterable[str]) -> None:
+    """Lets the arguments of `TUNING` pass, and says once of each that it is without effect.
+
+    Raises:
+        TypeError: for any other, as Python does of an argument that a function does not have.
+    """
+    for name in given:
+        if name not in TUNING:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        _tell_once(f"{name}, by which other releases tune their kernels,")
+
+
+def known_backend(name: str | None) -> str | None:
+    """The name, or None in place of a backend of NATTEN 0.20 and later, of which it tells once."""
+    if name not in BACKENDS:
+        return name
+    _tell_once(f"backend={name!r} of other releases")
+    return None
+
+
+def _tell_once(what: str) -> None:
+    if not torch.compiler.is_compiling():  # which traces no warning
+        _tell(what)
+
+
+@functools.cache
+def _tell(what: str) -> None:
+    warnings.warn(f"{what} is without effect here: natten chooses by itself.", UserWarning, stacklevel=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from natten.backends import cpu, cuda, reference
+from natten.context import known_backend
 
 LADDER: tuple[ModuleType, ...] = (
     cpu,
@@ -64,6 +65,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def requested(backend: str | None) -> str | None:
     """The backend that a call or the process asks for; None if neither does."""
+    backend = known_backend(backend)
     return backend if backend is not None else _default
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from natten import dispatch
 from natten.backends import reference
+from natten.composition import attend, attend_composed, merge_attentions
+from natten.context import ignore_tuning
 from natten.geometry import (
     Axis,
     BoolOrTuple,
@@ -23,10 +25,13 @@ from natten.geometry import (
     make_axes,
 )
 from natten.memo import remember
-from natten.operators import fused_attention, query_key, weight_value
+from natten.operators import query_key, weight_value
 from natten.precision import apply_autocast
 
-__all__ = [f"na{rank}d{suffix}" for rank in (1, 2, 3) for suffix in ("", "_qkvpacked", "_qk", "_av")]
+__all__ = [
+    *(f"na{rank}d{suffix}" for rank in (1, 2, 3) for suffix in ("", "_qkvpacked", "_qk", "_av")),
+    "merge_attentions",
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,13 +56,21 @@ def _make_fused(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
         additional_keys: Tensor | None = None,
         additional_values: Tensor | None = None,
         window_padding: str = "shift",
+        **tuning,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        _refuse_unserved(additional_keys, additional_values, window_padding)
-        query, key, value = qkv = apply_autocast(query, key, value)
-        axes = _check_fused(rank, query, key, value, rpb, kernel_size, stride, dilation, is_causal)
-        return _attend(qkv, axes, scale, rpb, return_lse, backend)
+        if tuning:
+            ignore_tuning(fused.__name__, tuning)
+        window, additional = (kernel_size, stride, dilation, is_causal), (additional_keys, additional_values)
+        if query.shape == key.shape == value.shape and _is_basic(*additional, window_padding):
+            qkv = query, key, value = apply_autocast(query, key, value)
+            axes = _check_fused(rank, query, key, value, rpb, *window)
+            results = attend(qkv, axes, rpb, scale, backend)
+        else:
+            qkv = query, key, value
+            results = attend_composed(rank, qkv, window, rpb, scale, backend, additional, window_padding)
+        return results if return_lse else results[0]
 
-    return _publish(fused, rank, "", inputs="query, key, value: [B, {space}, heads, head_dim], of any strides")
+    return _publish(fused, rank, "", _FUSED_DOC, inputs=_FUSED_INPUTS, ignored=_IGNORED)
 
 
 def _make_packed(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
@@ -76,14 +89,22 @@ def _make_packed(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
         additional_values: Tensor | None = None,
         window_padding: str = "shift",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        _refuse_unserved(additional_keys, additional_values, window_padding)
-        (qkv,) = apply_autocast(qkv)
-        axes = _check_packed(rank, qkv, rpb, kernel_size, stride, dilation, is_causal)
-        return _attend((qkv,), axes, scale, rpb, return_lse, backend)
+        window, additional = (kernel_size, stride, dilation, is_causal), (additional_keys, additional_values)
+        if _is_basic(*additional, window_padding):
+            (qkv,) = apply_autocast(qkv)
+            axes = _check_packed(rank, qkv, rpb, *window)
+            results = attend((qkv,), axes, rpb, scale, backend)
+        else:
+            _check_packing(rank, qkv)
+            results = attend_composed(rank, qkv.unbind(-3), window, rpb, scale, backend, additional, window_padding)
+        return results if return_lse else results[0]
 
-    return _publish(
-        packed, rank, "_qkvpacked", inputs="qkv: [B, {space}, 3, heads, head_dim]; backward makes one gradient"
-    )
+    return _publish(packed, rank, "_qkvpacked", _FUSED_DOC, inputs=_PACKED_INPUTS, ignored="")
+
+
+def _is_basic(additional_keys: Tensor | None, additional_values: Tensor | None, window_padding: str) -> bool:
+    """Whether the operators take the call as it is; if not, natten/composition.py puts it together."""
+    return additional_keys is None and additional_values is None and window_padding == "shift"
 
 
 _FUSED_DOC = """Neighborhood attention over {rank} {axes}: each token attends to the window around itself.
@@ -94,25 +115,38 @@ _FUSED_DOC = """Neighborhood attention over {rank} {axes}: each token attends to
         stride: queries that share one window, at most kernel_size.
         dilation: distance between the tokens of a window; kernel_size * dilation must not exceed the axis.
         is_causal: whether a window ends at its query instead of being centred on it.
-        scale: factor on query times key, head_dim ** -0.5 unless given.
+        scale: factor on query times key, head_dim ** -0.5 of the query unless given.
         rpb: relative position bias {rpb}, added to the scaled logits; float32 or of the query's dtype.
         return_lse: also return the logsumexp of the logits.
         backend: "reference", "cpu" or "cuda"; None takes the fastest that can.
-        additional_keys, additional_values, window_padding: reserved; any but the default raises NotImplementedError.
+        additional_keys, additional_values: [B, N, key's heads, head_dim], N tokens that each query attends to beside
+            its window, with no bias. They are held against all queries at once: memory for tokens x N logits.
+        window_padding: what a window does that would reach over the map's border. "shift": it is moved, the default;
+            "zeros": it stays, and keys outside are zero vectors, which take their share of the softmax, with their
+            bias; kernel_size * dilation may exceed the axis. "valid": such queries are left out, and each axis comes
+            out (kernel_size - 1) * dilation shorter. The latter two for stride 1.{ignored}
 
     Returns:
-        [B, {space}, heads, head_dim] in the query's dtype, contiguous; with return_lse also [B, {space}, heads] in
-        float32 (float64 for a float64 query). Both can be differentiated once; twice with backend="reference".
+        [B, {space}, heads, head_dim] in the query's dtype, contiguous, of the query's heads and the value's head_dim;
+        with return_lse also [B, {space}, heads] in float32 (float64 for a float64 query). Both can be differentiated
+        once; twice with backend="reference".
 
     Raises:
         ValueError: naming the argument, and the axis, that does not fit.
-        NotImplementedError: naming the argument that no backend serves yet.
     """
+
+_FUSED_INPUTS = (
+    "query, key, value: [B, {space}, heads, head_dim], of any strides; key and value may have fewer\n"
+    "            heads, of which query's are a multiple, and value another head_dim"
+)
+_PACKED_INPUTS = "qkv: [B, {space}, 3, heads, head_dim]; backward makes one gradient"
+_IGNORED = """
+        **tuning: arguments by which other releases tune their kernels (see NATTEN.md), taken and without effect."""
 
 _AXIS_NAMES = {1: "L", 2: "H, W", 3: "D, H, W"}
 
 
-def _publish(function: Callable, rank: int, suffix: str, inputs: str = "", doc: str = _FUSED_DOC) -> Callable:
+def _publish(function: Callable, rank: int, suffix: str, doc: str, inputs: str = "", ignored: str = "") -> Callable:
     """Gives a function made for one rank its public name and docstring."""
     function.__name__ = function.__qualname__ = f"na{rank}d{suffix}"
     space = _AXIS_NAMES[rank]
@@ -120,6 +154,7 @@ def _publish(function: Callable, rank: int, suffix: str, inputs: str = "", doc: 
         rank=rank,
         axes="axis" if rank == 1 else "axes",
         inputs=inputs.format(space=space),
+        ignored=ignored,
         space=space,
         rpb="[heads" + ", 2K-1" * rank + "]",
     )
@@ -129,8 +164,6 @@ def _publish(function: Callable, rank: int, suffix: str, inputs: str = "", doc: 
 @remember
 def _check_fused(rank, query, key, value, rpb, kernel_size, stride, dilation, is_causal) -> tuple[Axis, ...]:
     check_tensors(rank, query=query, key=key, value=value)
-    _refuse_other_heads(query, key, value)
-    check_same_shape(query=query, key=key, value=value)
     axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
     check_rpb(rpb, axes, query.shape[-2], query.dtype, query.device)
     return axes
@@ -138,11 +171,7 @@ def _check_fused(rank, query, key, value, rpb, kernel_size, stride, dilation, is
 
 @remember
 def _check_packed(rank, qkv, rpb, kernel_size, stride, dilation, is_causal) -> tuple[Axis, ...]:
-    if qkv.dim() != rank + 4 or qkv.shape[-3] != 3:
-        raise ValueError(
-            f"qkv has shape {tuple(qkv.shape)}, but must have {rank + 4} dimensions: batch, {rank} spatial axes, "
-            "3 (query, key and value), heads and head_dim."
-        )
+    _check_packing(rank, qkv)
     query = qkv.select(-3, 0)
     check_tensors(rank, qkv=query)
     axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
@@ -150,46 +179,11 @@ def _check_packed(rank, qkv, rpb, kernel_size, stride, dilation, is_causal) -> t
     return axes
 
 
-def _attend(qkv, axes, scale, rpb, return_lse, backend):
-    """Runs checked tensors: `qkv` is (query, key, value) or one packed tensor."""
-    scale = qkv[0].shape[-1] ** -0.5 if scale is None else float(scale)
-    backend = dispatch.requested(backend)
-    if dispatch.is_plain(backend):
-        query, key, value = qkv if len(qkv) == 3 else qkv[0].unbind(-3)
-        out, lse = reference.attention(query, key, value, rpb, axes, scale)
-    else:
-        out, lse = fused_attention(qkv, rpb, axes, scale, backend)
-    return (out, lse) if return_lse else out
-
-
-def _refuse_unserved(additional_keys: Tensor | None, additional_values: Tensor | None, window_padding: str) -> None:
-    if additional_keys is None and additional_values is None and window_padding == "shift":
-        return
-    if window_padding not in ("shift", "zeros", "valid"):
-        raise ValueError(f"window_padding is {window_padding!r}, but must be 'shift', 'zeros' or 'valid'.")
-    given = {
-        "additional_keys": additional_keys is not None,
-        "additional_values": additional_values is not None,
-        f"window_padding={window_padding!r}": window_padding != "shift",
-    }
-    for name, is_given in given.items():
-        if is_given:
-            raise NotImplementedError(f"{name} is not served by any backend of this version of natten: leave it out.")
-
-
-def _refuse_other_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Fewer key/value heads and another value head_dim are well-formed, but not served yet."""
-    heads, kv_heads = query.shape[-2], key.shape[-2]
-    is_same_map = key.shape[:-2] == query.shape[:-2] == value.shape[:-2]
-    if is_same_map and 0 < kv_heads < heads and heads % kv_heads == 0 and value.shape[-2] == kv_heads:
-        raise NotImplementedError(
-            f"key and value have {kv_heads} heads and query has {heads}: fewer key/value heads are not served by any "
-            "backend of this version of natten; repeat key and value along their heads."
-        )
-    if value.shape[:-1] == key.shape[:-1] and value.shape[-1] != key.shape[-1]:
-        raise NotImplementedError(
-            f"value has head_dim {value.shape[-1]} and key has {key.shape[-1]}: another value head_dim is not served "
-            "by any backend of this version of natten."
+def _check_packing(rank: int, qkv: Tensor) -> None:
+    if qkv.dim() != rank + 4 or qkv.shape[-3] != 3:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}, but must have {rank + 4} dimensions: batch, {rank} spatial axes, "
+            "3 (query, key and value), heads and head_dim."
         )
 
 
@@ -215,7 +209,7 @@ def _make_qk(rank: int) -> Callable[..., Tensor]:
             return reference.query_key(query, key, rpb, axes)
         return query_key(query, key, rpb, axes, backend)
 
-    return _publish(qk, rank, "_qk", doc=_QK_DOC)
+    return _publish(qk, rank, "_qk", _QK_DOC)
 
 
 def _make_av(rank: int) -> Callable[..., Tensor]:
@@ -234,7 +228,7 @@ def _make_av(rank: int) -> Callable[..., Tensor]:
             return reference.weight_value(attn, value, axes)
         return weight_value(attn, value, axes, backend)
 
-    return _publish(av, rank, "_av", doc=_AV_DOC)
+    return _publish(av, rank, "_av", _AV_DOC)
 
 
 @remember

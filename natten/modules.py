@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natten import functional
-from natten.geometry import BoolOrTuple, IntOrTuple, check_window, padding
+from natten.geometry import BoolOrTuple, IntOrTuple, check_window, check_window_padding, padding
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -17,7 +17,8 @@ __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAt
 _DOC = """Multi-head neighborhood attention over {rank} {axes} (arXiv:2204.07143, section 3; dilated: arXiv:2209.15001).
 
     Takes and returns [B, {space}, dim]. Maps of any size: where an axis is shorter than kernel_size * dilation, zeros
-    are appended to it before the qkv projection and cropped before the output projection; they are not masked.
+    are appended to it before the qkv projection and cropped before the output projection; they are not masked. With
+    window_padding "valid" each axis comes out (kernel_size - 1) * dilation shorter instead.
     Parameters: qkv.weight [3 dim, dim], qkv.bias, rpb {rpb}, proj.weight [dim, dim], proj.bias.
 
     Args:
@@ -32,6 +33,8 @@ _DOC = """Multi-head neighborhood attention over {rank} {axes} (arXiv:2204.07143
         qk_scale: factor on query times key, head_dim ** -0.5 unless given.
         attn_drop: dropout rate on the attention weights; above 0 they are held in memory during training.
         proj_drop: dropout rate on the output.
+        window_padding: what a window does that would reach over the border, "shift", "zeros" or "valid" as for
+            na{rank}d; the latter two without stride and attn_drop.
         embed_dim: another name of dim, with the meaning that NATTEN 0.20 gave it: no rpb unless asked for.
         backend: "reference", "cpu" or "cuda"; None takes the fastest that can.
 
@@ -60,6 +63,7 @@ class _NeighborhoodAttention(nn.Module):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        window_padding: str = "shift",
         embed_dim: int | None = None,
         backend: str | None = None,
         device=None,
@@ -81,6 +85,10 @@ class _NeighborhoodAttention(nn.Module):
         self.kernel_size, self.stride, self.dilation, self.is_causal = window
         if attn_drop > 0 and any(s > 1 for s in self.stride):
             raise ValueError(f"attn_drop is {attn_drop}, but with a stride attention weights are not available: use 0.")
+        check_window_padding(window_padding)
+        if window_padding != "shift" and (attn_drop > 0 or any(s > 1 for s in self.stride)):
+            raise ValueError(f"window_padding is {window_padding!r}, which takes neither a stride nor attn_drop.")
+        self.window_padding = window_padding
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
@@ -106,7 +114,9 @@ class _NeighborhoodAttention(nn.Module):
         space = x_BXC.shape[1:-1]
         qkv = self._project(x_BXC)
         out_BXHd = self._attend_with_dropout(qkv) if self.training and self.attn_drop.p > 0 else self._attend(qkv)
-        x_BXC = self._crop(out_BXHd.flatten(-2), space)
+        x_BXC = out_BXHd.flatten(-2)
+        if self.window_padding == "shift":
+            x_BXC = self._crop(x_BXC, space)
         return self.proj_drop(self.proj(x_BXC))
 
     def attention_weights(self, x_BXC: Tensor) -> Tensor:
@@ -115,16 +125,19 @@ class _NeighborhoodAttention(nn.Module):
         X is the padded map. Weights are before dropout.
 
         Raises:
-            ValueError: with a stride, which has no weights per query.
+            ValueError: with a stride, which has no weights per query, and where windows are not moved.
         """
         if any(stride > 1 for stride in self.stride):
             raise ValueError(f"attention weights are not available with a stride, here {self.stride}.")
+        if self.window_padding != "shift":
+            raise ValueError(f"attention weights are not available with window_padding={self.window_padding!r}.")
         return self._weights(self._project(x_BXC))
 
     def _attend(self, qkv: Tensor) -> Tensor:
         function = getattr(functional, f"na{self.rank}d_qkvpacked")
         window = self.kernel_size, self.stride, self.dilation, self.is_causal
-        return function(qkv, *window, scale=self.scale, rpb=self.rpb, backend=self.backend)
+        options = {"scale": self.scale, "rpb": self.rpb, "backend": self.backend}
+        return function(qkv, *window, **options, window_padding=self.window_padding)
 
     def _attend_with_dropout(self, qkv: Tensor) -> Tensor:
         weight_value = getattr(functional, f"na{self.rank}d_av")
@@ -158,7 +171,7 @@ class _NeighborhoodAttention(nn.Module):
 
     def _pad(self, x_BXC: Tensor) -> Tensor:
         missing = padding(x_BXC.shape[1:-1], self.kernel_size, self.dilation)
-        if not any(missing):
+        if self.window_padding != "shift" or not any(missing):
             return x_BXC
         # F.pad wants the last axis first, and both ends of each.
         return F.pad(x_BXC, (0, 0, *(end for amount in reversed(missing) for end in (0, amount))))
@@ -176,6 +189,8 @@ class _NeighborhoodAttention(nn.Module):
             "is_causal": self.is_causal,
         }
         text = ", ".join(f"{name}={value[0] if len(set(value)) == 1 else value}" for name, value in shown.items())
+        if self.window_padding != "shift":
+            text += f", window_padding={self.window_padding}"
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, {text}, rel_pos_bias={self.rpb is not None}"
 
 

@@ -15,13 +15,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def apply_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast the tensors in its dtype, as a matrix product would take them; float64 and integers stay."""
+def apply_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast the tensors in its dtype, as a matrix product would take them; float64 and integers stay.
+
+    All but the first may be None.
+    """
     device = tensors[0].device.type
     if not _is_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.dtype in _CAST else x for x in tensors)
+    return tuple(x.to(dtype) if x is not None and x.dtype in _CAST else x for x in tensors)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:

@@ -4,4 +4,4 @@ set -euo pipefail
 config=${1:?config} processes=${2:?number of processes}
 shift 2
 arguments=("$config" "$@")
-exec "${PYTHON:-python}" -m torch.distributed.run --nproc_per_node="$processes" --master_port="${PORT:-29500}" "$(dirname "$0")/train.py" "${arguments[@]}"
+exec "${PYTHON:-python}" -m torch.distributed.run "${PORT:+--master_port=}${PORT:---standalone}" --nproc_per_node="$processes" "$(dirname "$0")/train.py" "${arguments[@]}"

@@ -111,3 +111,75 @@ def attention(
     logits = qk(query * scale, key, window, rpb)
     out = av(logits.softmax(-1), value, window)
     return out.movedim(1, -2), logits.logsumexp(-1).movedim(1, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole signature, query by query
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def padded_axis_window(
+    i: int, length: int, kernel: int, stride: int, dilation: int, causal: bool, window_padding: str
+) -> list[Slot] | None:
+    """The slots of the query at position i where windows may reach over the map; a key outside is -1.
+
+    With "shift", slots that hold no key are left out. With "valid", None if the window does not fit on the map.
+    """
+    if window_padding == "shift":
+        return [slot for slot in axis_window(i, length, kernel, stride, dilation, causal) if slot is not None]
+    steps = range(-kernel + 1, 1) if causal else range(-(kernel // 2), kernel - kernel // 2)
+    slots = []
+    for step in steps:
+        key = i + step * dilation
+        slots.append(Slot(key if 0 <= key < length else -1, step + kernel - 1))
+    if window_padding == "valid" and any(slot.key == -1 for slot in slots):
+        return None
+    return slots
+
+
+def attention_by_query(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    rpb: Tensor | None = None,
+    additional: tuple[Tensor, Tensor] | None = None,
+    window_padding: str = "shift",
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp, heads last, of every query with a window, in a loop over queries and heads.
+
+    Key and value may have fewer heads than the query, and value another head_dim; `additional` is keys and values
+    [B, N, heads, d].
+    """
+    space, heads, scale = query.shape[1:-2], query.shape[-2], query.shape[-1] ** -0.5
+    group = heads // key.shape[-2]
+    outs, lses, kept = [], [], [set() for _ in space]
+    for position in product(*map(range, space)):
+        axes = [
+            padded_axis_window(i, length, *arguments, window_padding)
+            for i, length, *arguments in zip(position, space, *window, strict=True)
+        ]
+        if None in axes:
+            continue
+        for axis, i in enumerate(position):
+            kept[axis].add(i)
+        for head in range(heads):
+            logits, values = [], []
+            q = query[(slice(None), *position, head)]
+            for slots in product(*axes):
+                place = (slice(None), *(slot.key for slot in slots), head // group)
+                is_outside = any(slot.key == -1 for slot in slots)
+                k, v = (torch.zeros_like(x[place]) if is_outside else x[place] for x in (key, value))
+                bias = 0.0 if rpb is None else rpb[(head, *(slot.bias for slot in slots))]
+                logits.append((q * k).sum(-1) * scale + bias)
+                values.append(v)
+            for token in range(0 if additional is None else additional[0].shape[1]):
+                k, v = (x[:, token, head // group] for x in additional)
+                logits.append((q * k).sum(-1) * scale)
+                values.append(v)
+            logits = torch.stack(logits, -1)
+            outs.append((logits.softmax(-1).unsqueeze(-1) * torch.stack(values, -2)).sum(-2))
+            lses.append(logits.logsumexp(-1))
+    shape = (*map(len, kept), heads)
+    out, lse = torch.stack(outs, 1), torch.stack(lses, 1)
+    return out.unflatten(1, shape), lse.unflatten(1, shape)

@@ -9,6 +9,12 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 
+def pytest_report_header():
+    import openmmlab_extra
+
+    return openmmlab_extra.description()
+
+
 @pytest.fixture
 def server(monkeypatch):
     """A `file_server.Server`, to which downloads come without patience."""

@@ -1,5 +1,5 @@
 # A small Mask R-CNN for nuclei in microscope pictures: 128 to learn from, half an hour on two cores.
-_base_ = ["./_base_/mask_rcnn.py", "./_base_/runtime.py"]
+_base_ = ["./_base_/mask_rcnn.py", "./_base_/runtime.py", "../_base_/short_run.py"]
 
 model = dict(
     backbone=dict(depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8), embed_dim=32, mlp_ratio=3.0, drop_path_rate=0.1),
@@ -34,9 +34,6 @@ test_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=4,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
@@ -47,10 +44,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
@@ -65,15 +58,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file=data_root + "instances_validation.json", metric=["bbox", "segm"])
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=600, val_interval=150)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
-optim_wrapper = dict(
-    type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(custom_keys=dict(rpb=dict(decay_mult=0.0), norm=dict(decay_mult=0.0))),
-    clip_grad=dict(max_norm=1.0),
-)
+train_cfg = dict(max_iters=600, val_interval=150)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=100, end=600),

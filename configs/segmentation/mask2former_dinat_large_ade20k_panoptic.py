@@ -1,51 +1,20 @@
 # Mask2Former, DiNAT-Large, ADE20K panoptic: 220 M parameters, 535 GMACs (arXiv:2209.15001).
 # Published: PQ 49.4, AP 35.0, mIoU 56.3.
-_base_ = "./_base_/mask2former_panoptic.py"
+_base_ = ["./_base_/mask2former_panoptic.py", "./_base_/mask2former_ade20k.py"]
 
+custom_imports = dict(imports=["natzoo.openmmlab", "natzoo.openmmlab.panoptic_data"])
 things, stuff = 100, 50
-image_size = (640, 640)
+counts = dict(num_things_classes=things, num_stuff_classes=stuff)
+image_size = _base_.crop_size
 model = dict(
-    data_preprocessor=dict(
-        batch_augments=[
-            dict(
-                type="BatchFixedSizePad",
-                size=image_size,
-                img_pad_value=0,
-                pad_mask=True,
-                mask_pad_value=0,
-                pad_seg=True,
-                seg_pad_value=255,
-            )
-        ]
-    ),
-    panoptic_head=dict(
-        num_things_classes=things,
-        num_stuff_classes=stuff,
-        loss_cls=dict(class_weight=[1.0] * (things + stuff) + [0.1]),
-    ),
-    panoptic_fusion_head=dict(num_things_classes=things, num_stuff_classes=stuff),
+    data_preprocessor=dict(batch_augments=[dict(**_base_.pad, size=image_size)]),
+    panoptic_head=dict(**counts, loss_cls=dict(class_weight=[1.0] * (things + stuff) + [0.1])),
+    panoptic_fusion_head=counts,
 )
 
-data_root = "data/ade/ADEChallengeData2016/"
-train_pipeline = [
-    dict(type="LoadImageFromFile", to_float32=True),
-    dict(type="LoadPanopticAnnotations", with_bbox=True, with_mask=True, with_seg=True),
-    dict(type="RandomFlip", prob=0.5),
-    dict(
-        type="RandomChoiceResize",
-        scales=[int(640 * tenths / 10) for tenths in range(5, 21)],
-        resize_type="ResizeShortestEdge",
-        max_size=2560,
-    ),
-    dict(type="RandomCrop", crop_size=image_size, crop_type="absolute", recompute_bbox=True, allow_negative_crop=True),
-    dict(type="PackDetInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile", to_float32=True),
-    dict(type="Resize", scale=(2560, 640), keep_ratio=True),
-    dict(type="LoadPanopticAnnotations", with_bbox=True, with_mask=True, with_seg=True),
-    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
-]
+data_root = _base_.folder
+train_pipeline = [_base_.load_image, _base_.load_annotations, *_base_.augment, *_base_.pack]
+test_pipeline = [_base_.load_image, _base_.test_resize, _base_.load_annotations, _base_.test_pack]
 train_dataloader = dict(
     dataset=dict(
         type="ADE20KPanopticDataset",
@@ -67,13 +36,11 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = [
     dict(
-        type="CocoPanopticMetric",
+        type="PanopticMetric",
         ann_file=data_root + "ade20k_panoptic_val.json",
         seg_prefix=data_root + "ade20k_panoptic_val/",
     )
 ]
 test_evaluator = val_evaluator
 
-param_scheduler = dict(_delete_=True, type="PolyLR", power=0.9, eta_min=0.0, begin=0, end=160000, by_epoch=False)
-max_iters = 160000
-train_cfg = dict(max_iters=160000, dynamic_intervals=[(1, 5000)])
+max_iters, param_scheduler, train_cfg = _base_.iterations, _base_.schedule, _base_.loop

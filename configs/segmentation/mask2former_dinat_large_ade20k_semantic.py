@@ -1,6 +1,10 @@
 # Mask2Former, DiNAT-Large, ADE20K semantic: 220 M parameters, 518 GMACs (arXiv:2209.15001).
 # Published: mIoU 58.1 with several scales and flips.
-_base_ = ["./_base_/dinat_large_11x11.py", "mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py"]
+_base_ = [
+    "./_base_/dinat_large_11x11.py",
+    "./_base_/tta.py",
+    "mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py",
+]
 
 custom_imports = dict(imports=["natzoo.openmmlab", "mmdet.models"])
 model = dict(
@@ -33,19 +37,12 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
+sizes = [(4480, side) for side in (320, 480, 640, 800, 960, 1120)]
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(
         type="TestTimeAug",
-        transforms=[
-            [
-                dict(type="Resize", scale=scale, keep_ratio=True)
-                for scale in [(4480, side) for side in (320, 480, 640, 800, 960, 1120)]
-            ],
-            [dict(type="RandomFlip", prob=prob, direction="horizontal") for prob in (0.0, 1.0)],
-            [dict(type="LoadAnnotations")],
-            [dict(type="PackSegInputs")],
-        ],
+        transforms=[[dict(type="Resize", scale=size, keep_ratio=True) for size in sizes], *_base_.each_size],
     ),
 ]
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.custom_keys))

@@ -1,6 +1,10 @@
 # Mask2Former, DiNAT-Large, Cityscapes semantic: 220 M parameters, 509 GMACs (arXiv:2209.15001).
 # Published: mIoU 84.5 with several scales and flips.
-_base_ = ["./_base_/dinat_large_11x11.py", "mmseg::mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024.py"]
+_base_ = [
+    "./_base_/dinat_large_11x11.py",
+    "./_base_/tta.py",
+    "mmseg::mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024.py",
+]
 
 custom_imports = dict(imports=["natzoo.openmmlab", "mmdet.models"])
 model = dict(
@@ -8,19 +12,12 @@ model = dict(
     decode_head=dict(in_channels=[192, 384, 768, 1536]),
 )
 
+sizes = [(4096, side) for side in (512, 768, 1024, 1280, 1536, 1792)]
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(
         type="TestTimeAug",
-        transforms=[
-            [
-                dict(type="Resize", scale=scale, keep_ratio=True)
-                for scale in [(4096, side) for side in (512, 768, 1024, 1280, 1536, 1792)]
-            ],
-            [dict(type="RandomFlip", prob=prob, direction="horizontal") for prob in (0.0, 1.0)],
-            [dict(type="LoadAnnotations")],
-            [dict(type="PackSegInputs")],
-        ],
+        transforms=[[dict(type="Resize", scale=size, keep_ratio=True) for size in sizes], *_base_.each_size],
     ),
 ]
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.custom_keys))

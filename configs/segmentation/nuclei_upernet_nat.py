@@ -1,5 +1,5 @@
 # A small UPerNet for nuclei in microscope pictures: 128 to learn from, minutes on two cores.
-_base_ = ["./_base_/upernet.py", "./_base_/runtime.py"]
+_base_ = ["./_base_/upernet.py", "./_base_/runtime.py", "../_base_/short_run.py"]
 
 classes = ["background", "nucleus"]
 norm_cfg = dict(type="BN", requires_grad=True)
@@ -29,9 +29,6 @@ test_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
@@ -43,10 +40,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
@@ -61,15 +54,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=800, val_interval=200)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
-optim_wrapper = dict(
-    type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(custom_keys=dict(rpb=dict(decay_mult=0.0), norm=dict(decay_mult=0.0))),
-    clip_grad=dict(max_norm=1.0),
-)
+train_cfg = dict(max_iters=800, val_interval=200)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=100, end=800),

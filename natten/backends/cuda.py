@@ -59,14 +59,22 @@ def _lacks(device: int) -> str | None:
         return "there are no kernels for ROCm"
     gpu = _properties(device)
     capability = gpu.major, gpu.minor
-    if capability < LEAST_CAPABILITY:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, but the kernels need 7.5"
+    reason = refuses_capability(capability)
+    if reason is not None:
+        return reason
     try:
         nvrtc.architecture(capability)
         cuda_driver.bindings()
     except (nvrtc.Unavailable, ImportError) as error:
         return str(error).removesuffix(".")
     return None
+
+
+def refuses_capability(capability: tuple[int, int]) -> str | None:
+    """Why there are no kernels for a GPU of that compute capability, or None if there are."""
+    if capability >= LEAST_CAPABILITY:
+        return None
+    return f"the GPU has compute capability {capability[0]}.{capability[1]}, but the kernels need 7.5"
 
 
 _properties = cache(torch.cuda.get_device_properties)
@@ -149,19 +157,33 @@ def _plan(
     for name, x in given.items():
         if x is not None:
             check_layout(name, x, shaped, axes)
-    planner = _Planner(shaped, axes, scale, rpb is not None, is_ordered, given)
+    planner = _Planner(shaped, axes, scale, rpb is not None, is_ordered, given, _properties(shaped.device))
     if shaped.numel():
         getattr(planner, kind)()
     return Plan(tuple(planner.steps), planner.partial)
 
 
+def launches(kind: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) -> tuple[Step, ...]:
+    """What would be launched for a problem on a GPU that need not be here.
+
+    Args:
+        kind: "attention" or "attention_backward".
+        shaped: a query of the problem, heads last, on any device.
+        gpu: has `major`, `minor`, `multi_processor_count` and `shared_memory_per_block_optin`, as torch names them.
+    """
+    planner = _Planner(shaped, axes, 1.0, has_rpb, torch.are_deterministic_algorithms_enabled(), {}, gpu)
+    if shaped.numel():
+        getattr(planner, kind)()
+    return tuple(planner.steps)
+
+
 class _Planner:
     """Adds up the launches of a problem: one method for each kind."""
 
-    def __init__(self, shaped: Tensor, axes, scale: float, has_rpb: bool, is_ordered: bool, tensors: dict):
+    def __init__(self, shaped: Tensor, axes, scale: float, has_rpb: bool, is_ordered: bool, tensors: dict, gpu):
         self.axes = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
         self.batch, self.heads, self.dim = shaped.shape[0], shaped.shape[-2], shaped.shape[-1]
-        self.element, self.device = DTYPES[shaped.dtype], shaped.device
+        self.element, self.gpu = DTYPES[shaped.dtype], gpu
         self.scale, self.has_rpb, self.is_ordered = scale, has_rpb, is_ordered
         self.views = self._views(tensors, 3 - len(axes))
         self.table = prod(2 * axis.kernel_size - 1 for axis in self.axes)
@@ -222,7 +244,7 @@ class _Planner:
 
     def _tile(self, kind: str) -> Tile | None:
         """The tile of a kernel with matrix instructions; None where there are none for the dtype and GPU."""
-        gpu = _properties(self.device)
+        gpu = self.gpu
         if self.element == 0 or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
             return None
         return choose_tile(

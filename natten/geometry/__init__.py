@@ -126,6 +126,34 @@ def padding(space: Sequence[int], kernel_size: Sequence[int], dilation: Sequence
     return tuple(max(0, k * d - length) for length, k, d in zip(space, kernel_size, dilation, strict=True))
 
 
+WINDOW_PADDINGS = ("shift", "zeros", "valid")
+
+
+class Margin(NamedTuple):
+    """How an axis is laid out so that the windows of some queries need not be moved; in tokens.
+
+    Attributes:
+        before, behind: zeros to put at either end.
+        first, count: the queries that are wanted, counted on the axis with its zeros.
+    """
+
+    before: int
+    behind: int
+    first: int
+    count: int
+
+
+def margin(axis: Axis, window_padding: str) -> Margin:
+    """The layout of an axis without a stride for window_padding "zeros" or "valid"; `count` may come out below 1."""
+    length, kernel_size, _, dilation, is_causal = axis
+    before = (kernel_size - 1 if is_causal else kernel_size // 2) * dilation
+    inner = (kernel_size - 1) * dilation  # what a window reaches to both sides together, a multiple of dilation
+    if window_padding == "zeros":
+        return Margin(before, max(inner - before, kernel_size * dilation - length - before), before, length)
+    # Short axes get zeros that no wanted query sees, since each residue class needs kernel_size tokens.
+    return Margin(0, max(0, kernel_size * dilation - length), before, length - inner)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,6 +198,29 @@ def check_window(
         if d < 1:
             raise ValueError(f"dilation is {d} on axis {axis}, but must be at least 1.")
     return kernel_size, stride, dilation, is_causal
+
+
+def make_margins(space: Sequence[int], window: tuple[tuple, ...], window_padding: str) -> tuple[Margin, ...]:
+    """The layout of each axis for a checked window and window_padding "zeros" or "valid".
+
+    Raises:
+        ValueError: with a stride, and where an axis is too short to hold a single window.
+    """
+    margins = []
+    for index, axis in enumerate(Axis(*values) for values in zip(space, *window, strict=True)):
+        if axis.stride > 1:
+            raise ValueError(
+                f"stride is {axis.stride} on axis {index}, but window_padding={window_padding!r} is defined for "
+                "windows of their own alone: use stride 1, or window_padding='shift'."
+            )
+        margins.append(margin(axis, window_padding))
+        if margins[-1].count < 1:
+            raise ValueError(
+                f"window_padding='valid' leaves no query on axis {index}: a window reaches over "
+                f"{axis.length + 1 - margins[-1].count} tokens, kernel_size {axis.kernel_size} at dilation "
+                f"{axis.dilation}, but that axis has only {axis.length}."
+            )
+    return tuple(margins)
 
 
 def make_axes(
@@ -234,6 +285,65 @@ def check_same_shape(**tensors: Tensor) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}, but {first_name} has {tuple(first.shape)}: they must agree."
             )
+
+
+def check_attention(rank: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Checks heads-last query, key and value; these two may have fewer heads, and value another head_dim.
+
+    Raises:
+        ValueError: naming the tensor that does not fit, and how.
+    """
+    check_tensors(rank, query=query, key=key, value=value)
+    for name, x in {"key": key, "value": value}.items():
+        if x.shape[:-2] != query.shape[:-2]:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, but query has {tuple(query.shape)}: batch and spatial axes must "
+                "agree."
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key has head_dim {key.shape[-1]}, but query has {query.shape[-1]}: they must agree.")
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if value.shape[-2] != kv_heads:
+        raise ValueError(f"value has {value.shape[-2]} heads, but key has {kv_heads}: they must agree.")
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(
+            f"key and value have {kv_heads} heads, but query has {heads}: they must agree, or query have a multiple."
+        )
+
+
+def check_additional(additional_keys: Tensor | None, additional_values: Tensor | None, key: Tensor, value: Tensor):
+    """Checks keys and values beside the map, [B, N, heads, head_dim] of the key's and value's heads and head_dim.
+
+    Raises:
+        ValueError: naming the tensor that does not fit, or that is missing.
+    """
+    if (additional_keys is None) != (additional_values is None):
+        given, missing = ("additional_keys", "additional_values")[:: 1 if additional_values is None else -1]
+        raise ValueError(f"{given} is given without {missing}: give both or neither.")
+    if additional_keys is None:
+        return
+    tokens = additional_keys.shape[1] if additional_keys.dim() > 1 else 0
+    pairs = {"additional_keys": (additional_keys, key), "additional_values": (additional_values, value)}
+    for name, (x, like) in pairs.items():
+        expected = (like.shape[0], tokens, *like.shape[-2:])
+        if tuple(x.shape) != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, but must have {tuple(expected)} beside these keys: batch, tokens, "
+                "heads and head_dim."
+            )
+        if x.dtype != like.dtype or x.device != like.device:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}, but key is {like.dtype} on {like.device}: convert one of them."
+            )
+
+
+def check_window_padding(window_padding: str) -> None:
+    """Raises ValueError if there is no such window_padding."""
+    if window_padding not in WINDOW_PADDINGS:
+        raise ValueError(
+            f"window_padding is {window_padding!r}, but must be {', '.join(map(repr, WINDOW_PADDINGS[:-1]))} or "
+            f"{WINDOW_PADDINGS[-1]!r}."
+        )
 
 
 def check_rpb(rpb: Tensor | None, axes: Sequence[Axis], heads: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -38,7 +38,7 @@ _FILE = "file"  # where the loader tells the hook what was loaded
 
 
 def load_from_natzoo(name: str, map_location: Any = None, **kwargs: Any) -> dict[str, Any]:
-    """A checkpoint as mmengine wants it, by its name for the log, from whatever natzoo.checkpoints.locate takes, or torchvision://MODEL."""
+    """A checkpoint as mmengine wants it, of whatever natzoo.checkpoints.locate takes, or of torchvision://MODEL."""
     scheme, _, model = name.partition("://")
     if scheme in ("torchvision", "modelzoo"):
         name = get_torchvision_models()[model]

@@ -1,4 +1,4 @@
-"""How much arithmetic the model of a config takes for one picture, as published: in MACs, on the meta device.
+"""What the model of a config takes for one picture, as the published figures have it; on the meta device.
 
 Of detectors: backbone, neck, proposals, and the heads on 1000 boxes, of which the first 100 get masks, in each stage.
 Of segmenters: backbone and decode head. Matrix products and convolutions count; RoIAlign, norms and resizing do not.
@@ -10,16 +10,15 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-import natten.flops  # noqa: F401  teaches the counter neighborhood attention
+from natzoo.counting import Layer, count
 
 _BOXES, _MASKS = 1000, 100
 _DETECTION_SIZE = (800, 1280)  # height and width of the published figures
 
 
-def count_config(cfg: Config, size: tuple[int, int] | None = None) -> tuple[int, int, tuple[int, int]]:
-    """Parameters and MACs of a config's model, and the height and width that they are for.
+def count_config(cfg: Config, size: tuple[int, int] | None = None) -> tuple[list[Layer], tuple[int, int]]:
+    """A config's model and its modules with what they take, and the height and width that this is for.
 
     Raises:
         ValueError: if the model is none of those that this project has.
@@ -31,10 +30,8 @@ def count_config(cfg: Config, size: tuple[int, int] | None = None) -> tuple[int,
     with torch.device(device):
         model = MODELS.build(cfg.model).eval()
         image = torch.zeros(1, 3, *size)
-    with torch.no_grad(), torch.device(device), FlopCounterMode(display=False) as counter:
-        _run(model, image)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, counter.get_total_flops() // 2, size
+    with torch.device(device):
+        return count(model, lambda: _run(model, image)), size
 
 
 def _published_size(cfg: Config) -> tuple[int, int]:
@@ -64,13 +61,13 @@ def _run(model: nn.Module, image: Tensor) -> None:
 
 
 def _run_roi_head(head: nn.Module) -> None:
-    for name, count in (("bbox", _BOXES), ("mask", _MASKS)):
+    for name, boxes in (("bbox", _BOXES), ("mask", _MASKS)):
         heads, extractors = getattr(head, f"{name}_head"), getattr(head, f"{name}_roi_extractor")
         if not isinstance(heads, nn.ModuleList):
             heads, extractors = [heads], [extractors]
         for stage, extractor in zip(heads, extractors, strict=True):
             side = extractor.roi_layers[0].output_size
-            stage(torch.zeros(count, extractor.out_channels, *side))
+            stage(torch.zeros(boxes, extractor.out_channels, *side))
 
 
 def _sample(image: Tensor):

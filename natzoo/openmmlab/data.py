@@ -11,11 +11,14 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-# By a part of the folder's name: what it is and where it comes from.
+# By a part of the path: what it is and where it comes from; the first that fits.
 _SOURCES = {
-    "coco": "COCO 2017 (cocodataset.org/#download): train2017/, val2017/ and annotations/",
-    "ADEChallengeData2016": "ADE20K, scene parsing (sceneparsing.csail.mit.edu): images/ and annotations/",
-    "cityscapes": "Cityscapes (cityscapes-dataset.com): leftImg8bit/ and gtFine/",
+    "ade20k_": "written by Mask2Former's datasets/prepare_ade20k_*.py from ADE20K (sceneparsing.csail.mit.edu)",
+    "cityscapes_panoptic": "written by cityscapesscripts' createPanopticImgs.py from Cityscapes",
+    "instancesonly_filtered": "written by mmdet's tools/dataset_converters/cityscapes.py from Cityscapes",
+    "coco": "part of COCO 2017 (cocodataset.org/#download): train2017/, val2017/ and annotations/",
+    "ADEChallengeData2016": "part of ADE20K, scene parsing (sceneparsing.csail.mit.edu): images/ and annotations/",
+    "cityscapes": "part of Cityscapes (cityscapes-dataset.com): leftImg8bit/ and gtFine/",
     "shapes": "drawn by `python tools/make_data.py shapes data/shapes`",
 }
 
@@ -80,8 +83,7 @@ def _paths(dataset: dict[str, Any]) -> Iterator[Path]:
 
 def _advice(path: Path) -> str:
     known = next((text for name, text in _SOURCES.items() if name in str(path)), None)
-    where = f"it is part of {known}. " if known and "drawn" not in known else f"it is {known}. " if known else ""
-    return f"{where}Put or link it there, or name another folder with --data."
+    return f"{f'it is {known}. ' if known else ''}Put or link it there, or name another folder with --data."
 
 
 @HOOKS.register_module()
@@ -163,7 +165,7 @@ def _check_labels(batch: Any, dataset: Any) -> None:
         for one in sample if isinstance(sample, (list, tuple)) else (sample,):
             if not classes or "gt_sem_seg" not in one:
                 continue
-            labels = one.gt_sem_seg.data
+            labels = one.gt_sem_seg.get("data", one.gt_sem_seg.get("sem_seg"))  # as mmseg and as mmdet call it
             wrong = labels[(labels >= classes) & (labels != 255)]
             if len(wrong):
                 path = one.get("seg_map_path", "a label picture")

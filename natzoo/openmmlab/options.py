@@ -43,6 +43,29 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def read_config(path: Path, folder: str = "configs") -> Config:
+    """The config of a file.
+
+    Args:
+        folder: where configs are, for the messages.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is not there, or is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config {path}: see {folder}.")
+    if path.suffix != ".py":
+        raise ValueError(f"{path} is no config of OpenMMLab, which end in .py: see {folder}.")
+    _quieten()
+    try:
+        cfg = Config.fromfile(path)
+    except (SyntaxError, KeyError, AttributeError, TypeError, NameError) as error:
+        raise ValueError(f"{path} cannot be read as a config: {error}") from error
+    if "model" not in cfg:
+        raise ValueError(f"{path} has no model: it is a part for other configs; see {folder}.")
+    return cfg
+
+
 def load_config(args: argparse.Namespace, project: Project) -> Config:
     """The config of --config with the options applied, ready for `make_runner`.
 
@@ -50,16 +73,7 @@ def load_config(args: argparse.Namespace, project: Project) -> Config:
         FileNotFoundError, ValueError: if it is not there, is none, or is one for another subproject.
     """
     path = Path(args.config)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no config {path}: configs/{project.name} has those of this subproject.")
-    if path.suffix != ".py":
-        raise ValueError(f"{path} is no config of OpenMMLab, which end in .py: see configs/{project.name}.")
-    try:
-        cfg = Config.fromfile(path)
-    except (SyntaxError, KeyError, AttributeError, TypeError, NameError) as error:
-        raise ValueError(f"{path} cannot be read as a config: {error}") from error
-    if "model" not in cfg:
-        raise ValueError(f"{path} has no model: it is a part for other configs; see configs/{project.name}.")
+    cfg = read_config(path, f"configs/{project.name}")
     scope = cfg.get("default_scope")
     if scope not in project.takes or project.takes[scope] not in (None, cfg.model.type):
         raise ValueError(
@@ -75,7 +89,6 @@ def load_config(args: argparse.Namespace, project: Project) -> Config:
 
 def make_runner(cfg: Config, new_classes: bool = False) -> Runner:
     """mmengine's runner with what this project adds: safe checkpoints, checked data, any launcher and device."""
-    _quieten()
     set_launcher(cfg)
     init_default_scope(cfg.default_scope)
     runner = Runner.from_cfg(cfg)

@@ -11,8 +11,11 @@ from mmengine.config import Config, ConfigDict
 from natzoo.openmmlab.data import check_data
 from natzoo.openmmlab.options import Project, add_common_options, load_config, make_runner
 
-_COCO = ("bbox", "segm", "proposal")
-_IOU = ("mIoU", "mDice", "mFscore")
+# By a metric's type: its option that says what it measures, and what it can.
+_MEASURES = {
+    "CocoMetric": ("metric", ("bbox", "segm", "proposal")),
+    "IoUMetric": ("iou_metrics", ("mIoU", "mDice", "mFscore")),
+}
 
 
 def make_parser(project: Project) -> argparse.ArgumentParser:
@@ -21,9 +24,8 @@ def make_parser(project: Project) -> argparse.ArgumentParser:
     parser.add_argument("config", help="the config")
     parser.add_argument("checkpoint", help="path, URL, or name of published weights (tools/download.py list)")
     add_common_options(parser)
-    parser.add_argument(
-        "--eval", nargs="+", choices=(*_COCO, *_IOU), help="what to measure; as the config says if not given"
-    )
+    measures = [measure for _, known in _MEASURES.values() for measure in known]
+    parser.add_argument("--eval", nargs="+", choices=measures, help="what to measure; as the config says if not given")
     parser.add_argument("--show-dir", type=Path, help="folder for pictures with what was found drawn on them")
     parser.add_argument("--show-score", type=float, default=0.3, help="lowest score of the boxes drawn")
     parser.add_argument("--out", type=Path, help="file of all predictions (.pkl of mmengine)")
@@ -41,29 +43,28 @@ def main(project: Project, argv: Sequence[str] | None = None) -> dict[str, float
     check_data(cfg, ("test_dataloader",))
     cfg.load_from = args.checkpoint
     if args.eval:
-        _set_metrics(cfg, args.eval)
+        _set_measures(cfg, args.eval)
     if args.tta:
         _set_tta(cfg)
     if args.show_dir:
         _set_pictures(cfg, args.show_dir, args.show_score)
     if args.out:
-        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
-        cfg.test_evaluator = [*evaluators, {"type": "DumpResults", "out_file_path": str(args.out)}]
+        cfg.test_evaluator = [*_metrics(cfg), {"type": "DumpResults", "out_file_path": str(args.out)}]
     return make_runner(cfg).test()
 
 
-def _set_metrics(cfg: Config, metrics: Sequence[str]) -> None:
+def _metrics(cfg: Config) -> list[ConfigDict]:
+    metrics = cfg.test_evaluator
+    return list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
+
+
+def _set_measures(cfg: Config, measures: Sequence[str]) -> None:
     """Lets the config's metrics measure these."""
-    chosen = False
-    for evaluator in cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]:
-        for key, known in (("metric", _COCO), ("iou_metrics", _IOU)):
-            if evaluator.type == {"metric": "CocoMetric", "iou_metrics": "IoUMetric"}[key] and set(metrics) <= set(
-                known
-            ):
-                evaluator[key] = list(metrics)
-                chosen = True
-    if not chosen:
-        raise ValueError(f"{cfg.filename} has no metric that measures {' '.join(metrics)}: leave --eval out.")
+    able = [metric for metric in _metrics(cfg) if set(measures) <= set(_MEASURES.get(metric.type, (None, ()))[1])]
+    if not able:
+        raise ValueError(f"{cfg.filename} has no metric that measures {' '.join(measures)}: leave --eval out.")
+    for metric in able:
+        metric[_MEASURES[metric.type][0]] = list(measures)
 
 
 def _set_tta(cfg: Config) -> None:

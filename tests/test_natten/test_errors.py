@@ -191,45 +191,6 @@ class TensorsTest(RefusalTestCase):
             self.refuses(words, natten.na2d_av, torch.zeros(shape), value, 3)
 
 
-class NotServedTest(RefusalTestCase):
-    """Arguments that are part of the signature, but that no backend serves yet."""
-
-    def ways(self) -> dict[str, Callable]:
-        q, k, v = qkv_of()
-        packed = torch.stack((q, k, v), -3)
-        return {
-            "fused": lambda **named: natten.na2d(q, k, v, 3, **named),
-            "packed": lambda **named: natten.na2d_qkvpacked(packed, 3, **named),
-        }
-
-    def test_additional_keys_and_values(self):
-        for way, call in self.ways().items():
-            for name in ("additional_keys", "additional_values"):
-                with self.subTest(way, argument=name):
-                    self.refuses(name, call, error=NotImplementedError, **{name: torch.zeros(1, 5, 2, 4)})
-
-    def test_window_padding(self):
-        for way, call in self.ways().items():
-            with self.subTest(way):
-                call(window_padding="shift")
-                for value in ("zeros", "valid"):
-                    words = ("window_padding", value)
-                    self.refuses(words, call, error=NotImplementedError, window_padding=value)
-                words = ("window_padding", "'reflect'", "'shift'", "'zeros'", "'valid'")
-                self.refuses(words, call, window_padding="reflect")
-
-    def test_fewer_key_value_heads(self):
-        q, (_, k, v) = qkv_of(heads=4)[0], qkv_of(heads=2)
-        words = ("2 heads", "query has 4", "repeat")
-        self.refuses(words, natten.na2d, q, k, v, 3, error=NotImplementedError)
-        _, k, v = qkv_of(heads=3)
-        self.refuses(("key", "query", "must agree"), natten.na2d, q, k, v, 3)
-
-    def test_another_value_head_dim(self):
-        q, k, v = (*qkv_of(head_dim=4)[:2], qkv_of(head_dim=8)[2])
-        self.refuses(("value", "head_dim", "8", "4"), natten.na2d, q, k, v, 3, error=NotImplementedError)
-
-
 class LayerTest(RefusalTestCase):
     """Arguments of the layers."""
 

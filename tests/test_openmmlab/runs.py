@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 
@@ -33,10 +37,27 @@ def forget() -> None:
         kind._instance_dict.clear()
 
 
+def load_config(path: Path) -> Config:
+    """A config, which is read once and may be changed."""
+    return copy.deepcopy(_read_config(path))
+
+
+_read_config = functools.cache(Config.fromfile)
+
+
 def run(main: Callable[[list[str]], Any], *arguments: object) -> Any:
     """A script's main function, as in a process of its own."""
     forget()
     return main([str(argument) for argument in arguments])
+
+
+def losses(work_dir: Path) -> dict[int, float]:
+    """The loss of each iteration, of all the runs that wrote into a folder."""
+    found = {}
+    for log in sorted(work_dir.glob("*/vis_data/scalars.json")):
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        found.update({row["step"]: row["loss"] for row in rows if "loss" in row})
+    return found
 
 
 def tiny_upernet(folder: Path, more: str = "") -> Path:
@@ -77,6 +98,61 @@ model = dict(
     return _write(folder / "mask_rcnn.py", model + _COMMON + more)
 
 
-def _write(path: Path, text: str) -> Path:
-    path.write_text(f'_base_ = "{ROOT / "configs" / "quickstart" / path.name}"\n{text}\n')
+def tiny_mask2former(folder: Path) -> Path:
+    """Mask2Former for panoptic maps of shapes: panoptic_{training,validation}.json and the maps' folders."""
+    text = f"""
+model = dict(
+    data_preprocessor=dict(batch_augments=None),
+    backbone=dict(arch=None, {_BACKBONE}, init_cfg=None),
+    panoptic_head=dict(
+        in_channels=[16, 32, 64, 128],
+        num_queries=10,
+        num_things_classes=3,
+        num_stuff_classes=1,
+        pixel_decoder=dict(encoder=dict(num_layers=1)),
+        transformer_decoder=dict(num_layers=1),
+        loss_cls=dict(class_weight=[1.0] * 4 + [0.1]),
+    ),
+    panoptic_fusion_head=dict(num_things_classes=3, num_stuff_classes=1),
+    train_cfg=dict(num_points=64),
+    test_cfg=dict(max_per_image=10),
+)
+
+shapes = dict(
+    type="CocoPanopticDataset",
+    data_root=_base_.data_root,
+    metainfo=dict(
+        classes=("circle", "square", "triangle", "ground"),
+        thing_classes=("circle", "square", "triangle"),
+        stuff_classes=("ground",),
+        palette=[(255, 160, 0), (0, 200, 80), (80, 120, 255), (90, 90, 90)],
+    ),
+)
+train_pipeline = [_base_.load_image, _base_.load_annotations, *_base_.pack]
+test_pipeline = [_base_.load_image, _base_.load_annotations, _base_.test_pack]
+"""
+    data = """
+train_cfg = dict(max_iters=2, val_interval=100)
+train_dataloader.update(batch_size=2)
+for loader, split, pipeline in (
+    (train_dataloader, "training", train_pipeline), (val_dataloader, "validation", test_pipeline)
+):
+    loader["dataset"] = dict(
+        **shapes,
+        ann_file=f"panoptic_{split}.json",
+        data_prefix=dict(img=f"images/{split}/", seg=f"panoptic_{split}/"),
+        pipeline=pipeline,
+    )
+del loader, split, pipeline
+test_dataloader = val_dataloader
+maps = _base_.data_root + "panoptic_validation"
+val_evaluator = [dict(type="CocoPanopticMetric", ann_file=maps + ".json", seg_prefix=maps + "/")]
+test_evaluator = val_evaluator
+"""
+    base = ROOT / "configs" / "segmentation" / "mask2former_dinat_large_ade20k_panoptic.py"
+    return _write(folder / "mask2former.py", text + _COMMON + data, base)
+
+
+def _write(path: Path, text: str, base: Path | None = None) -> Path:
+    path.write_text(f'_base_ = "{base or ROOT / "configs" / "quickstart" / path.name}"\n{text}\n')
     return path

@@ -1,19 +1,23 @@
 """Every config: it builds, has the published size and arithmetic, learns from a picture and predicts."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.structures import PixelData
+from runs import ROOT, load_config
 
 import natzoo.openmmlab  # noqa: F401  registers the backbones
+from natzoo.checkpoints.detectors import fit_detector
 from natzoo.checkpoints.zoo import entries
 from natzoo.openmmlab.counting import count_config
+from natzoo.openmmlab.data import set_data_root
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 PUBLISHED = [path for kind in ("detection", "segmentation") for path in sorted((CONFIGS / kind).glob("*_*_*.py"))]
 PUBLISHED = [path for path in PUBLISHED if not path.name.startswith(("nuclei", "coco"))]
 OTHERS = [*CONFIGS.glob("*/nuclei_*.py"), *CONFIGS.glob("*/coco_*.py"), *CONFIGS.glob("quickstart/*.py")]
@@ -47,7 +51,7 @@ def test_there_is_one_config_a_published_checkpoint():
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_builds_with_the_published_parameters(path):
-    cfg = Config.fromfile(path)
+    cfg = load_config(path)
     init_default_scope(cfg.default_scope)
     with torch.device("meta"):
         model = MODELS.build(cfg.model)
@@ -67,20 +71,13 @@ def test_comment_states_the_published_result(path):
 
 @pytest.mark.parametrize("path", [slow_unless_mini(p) for p in PUBLISHED if not p.name.startswith("mask2former")])
 def test_macs_are_the_published(path):
-    _, macs, _ = count_config(Config.fromfile(path))
-    assert macs / 1e9 == pytest.approx(zoo_entry(path).facts["macs"], rel=0.02)
-
-
-@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
-def test_others_build(path):
-    cfg = Config.fromfile(path)
-    init_default_scope(cfg.default_scope)
-    MODELS.build(cfg.model)
+    (model, *_), _ = count_config(load_config(path))
+    assert model.macs / 1e9 == pytest.approx(zoo_entry(path).facts["macs"], rel=0.02)
 
 
 def test_recipes_follow_the_paper():
     """What sets the larger models apart."""
-    load = lambda name: Config.fromfile(CONFIGS / name)  # noqa: E731
+    load = lambda name: load_config(CONFIGS / name)  # noqa: E731
     assert (
         load("detection/cascade_mask_rcnn_dinat_large_3x.py").optim_wrapper.type == "OptimWrapper"
     )  # no mixed precision
@@ -101,10 +98,8 @@ def test_recipes_follow_the_paper():
 
 
 def test_position_biases_and_norms_do_not_decay():
-    from mmengine.optim import build_optim_wrapper
-
     for name in ("detection/mask_rcnn_nat_mini_3x.py", "segmentation/mask2former_dinat_large_coco_instance.py"):
-        cfg = Config.fromfile(CONFIGS / name)
+        cfg = load_config(CONFIGS / name)
         cfg.optim_wrapper.type = "OptimWrapper"
         init_default_scope(cfg.default_scope)
         with torch.device("meta"):
@@ -121,50 +116,93 @@ def test_position_biases_and_norms_do_not_decay():
                     assert group["lr"] == (1e-5 if "mask2former" in name else 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["detection", "segmentation"])
+def test_configs_of_the_readmes(kind, shapes, tmp_path):
+    """To fine-tune on pictures of one's own: the model takes the published weights, the data is found."""
+    text = re.search(r"```python\n(_base_ = .*?)```", (ROOT / kind / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "mine.py").write_text(text.replace("./", f"{CONFIGS / kind}/"))
+    for split, name in (("training", "train"), ("validation", "val")):
+        (shapes / f"instances_{split}.json").rename(shapes / f"{name}.json")
+        (shapes / name).symlink_to(shapes / "images" / split)
+    cfg = load_config(tmp_path / "mine.py")
+    set_data_root(cfg, shapes)
+    init_default_scope(cfg.default_scope)
+    for loader, count in ((cfg.train_dataloader, 6), (cfg.val_dataloader, 3), (cfg.test_dataloader, 3)):
+        dataset = DATASETS.build(loader.dataset)
+        assert len(dataset) == count
+        assert dataset[0]["data_samples"] is not None
+    base = load_config(CONFIGS / kind / re.search(r'_base_ = "./(.+)"', text)[1])
+    with torch.device("meta"):
+        published = MODELS.build(base.model).state_dict()
+    weights = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in published.items()}
+    _, notes = fit_detector(weights, MODELS.build(cfg.model), "published.pth", new_classes=True)
+    assert len(notes) == 1
+
+
 # ----- a picture -----
 
 
-def batch_of(cfg, folder, task="instance"):
-    """A drawn picture with its annotations, as the model takes it."""
-    common = {"data_root": str(folder), "metainfo": {"classes": ("circle", "square", "triangle")}}
+def batch_of(cfg, pictures):
+    """A picture with its annotations, 128 pixels long, as the model takes it."""
+    detection, segmentation, meta = pictures
+    resize = {"type": "Resize", "scale": (128, 128), "keep_ratio": True}
     if cfg.default_scope == "mmdet":
-        pipeline = [
-            {"type": "LoadImageFromFile"},
-            {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
-            {"type": "PackDetInputs", "meta_keys": ("img_path", "ori_shape", "img_shape", "scale_factor")},
-        ]
-        common |= {
-            "type": "CocoDataset",
-            "ann_file": "instances_training.json",
-            "data_prefix": {"img": "images/training/"},
-        }
+        load = {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True}
+        pack = {"type": "PackDetInputs", "meta_keys": ("img_path", "ori_shape", "img_shape", "scale_factor")}
+        classes = meta["classes"][: things_of(cfg.model)]
+        common = {**detection, "type": "CocoDataset", "metainfo": {"classes": classes}}
+        common["filter_cfg"] = {"filter_empty_gt": True, "min_size": 32}
     else:
-        pipeline = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}, {"type": "PackSegInputs"}]
+        load, pack = {"type": "LoadAnnotations", "reduce_zero_label": True}, {"type": "PackSegInputs"}
         prefix = {"img_path": "images/training", "seg_map_path": "annotations/training"}
-        common |= {"type": "BaseSegDataset", "img_suffix": ".png", "data_prefix": prefix}
-    return pseudo_collate([DATASETS.build({**common, "pipeline": pipeline})[0]])
+        common = {**segmentation, "type": "BaseSegDataset", "reduce_zero_label": True, "data_prefix": prefix}
+    pipeline = [{"type": "LoadImageFromFile"}, load, resize, pack]
+    batch = pseudo_collate([DATASETS.build({**common, "pipeline": pipeline})[0]])
+    if cfg.default_scope == "mmseg":  # labels of classes that the model has not are ignored
+        labels = batch["data_samples"][0].gt_sem_seg.data
+        labels[labels >= cfg.model.decode_head.num_classes] = 255
+        assert (labels != 255).any()
+    return batch
 
 
-def learn_and_predict(path, folder):
-    cfg = Config.fromfile(path)
+def things_of(model):
+    """How many classes of objects a detector tells apart."""
+    if model.type == "Mask2Former":
+        return model.panoptic_head.num_things_classes
+    heads = model.roi_head.bbox_head
+    return (heads[0] if isinstance(heads, list) else heads).num_classes
+
+
+def shrink(model):
+    """Fewer boxes: they take most of the time, and none of them is found by weights that learned nothing."""
+    if "rpn_head" in model:
+        for proposals in (model.train_cfg.rpn_proposal, model.test_cfg.rpn):
+            proposals.max_per_img = 32
+        stages = model.train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num = 32
+    if model.type == "Mask2Former":
+        model.data_preprocessor.batch_augments = None
+
+
+def learn_and_predict(path, pictures):
+    """A loss that reaches each weight of the backbone, and a prediction of the picture's own size."""
+    cfg = load_config(path)
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
+    shrink(cfg.model)
     torch.manual_seed(0)
-    from mmengine.model import revert_sync_batchnorm
-
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.init_weights()
-    batch = batch_of(cfg, folder)
+    batch = batch_of(cfg, pictures)
     if cfg.default_scope == "mmseg":  # the auxiliary norms want more than one value a channel
         batch = {key: value * 2 for key, value in batch.items()}
         model.data_preprocessor.size = (128, 128)
-    elif cfg.model.type == "Mask2Former":
-        model.data_preprocessor.batch_augments = None
-        if cfg.model.panoptic_head.num_stuff_classes:
-            from mmengine.structures import PixelData
-
-            sample = batch["data_samples"][0]
-            sample.gt_sem_seg = PixelData(sem_seg=torch.full((1, 128, 128), 255))
+    elif cfg.model.type == "Mask2Former" and cfg.model.panoptic_head.num_stuff_classes:
+        sample = batch["data_samples"][0]
+        sample.gt_sem_seg = PixelData(sem_seg=torch.full((1, *sample.img_shape), 255))
+    else:
+        assert len(batch["data_samples"][0].gt_instances) > 0
     model.train()
     data = model.data_preprocessor(batch, training=True)
     loss, _ = model.parse_losses(model(**data, mode="loss"))
@@ -176,14 +214,46 @@ def learn_and_predict(path, folder):
     with torch.no_grad():
         found = model.eval().test_step(batch)[0]
     if cfg.default_scope == "mmseg":
-        assert found.pred_sem_seg.data.shape[-2:] == (128, 128)
-    elif "pred_instances" in found:
-        assert found.pred_instances.masks.shape[-2:] == (128, 128)
+        assert found.pred_sem_seg.data.shape[-2:] == found.ori_shape
+    elif "pred_panoptic_seg" in found:
+        assert found.pred_panoptic_seg.sem_seg.shape[-2:] == found.ori_shape
+    else:
+        assert found.pred_instances.masks.shape[-2:] == found.ori_shape
 
 
 @pytest.mark.parametrize("path", [slow_unless_mini(path) for path in PUBLISHED if not is_large(path)])
-def test_learns_and_predicts(path, shapes):
-    learn_and_predict(path, shapes)
+def test_learns_and_predicts(path, pictures):
+    learn_and_predict(path, pictures)
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
+def test_others_learn_and_predict(path, pictures):
+    learn_and_predict(path, pictures)
+
+
+MASK2FORMERS = [path for path in PUBLISHED if path.name.startswith("mask2former")]
+
+
+def test_mask2formers_have_one_backbone():
+    first, *others = (load_config(path).model.backbone for path in MASK2FORMERS)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PUBLISHED if is_large(path) and path not in MASK2FORMERS[1:]],
+    ids=lambda path: path.stem,
+)
+def test_large_backbones_pass_gradients_on(path):
+    """On the meta device, where nothing is computed but shapes."""
+    cfg = load_config(path)
+    init_default_scope(cfg.default_scope)
+    with torch.device("meta"):
+        backbone = MODELS.build(cfg.model.backbone)
+        maps = backbone(torch.zeros(1, 3, 128, 96))
+        sum(x.sum() for x in maps).backward()
+    assert [tuple(x.shape) for x in maps] == [(1, 192 * 2**i, 32 // 2**i, 24 // 2**i) for i in range(4)]
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
 
 
 @pytest.mark.slow
@@ -191,11 +261,13 @@ def test_learns_and_predicts(path, shapes):
     "name",
     [
         "detection/cascade_mask_rcnn_dinat_large_3x.py",
+        "detection/cascade_mask_rcnn_dinat_s_large_3x.py",
+        "segmentation/upernet_dinat_large_160k.py",
         "segmentation/upernet_dinat_s_large_160k.py",
         "segmentation/mask2former_dinat_large_coco_instance.py",
         "segmentation/mask2former_dinat_large_ade20k_panoptic.py",
         "segmentation/mask2former_dinat_large_cityscapes_semantic.py",
     ],
 )
-def test_large_ones_learn_and_predict(name, shapes):
-    learn_and_predict(CONFIGS / name, shapes)
+def test_large_ones_learn_and_predict(name, pictures):
+    learn_and_predict(CONFIGS / name, pictures)

@@ -66,11 +66,11 @@ def test_broken_config(tmp_path):
         run(detection_train.main, path)
 
 
-def test_metric_that_the_config_has_not(shapes, tmp_path):
+def test_metric_that_the_config_has_not(drawn, tmp_path):
     with pytest.raises(ValueError, match="has no metric that measures mIoU"):
-        run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", shapes, "--eval", "mIoU")
+        run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--eval", "mIoU")
     with pytest.raises(ValueError, match="has no tta_pipeline and tta_model"):
-        run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", shapes, "--tta")
+        run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--tta")
 
 
 def test_errors_end_a_script_with_status_2(tmp_path):
@@ -84,14 +84,14 @@ def test_errors_end_a_script_with_status_2(tmp_path):
 # ----- checkpoints -----
 
 
-def test_missing_checkpoint(shapes, tmp_path):
+def test_missing_checkpoint(drawn, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint nowhere/x\.pth"):
-        run(segmentation_test.main, tiny_upernet(tmp_path), "nowhere/x.pth", "--data", shapes)
+        run(segmentation_test.main, tiny_upernet(tmp_path), "nowhere/x.pth", "--data", drawn)
 
 
-def test_resume_and_load_from(shapes, tmp_path):
+def test_resume_and_load_from(drawn, tmp_path):
     with pytest.raises(ValueError, match="--resume goes on with a run, --load-from starts one"):
-        segment(tiny_upernet(tmp_path), shapes, tmp_path, "--resume", "a.pth", "--load-from", "b.pth")
+        segment(tiny_upernet(tmp_path), drawn, tmp_path, "--resume", "a.pth", "--load-from", "b.pth")
 
 
 # ----- data -----
@@ -111,6 +111,16 @@ def test_data_that_is_not_there(config, folder, advice, tmp_path, monkeypatch):
     main = detection_train.main if "rcnn" in config else segmentation_train.main
     with pytest.raises(FileNotFoundError, match=rf"there is no {folder}.*{advice}.*name another folder with --data"):
         run(main, ROOT / "configs" / config)
+
+
+def test_maps_that_are_not_written(tmp_path):
+    (tmp_path / "cityscapes").mkdir()
+    config = ROOT / "configs" / "segmentation" / "mask2former_dinat_large_cityscapes_panoptic.py"
+    message = (
+        r"there is no .*cityscapes_panoptic_train\.json, .*: it is written by cityscapesscripts' createPanopticImgs"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        run(segmentation_train.main, config, "--data", tmp_path / "cityscapes")
 
 
 def test_missing_annotations(shapes, tmp_path):

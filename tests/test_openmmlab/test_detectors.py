@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from runs import load_config
 
 import natzoo.openmmlab  # noqa: F401  registers the backbones
 from natzoo.checkpoints import read_weights, write_checkpoint
@@ -21,7 +21,7 @@ CHANNELS = [16, 32, 64, 128]
 
 def small(name, **changes):
     """The model of a config with a tiny backbone, built by mmdet or mmseg."""
-    cfg = Config.fromfile(CONFIGS / name)
+    cfg = load_config(CONFIGS / name)
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.update(SMALL, init_cfg=None)
     for part in ("neck", "decode_head", "panoptic_head"):
@@ -232,7 +232,7 @@ def class_order(dataset, task, rows):
     if (dataset, task) == ("cityscapes", "panoptic"):
         from mmseg.datasets import CityscapesDataset
 
-        from natzoo.openmmlab.cityscapes import CityscapesPanopticDataset
+        from natzoo.openmmlab.panoptic_data import CityscapesPanopticDataset
 
         names = list(CityscapesDataset.METAINFO["classes"])
         classes = [names.index(name) for name in CityscapesPanopticDataset.METAINFO["classes"]]

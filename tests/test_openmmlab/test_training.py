@@ -1,16 +1,14 @@
 """Training and evaluation through the scripts: what is left behind, interruption, processes, precision."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, run, tiny_mask_rcnn, tiny_upernet
+from runs import ROOT, losses, run, tiny_mask_rcnn, tiny_upernet
 
 from detection import test as detection_test
 from detection import train as detection_train
@@ -19,23 +17,12 @@ from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def losses(work_dir):
-    """The loss of each iteration, of all the runs that wrote into a folder."""
-    found = {}
-    for log in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
-        for line in log.read_text().splitlines():
-            row = json.loads(line)
-            if "loss" in row:
-                found[row["step"]] = row["loss"]
-    return found
 
 
 def weights(path):
@@ -45,30 +32,38 @@ def weights(path):
 # ----- from start to end -----
 
 
-def test_segmentation_from_training_to_pictures(shapes, tmp_path):
-    config, folder = tiny_upernet(tmp_path), tmp_path / "folder"
-    run(segmentation_train.main, config, "--data", shapes, "--work-dir", folder)
+@pytest.fixture(scope="module")
+def segmenter(drawn, tmp_path_factory):
+    """The folder of a run of four iterations with its config, for tests that look at it."""
+    folder = tmp_path_factory.mktemp("segmenter")
+    config = tiny_upernet(folder)
+    run(segmentation_train.main, config, "--data", drawn, "--work-dir", folder / "run")
+    return config, folder / "run"
+
+
+def test_segmentation_from_training_to_pictures(segmenter, drawn, tmp_path):
+    config, folder = segmenter
     assert sorted(losses(folder)) == [1, 2, 3, 4]
     assert (folder / "iter_4.pth").exists()
     assert list(folder.glob("*/vis_data/events.out.tfevents.*"))
-    options = [config, folder / "iter_4.pth", "--data", shapes, "--work-dir", tmp_path / "test"]
+    options = [config, folder / "iter_4.pth", "--data", drawn, "--work-dir", tmp_path / "test"]
     found = run(segmentation_test.main, *options, "--eval", "mIoU", "mDice", "--show-dir", str(tmp_path / "pictures"))
     assert {"mIoU", "mDice"} <= found.keys()
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
 
 
-def test_detection_from_training_to_pictures(shapes, tmp_path):
+def test_detection_from_training_to_pictures(drawn, tmp_path):
     config, folder = tiny_mask_rcnn(tmp_path), tmp_path / "folder"
-    run(detection_train.main, config, "--data", shapes, "--work-dir", folder)
+    run(detection_train.main, config, "--data", drawn, "--work-dir", folder)
     assert sorted(losses(folder)) == [1, 2, 3, 4]
-    options = [config, folder / "iter_4.pth", "--data", shapes, "--work-dir", tmp_path / "test"]
+    options = [config, folder / "iter_4.pth", "--data", drawn, "--work-dir", tmp_path / "test"]
     found = run(detection_test.main, *options, "--eval", "bbox", "--show-dir", str(tmp_path / "pictures"))
     assert "coco/bbox_mAP" in found
     assert "coco/segm_mAP" not in found
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
 
 
-def test_several_scales(shapes, tmp_path):
+def test_several_scales(segmenter, drawn, tmp_path):
     """The mean over scales and flips; of one scale without flips it is the plain evaluation."""
     tta = """
 tta_model = dict(type="SegTTAModel")
@@ -85,9 +80,8 @@ tta_pipeline = [
     ),
 ]
 """
-    folder = tmp_path / "folder"
-    data = ["--data", shapes, "--work-dir", folder]
-    run(segmentation_train.main, str(tiny_upernet(tmp_path)), *data)
+    _, folder = segmenter
+    data = ["--data", drawn, "--work-dir", tmp_path / "test"]
     results = []
     for sides, probs, tta_option in (
         ("(128,)", "(0.0,)", ["--tta"]),
@@ -103,22 +97,21 @@ tta_pipeline = [
 # ----- checkpoints -----
 
 
-def test_checkpoints_are_plain(shapes, tmp_path):
-    run(segmentation_train.main, str(tiny_upernet(tmp_path)), "--data", shapes, "--work-dir", str(tmp_path / "folder"))
-    checkpoint = torch.load(tmp_path / "folder" / "iter_4.pth", weights_only=True)
+def test_checkpoints_are_plain(segmenter):
+    checkpoint = torch.load(segmenter[1] / "iter_4.pth", weights_only=True)
     assert {"state_dict", "optimizer", "param_schedulers", "message_hub", "meta"} <= checkpoint.keys()
     assert checkpoint["meta"]["iter"] == 4
     assert checkpoint["message_hub"]["log_scalars"]["train/loss"]["history"].shape == (4,)
 
 
 @pytest.mark.parametrize("workers", ["", "train_dataloader.update(num_workers=1, persistent_workers=True)\n"])
-def test_resumed_run_joins(shapes, tmp_path, workers):
+def test_resumed_run_joins(drawn, tmp_path, workers):
     """Without chance in the pictures, two iterations and two more are the same as four, to the last bit."""
     shuffled = "train_dataloader.update(sampler=dict(type='InfiniteSampler', shuffle=True))\n"
     config = tiny_upernet(tmp_path, shuffled + workers)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(segmentation_train.main, config, "--data", shapes, "--work-dir", str(whole))
-    two = ["--data", shapes, "--work-dir", str(parts)]
+    run(segmentation_train.main, config, "--data", drawn, "--work-dir", str(whole))
+    two = ["--data", drawn, "--work-dir", str(parts)]
     run(segmentation_train.main, config, *two, "--resume", "--cfg-options", "train_cfg.max_iters=2")
     assert read_checkpoint(parts / "iter_2.pth")["meta"]["iter"] == 2
     time.sleep(1)  # mmengine names a folder's log by the second
@@ -130,10 +123,10 @@ def test_resumed_run_joins(shapes, tmp_path, workers):
 
 
 @pytest.mark.slow
-def test_killed_run_is_resumed(shapes, tmp_path):
+def test_killed_run_is_resumed(drawn, tmp_path):
     """SIGKILL in the middle: no half checkpoint, the same number of iterations, the same losses."""
     config, folder = str(tiny_upernet(tmp_path)), tmp_path / "folder"
-    options = ["--data", shapes, "--work-dir", folder, "--cfg-options", "train_cfg.max_iters=30"]
+    options = ["--data", drawn, "--work-dir", folder, "--cfg-options", "train_cfg.max_iters=30"]
     command = [sys.executable, str(ROOT / "segmentation" / "train.py"), config, *options[:4], "--resume", *options[4:]]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
@@ -147,18 +140,16 @@ def test_killed_run_is_resumed(shapes, tmp_path):
         read_checkpoint(path)
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     whole = tmp_path / "whole"
-    run(segmentation_train.main, config, "--data", shapes, "--work-dir", str(whole), *options[4:])
+    run(segmentation_train.main, config, "--data", drawn, "--work-dir", str(whole), *options[4:])
     assert sorted(losses(folder)) == list(range(1, 31))
     assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)
 
 
-def test_fine_tuning_from_other_classes(shapes, tmp_path, caplog):
+def test_fine_tuning_from_other_classes(segmenter, drawn, tmp_path):
     """Weights of a segmenter with other classes start another; to resume them is refused."""
-    config, folder = tiny_upernet(tmp_path), tmp_path / "folder"
-    run(segmentation_train.main, config, "--data", shapes, "--work-dir", folder)
     more = "model['decode_head']['num_classes'] = model['auxiliary_head']['num_classes'] = 9\n"
-    config, old = tiny_upernet(tmp_path, more), folder / "iter_4.pth"
-    options = [config, "--data", shapes, "--work-dir", str(tmp_path / "fine")]
+    config, old = tiny_upernet(tmp_path, more), segmenter[1] / "iter_4.pth"
+    options = [config, "--data", drawn, "--work-dir", str(tmp_path / "fine")]
     run(segmentation_train.main, *options, "--load-from", old, "--cfg-options", "train_cfg.max_iters=1")
     with pytest.raises(
         ValueError, match=r"iter_4.pth is of another model .* 4 of another shape: auxiliary_head.conv_seg"
@@ -185,11 +176,10 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 # ----- processes and precision -----
 
 
-def test_two_processes_are_one_with_twice_the_batch(shapes, tmp_path):
-    config, one, two = str(tiny_upernet(tmp_path)), tmp_path / "one", tmp_path / "two"
-    run(segmentation_train.main, config, "--data", shapes, "--work-dir", str(one))
+def test_two_processes_are_one_with_twice_the_batch(segmenter, drawn, tmp_path):
+    (config, one), two = segmenter, tmp_path / "two"
     script = ROOT / "segmentation" / "dist_train.sh"
-    options = ["--data", shapes, "--work-dir", str(two), "--cfg-options", "train_dataloader.batch_size=2"]
+    options = ["--data", drawn, "--work-dir", str(two), "--cfg-options", "train_dataloader.batch_size=2"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -197,7 +187,7 @@ def test_two_processes_are_one_with_twice_the_batch(shapes, tmp_path):
         "PYTHON": sys.executable,
         "CUDA_VISIBLE_DEVICES": "",
     }
-    done = subprocess.run(["bash", str(script), config, "2", *options], env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", script, config, "2", *options], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     expected, found = weights(one / "iter_4.pth"), weights(two / "iter_4.pth")
     for name, value in expected.items():
@@ -206,24 +196,24 @@ def test_two_processes_are_one_with_twice_the_batch(shapes, tmp_path):
     assert (torch.cat([found[name].flatten() for name in expected]) - start).norm() < 1e-4 * start.norm()
 
 
-def test_mixed_precision_on_a_cpu(shapes, tmp_path):
+def test_mixed_precision_on_a_cpu(drawn, tmp_path):
     """bfloat16 inside, float32 weights; close to the plain folder, and not the same."""
     runs = {}
     for option in ("--amp", "--no-amp"):
         folder = tmp_path / option
-        run(detection_train.main, str(tiny_mask_rcnn(tmp_path)), "--data", shapes, "--work-dir", folder, option)
+        run(detection_train.main, str(tiny_mask_rcnn(tmp_path)), "--data", drawn, "--work-dir", folder, option)
         runs[option] = losses(folder)
         assert {value.dtype for value in weights(folder / "iter_4.pth").values()} <= {torch.float32, torch.int64}
     assert runs["--amp"][1] == pytest.approx(runs["--no-amp"][1], rel=0.05)
     assert runs["--amp"] != runs["--no-amp"]
 
 
-def test_evaluation_of_perfect_detections(shapes):
+def test_evaluation_of_perfect_detections(drawn):
     """CocoMetric gives 1."""
     from mmdet.evaluation import CocoMetric
     from pycocotools.coco import COCO
 
-    path = shapes / "instances_validation.json"
+    path = drawn / "instances_validation.json"
     coco = COCO(path)
     metric = CocoMetric(ann_file=str(path), metric=["bbox", "segm"])
     metric.dataset_meta = {"classes": ("circle", "square", "triangle")}

@@ -1,19 +1,12 @@
 # ADE20K in crops of 512x512; --tta evaluates six sizes, each also mirrored.
-_base_ = ["mmseg::_base_/datasets/ade20k.py", "./schedule_160k.py"]
+_base_ = ["mmseg::_base_/datasets/ade20k.py", "./schedule_160k.py", "./tta.py"]
 
 train_dataloader = dict(batch_size=2)
+sizes = [(int(2048 * ratio), int(512 * ratio)) for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)]
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(
         type="TestTimeAug",
-        transforms=[
-            [
-                dict(type="Resize", scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
-                for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-            ],
-            [dict(type="RandomFlip", prob=prob, direction="horizontal") for prob in (0.0, 1.0)],
-            [dict(type="LoadAnnotations")],
-            [dict(type="PackSegInputs")],
-        ],
+        transforms=[[dict(type="Resize", scale=size, keep_ratio=True) for size in sizes], *_base_.each_size],
     ),
 ]

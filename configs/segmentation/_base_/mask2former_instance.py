@@ -9,3 +9,10 @@ param_scheduler = dict(end=737500, milestones=[655556, 710184])
 train_cfg = dict(max_iters=737500, dynamic_intervals=[(735001, 737500)])
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))
 visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
+
+# For other data sets: parts that a config puts together with those of mask2former_ade20k.py or _cityscapes.py.
+pad = dict(type="BatchFixedSizePad", img_pad_value=0, pad_mask=True, mask_pad_value=0, pad_seg=False)
+load_image = dict(type="LoadImageFromFile", to_float32=True)
+load_annotations = dict(type="LoadAnnotations", with_bbox=True, with_mask=True)
+pack = [dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-5, 1e-5), by_mask=True), dict(type="PackDetInputs")]
+test_pack = dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"))

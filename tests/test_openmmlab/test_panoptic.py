@@ -1,0 +1,184 @@
+"""Panoptic maps: what stands in for panopticapi, and a Mask2Former that is trained and evaluated on them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.structures import PixelData
+from PIL import Image
+from pycocotools.coco import COCO
+from runs import ROOT, load_config, losses, run, tiny_mask2former
+
+from natzoo.openmmlab.panoptic import id2rgb, rgb2id
+from segmentation import test as segmentation_test
+from segmentation import train as segmentation_train
+
+CLASSES = ("circle", "square", "triangle", "ground")  # the last is stuff
+
+
+def write_panoptic(folder, name, pictures):
+    """Writes maps {image id: (numbers [H, W], {number: category})} in COCO's layout, and gives the file of it."""
+    (folder / name).mkdir()
+    content = {"images": [], "annotations": [], "categories": []}
+    content["categories"] = [{"id": i, "name": n, "isthing": int(n != "ground")} for i, n in enumerate(CLASSES, 1)]
+    for key, (numbers, categories) in pictures.items():
+        file = f"{key:04d}.png"
+        height, width = numbers.shape
+        Image.fromarray(id2rgb(numbers)).save(folder / name / file)
+        content["images"].append({"id": key, "file_name": file, "height": height, "width": width})
+        segments = [
+            {"id": number, "category_id": category, "iscrowd": 0, "area": int((numbers == number).sum())}
+            | {"bbox": [0, 0, width, height]}
+            for number, category in categories.items()
+        ]
+        content["annotations"].append({"image_id": key, "file_name": file, "segments_info": segments})
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def evaluate(path, predicted):
+    """mmdet's metric for maps as Mask2Former gives them: class + 1000 instance, classes counted from 0."""
+    from mmdet.evaluation import CocoPanopticMetric
+
+    metric = CocoPanopticMetric(ann_file=str(path), seg_prefix=str(path.with_suffix("")))
+    things, stuff = CLASSES[:3], CLASSES[3:]
+    metric.dataset_meta = {"classes": CLASSES, "thing_classes": things, "stuff_classes": stuff}
+    annotated = json.loads(path.read_text())
+    for image, annotation in zip(annotated["images"], annotated["annotations"], strict=True):
+        segments = [
+            {"id": s["id"], "category": s["category_id"] - 1, "is_thing": s["category_id"] < 4}
+            for s in annotation["segments_info"]
+        ]
+        sample = {
+            **{"img_id": image["id"], "ori_shape": (image["height"], image["width"]), "segments_info": segments},
+            **{"img_path": image["file_name"], "seg_map_path": str(path.with_suffix("") / image["file_name"])},
+            "pred_panoptic_seg": {"sem_seg": torch.from_numpy(predicted[image["id"]])[None]},
+        }
+        metric.process({}, [sample])
+    return metric.evaluate(len(annotated["images"]))
+
+
+def test_colours_are_numbers():
+    assert rgb2id(np.array([[[1, 2, 3], [255, 255, 255]]], np.uint8)).tolist() == [[1 + 2 * 256 + 3 * 65536, 2**24 - 1]]
+    numbers = np.random.default_rng(0).integers(0, 2**24, (5, 7))
+    assert id2rgb(numbers).dtype == np.uint8
+    assert (rgb2id(id2rgb(numbers)) == numbers).all()
+
+
+def test_quality_by_hand(tmp_path):
+    """A circle found to 4/5, ground found to 5/6 with what the circle left, a square missed, a triangle made up."""
+    truth = np.full((10, 12), 4)  # ground
+    truth[:, :5], truth[:, 10], truth[:, 11] = 1, 2, 0  # circle, square, nothing
+    found = np.full((10, 12), 3)
+    found[:, :4], found[:, 10], found[:, 11] = 1000, 1002, 1002
+    path = write_panoptic(tmp_path, "maps", {7: (truth, {4: 4, 1: 1, 2: 2})})
+    scores = evaluate(path, {7: found})
+    assert scores["coco_panoptic/PQ_th"] == pytest.approx(100 * (0.8 + 0 + 0) / 3, abs=1e-3)
+    assert scores["coco_panoptic/PQ_st"] == pytest.approx(100 * 5 / 6, abs=1e-3)
+    assert scores["coco_panoptic/PQ"] == pytest.approx(100 * (0.8 + 0 + 0 + 5 / 6) / 4, abs=1e-3)
+    assert scores["coco_panoptic/SQ"] == pytest.approx(100 * (0.8 + 0 + 0 + 5 / 6) / 4, abs=1e-3)
+    assert scores["coco_panoptic/RQ"] == pytest.approx(100 * 2 / 4, abs=1e-3)
+
+
+@pytest.fixture
+def panoptic_shapes(shapes):
+    """The drawn shapes as panoptic maps, beside their pictures."""
+    for split in ("training", "validation"):
+        coco, pictures = COCO(shapes / f"instances_{split}.json"), {}
+        for key, image in coco.imgs.items():
+            numbers, categories = np.ones((image["height"], image["width"]), int), {1: 4}
+            for number, annotation in enumerate(coco.imgToAnns[key], 300):
+                numbers[coco.annToMask(annotation) == 1] = number
+                categories[number] = annotation["category_id"]
+            pictures[key] = (numbers, categories)
+        write_panoptic(shapes, f"panoptic_{split}", pictures)
+    return shapes
+
+
+def test_perfect_maps(panoptic_shapes):
+    path = panoptic_shapes / "panoptic_validation.json"
+    predicted = {}
+    for annotation in json.loads(path.read_text())["annotations"]:
+        numbers = rgb2id(np.array(Image.open(path.with_suffix("") / annotation["file_name"])))
+        found = np.zeros_like(numbers)
+        for segment in annotation["segments_info"]:
+            label = segment["category_id"] - 1
+            found[numbers == segment["id"]] = label + 1000 * segment["id"] * (label < 3)
+        predicted[annotation["image_id"]] = found
+    scores = evaluate(path, predicted)
+    assert scores["coco_panoptic/PQ"] == scores["coco_panoptic/PQ_th"] == scores["coco_panoptic/PQ_st"] == 100
+
+
+def test_from_training_to_evaluation(panoptic_shapes, tmp_path):
+    config, folder = tiny_mask2former(tmp_path), tmp_path / "folder"
+    options = ["--data", panoptic_shapes, "--work-dir", folder]
+    run(segmentation_train.main, config, *options)
+    found = losses(folder)
+    assert sorted(found) == [1, 2]
+    assert all(np.isfinite(loss) for loss in found.values())
+    scores = run(segmentation_test.main, config, folder / "iter_2.pth", *options, "--show-dir", tmp_path / "pictures")
+    assert {"coco_panoptic/PQ", "coco_panoptic/PQ_th", "coco_panoptic/PQ_st"} <= scores.keys()
+    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
+
+
+# ----- data sets whose files list the classes in an order of their own -----
+
+
+def panoptic_set(folder, config):
+    """Makes up a picture of a thing and stuff where a config expects it: the data set, the metric, a perfect map."""
+    from mmdet.registry import DATASETS
+    from mmengine.evaluator import Evaluator
+    from mmengine.registry import init_default_scope
+
+    from natzoo.openmmlab.data import set_data_root
+
+    cfg = load_config(ROOT / "configs" / "segmentation" / config)
+    set_data_root(cfg, folder)
+    init_default_scope("mmdet")
+    described = DATASETS.get(cfg.val_dataloader.dataset.type).METAINFO
+    backwards = described["classes"][::-1]  # as no file of mmdet's has them
+    things = described["thing_classes"]
+    categories = [{"id": i, "name": name, "isthing": int(name in things)} for i, name in enumerate(backwards, 7)]
+    prefix, name = cfg.val_dataloader.dataset.data_prefix, "ulm_000000_000019_leftImg8bit.png"
+    picture, seg = Path(folder, prefix.img), Path(folder, prefix.seg)
+    map_name = name
+    if "cityscapes" in config:
+        picture, map_name = picture / "ulm", name.replace("leftImg8bit", "gtFine_panoptic")
+    picture.mkdir(parents=True)
+    seg.mkdir(parents=True)
+    Image.new("RGB", (64, 32)).save(picture / name)
+    numbers = np.full((32, 64), 500)
+    numbers[:, 20:] = 90000
+    Image.fromarray(id2rgb(numbers)).save(seg / map_name)
+    thing, stuff = things[1], described["stuff_classes"][2]
+    segments = [
+        {"id": number, "category_id": 7 + backwards.index(name), "iscrowd": 0, "area": area, "bbox": [x, 0, 30, 32]}
+        for number, name, area, x in ((500, thing, 32 * 20, 0), (90000, stuff, 32 * 44, 20))
+    ]
+    annotations = [{"image_id": "ulm", "file_name": map_name, "segments_info": segments}]
+    images = [{"id": "ulm", "file_name": name, "height": 32, "width": 64}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path = Path(folder, cfg.val_dataloader.dataset.ann_file)
+    path.write_text(json.dumps(content))
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    evaluator = Evaluator(cfg.val_evaluator)
+    evaluator.dataset_meta = dataset.metainfo
+    perfect = np.full((32, 64), described["classes"].index(stuff))
+    perfect[:, :20] = 1000 + described["classes"].index(thing)
+    return dataset, evaluator, perfect
+
+
+@pytest.mark.parametrize("data", ["ade20k", "cityscapes"])
+def test_classes_are_told_by_their_names(tmp_path, data):
+    dataset, evaluator, perfect = panoptic_set(tmp_path, f"mask2former_dinat_large_{data}_panoptic.py")
+    assert len(dataset) == 1
+    sample = dataset[0]["data_samples"]
+    (thing,), (stuff,) = sample.gt_instances.labels.tolist(), set(sample.gt_sem_seg.sem_seg.unique().tolist()) - {1}
+    classes = dataset.metainfo["classes"]
+    assert (classes[thing], classes[stuff]) == (classes[1], dataset.metainfo["stuff_classes"][2])
+    sample.pred_panoptic_seg = PixelData(sem_seg=torch.from_numpy(perfect)[None])
+    evaluator.process([sample])
+    assert evaluator.evaluate(1)["coco_panoptic/PQ"] == 100

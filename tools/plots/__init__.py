@@ -1,0 +1,1 @@
+"""What tools/plot.py draws: diagrams, plots of published figures, plots of what assets/benchmarks holds."""
