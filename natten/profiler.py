@@ -1,8 +1,7 @@
 """Times a problem of neighborhood attention, or says which kernels would serve it.
 
     python -m natten.profiler --size 56x56 --batch 8 --heads 2 --head-dim 32 --kernel-size 7 --rpb --backward
-    python -m natten.profiler --size 56x56 --batch 128 --heads 2 --head-dim 32 --kernel-size 7 --dtype bfloat16 \\
-        --device cuda --capability 9.0 --dry-run
+    python -m natten.profiler --size 56x56 --head-dim 32 --kernel-size 7 --dtype bfloat16 --dry-run --capability 9.0
 
 Work is the least that the problem takes: the products of queries with the keys of their windows (and of what
 natten/composition.py adds around the map), and each tensor moved once a pass. Its limit is the longer of two times: of

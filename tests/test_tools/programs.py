@@ -79,7 +79,8 @@ def check(text: str, checkout: Path) -> None:
     assert called, f"{text} calls nothing"
     for program, *words in called:
         for word in words:
-            assert not word.startswith(_NAMED) or (ROOT / word).exists(), word
+            is_readers = Path(word).name == "mine.py"  # which the page has them write
+            assert is_readers or not word.startswith(_NAMED) or (ROOT / word).exists(), word
         _check_call(program, words)
 
 

@@ -101,6 +101,10 @@ RULES = (
         _TEST,
         {"iter_400": "iter_2", "iter_300": "iter_2"},
     ),
+    Rule(
+        r"python (detection|segmentation)/train\.py configs/\w+/mine\.py .*",
+        elsewhere="tests/test_openmmlab/test_configs.py, which takes the config from the page",
+    ),
     Rule(r"python detection/train\.py CONFIG", _QUICKSTART, {"CONFIG": "configs/quickstart/mask_rcnn.py"}),
     Rule(r"python segmentation/train\.py CONFIG", _QUICKSTART, {"CONFIG": "configs/quickstart/upernet.py"}),
     Rule(
@@ -158,6 +162,8 @@ RULES = (
         r"python tools/benchmark\.py (ops|layers).*", "--case b1_8x8_h2_d8_k3 --provider natten-reference --repeats 1"
     ),
     Rule(r"python tools/benchmark\.py models.*", "--case inference_b1_32 --provider nat_mini --repeats 1"),
+    Rule(r"python -m natten\.profiler .* --dry-run .*", quick=True),
+    Rule(r"python -m natten\.profiler .*", "--device cpu --repeats 1"),
     Rule(r"python -m natten\.build( --list)?"),
     Rule(r"python -m natten\.build --cpu .*", replace={"--cpu x86-64-v4 ": ""}),
 )
