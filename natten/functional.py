@@ -1,6 +1,6 @@
 """Neighborhood attention as functions: fused (`na1d`, `na2d`, `na3d`), on packed qkv, and as two halves (`_qk`, `_av`).
 
-Each kind is written once and made for the three ranks; natten/geometry.py states the exact semantics. Papers:
+Each kind is written once and made for the three ranks; natten/geometry states the exact semantics. Papers:
 Neighborhood Attention Transformer, section 3 (arXiv:2204.07143); with dilation, DiNAT, section 3 (arXiv:2209.15001).
 """
 

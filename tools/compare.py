@@ -16,14 +16,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from visualize import read_summary, save
+from pictures.curves import read_summary
+from pictures.style import save, to_png
 
 from classification.options import read_config
 from natzoo import command_line
@@ -102,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             runs[config.stem].append(train(args.data, config, seed, args.output, more))
             rows[config.stem] = summarize(config, runs[config.stem])
         write_table(args.output / "compare.csv", COLUMNS, rows.values())
-        save(draw(runs), args.output / "compare.png")
+        save(to_png(draw(runs)), args.output / "compare.png")
     for row in (dict(zip(COLUMNS, COLUMNS, strict=True)), *rows.values()):
         print("  ".join(f"{row[name]:<{22 if name in ('recipe', 'model') else 11}}" for name in COLUMNS).rstrip())
 

@@ -159,7 +159,20 @@ RULES = (
     Rule(r"python tools/flops\.py .*"),
     Rule(r"python tools/plot\.py.*"),
     Rule(r"python tools/visualize\.py attention picture\.png \.\.\. .*", replace={" ...": ""}),
+    Rule(
+        r"python tools/visualize\.py salient .*",
+        "--samples 1",
+        {"*.jpg": "picture.png", "vit_base_patch16_224 nat_base --pretrained": "output/nat/best.pth"},
+    ),
+    Rule(
+        r"python tools/visualize\.py receptive-field .*", "--inputs 1", {"nat_mini dinat_mini": "output/nat/best.pth"}
+    ),
+    Rule(r"python tools/visualize\.py neighborhood .*", "--size 5 --kernel-size 2"),
     Rule(r"python tools/visualize\.py .*", replace={"output/dinat": "output/nat"}),
+    Rule(
+        r"python tools/demo\.py .*",
+        elsewhere="tests/test_tools/test_demo.py; it needs gradio, and serves until stopped",
+    ),
     Rule(
         r"python tools/compare\.py SIGN_DIGITS .*",
         f"--output output/compare_small -- {_SHORT}",
@@ -180,6 +193,7 @@ RULES = (
     Rule(r"python -m natten\.profiler .* --dry-run .*", quick=True),
     Rule(r"python -m natten\.profiler .*", "--device cpu --repeats 1"),
     Rule(r"python -m natten\.build( --list)?"),
+    Rule(r"python -m natten\.geometry --.*", quick=True),
     Rule(r"python -m natten\.build --cpu .*", replace={"--cpu x86-64-v4 ": ""}),
 )
 

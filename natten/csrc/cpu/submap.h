@@ -1,4 +1,4 @@
-// Windows, and the submaps into which dilation cuts a problem: natten/geometry.py states the same for Python.
+// Windows, and the submaps into which dilation cuts a problem: natten/geometry states the same for Python.
 #pragma once
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 // (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM, ELEMENT and HAS_RPB. What comes at run time: `Params`.
 //
 // Problems of fewer axes have leading axes of one token with a window of one. Dilation cuts each axis into residue
-// classes, each a small problem without dilation; natten/geometry.py states the same for Python.
+// classes, each a small problem without dilation; natten/geometry states the same for Python.
 #pragma once
 
 #include "instructions.h"
