@@ -14,8 +14,6 @@ masks on the way, takes a minute.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
 
@@ -25,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import natzoo  # noqa: F401  registers the models
 from natzoo import command_line
-from natzoo.checkpoints import write_atomically
+from natzoo.checkpoints import write_table
 from natzoo.counting import Layer, count
 
 COLUMNS = ("model", "layer", "kind", "height", "width", "parameters", "macs", "flops", "activations")
@@ -74,16 +72,6 @@ def format_row(name: str, size: str, layer: Layer) -> str:
     return f"{name:<44} {size:>14} " + " ".join(f"{figure:>12}" for figure in (parameters, macs, flops, activations))
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-    print(f"wrote {path}")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", help="registered names or paths of configs")
@@ -115,7 +103,9 @@ def main(argv: list[str] | None = None) -> None:
             row = (name, layer.name, layer.kind, height, width, *figures)
             rows.append(dict(zip(COLUMNS, row, strict=True)))
     if args.csv:
-        write_csv(args.csv, rows)
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        write_table(args.csv, COLUMNS, rows)
+        print(f"wrote {args.csv}")
 
 
 if __name__ == "__main__":
