@@ -167,7 +167,7 @@ RULES = (
     Rule(
         r"python tools/visualize\.py receptive-field .*", "--inputs 1", {"nat_mini dinat_mini": "output/nat/best.pth"}
     ),
-    Rule(r"python tools/visualize\.py neighborhood .*", "--size 5 --kernel-size 2"),
+    Rule(r"python tools/visualize\.py neighborhood .*", "--size 6 --kernel-size 3"),
     Rule(r"python tools/visualize\.py .*", replace={"output/dinat": "output/nat"}),
     Rule(
         r"python tools/demo\.py .*",
