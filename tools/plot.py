@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pictures.style import places, save, themed, to_png
 from plots import diagrams, measured, published
-from plots.style import THEMES, themed, to_png
+from plots.style import COLOURS, DPI, THEMES, settings
 from tqdm import tqdm
 
 from natzoo import command_line
-from natzoo.checkpoints import write_atomically
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _NAT = ("NAT", "Swin", "ConvNeXt")
@@ -46,13 +46,9 @@ PICTURES = {
 
 def draw(name: str, folder: Path) -> None:
     """Writes a picture in both themes."""
-    for suffix, theme in THEMES.items():
-        with themed(theme):
-            content = to_png(PICTURES[name](theme))
-        path = folder / f"{name}_{suffix}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file, content=content: file.write(content))
-        tqdm.write(f"wrote {path}")
+    for theme, path in places(folder / f"{name}.png", "both").items():
+        with themed(theme, **settings(THEMES[theme])):
+            save(to_png(PICTURES[name](THEMES[theme]), DPI, COLOURS), path)
 
 
 def main(argv: list[str] | None = None) -> None:

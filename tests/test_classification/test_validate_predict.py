@@ -245,7 +245,8 @@ def test_predictions_as_json_and_as_a_picture(trained, data, tmp_path):
 def test_a_reader_that_has_had_enough_is_no_error(trained, data):
     """As in `predict.py ... | head`."""
     path, _ = trained
-    words = [sys.executable, predict.__file__, str(data / "val"), "--checkpoint", str(path), "--batch-size", "1"]
+    pictures = [str(data / "val")] * 100  # whose lines no pipe holds, so that not all are written before it is closed
+    words = [sys.executable, predict.__file__, *pictures, "--checkpoint", str(path)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()

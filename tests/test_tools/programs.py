@@ -133,13 +133,19 @@ def _only_parsed() -> Iterator[None]:
         yield
 
 
-def _check_pip(words: list[str]) -> None:
-    """By pip's own parser; extras must be those of the project."""
-    from pip._internal.commands import create_command
+_PIP = """
+import sys
+from pip._internal.commands import create_command
+print(*create_command("install").parse_args(sys.argv[1:])[1])
+"""
 
+
+def _check_pip(words: list[str]) -> None:
+    """By pip's own parser, in a process of its own: pip changes how modules are found; extras must be the project's."""
     assert words[0] == "install"
-    _, packages = create_command("install").parse_args(words[1:])
-    for package in packages:
+    done = subprocess.run([sys.executable, "-c", _PIP, *words[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for package in done.stdout.split():
         if package.startswith("."):
             _check_extras(package[1:].strip("[]").split(","))
 

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
+from tqdm import tqdm
 
 from natten.geometry.drawing import PALETTES
 from natzoo.checkpoints import write_atomically
@@ -22,11 +23,12 @@ SEQUENTIAL = {"light": "Greys", "dark": "gray"}
 
 
 @contextmanager
-def themed(theme: str) -> Iterator[None]:
-    """Figures made inside have the colours of a theme, "light" or "dark"."""
+def themed(theme: str, **more) -> Iterator[None]:
+    """Figures made inside have the colours of a theme, "light" or "dark", and `more` settings of matplotlib."""
     page, ink, _ = PALETTES[theme]
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
-    with plt.rc_context({**colours, "figure.facecolor": page, "axes.facecolor": page, "legend.facecolor": page}):
+    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    pages = ("figure.facecolor", "axes.facecolor", "legend.facecolor", "savefig.facecolor")
+    with plt.rc_context({**dict.fromkeys(inks, ink), **dict.fromkeys(pages, page), **more}):
         yield
 
 
@@ -37,18 +39,20 @@ def places(out: Path, theme: str) -> dict[str, Path]:
     return {name: out.with_name(f"{out.stem}_{name}{out.suffix}") for name in PALETTES}
 
 
-def to_png(figure: plt.Figure) -> bytes:
-    """A figure as a small PNG; closes the figure."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI)
+def to_png(figure: plt.Figure, dpi: int = DPI, colours: int | None = None) -> bytes:
+    """A figure as a small PNG, of so many colours if that is said; closes the figure."""
+    content, smaller = io.BytesIO(), io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
     plt.close(figure)
     with Image.open(content) as image:
-        smaller = io.BytesIO()
-        image.convert("RGB").save(smaller, format="png", optimize=True)
+        image = image.convert("RGB")
+        if colours is not None:
+            image = image.quantize(colours, dither=Image.Dither.NONE)
+        image.save(smaller, format="png", optimize=True)
     return smaller.getvalue()
 
 
 def save(content: bytes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(content))
-    print(f"wrote {path}")
+    tqdm.write(f"wrote {path}")
