@@ -29,7 +29,7 @@ import natten.flops  # noqa: F401  teaches FlopCounterMode
 from natten import dispatch, functional
 from natten.backends import cuda, reference
 from natten.backends.compiled import refuses_kind
-from natten.command_line import Parser, numbers
+from natten.command_line import Parser, causal_axes, numbers
 from natten.geometry import WINDOW_PADDINGS, Axis, make_axes, per_axis
 from natten.version import __version__
 
@@ -395,11 +395,9 @@ def read_problem(args: argparse.Namespace) -> Problem:
     rank = len(space)
     if rank > 3 or min(space) < 1:
         raise ValueError(f"--size is {'x'.join(map(str, space))}, but must be 1 to 3 positive numbers.")
-    causal = () if args.causal is None else args.causal or range(rank)
-    if not set(causal) <= set(range(rank)):
-        raise ValueError(f"--causal names the axes {args.causal}, but --size has the axes 0 to {rank - 1}.")
+    causal = causal_axes(args.causal, rank)
     arguments = {name: values[0] if len(values) == 1 else values for name, values in window.items()}
-    arguments |= {"is_causal": tuple(axis in causal for axis in range(rank)), "window_padding": args.window_padding}
+    arguments |= {"is_causal": causal, "window_padding": args.window_padding}
     return Problem(
         batch=args.batch,
         space=space,

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.devices import pick_device
 from classification.models import add_model_options, class_names, evaluation_transform, preprocessing, requested_model
 from natzoo import command_line
+from natzoo.checkpoints.write import write_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,15 +31,15 @@ def export(folder: Path) -> None:
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: name a folder that is not.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     without = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        whole = Path(temporary) / folder.name
-        shutil.copytree(ROOT / "tools" / "space", whole, ignore=without)
+
+    def write(whole: Path) -> None:
+        shutil.copytree(ROOT / "tools" / "space", whole, ignore=without, dirs_exist_ok=True)
         for package in ("natten", "natzoo"):
             shutil.copytree(ROOT / package, whole / package, ignore=without)
         shutil.copy(ROOT / "LICENSE", whole)
-        whole.rename(folder)
+
+    write_folder(folder, write)
     print(f"wrote {folder}")
 
 

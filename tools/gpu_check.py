@@ -12,6 +12,7 @@ rate of a large bfloat16 matrix product, whichever is longer; both rates are mea
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -410,20 +411,13 @@ def _time_operator(check: Check, case, name: str, copy_rate: float, matrix_rate:
         saved = (grad_out, None, *given, out, lse)
         backward.append(lambda module=module, saved=saved: module.attention_backward(*saved, axes, scale))
     tokens = out.numel() * dtype.itemsize
-    pairs = out.numel() * _product(kernel_size)
+    pairs = out.numel() * math.prod(kernel_size)
     for pass_name, calls, tensors, products in (("forward", forward, 4, 4), ("backward", backward, 8, 10)):
         floor = max(tensors * tokens / copy_rate, products * pairs / matrix_rate)
         ms = check.milliseconds(calls)
         share = products * pairs / matrix_rate / ms
         result = f"{ms * 1e3:.0f} us = {ms / floor:.2f} x floor ({floor * 1e3:.0f} us), {share:.0%} of matrix rate"
         check.row("operator", f"{name} {pass_name}", result)
-
-
-def _product(values) -> int:
-    total = 1
-    for value in values:
-        total *= value
-    return total
 
 
 def _time_flex(check: Check, name: str, pass_name: str) -> None:

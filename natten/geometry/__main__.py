@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from natten.command_line import Parser, numbers
+from natten.command_line import Parser, causal_axes, numbers
 from natten.geometry import Axis, drawing, make_axes
 
 
@@ -27,9 +27,7 @@ def problem(args: argparse.Namespace) -> tuple[Axis, ...]:
     rank = len(args.size)
     if rank > 3:
         raise ValueError(f"--size has {rank} axes, but neighborhood attention has 1 to 3.")
-    if args.causal and not all(0 <= axis < rank for axis in args.causal):
-        raise ValueError(f"--causal names the axes {args.causal}, but --size has the axes 0 to {rank - 1}.")
-    causal = args.causal is not None and (tuple(axis in args.causal for axis in range(rank)) if args.causal else True)
+    causal = causal_axes(args.causal, rank)
     window = (values[0] if len(values) == 1 else values for values in (args.kernel_size, args.stride, args.dilation))
     axes = make_axes(args.size, *window, causal)
     for query in filter(None, args.query):

@@ -12,6 +12,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import torch
@@ -51,6 +52,30 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
         text = f"{path} could not be written; what was there before is unharmed ({error.strerror})."
         raise OSError(error.errno, text) from error
     sync(path.parent)
+
+
+def write_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Writes a folder under a temporary name, forces it to the disk, and renames it.
+
+    Args:
+        folder: where it will be; it appears when all of it is written.
+        write: writes the content into the empty folder that it is given.
+
+    Raises:
+        FileExistsError: if there is such a folder already and it is not empty.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already: choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / folder.name
+        whole.mkdir()
+        write(whole)
+        for path in (*whole.rglob("*"), whole):
+            sync(path)
+        os.replace(whole, folder)
+    sync(folder.parent)
 
 
 def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from natzoo.checkpoints.keys import to_hf
-from natzoo.checkpoints.write import sync, write_weights
+from natzoo.checkpoints.write import write_folder, write_weights
 from natzoo.hf.configuration import DinatConfig
 from natzoo.hf.export import from_timm, image_processor, make_config
 from natzoo.hf.modeling import DinatBackbone, NatBackbone, arguments_of
@@ -48,7 +47,7 @@ def save_folder(
         exported.save_pretrained(whole)
         image_processor(model).save_pretrained(whole)
 
-    _write_folder(Path(folder), write)
+    write_folder(Path(folder), write)
 
 
 def save_backbone_folder(model: NAT | DiNAT_s, weights: dict[str, Tensor], folder: str | os.PathLike) -> None:
@@ -79,7 +78,7 @@ def save_backbone_folder(model: NAT | DiNAT_s, weights: dict[str, Tensor], folde
         if different:
             raise ValueError(f"the weights are of another backbone: {len(different)} differ, as {different[0]}.")
 
-    _write_folder(Path(folder), write)
+    write_folder(Path(folder), write)
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
@@ -114,18 +113,3 @@ def _preprocessing(folder: Path, channels: int) -> dict[str, Any]:
         "mean": list(processor.image_mean),
         "std": list(processor.image_std),
     }
-
-
-def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already: choose another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        whole = Path(temporary) / folder.name
-        whole.mkdir()
-        write(whole)
-        for path in (*whole.iterdir(), whole):
-            sync(path)
-        os.replace(whole, folder)
-    sync(folder.parent)
