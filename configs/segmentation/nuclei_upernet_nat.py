@@ -17,7 +17,7 @@ train_pipeline = [
     dict(type="RandomResize", scale=(384, 384), ratio_range=(0.75, 1.5), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(256, 256)),
     dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
-    dict(type="PhotoMetricDistortion", brightness_delta=16),
+    dict(type="PhotoMetricDistortion", brightness_delta=16, hue_delta=4),  # a stain's colour tells what it stained
     dict(type="PackSegInputs"),
 ]
 # Annotations are loaded after the picture is resized: they are compared at its own size.
