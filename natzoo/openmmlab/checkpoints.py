@@ -100,8 +100,9 @@ class PlainCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError if the checkpoint is of another model."""
-        wraps = is_model_wrapper(runner.model) or isinstance(runner.model, BaseTTAModel)
-        model = runner.model.module if wraps else runner.model
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
         path = checkpoint.pop(_FILE, "the checkpoint")
         checkpoint["state_dict"], notes = fit_detector(checkpoint["state_dict"], model, path, self.new_classes)
         for note in notes:

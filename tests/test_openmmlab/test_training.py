@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,9 +64,7 @@ def test_detection_from_training_to_pictures(drawn, tmp_path):
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
 
 
-def test_several_scales(segmenter, drawn, tmp_path):
-    """The mean over scales and flips; of one scale without flips it is the plain evaluation."""
-    tta = """
+TTA = """
 tta_model = dict(type="SegTTAModel")
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
@@ -80,6 +79,10 @@ tta_pipeline = [
     ),
 ]
 """
+
+
+def test_several_scales(segmenter, drawn, tmp_path):
+    """The mean over scales and flips; of one scale without flips it is the plain evaluation."""
     _, folder = segmenter
     data = ["--data", drawn, "--work-dir", tmp_path / "test"]
     results = []
@@ -88,10 +91,27 @@ tta_pipeline = [
         ("(128,)", "(0.0,)", []),
         ("(96, 160)", "(0.0, 1.0)", ["--tta"]),
     ):
-        config = tiny_upernet(tmp_path, tta.replace("SIDES", sides).replace("PROBS", probs))
+        config = tiny_upernet(tmp_path, TTA.replace("SIDES", sides).replace("PROBS", probs))
         results.append(run(segmentation_test.main, config, folder / "iter_4.pth", *data, *tta_option))
     assert results[0]["mIoU"] == pytest.approx(results[1]["mIoU"])
     assert results[2]["aAcc"] != results[1]["aAcc"]
+
+
+def test_several_scales_under_torchrun(segmenter, drawn, tmp_path, monkeypatch):
+    """A wrapper for processes around the one for scales."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    threads = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1}  # else mmengine sets them, and they stay
+    for name, value in {**place, **threads}.items():
+        monkeypatch.setenv(name, str(value))
+    config = tiny_upernet(tmp_path, TTA.replace("SIDES", "(128,)").replace("PROBS", "(0.0,)"))
+    options = ["--data", drawn, "--work-dir", tmp_path / "test", "--tta"]
+    try:
+        assert "mIoU" in run(segmentation_test.main, config, segmenter[1] / "iter_4.pth", *options)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ----- checkpoints -----
