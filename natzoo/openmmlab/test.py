@@ -41,7 +41,7 @@ def main(project: Project, argv: Sequence[str] | None = None) -> dict[str, float
     args = make_parser(project).parse_args(argv)
     cfg = load_config(args, project)
     check_data(cfg, ("test_dataloader",))
-    cfg.load_from = args.checkpoint
+    cfg.load_from, cfg.resume = args.checkpoint, False
     if args.eval:
         _set_measures(cfg, args.eval)
     if args.tta:

@@ -94,6 +94,17 @@ def test_resume_and_load_from(drawn, tmp_path):
         segment(tiny_upernet(tmp_path), drawn, tmp_path, "--resume", "a.pth", "--load-from", "b.pth")
 
 
+def test_a_run_is_not_overwritten(drawn, tmp_path):
+    """Neither by one that starts anew, nor by one that goes on from elsewhere."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "iter_2.pth").write_bytes(b"")
+    for start in ([], ["--load-from", "b.pth"], ["--resume", tmp_path / "other" / "iter_4.pth"]):
+        with pytest.raises(
+            ValueError, match=r"iter_2\.pth is there already: go on with it by --resume, or .*--work-dir"
+        ):
+            segment(tiny_upernet(tmp_path), drawn, tmp_path, *start)
+
+
 # ----- data -----
 
 

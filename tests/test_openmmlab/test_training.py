@@ -124,8 +124,14 @@ def test_checkpoints_are_plain(segmenter):
     assert checkpoint["message_hub"]["log_scalars"]["train/loss"]["history"].shape == (4,)
 
 
-@pytest.mark.parametrize("workers", ["", "train_dataloader.update(num_workers=1, persistent_workers=True)\n"])
-def test_resumed_run_joins(drawn, tmp_path, workers):
+@pytest.mark.parametrize(
+    ("workers", "resume"),
+    [
+        ("", ["--resume"]),
+        ("train_dataloader.update(num_workers=1, persistent_workers=True)\n", ["--cfg-options", "resume=True"]),
+    ],
+)
+def test_resumed_run_joins(drawn, tmp_path, workers, resume):
     """Without chance in the pictures, two iterations and two more are the same as four, to the last bit."""
     shuffled = "train_dataloader.update(sampler=dict(type='InfiniteSampler', shuffle=True))\n"
     config = tiny_upernet(tmp_path, shuffled + workers)
@@ -135,7 +141,7 @@ def test_resumed_run_joins(drawn, tmp_path, workers):
     run(segmentation_train.main, config, *two, "--resume", "--cfg-options", "train_cfg.max_iters=2")
     assert read_checkpoint(parts / "iter_2.pth")["meta"]["iter"] == 2
     time.sleep(1)  # mmengine names a folder's log by the second
-    run(segmentation_train.main, config, *two, "--resume")
+    run(segmentation_train.main, config, *two, *resume)
     assert sorted(losses(parts)) == [1, 2, 3, 4]
     assert losses(parts) == losses(whole)
     for name, value in weights(whole / "iter_4.pth").items():
@@ -169,12 +175,20 @@ def test_fine_tuning_from_other_classes(segmenter, drawn, tmp_path):
     """Weights of a segmenter with other classes start another; to resume them is refused."""
     more = "model['decode_head']['num_classes'] = model['auxiliary_head']['num_classes'] = 9\n"
     config, old = tiny_upernet(tmp_path, more), segmenter[1] / "iter_4.pth"
-    options = [config, "--data", drawn, "--work-dir", str(tmp_path / "fine")]
-    run(segmentation_train.main, *options, "--load-from", old, "--cfg-options", "train_cfg.max_iters=1")
+    options = [config, "--data", drawn, "--work-dir"]
+    run(
+        segmentation_train.main,
+        *options,
+        tmp_path / "fine",
+        "--load-from",
+        old,
+        "--cfg-options",
+        "train_cfg.max_iters=1",
+    )
     with pytest.raises(
         ValueError, match=r"iter_4.pth is of another model .* 4 of another shape: auxiliary_head.conv_seg"
     ):
-        run(segmentation_train.main, *options, "--resume", old)
+        run(segmentation_train.main, *options, tmp_path / "resumed", "--resume", old)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
