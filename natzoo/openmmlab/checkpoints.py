@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
@@ -79,6 +79,46 @@ class AtomicBackend(LocalBackend):
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
         Path(filepath).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(filepath, lambda file: file.write(obj))
+
+
+class _LateRemoval:
+    """A file backend that removes what it is told to only when asked again, and only files of one folder."""
+
+    def __init__(self, backend: LocalBackend, folder: str | os.PathLike):
+        self.backend, self.folder = backend, Path(folder).resolve()
+        self.waiting: list[str | os.PathLike] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def isfile(self, path: str | os.PathLike) -> bool:
+        """False elsewhere, so that mmengine does not remove it."""
+        return Path(path).resolve().parent == self.folder and self.backend.isfile(path)
+
+    def remove(self, path: str | os.PathLike) -> None:
+        self.waiting.append(path)
+
+    def remove_waiting(self) -> None:
+        while self.waiting:
+            self.backend.remove(self.waiting.pop())
+
+
+@HOOKS.register_module(name="CheckpointHook", force=True)
+class SafeCheckpointHook(CheckpointHook):
+    """mmengine's own, of every config, but an old checkpoint is removed only when the new one is there, and none of
+    another run, whose best one a resumed run knows of."""
+
+    def before_train(self, runner: Any) -> None:
+        super().before_train(runner)
+        self.file_backend = _LateRemoval(self.file_backend, self.out_dir)
+
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
+        super()._save_checkpoint_with_step(runner, step, meta)
+        self.file_backend.remove_waiting()
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict[str, float]) -> None:
+        super()._save_best_checkpoint(runner, metrics)
+        self.file_backend.remove_waiting()
 
 
 @HOOKS.register_module()

@@ -1,19 +1,24 @@
 """Training and evaluation through the scripts: what is left behind, interruption, processes, precision."""
 
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MessageHub
+from mmengine.registry import HOOKS
 from runs import ROOT, losses, run, tiny_mask_rcnn, tiny_upernet
 
 from detection import test as detection_test
 from detection import train as detection_train
 from natzoo.checkpoints import read_checkpoint
+from natzoo.openmmlab import checkpoints  # noqa: F401  registers the hooks
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
 
@@ -205,6 +210,48 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="what was there before is unharmed"):
         backend.put(b"new", path)
     assert path.read_bytes() == b"old"
+
+
+class SavingRun:
+    """What mmengine's hook of checkpoints asks of a run; keeps which files were there when each was written."""
+
+    logger = logging.getLogger("test")
+    max_iters, epoch = 100, 0
+
+    def __init__(self, folder):
+        folder.mkdir()
+        self.work_dir, self.message_hub, self.there = str(folder), MessageHub("test"), {}
+        options = {"by_epoch": False, "interval": 2, "max_keep_ckpts": 1, "save_best": "mIoU"}
+        self.hook = HOOKS.build({"type": "CheckpointHook", **options})
+
+    def save_checkpoint(self, folder, filename, *args, **kwargs):
+        self.there.setdefault(filename, sorted(path.name for path in Path(folder).glob("*.pth")))
+        Path(folder, filename).touch()
+
+    def train(self, scores):
+        self.hook.before_train(self)
+        for iteration, score in scores.items():
+            self.iter = iteration - 1
+            self.hook.after_train_iter(self, self.iter)
+            self.iter = iteration
+            self.hook.after_val_epoch(self, {"mIoU": score})
+        return sorted(path.name for path in Path(self.work_dir).glob("*.pth"))
+
+
+def test_old_checkpoints_are_removed_last(tmp_path):
+    one = SavingRun(tmp_path / "one")
+    assert one.train({2: 0.1, 4: 0.2, 6: 0.1}) == ["best_mIoU_iter_4.pth", "iter_6.pth"]
+    assert one.there["best_mIoU_iter_4.pth"] == ["best_mIoU_iter_2.pth", "iter_4.pth"]
+    assert one.there["iter_6.pth"] == ["best_mIoU_iter_4.pth", "iter_4.pth"]
+
+
+def test_the_best_of_another_run_stays(tmp_path):
+    """One that goes on from it in a folder of its own knows its best checkpoint."""
+    one, two = SavingRun(tmp_path / "one"), SavingRun(tmp_path / "two")
+    one.train({2: 0.1})
+    two.message_hub = one.message_hub
+    assert two.train({4: 0.2}) == ["best_mIoU_iter_4.pth", "iter_4.pth"]
+    assert (tmp_path / "one" / "best_mIoU_iter_2.pth").exists()
 
 
 # ----- processes and precision -----
