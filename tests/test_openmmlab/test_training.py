@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.logging import MessageHub
@@ -137,16 +138,24 @@ def test_checkpoints_are_plain(segmenter):
     ],
 )
 def test_resumed_run_joins(drawn, tmp_path, workers, resume):
-    """Without chance in the pictures, two iterations and two more are the same as four, to the last bit."""
-    shuffled = "train_dataloader.update(sampler=dict(type='InfiniteSampler', shuffle=True))\n"
+    """Without chance in the pictures, two iterations and two more are the same as four, to the last bit.
+
+    Each start draws a seed of its own; the one that the run began with holds.
+    """
+    shuffled = (
+        "train_dataloader.update(sampler=dict(type='InfiniteSampler', shuffle=True))\nrandomness = dict(seed=None)\n"
+    )
     config = tiny_upernet(tmp_path, shuffled + workers)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(segmentation_train.main, config, "--data", drawn, "--work-dir", str(whole))
     two = ["--data", drawn, "--work-dir", str(parts)]
+    np.random.seed(0)
     run(segmentation_train.main, config, *two, "--resume", "--cfg-options", "train_cfg.max_iters=2")
-    assert read_checkpoint(parts / "iter_2.pth")["meta"]["iter"] == 2
+    meta = read_checkpoint(parts / "iter_2.pth")["meta"]
+    assert meta["iter"] == 2
     time.sleep(1)  # mmengine names a folder's log by the second
+    np.random.seed(1)
     run(segmentation_train.main, config, *two, *resume)
+    run(segmentation_train.main, config, "--data", drawn, "--work-dir", str(whole), "--seed", meta["seed"])
     assert sorted(losses(parts)) == [1, 2, 3, 4]
     assert losses(parts) == losses(whole)
     for name, value in weights(whole / "iter_4.pth").items():
