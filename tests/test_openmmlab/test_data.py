@@ -140,12 +140,16 @@ def test_missing_annotations(shapes, tmp_path):
         detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path)
 
 
-def test_annotated_picture_that_is_absent(shapes, tmp_path):
-    (shapes / "images" / "training" / "0003.png").unlink()
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_annotated_picture_that_is_absent(shapes, tmp_path, split):
+    """Also in the validation set, which is read only after hours."""
+    picture = sorted((shapes / "images" / split).iterdir())[2]
+    picture.unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"instances_training\.json names .*0003\.png, but there is no such file"
+        FileNotFoundError, match=rf"instances_{split}\.json names .*{picture.name}, but there is no such file"
     ):
         detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path)
+    assert not list((tmp_path / "run").glob("*.pth"))
 
 
 def test_label_picture_that_is_absent(shapes, tmp_path):
