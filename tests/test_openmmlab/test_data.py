@@ -73,6 +73,15 @@ def test_metric_that_the_config_has_not(drawn, tmp_path):
         run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--tta")
 
 
+def test_pictures_by_several_processes(drawn, tmp_path, monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match=r"--show-dir draws in one process alone, but there are 2: use test\.py"):
+        run(
+            detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--show-dir", tmp_path / "pictures"
+        )
+
+
 def test_errors_end_a_script_with_status_2(tmp_path):
     script = ROOT / "detection" / "train.py"
     done = subprocess.run([sys.executable, str(script), "nowhere.py"], capture_output=True, text=True)
