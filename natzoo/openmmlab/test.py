@@ -92,5 +92,5 @@ def _set_pictures(cfg: Config, folder: Path, score: float) -> None:
         hook = {"type": "DetVisualizationHook", "test_out_dir": str(folder.resolve()), "score_thr": score}
     else:
         hook = {"type": "SegVisualizationHook", "interval": 1}
-        cfg.visualizer.vis_backends = [ConfigDict(type="LocalVisBackend", save_dir=str(folder), img_save_dir=".")]
+        cfg.visualizer.vis_backends = [ConfigDict(type="LocalVisBackend", img_save_dir=str(folder.resolve()))]
     cfg.default_hooks.visualization = {**hook, "draw": True}

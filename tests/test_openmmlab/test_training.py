@@ -56,7 +56,7 @@ def test_segmentation_from_training_to_pictures(segmenter, drawn, tmp_path):
     options = [config, folder / "iter_4.pth", "--data", drawn, "--work-dir", tmp_path / "test"]
     found = run(segmentation_test.main, *options, "--eval", "mIoU", "mDice", "--show-dir", str(tmp_path / "pictures"))
     assert {"mIoU", "mDice"} <= found.keys()
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
+    assert [path.suffix for path in (tmp_path / "pictures").iterdir()] == [".png"] * 3
 
 
 def test_detection_from_training_to_pictures(drawn, tmp_path):
