@@ -29,6 +29,7 @@ from natzoo.checkpoints.detectors import fit_detector
 # Where mmengine would fetch and unpickle by other ways; the last are of services that no longer answer.
 _PREFIXES = ("", "http://", "https://", "torchvision://", "modelzoo://")
 _CLOSED = ("open-mmlab://", "openmmlab://", "mmcls://", "pavi://", r"(\S+\:)?s3://", r"(\S+\:)?petrel://")
+_OF_A_RUN = {"meta", "message_hub", "optimizer"}  # what a checkpoint holds, beside weights, of a run that can go on
 _FILE = "file"  # where the loader tells the hook what was loaded
 
 
@@ -139,11 +140,13 @@ class PlainCheckpointHook(Hook):
             checkpoint[key] = _plain(value)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError if the checkpoint is of another model."""
+        """Raises ValueError if the checkpoint is of another model, or lacks what a run to resume needs."""
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         path = checkpoint.pop(_FILE, "the checkpoint")
+        if runner.cfg.get("resume") and not (_OF_A_RUN <= checkpoint.keys() and "iter" in checkpoint["meta"]):
+            raise ValueError(f"{path} holds no run to go on with: use --load-from, which starts one from its weights.")
         checkpoint["state_dict"], notes = fit_detector(checkpoint["state_dict"], model, path, self.new_classes)
         for note in notes:
             print_log(f"{path}: {note}", logger="current", level=logging.INFO)

@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from runs import ROOT, run, tiny_mask_rcnn, tiny_upernet
 
 from detection import test as detection_test
 from detection import train as detection_train
+from natzoo.checkpoints import write_checkpoint
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
 
@@ -101,6 +103,14 @@ def test_missing_checkpoint(drawn, tmp_path):
 def test_resume_and_load_from(drawn, tmp_path):
     with pytest.raises(ValueError, match="--resume goes on with a run, --load-from starts one"):
         segment(tiny_upernet(tmp_path), drawn, tmp_path, "--resume", "a.pth", "--load-from", "b.pth")
+
+
+@pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, {"state_dict": {}, "meta": {"iter": 1}, "message_hub": {}}])
+def test_weights_alone_are_no_run(drawn, tmp_path, content):
+    """Bare ones, and the best checkpoint of a run, which is without the optimizer."""
+    write_checkpoint(tmp_path / "weights.pth", content)
+    with pytest.raises(ValueError, match=r"weights\.pth holds no run to go on with: use --load-from"):
+        segment(tiny_upernet(tmp_path), drawn, tmp_path, "--resume", tmp_path / "weights.pth")
 
 
 def test_a_run_is_not_overwritten(drawn, tmp_path):
