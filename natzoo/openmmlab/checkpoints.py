@@ -145,7 +145,7 @@ class PlainCheckpointHook(Hook):
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         path = checkpoint.pop(_FILE, "the checkpoint")
-        if runner.cfg.get("resume") and not (_OF_A_RUN <= checkpoint.keys() and "iter" in checkpoint["meta"]):
+        if runner.cfg.get("resume") and not (checkpoint.keys() >= _OF_A_RUN and "iter" in checkpoint["meta"]):
             raise ValueError(f"{path} holds no run to go on with: use --load-from, which starts one from its weights.")
         checkpoint["state_dict"], notes = fit_detector(checkpoint["state_dict"], model, path, self.new_classes)
         for note in notes:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from natzoo.openmmlab.checkpoints import latest_checkpoint
 from natzoo.openmmlab.data import check_data
@@ -71,3 +71,13 @@ def _set_start(cfg: Config, args: argparse.Namespace) -> None:
     cfg.resume = bool(resumed)
     if resumed or args.load_from:
         cfg.load_from = str(resumed or args.load_from)
+    if cfg.get("load_from"):
+        _leave_out_first_weights(cfg.model)
+
+
+def _leave_out_first_weights(model: ConfigDict) -> None:
+    """The backbone's, which would be fetched to be replaced at once."""
+    backbone = model.get("backbone", {})
+    for part, key in ((model, "pretrained"), (backbone, "pretrained"), (backbone, "init_cfg")):
+        if key in part:
+            part[key] = None

@@ -186,8 +186,12 @@ def test_killed_run_is_resumed(drawn, tmp_path):
 
 
 def test_fine_tuning_from_other_classes(segmenter, drawn, tmp_path):
-    """Weights of a segmenter with other classes start another; to resume them is refused."""
+    """Weights of a segmenter with other classes start another; to resume them is refused.
+
+    Neither asks for the weights that the config starts the backbone from.
+    """
     more = "model['decode_head']['num_classes'] = model['auxiliary_head']['num_classes'] = 9\n"
+    more += "model['backbone']['init_cfg'] = dict(type='Pretrained', checkpoint='nowhere.pth')\n"
     config, old = tiny_upernet(tmp_path, more), segmenter[1] / "iter_4.pth"
     options = [config, "--data", drawn, "--work-dir"]
     run(
