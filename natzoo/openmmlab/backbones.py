@@ -96,7 +96,7 @@ class Backbone:
 
     def _leave_out_unused(self) -> None:
         """No gradient for what is behind the last map, which several processes would wait for."""
-        last = self.out_indices[-1] if self.out_indices else -1
+        last = max(self.out_indices, default=-1)
         self.stages[last + 1 :].requires_grad_(False)
         if self.stages[last].downsample is not None:
             self.stages[last].downsample.requires_grad_(False)

@@ -43,7 +43,7 @@ def main(project: Project, argv: Sequence[str] | None = None) -> None:
     set_precision(cfg, args.amp)
     _set_start(cfg, args)
     if args.seed is not None:
-        cfg.randomness = {"seed": args.seed}
+        cfg.randomness = {**cfg.get("randomness", {}), "seed": args.seed}
     if args.auto_scale_lr:
         if "auto_scale_lr" not in cfg:
             raise ValueError(

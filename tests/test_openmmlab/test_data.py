@@ -68,6 +68,13 @@ def test_broken_config(tmp_path):
         run(detection_train.main, path)
 
 
+@pytest.mark.parametrize("change", ["foo", "model.x=[1,(2]"])
+def test_change_that_is_none(change, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(detection_train.main, "x.py", "--cfg-options", "a=1", change)
+    assert f"argument --cfg-options: {change!r} is no KEY=VALUE" in capsys.readouterr().err
+
+
 def test_metric_that_the_config_has_not(drawn, tmp_path):
     with pytest.raises(ValueError, match="has no metric that measures mIoU"):
         run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--eval", "mIoU")

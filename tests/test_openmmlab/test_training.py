@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -207,6 +208,14 @@ def test_fine_tuning_from_other_classes(segmenter, drawn, tmp_path):
         ValueError, match=r"iter_4.pth is of another model .* 4 of another shape: auxiliary_head.conv_seg"
     ):
         run(segmentation_train.main, *options, tmp_path / "resumed", "--resume", old)
+
+
+def test_the_seed_is_one_of_several_settings(drawn, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("natzoo.openmmlab.train.make_runner", lambda cfg, **_: made.append(cfg) or Mock())
+    config = tiny_upernet(tmp_path, "randomness = dict(deterministic=True)\n")
+    run(segmentation_train.main, config, "--data", drawn, "--work-dir", tmp_path / "run", "--seed", "3")
+    assert made[0].randomness == {"seed": 3, "deterministic": True}
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
