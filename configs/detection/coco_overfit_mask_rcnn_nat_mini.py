@@ -2,9 +2,14 @@
 # For any folder in COCO's layout: python detection/train.py THIS --data FOLDER
 _base_ = "./mask_rcnn_nat_mini_3x.py"
 
-model = dict(backbone=dict(drop_path_rate=0.0, init_cfg=None))
+# Few proposals, for seconds an iteration on two cores.
+model = dict(
+    backbone=dict(drop_path_rate=0.0, init_cfg=None),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
+)
 load, annotations = dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True, with_mask=True)
-resize = dict(type="Resize", scale=(384, 384), keep_ratio=True)
+resize = dict(type="Resize", scale=(320, 320), keep_ratio=True)
 pack = dict(
     type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "instances")
 )

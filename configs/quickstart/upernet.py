@@ -1,5 +1,5 @@
 # A small UPerNet for the shapes that `python tools/make_data.py shapes data/shapes` draws: minutes on two cores.
-_base_ = "../segmentation/nuclei_upernet_nat.py"
+_base_ = "../segmentation/_base_/upernet_small.py"
 
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
@@ -7,19 +7,21 @@ model = dict(
     decode_head=dict(num_classes=4),
     auxiliary_head=dict(num_classes=4),
 )
+
 data_root = "data/shapes"
 metainfo = dict(
     classes=["background", "circle", "square", "triangle"],
     palette=[[0, 0, 0], [255, 160, 0], [0, 200, 80], [80, 120, 255]],
 )
+shapes = dict(data_root=data_root, metainfo=metainfo, img_suffix=".png")
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
     dict(type="PackSegInputs"),
 ]
-train_dataloader = dict(dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(data_root=data_root, metainfo=metainfo))
+train_dataloader = dict(dataset=dict(**shapes, pipeline=train_pipeline))
+val_dataloader = dict(dataset=shapes)
 test_dataloader = val_dataloader
 
 train_cfg = dict(max_iters=300, val_interval=100)

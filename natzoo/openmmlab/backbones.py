@@ -71,6 +71,7 @@ class Backbone:
             self.add_module(f"norm{index}", nn.LayerNorm(self.feature_info[index]["num_chs"]))
         self.init_cfg = {"type": "Pretrained", "checkpoint": pretrained} if pretrained else init_cfg
         self.set_grad_checkpointing(with_cp)
+        self._leave_out_unused()
         self._freeze()
 
     def init_weights(self) -> None:
@@ -92,6 +93,13 @@ class Backbone:
         super().train(mode)
         self._freeze()
         return self
+
+    def _leave_out_unused(self) -> None:
+        """No gradient for what is behind the last map, which several processes would wait for."""
+        last = max(self.out_indices, default=-1)
+        self.stages[last + 1 :].requires_grad_(False)
+        if self.stages[last].downsample is not None:
+            self.stages[last].downsample.requires_grad_(False)
 
     def _freeze(self) -> None:
         if self.frozen_stages < 0:

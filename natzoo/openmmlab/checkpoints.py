@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
@@ -29,6 +29,7 @@ from natzoo.checkpoints.detectors import fit_detector
 # Where mmengine would fetch and unpickle by other ways; the last are of services that no longer answer.
 _PREFIXES = ("", "http://", "https://", "torchvision://", "modelzoo://")
 _CLOSED = ("open-mmlab://", "openmmlab://", "mmcls://", "pavi://", r"(\S+\:)?s3://", r"(\S+\:)?petrel://")
+_OF_A_RUN = {"meta", "message_hub", "optimizer"}  # what a checkpoint holds, beside weights, of a run that can go on
 _FILE = "file"  # where the loader tells the hook what was loaded
 
 
@@ -81,6 +82,46 @@ class AtomicBackend(LocalBackend):
         write_atomically(filepath, lambda file: file.write(obj))
 
 
+class _LateRemoval:
+    """A file backend that removes what it is told to only when asked again, and only files of one folder."""
+
+    def __init__(self, backend: LocalBackend, folder: str | os.PathLike):
+        self.backend, self.folder = backend, Path(folder).resolve()
+        self.waiting: list[str | os.PathLike] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def isfile(self, path: str | os.PathLike) -> bool:
+        """False elsewhere, so that mmengine does not remove it."""
+        return Path(path).resolve().parent == self.folder and self.backend.isfile(path)
+
+    def remove(self, path: str | os.PathLike) -> None:
+        self.waiting.append(path)
+
+    def remove_waiting(self) -> None:
+        while self.waiting:
+            self.backend.remove(self.waiting.pop())
+
+
+@HOOKS.register_module(name="CheckpointHook", force=True)
+class SafeCheckpointHook(CheckpointHook):
+    """mmengine's own, of every config, but an old checkpoint is removed only when the new one is there, and none of
+    another run, whose best one a resumed run knows of."""
+
+    def before_train(self, runner: Any) -> None:
+        super().before_train(runner)
+        self.file_backend = _LateRemoval(self.file_backend, self.out_dir)
+
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
+        super()._save_checkpoint_with_step(runner, step, meta)
+        self.file_backend.remove_waiting()
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict[str, float]) -> None:
+        super()._save_best_checkpoint(runner, metrics)
+        self.file_backend.remove_waiting()
+
+
 @HOOKS.register_module()
 class PlainCheckpointHook(Hook):
     """Makes checkpoints plain when they are written, and what they were when they are read; and checks that they fit.
@@ -99,10 +140,13 @@ class PlainCheckpointHook(Hook):
             checkpoint[key] = _plain(value)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError if the checkpoint is of another model."""
-        wraps = is_model_wrapper(runner.model) or isinstance(runner.model, BaseTTAModel)
-        model = runner.model.module if wraps else runner.model
+        """Raises ValueError if the checkpoint is of another model, or lacks what a run to resume needs."""
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
         path = checkpoint.pop(_FILE, "the checkpoint")
+        if runner.cfg.get("resume") and not (checkpoint.keys() >= _OF_A_RUN and "iter" in checkpoint["meta"]):
+            raise ValueError(f"{path} holds no run to go on with: use --load-from, which starts one from its weights.")
         checkpoint["state_dict"], notes = fit_detector(checkpoint["state_dict"], model, path, self.new_classes)
         for note in notes:
             print_log(f"{path}: {note}", logger="current", level=logging.INFO)

@@ -102,6 +102,8 @@ class CheckDataHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         _check_pictures(runner.train_dataloader.dataset)
+        if runner.val_loop is not None:
+            _check_pictures(runner.val_dataloader.dataset)
 
     def before_val(self, runner: Any) -> None:
         _check_pictures(runner.val_dataloader.dataset)

@@ -10,9 +10,14 @@ from mmengine.config import Config, ConfigDict
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def count_processes() -> int:
+    """How many processes torchrun started, this one included; 0 if it did not start this one."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TORCHRUN) else 0
+
+
 def set_launcher(cfg: Config) -> None:
     """Makes a config run in one process, or where torchrun started this one, together with the others."""
-    if not all(name in os.environ for name in _TORCHRUN):
+    if count_processes() == 0:
         cfg.launcher = "none"
         return
     cfg.launcher = "pytorch"

@@ -35,11 +35,22 @@ DETECTION = Project("detection", {"mmdet": None})
 SEGMENTATION = Project("segmentation", {"mmseg": None, "mmdet": "Mask2Former"})
 
 
+class _Changes(DictAction):
+    """mmengine's KEY=VALUE, with a word about those that are none."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except (ValueError, AssertionError) as error:  # without "=", or with brackets that do not match
+                raise argparse.ArgumentError(self, f"{value!r} is no KEY=VALUE") from error
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="folder of the data, instead of the config's data_root")
     parser.add_argument("--work-dir", type=Path, help="folder of the run; output/<config's name> if not given")
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="change the config"
+        "--cfg-options", nargs="+", action=_Changes, default={}, metavar="KEY=VALUE", help="change the config"
     )
 
 

@@ -12,6 +12,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
 _MIXED = ("AmpOptimWrapper", "CpuAmpOptimWrapper")
+_OF_AMP = ("loss_scale", "dtype", "use_fsdp")  # options of AmpOptimWrapper alone
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -28,8 +29,9 @@ def set_precision(cfg: Config, amp: bool | None) -> None:
     """Chooses the wrapper of a config for the device at hand; with `amp` None it is mixed if the config asks for it."""
     wrapper = cfg.optim_wrapper
     mixed = wrapper.get("type", "OptimWrapper") in _MIXED if amp is None else amp
-    if not mixed:
-        wrapper.type = "OptimWrapper"
-        wrapper.pop("loss_scale", None)
-    else:
-        wrapper.type = "AmpOptimWrapper" if torch.cuda.is_available() else "CpuAmpOptimWrapper"
+    if mixed and torch.cuda.is_available():
+        wrapper.type = "AmpOptimWrapper"
+        return
+    wrapper.type = "CpuAmpOptimWrapper" if mixed else "OptimWrapper"
+    for option in _OF_AMP:
+        wrapper.pop(option, None)

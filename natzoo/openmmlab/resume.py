@@ -16,11 +16,16 @@ from torch.utils.data import DataLoader
 class SkipSeenDataHook(Hook):
     """Lets a resumed run draw the indices of what it has seen, without reading it, where the sampler never ends."""
 
+    def before_run(self, runner: Any) -> None:
+        self.first_seed = runner.seed  # before a checkpoint brings the one that the run began with
+
     def before_train_epoch(self, runner: Any) -> None:
         loop = runner.train_loop
+        sampler, size = loop.dataloader.sampler, loop.dataloader.batch_size
+        if getattr(sampler, "seed", None) == self.first_seed:  # else it has one of its own
+            sampler.seed = runner.seed
         if not isinstance(loop, IterBasedTrainLoop) or loop.iter == 0:
             return
-        sampler, size = loop.dataloader.sampler, loop.dataloader.batch_size
         if isinstance(sampler, InfiniteSampler) and size:
             sampler.indices = sampler._indices_of_rank()  # from the start: the loop has begun to read ahead
             next(islice(sampler.indices, loop.iter * size - 1, None))

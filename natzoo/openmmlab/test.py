@@ -9,6 +9,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 from natzoo.openmmlab.data import check_data
+from natzoo.openmmlab.launch import count_processes
 from natzoo.openmmlab.options import Project, add_common_options, load_config, make_runner
 
 # By a metric's type: its option that says what it measures, and what it can.
@@ -26,7 +27,9 @@ def make_parser(project: Project) -> argparse.ArgumentParser:
     add_common_options(parser)
     measures = [measure for _, known in _MEASURES.values() for measure in known]
     parser.add_argument("--eval", nargs="+", choices=measures, help="what to measure; as the config says if not given")
-    parser.add_argument("--show-dir", type=Path, help="folder for pictures with what was found drawn on them")
+    parser.add_argument(
+        "--show-dir", type=Path, help="folder for pictures with what was found drawn on them, by one process alone"
+    )
     parser.add_argument("--show-score", type=float, default=0.3, help="lowest score of the boxes drawn")
     parser.add_argument("--out", type=Path, help="file of all predictions (.pkl of mmengine)")
     parser.add_argument(
@@ -41,7 +44,7 @@ def main(project: Project, argv: Sequence[str] | None = None) -> dict[str, float
     args = make_parser(project).parse_args(argv)
     cfg = load_config(args, project)
     check_data(cfg, ("test_dataloader",))
-    cfg.load_from = args.checkpoint
+    cfg.load_from, cfg.resume = args.checkpoint, False
     if args.eval:
         _set_measures(cfg, args.eval)
     if args.tta:
@@ -76,11 +79,18 @@ def _set_tta(cfg: Config) -> None:
 
 
 def _set_pictures(cfg: Config, folder: Path, score: float) -> None:
-    """Lets the visualisation hook draw each picture."""
+    """Lets the visualisation hook draw each picture.
+
+    Raises:
+        ValueError: in one of several processes, of which mmengine lets the first alone draw, its own share.
+    """
+    if count_processes() > 1:
+        raise ValueError(
+            f"--show-dir draws in one process alone, but there are {count_processes()}: use test.py for it."
+        )
     if cfg.default_scope == "mmdet":
         hook = {"type": "DetVisualizationHook", "test_out_dir": str(folder.resolve()), "score_thr": score}
     else:
         hook = {"type": "SegVisualizationHook", "interval": 1}
-        cfg.visualizer.save_dir = str(folder)
-        cfg.visualizer.vis_backends = [ConfigDict(type="LocalVisBackend", img_save_dir=".")]
+        cfg.visualizer.vis_backends = [ConfigDict(type="LocalVisBackend", img_save_dir=str(folder.resolve()))]
     cfg.default_hooks.visualization = {**hook, "draw": True}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from natzoo.openmmlab.checkpoints import latest_checkpoint
 from natzoo.openmmlab.data import check_data
@@ -42,7 +43,7 @@ def main(project: Project, argv: Sequence[str] | None = None) -> None:
     set_precision(cfg, args.amp)
     _set_start(cfg, args)
     if args.seed is not None:
-        cfg.randomness = {"seed": args.seed}
+        cfg.randomness = {**cfg.get("randomness", {}), "seed": args.seed}
     if args.auto_scale_lr:
         if "auto_scale_lr" not in cfg:
             raise ValueError(
@@ -53,10 +54,30 @@ def main(project: Project, argv: Sequence[str] | None = None) -> None:
 
 
 def _set_start(cfg: Config, args: argparse.Namespace) -> None:
-    """Where the weights come from; a run to resume that has not begun, begins."""
+    """Where the weights come from; a run to resume that has not begun, begins.
+
+    Raises:
+        ValueError: if the run's folder holds a run that is not resumed, which would be overwritten.
+    """
     if args.resume and args.load_from:
         raise ValueError("--resume goes on with a run, --load-from starts one: give one of them.")
-    resumed = latest_checkpoint(cfg.work_dir) if args.resume == "auto" else args.resume
-    cfg.resume = resumed is not None
-    if resumed is not None or args.load_from:
+    wanted = args.resume
+    if not wanted and not args.load_from and cfg.get("resume"):
+        wanted = cfg.get("load_from") or "auto"
+    latest = latest_checkpoint(cfg.work_dir)
+    resumed = latest if wanted == "auto" else wanted
+    if latest and (not resumed or Path(resumed).resolve().parent != latest.resolve().parent):
+        raise ValueError(f"{latest} is there already: go on with it by --resume, or give another --work-dir.")
+    cfg.resume = bool(resumed)
+    if resumed or args.load_from:
         cfg.load_from = str(resumed or args.load_from)
+    if cfg.get("load_from"):
+        _leave_out_first_weights(cfg.model)
+
+
+def _leave_out_first_weights(model: ConfigDict) -> None:
+    """The backbone's, which would be fetched to be replaced at once."""
+    backbone = model.get("backbone", {})
+    for part, key in ((model, "pretrained"), (backbone, "pretrained"), (backbone, "init_cfg")):
+        if key in part:
+            part[key] = None

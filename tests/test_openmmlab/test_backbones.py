@@ -81,6 +81,17 @@ def test_fewer_maps():
 
 
 @pytest.mark.parametrize("make", [NAT, DiNAT_s])
+@pytest.mark.parametrize("out_indices", [(0,), (1, 2), (0, 3)])
+def test_what_learns_gets_gradients(make, out_indices):
+    """And what is behind the last map does not learn: DistributedDataParallel would wait for its gradients."""
+    model = make(**SMALL, out_indices=out_indices).train()
+    sum(x.sum() for x in model(image((64, 64)))).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad is (parameter.grad is not None), name
+    assert f"{model.stages_name}.3.blocks.0.mlp.fc1.weight" in model.state_dict()  # as in the published files
+
+
+@pytest.mark.parametrize("make", [NAT, DiNAT_s])
 @pytest.mark.parametrize("frozen_stages", [0, 2, 4])
 def test_frozen_stages_stay_as_they_are(make, frozen_stages):
     torch.manual_seed(0)

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from mmengine.registry import init_default_scope
 from PIL import Image
 from runs import ROOT, load_config, run, tiny_mask_rcnn, tiny_upernet
 
 from detection import test as detection_test
 from detection import train as detection_train
+from natzoo.checkpoints import write_checkpoint
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
 
@@ -68,11 +70,27 @@ def test_broken_config(tmp_path):
         run(detection_train.main, path)
 
 
+@pytest.mark.parametrize("change", ["foo", "model.x=[1,(2]"])
+def test_change_that_is_none(change, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(detection_train.main, "x.py", "--cfg-options", "a=1", change)
+    assert f"argument --cfg-options: {change!r} is no KEY=VALUE" in capsys.readouterr().err
+
+
 def test_metric_that_the_config_has_not(drawn, tmp_path):
     with pytest.raises(ValueError, match="has no metric that measures mIoU"):
         run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--eval", "mIoU")
     with pytest.raises(ValueError, match="has no tta_pipeline and tta_model"):
         run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--tta")
+
+
+def test_pictures_by_several_processes(drawn, tmp_path, monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match=r"--show-dir draws in one process alone, but there are 2: use test\.py"):
+        run(
+            detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--show-dir", tmp_path / "pictures"
+        )
 
 
 def test_errors_end_a_script_with_status_2(tmp_path):
@@ -94,6 +112,25 @@ def test_missing_checkpoint(drawn, tmp_path):
 def test_resume_and_load_from(drawn, tmp_path):
     with pytest.raises(ValueError, match="--resume goes on with a run, --load-from starts one"):
         segment(tiny_upernet(tmp_path), drawn, tmp_path, "--resume", "a.pth", "--load-from", "b.pth")
+
+
+@pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, {"state_dict": {}, "meta": {"iter": 1}, "message_hub": {}}])
+def test_weights_alone_are_no_run(drawn, tmp_path, content):
+    """Bare ones, and the best checkpoint of a run, which is without the optimizer."""
+    write_checkpoint(tmp_path / "weights.pth", content)
+    with pytest.raises(ValueError, match=r"weights\.pth holds no run to go on with: use --load-from"):
+        segment(tiny_upernet(tmp_path), drawn, tmp_path, "--resume", tmp_path / "weights.pth")
+
+
+def test_a_run_is_not_overwritten(drawn, tmp_path):
+    """Neither by one that starts anew, nor by one that goes on from elsewhere."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "iter_2.pth").write_bytes(b"")
+    for start in ([], ["--load-from", "b.pth"], ["--resume", tmp_path / "other" / "iter_4.pth"]):
+        with pytest.raises(
+            ValueError, match=r"iter_2\.pth is there already: go on with it by --resume, or .*--work-dir"
+        ):
+            segment(tiny_upernet(tmp_path), drawn, tmp_path, *start)
 
 
 # ----- data -----
@@ -155,12 +192,16 @@ def test_missing_annotations(shapes, tmp_path):
         detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path)
 
 
-def test_annotated_picture_that_is_absent(shapes, tmp_path):
-    (shapes / "images" / "training" / "0003.png").unlink()
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_annotated_picture_that_is_absent(shapes, tmp_path, split):
+    """Also in the validation set, which is read only after hours."""
+    picture = sorted((shapes / "images" / split).iterdir())[2]
+    picture.unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"instances_training\.json names .*0003\.png, but there is no such file"
+        FileNotFoundError, match=rf"instances_{split}\.json names .*{picture.name}, but there is no such file"
     ):
         detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path)
+    assert not list((tmp_path / "run").glob("*.pth"))
 
 
 def test_label_picture_that_is_absent(shapes, tmp_path):

@@ -1,20 +1,27 @@
 """Training and evaluation through the scripts: what is left behind, interruption, processes, precision."""
 
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import MessageHub
+from mmengine.registry import HOOKS
 from openmmlab_extra import PHOTOGRAPHS, has_photographs
 from runs import ROOT, losses, run, tiny_mask_rcnn, tiny_upernet
 
 from detection import test as detection_test
 from detection import train as detection_train
 from natzoo.checkpoints import read_checkpoint
+from natzoo.openmmlab import checkpoints  # noqa: F401  registers the hooks
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
 
@@ -51,7 +58,7 @@ def test_segmentation_from_training_to_pictures(segmenter, drawn, tmp_path):
     options = [config, folder / "iter_4.pth", "--data", drawn, "--work-dir", tmp_path / "test"]
     found = run(segmentation_test.main, *options, "--eval", "mIoU", "mDice", "--show-dir", str(tmp_path / "pictures"))
     assert {"mIoU", "mDice"} <= found.keys()
-    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
+    assert [path.suffix for path in (tmp_path / "pictures").iterdir()] == [".png"] * 3
 
 
 def test_detection_from_training_to_pictures(drawn, tmp_path):
@@ -65,9 +72,7 @@ def test_detection_from_training_to_pictures(drawn, tmp_path):
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
 
 
-def test_several_scales(segmenter, drawn, tmp_path):
-    """The mean over scales and flips; of one scale without flips it is the plain evaluation."""
-    tta = """
+TTA = """
 tta_model = dict(type="SegTTAModel")
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
@@ -82,6 +87,10 @@ tta_pipeline = [
     ),
 ]
 """
+
+
+def test_several_scales(segmenter, drawn, tmp_path):
+    """The mean over scales and flips; of one scale without flips it is the plain evaluation."""
     _, folder = segmenter
     data = ["--data", drawn, "--work-dir", tmp_path / "test"]
     results = []
@@ -90,10 +99,27 @@ tta_pipeline = [
         ("(128,)", "(0.0,)", []),
         ("(96, 160)", "(0.0, 1.0)", ["--tta"]),
     ):
-        config = tiny_upernet(tmp_path, tta.replace("SIDES", sides).replace("PROBS", probs))
+        config = tiny_upernet(tmp_path, TTA.replace("SIDES", sides).replace("PROBS", probs))
         results.append(run(segmentation_test.main, config, folder / "iter_4.pth", *data, *tta_option))
     assert results[0]["mIoU"] == pytest.approx(results[1]["mIoU"])
     assert results[2]["aAcc"] != results[1]["aAcc"]
+
+
+def test_several_scales_under_torchrun(segmenter, drawn, tmp_path, monkeypatch):
+    """A wrapper for processes around the one for scales."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    threads = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1}  # else mmengine sets them, and they stay
+    for name, value in {**place, **threads}.items():
+        monkeypatch.setenv(name, str(value))
+    config = tiny_upernet(tmp_path, TTA.replace("SIDES", "(128,)").replace("PROBS", "(0.0,)"))
+    options = ["--data", drawn, "--work-dir", tmp_path / "test", "--tta"]
+    try:
+        assert "mIoU" in run(segmentation_test.main, config, segmenter[1] / "iter_4.pth", *options)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ----- checkpoints -----
@@ -106,18 +132,32 @@ def test_checkpoints_are_plain(segmenter):
     assert checkpoint["message_hub"]["log_scalars"]["train/loss"]["history"].shape == (4,)
 
 
-@pytest.mark.parametrize("workers", ["", "train_dataloader.update(num_workers=1, persistent_workers=True)\n"])
-def test_resumed_run_joins(drawn, tmp_path, workers):
-    """Without chance in the pictures, two iterations and two more are the same as four, to the last bit."""
-    shuffled = "train_dataloader.update(sampler=dict(type='InfiniteSampler', shuffle=True))\n"
+@pytest.mark.parametrize(
+    ("workers", "resume"),
+    [
+        ("", ["--resume"]),
+        ("train_dataloader.update(num_workers=1, persistent_workers=True)\n", ["--cfg-options", "resume=True"]),
+    ],
+)
+def test_resumed_run_joins(drawn, tmp_path, workers, resume):
+    """Without chance in the pictures, two iterations and two more are the same as four, to the last bit.
+
+    Each start draws a seed of its own; the one that the run began with holds.
+    """
+    shuffled = (
+        "train_dataloader.update(sampler=dict(type='InfiniteSampler', shuffle=True))\nrandomness = dict(seed=None)\n"
+    )
     config = tiny_upernet(tmp_path, shuffled + workers)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(segmentation_train.main, config, "--data", drawn, "--work-dir", str(whole))
     two = ["--data", drawn, "--work-dir", str(parts)]
+    np.random.seed(0)
     run(segmentation_train.main, config, *two, "--resume", "--cfg-options", "train_cfg.max_iters=2")
-    assert read_checkpoint(parts / "iter_2.pth")["meta"]["iter"] == 2
+    meta = read_checkpoint(parts / "iter_2.pth")["meta"]
+    assert meta["iter"] == 2
     time.sleep(1)  # mmengine names a folder's log by the second
-    run(segmentation_train.main, config, *two, "--resume")
+    np.random.seed(1)
+    run(segmentation_train.main, config, *two, *resume)
+    run(segmentation_train.main, config, "--data", drawn, "--work-dir", str(whole), "--seed", meta["seed"])
     assert sorted(losses(parts)) == [1, 2, 3, 4]
     assert losses(parts) == losses(whole)
     for name, value in weights(whole / "iter_4.pth").items():
@@ -148,15 +188,35 @@ def test_killed_run_is_resumed(drawn, tmp_path):
 
 
 def test_fine_tuning_from_other_classes(segmenter, drawn, tmp_path):
-    """Weights of a segmenter with other classes start another; to resume them is refused."""
+    """Weights of a segmenter with other classes start another; to resume them is refused.
+
+    Neither asks for the weights that the config starts the backbone from.
+    """
     more = "model['decode_head']['num_classes'] = model['auxiliary_head']['num_classes'] = 9\n"
+    more += "model['backbone']['init_cfg'] = dict(type='Pretrained', checkpoint='nowhere.pth')\n"
     config, old = tiny_upernet(tmp_path, more), segmenter[1] / "iter_4.pth"
-    options = [config, "--data", drawn, "--work-dir", str(tmp_path / "fine")]
-    run(segmentation_train.main, *options, "--load-from", old, "--cfg-options", "train_cfg.max_iters=1")
+    options = [config, "--data", drawn, "--work-dir"]
+    run(
+        segmentation_train.main,
+        *options,
+        tmp_path / "fine",
+        "--load-from",
+        old,
+        "--cfg-options",
+        "train_cfg.max_iters=1",
+    )
     with pytest.raises(
         ValueError, match=r"iter_4.pth is of another model .* 4 of another shape: auxiliary_head.conv_seg"
     ):
-        run(segmentation_train.main, *options, "--resume", old)
+        run(segmentation_train.main, *options, tmp_path / "resumed", "--resume", old)
+
+
+def test_the_seed_is_one_of_several_settings(drawn, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("natzoo.openmmlab.train.make_runner", lambda cfg, **_: made.append(cfg) or Mock())
+    config = tiny_upernet(tmp_path, "randomness = dict(deterministic=True)\n")
+    run(segmentation_train.main, config, "--data", drawn, "--work-dir", tmp_path / "run", "--seed", "3")
+    assert made[0].randomness == {"seed": 3, "deterministic": True}
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -173,6 +233,48 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="what was there before is unharmed"):
         backend.put(b"new", path)
     assert path.read_bytes() == b"old"
+
+
+class SavingRun:
+    """What mmengine's hook of checkpoints asks of a run; keeps which files were there when each was written."""
+
+    logger = logging.getLogger("test")
+    max_iters, epoch = 100, 0
+
+    def __init__(self, folder):
+        folder.mkdir()
+        self.work_dir, self.message_hub, self.there = str(folder), MessageHub("test"), {}
+        options = {"by_epoch": False, "interval": 2, "max_keep_ckpts": 1, "save_best": "mIoU"}
+        self.hook = HOOKS.build({"type": "CheckpointHook", **options})
+
+    def save_checkpoint(self, folder, filename, *args, **kwargs):
+        self.there.setdefault(filename, sorted(path.name for path in Path(folder).glob("*.pth")))
+        Path(folder, filename).touch()
+
+    def train(self, scores):
+        self.hook.before_train(self)
+        for iteration, score in scores.items():
+            self.iter = iteration - 1
+            self.hook.after_train_iter(self, self.iter)
+            self.iter = iteration
+            self.hook.after_val_epoch(self, {"mIoU": score})
+        return sorted(path.name for path in Path(self.work_dir).glob("*.pth"))
+
+
+def test_old_checkpoints_are_removed_last(tmp_path):
+    one = SavingRun(tmp_path / "one")
+    assert one.train({2: 0.1, 4: 0.2, 6: 0.1}) == ["best_mIoU_iter_4.pth", "iter_6.pth"]
+    assert one.there["best_mIoU_iter_4.pth"] == ["best_mIoU_iter_2.pth", "iter_4.pth"]
+    assert one.there["iter_6.pth"] == ["best_mIoU_iter_4.pth", "iter_4.pth"]
+
+
+def test_the_best_of_another_run_stays(tmp_path):
+    """One that goes on from it in a folder of its own knows its best checkpoint."""
+    one, two = SavingRun(tmp_path / "one"), SavingRun(tmp_path / "two")
+    one.train({2: 0.1})
+    two.message_hub = one.message_hub
+    assert two.train({4: 0.2}) == ["best_mIoU_iter_4.pth", "iter_4.pth"]
+    assert (tmp_path / "one" / "best_mIoU_iter_2.pth").exists()
 
 
 # ----- processes and precision -----
@@ -199,11 +301,16 @@ def test_two_processes_are_one_with_twice_the_batch(segmenter, drawn, tmp_path):
 
 
 def test_mixed_precision_on_a_cpu(drawn, tmp_path):
-    """bfloat16 inside, float32 weights; close to the plain folder, and not the same."""
+    """bfloat16 inside, float32 weights; close to the plain folder, and not the same.
+
+    What a config says of the mixed precision of GPUs is left out.
+    """
     runs = {}
+    more = "optim_wrapper = dict(type='AmpOptimWrapper', loss_scale='dynamic', dtype='float16')\n"
+    config = tiny_mask_rcnn(tmp_path, more)
     for option in ("--amp", "--no-amp"):
         folder = tmp_path / option
-        run(detection_train.main, str(tiny_mask_rcnn(tmp_path)), "--data", drawn, "--work-dir", folder, option)
+        run(detection_train.main, config, "--data", drawn, "--work-dir", folder, option)
         runs[option] = losses(folder)
         assert {value.dtype for value in weights(folder / "iter_4.pth").values()} <= {torch.float32, torch.int64}
     assert runs["--amp"][1] == pytest.approx(runs["--no-amp"][1], rel=0.05)

@@ -40,6 +40,7 @@ _LOADERS = " ".join(
 _TEST = "--cfg-options test_dataloader.num_workers=0 test_dataloader.persistent_workers=False"
 _ITERATIONS = "train_cfg.max_iters=2 train_cfg.val_interval=2 default_hooks.checkpoint.interval=2"
 _QUICKSTART = f"--cfg-options {_ITERATIONS} train_dataloader.batch_size=2 {_LOADERS}"
+_AGAIN = f'{_QUICKSTART} --work-dir "$(mktemp -d)"'  # the quickstart's folder holds its run
 # The published recipes on pictures of a tenth of their side.
 _RESIZED = {split: f"{split}_dataloader.dataset.pipeline" for split in ("train", "val", "test")}
 _TEST_DETECTION = f'{_TEST} "{_RESIZED["test"]}.1.scale=(160,96)"'
@@ -119,16 +120,16 @@ RULES = (
         r"python (detection|segmentation)/train\.py configs/\w+/mine\.py .*",
         elsewhere="tests/test_openmmlab/test_configs.py, which takes the config from the page",
     ),
-    Rule(r"python detection/train\.py CONFIG", _QUICKSTART, {"CONFIG": "configs/quickstart/mask_rcnn.py"}),
-    Rule(r"python segmentation/train\.py CONFIG", _QUICKSTART, {"CONFIG": "configs/quickstart/upernet.py"}),
+    Rule(r"python detection/train\.py CONFIG", _AGAIN, {"CONFIG": "configs/quickstart/mask_rcnn.py"}),
+    Rule(r"python segmentation/train\.py CONFIG", _AGAIN, {"CONFIG": "configs/quickstart/upernet.py"}),
     Rule(
         r"bash detection/dist_train\.sh CONFIG 8",
-        _QUICKSTART,
+        _AGAIN,
         {"CONFIG": "configs/quickstart/mask_rcnn.py", " 8": " 2"},
     ),
     Rule(
         r"bash segmentation/dist_train\.sh CONFIG 8",
-        _QUICKSTART,
+        _AGAIN,
         {"CONFIG": "configs/quickstart/upernet.py", " 8": " 2"},
     ),
     Rule(
