@@ -30,7 +30,7 @@ from classification.models import create_model, model_of, read_with_record
 from classification.options import KeyValues
 from natzoo import command_line
 from natzoo.checkpoints import weights_of, write_weights
-from natzoo.checkpoints.adapt import backbone_prefix, published_names
+from natzoo.checkpoints.adapt import backbone_prefix, published_names, unwrapped
 from natzoo.checkpoints.download import sha256_of
 from natzoo.checkpoints.record import RECORD
 from natzoo.checkpoints.zoo import entries
@@ -55,7 +55,7 @@ def main() -> None:
     if args.target.is_file():
         raise ValueError(f"{args.target} exists already: choose another name.")
     checkpoint, source = read_with_record(args.source)
-    weights = weights_of(checkpoint, source)
+    weights = unwrapped(weights_of(checkpoint, source))
     if args.dtype:
         weights = {name: x.to(DTYPES[args.dtype]) if x.is_floating_point() else x for name, x in weights.items()}
     if args.backbone:

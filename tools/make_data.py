@@ -16,10 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +24,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from natzoo import command_line
+from natzoo.checkpoints.write import write_folder
 
 _VAL_EVERY = 5
 _SIDE = 32
 
-
 _SHAPES = ("circle", "square", "triangle")
 _SHAPES_SIDE = 128
 _SHAPES_COUNTS = {"training": 96, "validation": 24}
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder that gets the name of `folder` at the end, so that it is never half there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        root = Path(temporary) / folder.name
-        root.mkdir()
-        yield root
-        shutil.move(root, folder)
 
 
 def make_digits(folder: Path) -> None:
@@ -54,32 +41,38 @@ def make_digits(folder: Path) -> None:
 
     digits = load_digits()
     pairs = list(zip(digits.images, digits.target.tolist(), strict=True))
-    with written_whole(folder) as root:
+
+    def write(root: Path) -> None:
         for index, (scan, label) in enumerate(tqdm(pairs, desc="digits", unit="image", disable=None)):
             path = root / ("val" if index % _VAL_EVERY == 0 else "train") / str(label) / f"{index:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             grey = Image.fromarray((scan * (255 / 16)).round().astype(np.uint8))
             grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(path)
 
+    write_folder(folder, write)
+
 
 def make_shapes(folder: Path) -> None:
+    write_folder(folder, _write_shapes)
+
+
+def _write_shapes(root: Path) -> None:
     draws = np.random.default_rng(0)
-    with written_whole(folder) as root:
-        for split, count in _SHAPES_COUNTS.items():
-            coco = {"images": [], "annotations": [], "categories": _categories()}
-            for kind in ("images", "annotations"):
-                (root / kind / split).mkdir(parents=True)
-            for index in tqdm(range(count), desc=f"shapes, {split}", unit="image", disable=None):
-                picture, labels, shapes = draw_shapes(draws)
-                name = f"{index:04d}.png"
-                picture.save(root / "images" / split / name)
-                labels.save(root / "annotations" / split / name)
-                coco["images"].append({"id": index, "file_name": name, "width": _SHAPES_SIDE, "height": _SHAPES_SIDE})
-                coco["annotations"] += [
-                    {"id": len(coco["annotations"]) + number, "image_id": index, "iscrowd": 0, **shape}
-                    for number, shape in enumerate(shapes, start=1)
-                ]
-            (root / f"instances_{split}.json").write_text(json.dumps(coco))
+    for split, count in _SHAPES_COUNTS.items():
+        coco = {"images": [], "annotations": [], "categories": _categories()}
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for index in tqdm(range(count), desc=f"shapes, {split}", unit="image", disable=None):
+            picture, labels, shapes = draw_shapes(draws)
+            name = f"{index:04d}.png"
+            picture.save(root / "images" / split / name)
+            labels.save(root / "annotations" / split / name)
+            coco["images"].append({"id": index, "file_name": name, "width": _SHAPES_SIDE, "height": _SHAPES_SIDE})
+            coco["annotations"] += [
+                {"id": len(coco["annotations"]) + number, "image_id": index, "iscrowd": 0, **shape}
+                for number, shape in enumerate(shapes, start=1)
+            ]
+        (root / f"instances_{split}.json").write_text(json.dumps(coco))
 
 
 def _categories() -> list[dict[str, Any]]:

@@ -36,4 +36,4 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file=data_root + "ade20k_instance_val.json", metric=["bbox", "segm"])
 test_evaluator = val_evaluator
 
-max_iters, param_scheduler, train_cfg = _base_.iterations, _base_.schedule, _base_.loop
+param_scheduler, train_cfg = _base_.schedule, _base_.loop

@@ -1,8 +1,7 @@
 # Mask2Former, DiNAT-Large, ADE20K semantic: 220 M parameters, 518 GMACs (arXiv:2209.15001).
 # Published: mIoU 58.1 with several scales and flips.
 _base_ = [
-    "./_base_/dinat_large_11x11.py",
-    "./_base_/tta.py",
+    "./_base_/mask2former.py",
     "mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py",
 ]
 
@@ -38,13 +37,7 @@ val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 sizes = [(4480, side) for side in (320, 480, 640, 800, 960, 1120)]
-tta_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(
-        type="TestTimeAug",
-        transforms=[[dict(type="Resize", scale=size, keep_ratio=True) for size in sizes], *_base_.each_size],
-    ),
-]
+# Of the base's pipeline for --tta the sizes alone differ.
+_base_.tta_pipeline[1].transforms[0] = [dict(type="Resize", scale=size, keep_ratio=True) for size in sizes]
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.custom_keys))
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))
-visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
+default_hooks, visualizer = _base_.two_checkpoints, _base_.tensorboard

@@ -43,4 +43,4 @@ val_evaluator = [
 ]
 test_evaluator = val_evaluator
 
-max_iters, param_scheduler, train_cfg = _base_.iterations, _base_.schedule, _base_.loop
+param_scheduler, train_cfg = _base_.schedule, _base_.loop

@@ -21,16 +21,25 @@ def published_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     Of a detector or segmenter the backbone alone is taken.
 
     Raises:
-        ValueError: if weights are of Hugging Face's layout but not its models, or if two have one name.
+        ValueError: if weights are of Hugging Face's layout but not its models, or as `unwrapped`.
     """
-    count = len(weights)
-    weights = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): value for name, value in weights.items()}
-    if len(weights) < count:
-        raise ValueError("it has the same weights twice, with and without module. or _orig_mod. before their names.")
+    weights = unwrapped(weights)
     prefix = backbone_prefix(weights)
     if prefix:
         weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
     return from_hf(weights) if is_hf(weights) else weights
+
+
+def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without what data-parallel and compiled models put before their names.
+
+    Raises:
+        ValueError: if two have one name.
+    """
+    names = {name: re.sub(r"^(?:module\.|_orig_mod\.)+", "", name) for name in weights}
+    if len(set(names.values())) < len(names):
+        raise ValueError("it has the same weights twice, with and without module. or _orig_mod. before their names.")
+    return {names[name]: value for name, value in weights.items()}
 
 
 def backbone_prefix(names: Iterable[str]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-# By a part of the path: what it is and where it comes from; the first that fits.
+# By the name of a file or folder: what it is and where it comes from; the first that fits.
 _SOURCES = {
-    "ade20k_": "written by Mask2Former's datasets/prepare_ade20k_*.py from ADE20K (sceneparsing.csail.mit.edu)",
-    "cityscapes_panoptic": "written by cityscapesscripts' createPanopticImgs.py from Cityscapes",
-    "instancesonly_filtered": "written by mmdet's tools/dataset_converters/cityscapes.py from Cityscapes",
+    "ade20k_*": "written by Mask2Former's datasets/prepare_ade20k_*.py from ADE20K (sceneparsing.csail.mit.edu)",
+    "cityscapes_panoptic_*": "written by cityscapesscripts' createPanopticImgs.py from Cityscapes",
+    "*_gtFine_labelTrainIds.png": "written by cityscapesscripts' createTrainIdLabelImgs.py from Cityscapes",
+    "instancesonly_filtered_*": "written by mmdet's tools/dataset_converters/cityscapes.py from Cityscapes",
     "coco": "part of COCO 2017 (cocodataset.org/#download): train2017/, val2017/ and annotations/",
     "ADEChallengeData2016": "part of ADE20K, scene parsing (sceneparsing.csail.mit.edu): images/ and annotations/",
     "cityscapes": "part of Cityscapes (cityscapes-dataset.com): leftImg8bit/ and gtFine/",
@@ -61,7 +63,8 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
         for dataset in _datasets((cfg.get(loader) or {}).get("dataset") or {}):
             for path in _paths(dataset):
                 if not path.exists():
-                    raise FileNotFoundError(f"there is no {path}, which {loader} of the config reads: {_advice(path)}")
+                    reader = f"{loader} of the config"
+                    raise FileNotFoundError(f"there is no {path}, which {reader} reads: {_advice(dataset, path)}")
 
 
 def _datasets(dataset: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -81,9 +84,15 @@ def _paths(dataset: dict[str, Any]) -> Iterator[Path]:
     yield from (root / part for part in parts if part)
 
 
-def _advice(path: Path) -> str:
-    known = next((text for name, text in _SOURCES.items() if name in str(path)), None)
+def _advice(dataset: dict[str, Any], path: Path) -> str:
+    # The data set's own folder and what is in it: the folders around it may have any names.
+    root = Path(dataset.get("data_root") or path.parent)
+    known = _source(path.parts[len(root.parts) - 1 :])
     return f"{f'it is {known}. ' if known else ''}Put or link it there, or name another folder with --data."
+
+
+def _source(names: Sequence[str]) -> str | None:
+    return next((text for known, text in _SOURCES.items() if any(fnmatchcase(name, known) for name in names)), None)
 
 
 @HOOKS.register_module()
@@ -130,7 +139,9 @@ def _check_pictures(dataset: Any) -> None:
             if folder not in there:
                 there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
             if name not in there[folder]:
-                raise FileNotFoundError(f"{_origin(dataset)} names {path}, but there is no such file.")
+                known = _source([name])
+                advice = f": it is {known}" if known else ""
+                raise FileNotFoundError(f"{_origin(dataset)} names {path}, but there is no such file{advice}.")
     dataset._natzoo_checked = True
 
 

@@ -1,8 +1,8 @@
 """Panoptic maps of Cityscapes and ADE20K: data sets, and the metric for them.
 
 mmdet numbers classes as the annotation file lists them, and wants the things first. The files that cityscapesscripts
-and Mask2Former's scripts write list them otherwise: here classes are told by their names. Cityscapes' maps also have
-other names than its pictures.
+and Mask2Former's scripts write list them otherwise: here classes are told by their names, two of which Mask2Former's
+script spells in its own way. Cityscapes' pictures and maps are named after the image's id.
 """
 
 from __future__ import annotations
@@ -42,9 +42,18 @@ _STUFF = {
     "sky": (70, 130, 180),
 }
 
+# Names of classes that Mask2Former's script spells otherwise than mmdet; it also writes "window " with a space.
+_RESPELLED = {"plane": "airplane"}
+
 
 class PanopticAnnotations(COCOPanoptic):
-    """Annotations whose classes are numbered in the order in which they are asked for."""
+    """Annotations whose classes are spelled as mmdet does, and numbered in the order in which they are asked for."""
+
+    def createIndex(self) -> None:
+        for category in self.dataset.get("categories", ()):
+            name = category["name"].strip()
+            category["name"] = _RESPELLED.get(name, name)
+        super().createIndex()
 
     def get_cat_ids(self, cat_names: Sequence[str] = (), sup_names=(), cat_ids=()) -> list[int]:
         found, names = super().get_cat_ids(list(cat_names), sup_names, cat_ids), list(cat_names)
@@ -71,10 +80,10 @@ class CityscapesPanopticDataset(CocoPanopticDataset):
     }
 
     def parse_data_info(self, raw_data_info: dict[str, Any]) -> dict[str, Any]:
-        name = raw_data_info["raw_img_info"]["file_name"]  # CITY_..._leftImg8bit.png
+        image = raw_data_info["raw_img_info"]["img_id"]  # CITY_000000_000019; file_name has a gtFine that pictures lack
         parsed = super().parse_data_info(raw_data_info)
-        parsed["img_path"] = str(Path(self.data_prefix["img"], name.split("_")[0], name))
-        parsed["seg_map_path"] = str(Path(self.data_prefix["seg"], name.replace("leftImg8bit", "gtFine_panoptic")))
+        parsed["img_path"] = str(Path(self.data_prefix["img"], image.split("_")[0], f"{image}_leftImg8bit.png"))
+        parsed["seg_map_path"] = str(Path(self.data_prefix["seg"], f"{image}_gtFine_panoptic.png"))
         return parsed
 
 

@@ -113,8 +113,15 @@ def test_gradient_checkpointing_changes_nothing():
     torch.manual_seed(0)
     plain, saving = NAT(**SMALL).train(), NAT(**SMALL, with_cp=True).train()
     saving.load_state_dict(plain.state_dict())
+    calls = {plain: 0, saving: 0}
     for model in (plain, saving):
+
+        def count(*_, model=model):
+            calls[model] += 1
+
+        model.levels[0].blocks[0].attn.register_forward_pre_hook(count)
         sum(x.square().mean() * (i + 1) for i, x in enumerate(model(image((64, 64))))).backward()
+    assert (calls[plain], calls[saving]) == (1, 2)
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, msg=name)

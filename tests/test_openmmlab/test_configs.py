@@ -20,6 +20,7 @@ from natzoo.openmmlab.data import set_data_root
 CONFIGS = ROOT / "configs"
 PUBLISHED = [path for kind in ("detection", "segmentation") for path in sorted((CONFIGS / kind).glob("*_*_*.py"))]
 PUBLISHED = [path for path in PUBLISHED if not path.name.startswith(("nuclei", "coco"))]
+MASK2FORMERS = [path for path in PUBLISHED if path.name.startswith("mask2former")]
 OTHERS = [*CONFIGS.glob("*/nuclei_*.py"), *CONFIGS.glob("*/coco_*.py"), *CONFIGS.glob("quickstart/*.py")]
 
 
@@ -75,26 +76,111 @@ def test_macs_are_the_published(path):
     assert model.macs / 1e9 == pytest.approx(zoo_entry(path).facts["macs"], rel=0.02)
 
 
-def test_recipes_follow_the_paper():
-    """What sets the larger models apart."""
-    load = lambda name: load_config(CONFIGS / name)  # noqa: E731
-    assert (
-        load("detection/cascade_mask_rcnn_dinat_large_3x.py").optim_wrapper.type == "OptimWrapper"
-    )  # no mixed precision
-    assert load("detection/cascade_mask_rcnn_dinat_s_large_3x.py").optim_wrapper.type == "AmpOptimWrapper"
-    rates = {
-        "nat_base": 1e-4,
-        "dinat_base": 7.5e-5,
-        "dinat_large": 7.5e-5,
-        "dinat_s_base": 7.5e-5,
-        "dinat_s_large": 5e-5,
-    }
-    for name, rate in rates.items():
-        assert load(f"detection/cascade_mask_rcnn_{name}_3x.py").optim_wrapper.optimizer.lr == rate
-    large = load("segmentation/upernet_dinat_large_160k.py")
-    assert large.model.data_preprocessor.size == (640, 640)
-    assert large.test_pipeline[1].scale == (2560, 640)
-    assert load("segmentation/upernet_dinat_base_160k.py").model.data_preprocessor.size == (512, 512)
+def dilations(first, second, third, fourth):
+    """DiNAT's, of which DiNAT_s, with two blocks a stage but the third, has the last of each: (DiNAT, DiNAT_s)."""
+    return [[1, first, 1], second, third, fourth], [[1, first], [1, second[-1]], third, fourth[:2]]
+
+
+# As published. "large" stands for crops of 640x640.
+DILATIONS = {
+    ("coco", 6): dilations(28, [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]),
+    ("coco", 18): dilations(28, [1, 7, 1, 14], [1, 3, 1, 5, 1, 7] * 3, [1, 3, 1, 3, 1]),
+    ("ade20k", 6): dilations(16, [1, 4, 1, 8], [1, 2, 1, 3, 1, 4], [1, 2, 1, 2, 1]),
+    ("ade20k", 18): dilations(16, [1, 4, 1, 8], [1, 2, 1, 3, 1, 4] * 3, [1, 2, 1, 2, 1]),
+    ("large", 18): dilations(
+        20, [1, 5, 1, 10], [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5], [1, 2, 1, 2, 1]
+    ),
+}
+# As published: drop path rate, learning rate, mixed precision; (data, blocks of the third stage) of DILATIONS.
+RECIPES = {
+    "mask_rcnn_nat_mini_3x": (0.2, 1e-4, True, None),
+    "mask_rcnn_nat_tiny_3x": (0.2, 1e-4, True, None),
+    "mask_rcnn_nat_small_3x": (0.35, 1e-4, True, None),
+    "mask_rcnn_dinat_mini_3x": (0.2, 1e-4, True, ("coco", 6)),
+    "mask_rcnn_dinat_tiny_3x": (0.2, 1e-4, True, ("coco", 18)),
+    "mask_rcnn_dinat_small_3x": (0.35, 1e-4, True, ("coco", 18)),
+    "mask_rcnn_dinat_s_tiny_3x": (0.2, 1e-4, True, ("coco", 6)),
+    "mask_rcnn_dinat_s_small_3x": (0.35, 1e-4, True, ("coco", 18)),
+    "cascade_mask_rcnn_nat_mini_3x": (0.2, 1e-4, True, None),
+    "cascade_mask_rcnn_nat_tiny_3x": (0.3, 1e-4, True, None),
+    "cascade_mask_rcnn_nat_small_3x": (0.3, 1e-4, True, None),
+    "cascade_mask_rcnn_nat_base_3x": (0.5, 1e-4, True, None),
+    "cascade_mask_rcnn_dinat_mini_3x": (0.2, 1e-4, True, ("coco", 6)),
+    "cascade_mask_rcnn_dinat_tiny_3x": (0.3, 1e-4, True, ("coco", 18)),
+    "cascade_mask_rcnn_dinat_small_3x": (0.5, 1e-4, True, ("coco", 18)),
+    "cascade_mask_rcnn_dinat_base_3x": (0.6, 7.5e-5, True, ("coco", 18)),
+    "cascade_mask_rcnn_dinat_large_3x": (0.6, 7.5e-5, False, ("coco", 18)),
+    "cascade_mask_rcnn_dinat_s_tiny_3x": (0.3, 1e-4, True, ("coco", 6)),
+    "cascade_mask_rcnn_dinat_s_small_3x": (0.5, 1e-4, True, ("coco", 18)),
+    "cascade_mask_rcnn_dinat_s_base_3x": (0.6, 7.5e-5, True, ("coco", 18)),
+    "cascade_mask_rcnn_dinat_s_large_3x": (0.6, 5e-5, True, ("coco", 18)),
+    "upernet_nat_mini_160k": (0.2, 6e-5, True, None),
+    "upernet_nat_tiny_160k": (0.3, 6e-5, True, None),
+    "upernet_nat_small_160k": (0.5, 6e-5, True, None),
+    "upernet_nat_base_160k": (0.5, 6e-5, True, None),
+    "upernet_dinat_mini_160k": (0.2, 6e-5, True, ("ade20k", 6)),
+    "upernet_dinat_tiny_160k": (0.3, 6e-5, True, ("ade20k", 18)),
+    "upernet_dinat_small_160k": (0.5, 6e-5, True, ("ade20k", 18)),
+    "upernet_dinat_base_160k": (0.5, 6e-5, True, ("ade20k", 18)),
+    "upernet_dinat_large_160k": (0.3, 6e-5, False, ("large", 18)),
+    "upernet_dinat_s_tiny_160k": (0.3, 6e-5, True, ("ade20k", 6)),
+    "upernet_dinat_s_small_160k": (0.3, 6e-5, True, ("ade20k", 18)),
+    "upernet_dinat_s_base_160k": (0.3, 6e-5, True, ("ade20k", 18)),
+    "upernet_dinat_s_large_160k": (0.3, 6e-5, True, ("large", 18)),
+}
+# As published: iterations by data; queries by task.
+ITERATIONS, QUERIES = {"coco": 737500, "ade20k": 160000, "cityscapes": 90000}, {"semantic": 100}
+
+
+@pytest.mark.parametrize("path", [path for path in PUBLISHED if path not in MASK2FORMERS], ids=lambda path: path.stem)
+def test_recipes_are_the_published(path):
+    rate, lr, is_mixed, key = RECIPES[path.stem]
+    cfg, is_detector = load_config(path), "rcnn" in path.stem
+    assert cfg.model.backbone.drop_path_rate == rate
+    expected = key and DILATIONS[key]["dinat_s_" in path.stem]
+    assert cfg.model.backbone.get("dilations") == expected
+    assert cfg.optim_wrapper.type == ("AmpOptimWrapper" if is_mixed else "OptimWrapper")
+    decay = 0.05 if is_detector else 0.01
+    assert cfg.optim_wrapper.optimizer == {"type": "AdamW", "lr": lr, "betas": (0.9, 0.999), "weight_decay": decay}
+    if not is_detector:
+        side = 640 if is_large(path) else 512
+        assert cfg.model.data_preprocessor.size == (side, side)
+        assert cfg.test_pipeline[1].scale == (4 * side, side)
+        assert [size.scale for size in cfg.tta_pipeline[1].transforms[0]] == [
+            (4 * side * ratio, side * ratio) for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+        ]
+
+
+@pytest.mark.parametrize("path", MASK2FORMERS, ids=lambda path: path.stem)
+def test_recipes_of_mask2formers_are_the_published(path):
+    data, task = path.stem.split("_")[-2:]
+    cfg = load_config(path)
+    backbone = cfg.model.backbone
+    assert (backbone.drop_path_rate, backbone.arch) == (0.3, "dinat_large_21k_11x11")
+    assert backbone.dilations == [[1, 14, 1], [1, 4, 1, 7], [1, 2, 1, 3] * 4 + [1, 3], [1] * 5]
+    wrapper, optimizer = cfg.optim_wrapper, cfg.optim_wrapper.optimizer
+    assert (wrapper.type, wrapper.clip_grad.max_norm) == ("OptimWrapper", 0.01)
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-4, 0.05)
+    assert wrapper.paramwise_cfg.custom_keys.backbone.lr_mult == 0.1
+    assert cfg.train_cfg.max_iters == ITERATIONS[data]
+    head = cfg.model.get("panoptic_head") or cfg.model.decode_head
+    assert head.num_queries == QUERIES.get(task, 200)
+    if task == "semantic":
+        sides = (320, 480, 640, 800, 960, 1120) if data == "ade20k" else (512, 768, 1024, 1280, 1536, 1792)
+        assert [size.scale[1] for size in cfg.tta_pipeline[1].transforms[0]] == list(sides)
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_what_every_run_has(path):
+    """Two checkpoints, curves, and in runs of iterations data that never ends, which a resumed run need not read again
+    (SkipSeenDataHook)."""
+    cfg = load_config(path)
+    assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2
+    assert [backend.type for backend in cfg.visualizer.vis_backends] == ["LocalVisBackend", "TensorboardVisBackend"]
+    if cfg.train_cfg.type == "IterBasedTrainLoop":
+        loader = cfg.train_dataloader
+        assert (loader.sampler.type, loader.sampler.shuffle) == ("InfiniteSampler", True)
+        assert loader.get("batch_sampler") is None
 
 
 def test_position_biases_and_norms_do_not_decay():
@@ -229,9 +315,6 @@ def test_learns_and_predicts(path, pictures):
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
 def test_others_learn_and_predict(path, pictures):
     learn_and_predict(path, pictures)
-
-
-MASK2FORMERS = [path for path in PUBLISHED if path.name.startswith("mask2former")]
 
 
 def test_mask2formers_have_one_backbone():

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import init_default_scope
 from PIL import Image
-from runs import ROOT, run, tiny_mask_rcnn, tiny_upernet
+from runs import ROOT, load_config, run, tiny_mask_rcnn, tiny_upernet
 
 from detection import test as detection_test
 from detection import train as detection_train
@@ -148,6 +150,30 @@ def test_data_that_is_not_there(config, folder, advice, tmp_path, monkeypatch):
     main = detection_train.main if "rcnn" in config else segmentation_train.main
     with pytest.raises(FileNotFoundError, match=rf"there is no {folder}.*{advice}.*name another folder with --data"):
         run(main, ROOT / "configs" / config)
+
+
+@pytest.mark.parametrize("folder", ["coco_ade", "shapes/mine"])
+def test_data_of_names_that_begin_or_lie_like_known_ones(folder, tmp_path):
+    """No advice is better than a wrong one."""
+    with pytest.raises(FileNotFoundError, match=rf"there is no .*{folder}, which .* of the config reads: Put or link"):
+        run(segmentation_train.main, tiny_upernet(tmp_path), "--data", tmp_path / folder)
+
+
+def test_labels_of_cityscapes_that_are_not_written(tmp_path):
+    from mmseg.registry import DATASETS
+
+    from natzoo.openmmlab.data import CheckDataHook, set_data_root
+
+    cfg = load_config(ROOT / "configs" / "segmentation" / "mask2former_dinat_large_cityscapes_semantic.py")
+    set_data_root(cfg, tmp_path)
+    for kind in ("leftImg8bit", "gtFine"):
+        (tmp_path / kind / "val" / "ulm").mkdir(parents=True)
+    Image.new("RGB", (64, 32)).save(tmp_path / "leftImg8bit" / "val" / "ulm" / "ulm_000000_000019_leftImg8bit.png")
+    init_default_scope("mmseg")
+    loader = SimpleNamespace(dataset=DATASETS.build(cfg.val_dataloader.dataset))
+    message = r"000019_gtFine_labelTrainIds\.png, but .*: it is written by .* createTrainIdLabelImgs\.py from"
+    with pytest.raises(FileNotFoundError, match=message):
+        CheckDataHook().before_val(SimpleNamespace(val_dataloader=loader))
 
 
 def test_maps_that_are_not_written(tmp_path):

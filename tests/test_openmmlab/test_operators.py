@@ -67,12 +67,18 @@ def test_nms_of_halves(dtype):
     assert kept.tolist() == full.tolist()
 
 
-def test_batched_nms():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batched_nms(dtype):
+    """On boxes of small whole numbers, which mmcv moves apart, class by class, without rounding in any dtype."""
     boxes, scores = boxes_and_scores()
+    boxes = torch.cat([boxes[:, :2].div(3).floor(), boxes[:, 2:].div(3).ceil()], 1)
+    boxes, scores = boxes.to(dtype), scores.to(dtype)
     classes = torch.arange(len(boxes)) % 3
-    _, kept = mmcv_ops.batched_nms(boxes, scores, classes, {"type": "nms", "iou_threshold": 0.5})
-    expected = torchvision.ops.batched_nms(boxes, scores, classes, 0.5)
+    detections, kept = mmcv_ops.batched_nms(boxes, scores, classes, {"type": "nms", "iou_threshold": 0.5})
+    expected = torchvision.ops.batched_nms(boxes.float(), scores.float(), classes, 0.5)
+    assert len(classes.unique()) < len(kept) < len(boxes)
     assert kept.tolist() == expected.tolist()
+    assert torch.equal(detections, torch.cat([boxes, scores[:, None]], 1)[kept])
 
 
 def test_no_boxes():
@@ -82,26 +88,29 @@ def test_no_boxes():
     assert len(detections) == len(kept) == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_soft_nms(method, offset):
-    boxes, scores = boxes_and_scores()
+def test_soft_nms(method, offset, dtype):
+    boxes, scores = (x.to(dtype) for x in boxes_and_scores())
     found, kept = mmcv_ops.soft_nms(boxes, scores, 0.3, sigma=0.5, min_score=0.05, method=method, offset=offset)
     left, expected = {index: float(score) for index, score in enumerate(scores) if score >= 0.05}, []
     while left:
         best = max(left, key=left.get)
         expected.append((best, left.pop(best)))
         for other in list(left):
-            overlap = iou(boxes[best], boxes[other], offset)
+            overlap = iou(boxes[best].float(), boxes[other].float(), offset)
             decay = math.exp(-(overlap**2) / 0.5)
             if method != "gaussian":
                 decay = 1.0 if overlap < 0.3 else (1 - overlap) * (method == "linear")
             left[other] *= decay
             if left[other] < 0.05:
                 del left[other]
+    assert found.dtype == dtype
     assert kept.tolist() == [index for index, _ in expected]
     torch.testing.assert_close(found[:, :4], boxes[kept])
-    torch.testing.assert_close(found[:, 4], torch.tensor([score for _, score in expected]), rtol=1e-4, atol=1e-6)
+    scores = torch.tensor([score for _, score in expected])
+    torch.testing.assert_close(found[:, 4].float(), scores, rtol=max(1e-4, torch.finfo(dtype).eps), atol=1e-6)
 
 
 # ----- RoIAlign -----

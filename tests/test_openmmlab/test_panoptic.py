@@ -126,8 +126,20 @@ def test_from_training_to_evaluation(panoptic_shapes, tmp_path):
 
 # ----- data sets whose files list the classes in an order of their own -----
 
+# As the scripts write them: the image's id, its file_name, the picture, its map.
+NAMES = {
+    "ade20k": ("ADE_val_00000001", "ADE_val_00000001.jpg", "ADE_val_00000001.jpg", "ADE_val_00000001.png"),
+    "cityscapes": (
+        "ulm_000000_000019",
+        "ulm_000000_000019_gtFine_leftImg8bit.png",
+        "ulm/ulm_000000_000019_leftImg8bit.png",
+        "ulm_000000_000019_gtFine_panoptic.png",
+    ),
+}
+SPELLED = {"window": "window ", "airplane": "plane"}  # by prepare_ade20k_pan_seg.py
 
-def panoptic_set(folder, config):
+
+def panoptic_set(folder, data):
     """Makes up a picture of a thing and stuff where a config expects it: the data set, the metric, a perfect map."""
     from mmdet.registry import DATASETS
     from mmengine.evaluator import Evaluator
@@ -135,21 +147,22 @@ def panoptic_set(folder, config):
 
     from natzoo.openmmlab.data import set_data_root
 
-    cfg = load_config(ROOT / "configs" / "segmentation" / config)
+    cfg = load_config(ROOT / "configs" / "segmentation" / f"mask2former_dinat_large_{data}_panoptic.py")
     set_data_root(cfg, folder)
     init_default_scope("mmdet")
     described = DATASETS.get(cfg.val_dataloader.dataset.type).METAINFO
     backwards = described["classes"][::-1]  # as no file of mmdet's has them
     things = described["thing_classes"]
-    categories = [{"id": i, "name": name, "isthing": int(name in things)} for i, name in enumerate(backwards, 7)]
-    prefix, name = cfg.val_dataloader.dataset.data_prefix, "ulm_000000_000019_leftImg8bit.png"
-    picture, seg = Path(folder, prefix.img), Path(folder, prefix.seg)
-    map_name = name
-    if "cityscapes" in config:
-        picture, map_name = picture / "ulm", name.replace("leftImg8bit", "gtFine_panoptic")
-    picture.mkdir(parents=True)
+    categories = [
+        {"id": i, "name": SPELLED.get(name, name), "isthing": int(name in things)}
+        for i, name in enumerate(backwards, 7)
+    ]
+    key, file_name, picture_name, map_name = NAMES[data]
+    prefix = cfg.val_dataloader.dataset.data_prefix
+    picture, seg = Path(folder, prefix.img, picture_name), Path(folder, prefix.seg)
+    picture.parent.mkdir(parents=True)
     seg.mkdir(parents=True)
-    Image.new("RGB", (64, 32)).save(picture / name)
+    Image.new("RGB", (64, 32)).save(picture)
     numbers = np.full((32, 64), 500)
     numbers[:, 20:] = 90000
     Image.fromarray(id2rgb(numbers)).save(seg / map_name)
@@ -158,8 +171,8 @@ def panoptic_set(folder, config):
         {"id": number, "category_id": 7 + backwards.index(name), "iscrowd": 0, "area": area, "bbox": [x, 0, 30, 32]}
         for number, name, area, x in ((500, thing, 32 * 20, 0), (90000, stuff, 32 * 44, 20))
     ]
-    annotations = [{"image_id": "ulm", "file_name": map_name, "segments_info": segments}]
-    images = [{"id": "ulm", "file_name": name, "height": 32, "width": 64}]
+    annotations = [{"image_id": key, "file_name": map_name, "segments_info": segments}]
+    images = [{"id": key, "file_name": file_name, "height": 32, "width": 64}]
     content = {"images": images, "annotations": annotations, "categories": categories}
     path = Path(folder, cfg.val_dataloader.dataset.ann_file)
     path.write_text(json.dumps(content))
@@ -171,10 +184,11 @@ def panoptic_set(folder, config):
     return dataset, evaluator, perfect
 
 
-@pytest.mark.parametrize("data", ["ade20k", "cityscapes"])
+@pytest.mark.parametrize("data", NAMES)
 def test_classes_are_told_by_their_names(tmp_path, data):
-    dataset, evaluator, perfect = panoptic_set(tmp_path, f"mask2former_dinat_large_{data}_panoptic.py")
+    dataset, evaluator, perfect = panoptic_set(tmp_path, data)
     assert len(dataset) == 1
+    assert len(dataset.cat_ids) == len(dataset.metainfo["classes"])
     sample = dataset[0]["data_samples"]
     (thing,), (stuff,) = sample.gt_instances.labels.tolist(), set(sample.gt_sem_seg.sem_seg.unique().tolist()) - {1}
     classes = dataset.metainfo["classes"]

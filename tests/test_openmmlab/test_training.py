@@ -15,6 +15,7 @@ import pytest
 import torch
 from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS
+from openmmlab_extra import PHOTOGRAPHS, has_photographs
 from runs import ROOT, losses, run, tiny_mask_rcnn, tiny_upernet
 
 from detection import test as detection_test
@@ -316,26 +317,40 @@ def test_mixed_precision_on_a_cpu(drawn, tmp_path):
     assert runs["--amp"] != runs["--no-amp"]
 
 
-def test_evaluation_of_perfect_detections(drawn):
+@pytest.fixture(params=["shapes", "photographs"])
+def annotated(request, drawn):
+    """A file of annotations in COCO's format, and the names of its classes."""
+    if request.param == "shapes":
+        return drawn / "instances_validation.json", ("circle", "square", "triangle")
+    if not has_photographs():
+        pytest.skip("NATTEN_TEST_DATA names no folder with photographs")
+    from mmdet.datasets import CocoDataset
+
+    return PHOTOGRAPHS / "coco_ccby" / "annotations" / "instances_val2017.json", CocoDataset.METAINFO["classes"]
+
+
+def test_evaluation_of_perfect_detections(annotated):
     """CocoMetric gives 1."""
     from mmdet.evaluation import CocoMetric
     from pycocotools.coco import COCO
 
-    path = drawn / "instances_validation.json"
+    path, classes = annotated
     coco = COCO(path)
+    labels = {key: classes.index(category["name"]) for key, category in coco.cats.items()}
     metric = CocoMetric(ann_file=str(path), metric=["bbox", "segm"])
-    metric.dataset_meta = {"classes": ("circle", "square", "triangle")}
+    metric.dataset_meta = {"classes": classes}
     for image in coco.imgs.values():
         annotations = coco.imgToAnns[image["id"]]
-        boxes = torch.tensor([annotation["bbox"] for annotation in annotations])
+        boxes = torch.tensor([annotation["bbox"] for annotation in annotations]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
+        size = (image["height"], image["width"])
+        masks = np.array([coco.annToMask(annotation) for annotation in annotations], np.uint8).reshape(-1, *size)
         predictions = {
             "bboxes": boxes,
             "scores": torch.ones(len(boxes)),
-            "labels": torch.tensor([annotation["category_id"] - 1 for annotation in annotations]),
-            "masks": torch.stack([torch.from_numpy(coco.annToMask(annotation)) for annotation in annotations]),
+            "labels": torch.tensor([labels[annotation["category_id"]] for annotation in annotations]),
+            "masks": torch.from_numpy(masks),
         }
-        size = (image["height"], image["width"])
         metric.process({}, [{"img_id": image["id"], "ori_shape": size, "pred_instances": predictions}])
     found = metric.evaluate(len(coco.imgs))
     assert found["coco/bbox_mAP"] == found["coco/segm_mAP"] == 1.0

@@ -136,10 +136,12 @@ def test_dtype(convert, trained, tmp_path):
     assert {x.dtype for x in read_weights(tmp_path / "half.pth").values()} == {torch.float16}
 
 
-def test_a_detector_keeps_its_parts_but_not_its_optimizer(convert, model, tmp_path):
+@pytest.mark.parametrize("wrapper", ["", "module.", "module._orig_mod."])
+def test_a_detector_keeps_its_parts_but_not_its_optimizer(convert, model, tmp_path, wrapper):
     parts = {f"backbone.{name}": value for name, value in model.state_dict().items() if not name.startswith("head")}
     parts["roi_head.fc.weight"] = torch.ones(2)
-    write_checkpoint(tmp_path / "iter_1.pth", {"state_dict": parts, "optimizer": {}, "meta": {"iter": 1}})
+    wrapped = {wrapper + name: value for name, value in parts.items()}
+    write_checkpoint(tmp_path / "iter_1.pth", {"state_dict": wrapped, "optimizer": {}, "meta": {"iter": 1}})
     assert convert("iter_1.pth", "published.pth")[0] == 0
     assert same(read_checkpoint(tmp_path / "published.pth"), parts)
     assert convert("iter_1.pth", "backbone.pth", "--backbone")[0] == 0

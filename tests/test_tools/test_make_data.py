@@ -1,6 +1,9 @@
 """The embedded data sets."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import make_data
 import numpy as np
@@ -21,6 +24,27 @@ def test_digits(tmp_path, capsys):
 
     make_data.main(["digits", str(folder)])
     assert "is there already; nothing was written" in capsys.readouterr().out
+
+
+def test_files_are_forced_to_the_disk(tmp_path, monkeypatch):
+    from natzoo.checkpoints import write
+
+    synced, sync = set(), write.sync
+    monkeypatch.setattr(write, "sync", lambda path: (synced.add(path.name), sync(path)))
+    monkeypatch.setattr(make_data, "_SHAPES_COUNTS", {"training": 2})
+    make_data.main(["shapes", str(tmp_path / "shapes")])
+    written = {path.name for path in (tmp_path / "shapes").rglob("*")}
+    assert {"0000.png", "0001.png", "instances_training.json"} < written <= synced
+
+
+def test_takes_the_natzoo_of_its_own_checkout(tmp_path):
+    """Whether another one is installed or none."""
+    (tmp_path / "tools").mkdir()
+    script = shutil.copy(make_data.__file__, tmp_path / "tools")
+    (tmp_path / "natzoo").mkdir()
+    (tmp_path / "natzoo" / "__init__.py").write_text("raise SystemExit('of the checkout')")
+    done = subprocess.run([sys.executable, script, "--help"], cwd="/", capture_output=True, text=True)
+    assert done.stderr.strip() == "of the checkout"
 
 
 def test_shapes(tmp_path):

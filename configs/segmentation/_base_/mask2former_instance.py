@@ -1,14 +1,13 @@
 # Mask2Former for instances, in mmdet: COCO with large-scale jittering, 100 epochs in batches of 16.
-_base_ = ["./dinat_large_11x11.py", "mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py"]
+_base_ = ["./mask2former.py", "mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py"]
 
 custom_imports = dict(imports=["natzoo.openmmlab"])
 model = dict(backbone=_base_.backbone, panoptic_head=dict(in_channels=[192, 384, 768, 1536], num_queries=200))
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.custom_keys))
-max_iters = 737500
 param_scheduler = dict(end=737500, milestones=[655556, 710184])
 train_cfg = dict(max_iters=737500, dynamic_intervals=[(735001, 737500)])
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))
-visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
+default_hooks, visualizer = _base_.two_checkpoints, _base_.tensorboard
+train_dataloader = _base_.endless
 
 # For other data sets: parts that a config puts together with those of mask2former_ade20k.py or _cityscapes.py.
 pad = dict(type="BatchFixedSizePad", img_pad_value=0, pad_mask=True, mask_pad_value=0, pad_seg=False)

@@ -1,4 +1,5 @@
-# The backbone of all Mask2Formers: DiNAT-Large, whose 7x7 windows were stretched to 11x11, pretrained on ImageNet-22K.
+# Parts of all Mask2Formers. The backbone: DiNAT-Large, whose 7x7 windows were stretched to 11x11, pretrained on
+# ImageNet-22K.
 _base_ = []
 
 backbone = dict(
@@ -22,3 +23,9 @@ custom_keys = {
     "query_feat": dict(lr_mult=1.0, decay_mult=0.0),
     "level_embed": dict(lr_mult=1.0, decay_mult=0.0),
 }
+# What every run has, as runtime.py gives it to UPerNet.
+two_checkpoints = dict(checkpoint=dict(max_keep_ckpts=2))
+tensorboard = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
+# For mmdet, whose data ends with each epoch: where it never ends, a resumed run goes on in the middle of it. Crops are
+# padded to one size, so none are grouped by their shapes.
+endless = dict(sampler=dict(type="InfiniteSampler"), batch_sampler=None)
