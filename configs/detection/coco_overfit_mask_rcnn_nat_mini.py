@@ -10,6 +10,7 @@ model = dict(
 )
 load, annotations = dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True, with_mask=True)
 resize = dict(type="Resize", scale=(320, 320), keep_ratio=True)
+four = [1, 3, 7, 14]  # of a small part of COCO, pictures without tiny objects
 pack = dict(
     type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "instances")
 )
@@ -20,7 +21,7 @@ train_dataloader = dict(
     num_workers=1,
     sampler=dict(type="InfiniteSampler"),
     batch_sampler=None,
-    dataset=dict(indices=4, pipeline=train_pipeline),
+    dataset=dict(indices=four, pipeline=train_pipeline),
 )
 # The same four pictures, taken through the same filter of those without objects.
 val_dataloader = dict(
@@ -30,7 +31,7 @@ val_dataloader = dict(
         data_prefix=dict(img="train2017/"),
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
         test_mode=False,
-        indices=4,
+        indices=four,
         pipeline=test_pipeline,
     ),
 )
@@ -38,8 +39,11 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=None, metric=["bbox", "segm"])
 test_evaluator = val_evaluator
 
-train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=400, val_interval=100)
+train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=200, val_interval=50)
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(lr=2e-4), clip_grad=dict(max_norm=1.0))
-param_scheduler = [dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50)]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(by_epoch=False, interval=100))
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=30),
+    dict(type="MultiStepLR", by_epoch=False, milestones=[150], gamma=0.1),
+]
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(by_epoch=False, interval=50))
 log_processor = dict(by_epoch=False, window_size=10)
