@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv and installs the project into it.
-#   bash tools/setup.sh [EXTRA...]     extras: train (default), openmmlab, dev
+#   bash tools/setup.sh [EXTRA...]     extras: train (default), hf, openmmlab, dev
 # Safe to run again: what is installed already stays. PYTHON names the interpreter, VENV another place than .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -76,6 +76,6 @@ rm -f "$log"
 "$venv/bin/python" -m pip install --log "$log" \
     --constraint constraints.txt --constraint "$venv/torch-constraints.txt" --editable ".[$extras]" ||
     explain_pip_failure "$log"
-echo "compiling the CPU kernels, once for this machine"
+echo "compiling the CPU kernels, once for this machine: about 20 s"
 "$venv/bin/python" -m natten.build || true # without a compiler a slower way serves, which natten says when it is used
 touch "$stamp"

@@ -64,6 +64,6 @@ def test_unknown(what, error, message):
 def test_config(capsys):
     flops.main([str(CONFIGS / "segmentation" / "nuclei_upernet_nat.py"), "--per-layer", "1"])
     model, *parts = capsys.readouterr().out.splitlines()[1:]
-    assert model.split()[:4] == ["nuclei_upernet_nat", "192", "x", "192"]
+    assert model.split()[:4] == ["nuclei_upernet_nat", "384", "x", "384"]
     macs = {line.split()[0]: float(line.split()[3]) for line in parts}
-    assert macs["backbone"] + macs["decode_head"] == pytest.approx(float(model.split()[6]), abs=0.1)
+    assert macs["backbone"] + macs["decode_head"] == pytest.approx(float(model.split()[6]), abs=0.151)  # three rounded numbers
