@@ -62,9 +62,8 @@ def test_unknown(what, error, message):
 
 @needs_openmmlab
 def test_config(capsys):
-    flops.main([str(CONFIGS / "segmentation" / "nuclei_upernet_nat.py"), "--per-layer", "1"])
+    flops.main([str(CONFIGS / "segmentation" / "coco_ade_upernet_nat.py"), "--per-layer", "1"])
     model, *parts = capsys.readouterr().out.splitlines()[1:]
-    assert model.split()[:4] == ["nuclei_upernet_nat", "384", "x", "384"]
+    assert model.split()[:4] == ["coco_ade_upernet_nat", "192", "x", "192"]
     macs = {line.split()[0]: float(line.split()[3]) for line in parts}
-    whole = float(model.split()[6])
-    assert macs["backbone"] + macs["decode_head"] == pytest.approx(whole, abs=0.151)  # three rounded numbers
+    assert macs["backbone"] + macs["decode_head"] == pytest.approx(float(model.split()[6]), abs=0.1)
