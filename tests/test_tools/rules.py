@@ -114,7 +114,7 @@ RULES = (
     Rule(
         r"python (detection|segmentation)/test\.py configs/quickstart/\S+ output/.*",
         _TEST,
-        {"iter_400": "iter_2", "iter_600": "iter_2"},
+        {"iter_400": "iter_2", "iter_500": "iter_2"},
     ),
     Rule(
         r"python (detection|segmentation)/train\.py configs/\w+/mine\.py .*",
