@@ -1,6 +1,6 @@
 """Evaluate a detector: a checkpoint of train.py, or a published one.
 
-python detection/test.py configs/quickstart/mask_rcnn.py output/mask_rcnn/CHECKPOINT.pth --show-dir output/pictures
+python detection/test.py configs/quickstart/mask_rcnn.py output/mask_rcnn/CHECKPOINT.pth --show-dir output/detected
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Evaluate a segmenter: a checkpoint of train.py, or a published one.
 
-python segmentation/test.py configs/quickstart/upernet.py output/upernet/CHECKPOINT.pth --show-dir output/pictures
+python segmentation/test.py configs/quickstart/upernet.py output/upernet/CHECKPOINT.pth --show-dir output/segmented
 """
 
 from __future__ import annotations

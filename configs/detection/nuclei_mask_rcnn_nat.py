@@ -67,3 +67,4 @@ default_hooks = dict(
     logger=dict(interval=20), checkpoint=dict(by_epoch=False, interval=150, save_best="coco/segm_mAP_50")
 )
 log_processor = dict(by_epoch=False, window_size=20)
+auto_scale_lr = dict(base_batch_size=4)

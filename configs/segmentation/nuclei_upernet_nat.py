@@ -31,3 +31,4 @@ test_pipeline = [
 train_dataloader = dict(batch_size=4, dataset=dict(**nuclei, pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(**nuclei, pipeline=test_pipeline))
 test_dataloader = val_dataloader
+auto_scale_lr = dict(base_batch_size=4)

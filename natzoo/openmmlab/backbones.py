@@ -27,7 +27,8 @@ class Backbone:
     Maps are taken before each downsampler, s being 4, 8, 16, 32, and normalised.
 
     Args:
-        arch: a registered model whose sizes are taken, such as "nat_tiny"; those given beside it win.
+        arch: a registered model whose sizes are taken, such as "nat_tiny"; others given beside it win,
+            except depths, num_heads and embed_dim.
         out_indices: which maps, ascending.
         frozen_stages: -1 trains all; 0 keeps the tokenizer as it is, n also the first n stages and the norms of their
             maps: without gradient, and in eval mode.
@@ -39,7 +40,8 @@ class Backbone:
         sizes: of the model's constructor: depths, num_heads, embed_dim, kernel_size, dilations, drop_path_rate, ...
 
     Raises:
-        ValueError: if arch, out_indices or frozen_stages are none that the model has.
+        ValueError: if such sizes are given beside arch; if arch, out_indices or frozen_stages are none that the model
+            has.
     """
 
     archs: ClassVar[Mapping[str, Mapping[str, Any]]]
@@ -58,6 +60,12 @@ class Backbone:
         if arch is not None and arch not in self.archs:
             known = ", ".join(self.archs)
             raise ValueError(f"arch is {arch!r}, but a backbone of type {type(self).__name__} is one of {known}.")
+        both = sorted({"depths", "num_heads", "embed_dim"} & sizes.keys()) if arch is not None else []
+        if both:
+            raise ValueError(
+                f"arch is {arch!r}, but {', '.join(both)} are given beside it: leave one of the two out; in a config, "
+                "_delete_=True drops what its base has."
+            )
         super().__init__(**{**self.archs.get(arch, {}), **sizes, "num_classes": 0})
         self.prune_end(prune_norm=True, prune_head=True)
         stages = len(self.stages)

@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from torch import nn
 
 # By the name of a file or folder: what it is and where it comes from; the first that fits.
 _SOURCES = {
@@ -23,6 +24,8 @@ _SOURCES = {
     "cityscapes": "part of Cityscapes (cityscapes-dataset.com): leftImg8bit/ and gtFine/",
     "shapes": "drawn by `python tools/make_data.py shapes data/shapes`",
 }
+
+_HEADS = ("bbox_head", "mask_head", "decode_head", "auxiliary_head")  # whose num_classes is that of the data
 
 
 def set_data_root(cfg: Config, folder: str | os.PathLike) -> None:
@@ -88,7 +91,7 @@ def _advice(dataset: dict[str, Any], path: Path) -> str:
     # The data set's own folder and what is in it: the folders around it may have any names.
     root = Path(dataset.get("data_root") or path.parent)
     known = _source(path.parts[len(root.parts) - 1 :])
-    return f"{f'it is {known}. ' if known else ''}Put or link it there, or name another folder with --data."
+    return f"{f'it is {known}; ' if known else ''}put or link it there, or name another folder with --data."
 
 
 def _source(names: Sequence[str]) -> str | None:
@@ -97,19 +100,19 @@ def _source(names: Sequence[str]) -> str | None:
 
 @HOOKS.register_module()
 class CheckDataHook(Hook):
-    """Finds, before the first iteration, pictures that the annotations name and the folders lack; and later labels that
-    no class has."""
+    """Finds, before the first iteration, pictures that the annotations name and the folders lack, and heads for another
+    number of classes than the data has; and later labels that no class has."""
 
     def before_train(self, runner: Any) -> None:
-        _check_pictures(runner.train_dataloader.dataset)
+        _check_data_set(runner.train_dataloader.dataset, runner.model)
         if runner.val_loop is not None:
-            _check_pictures(runner.val_dataloader.dataset)
+            _check_data_set(runner.val_dataloader.dataset, runner.model)
 
     def before_val(self, runner: Any) -> None:
-        _check_pictures(runner.val_dataloader.dataset)
+        _check_data_set(runner.val_dataloader.dataset, runner.model)
 
     def before_test(self, runner: Any) -> None:
-        _check_pictures(runner.test_dataloader.dataset)
+        _check_data_set(runner.test_dataloader.dataset, runner.model)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         _check_labels(data_batch, runner.train_dataloader.dataset)
@@ -121,9 +124,14 @@ class CheckDataHook(Hook):
         _check_labels(data_batch, runner.test_dataloader.dataset)
 
 
-def _check_pictures(dataset: Any) -> None:
-    """Raises FileNotFoundError naming the first file that is missing; ValueError without pictures, or classes."""
+def _check_data_set(dataset: Any, model: nn.Module) -> None:
     _check_classes(dataset)
+    _check_heads(dataset, model)
+    _check_pictures(dataset)
+
+
+def _check_pictures(dataset: Any) -> None:
+    """Raises FileNotFoundError naming the first file that is missing; ValueError without pictures."""
     if len(dataset) == 0:
         raise ValueError(f"{_origin(dataset)} has no picture to use: check its annotations and the config's classes.")
     if getattr(dataset, "_natzoo_checked", False):
@@ -155,6 +163,19 @@ def _check_classes(dataset: Any) -> None:
             f"{dataset.ann_file} has {len(found)} of the config's {len(wanted)} classes ({names}): correct its "
             "categories, or metainfo in the config."
         )
+
+
+def _check_heads(dataset: Any, model: nn.Module) -> None:
+    """Raises ValueError naming the head that is for another number of classes than the data set has."""
+    classes = len(_inner(dataset).metainfo.get("classes") or ())
+    for name, module in model.named_modules():
+        parts = [part for part in name.split(".") if part != "module" and not part.isdigit()]
+        wanted = getattr(module, "num_classes", None)
+        if classes and wanted not in (None, classes) and parts and parts[-1] in _HEADS:
+            raise ValueError(
+                f"the config's model.{'.'.join(parts)} is for {wanted} classes, but {_origin(dataset)} is read with "
+                f"{classes}: set num_classes={classes} there, or the classes in metainfo."
+            )
 
 
 def _inner(dataset: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +110,17 @@ def make_runner(cfg: Config, new_classes: bool = False) -> Runner:
     runner.register_hook(SkipSeenDataHook())
     runner.logger.addFilter(lambda record: not record.getMessage().startswith("paramwise_options"))  # a line a weight
     return runner
+
+
+@contextmanager
+def config_mistakes(cfg: Config) -> Iterator[None]:
+    """Turns what mmengine raises of a key that nothing takes, such as a misspelt one, into a ValueError."""
+    try:
+        yield
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"{cfg.filename}, or --cfg-options, has a key that nothing takes: {error}.") from error
 
 
 def _quieten() -> None:

@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 
 from natzoo.openmmlab.data import check_data
 from natzoo.openmmlab.launch import count_processes
-from natzoo.openmmlab.options import Project, add_common_options, load_config, make_runner
+from natzoo.openmmlab.options import Project, add_common_options, config_mistakes, load_config, make_runner
 
 # By a metric's type: its option that says what it measures, and what it can.
 _MEASURES = {
@@ -53,7 +53,11 @@ def main(project: Project, argv: Sequence[str] | None = None) -> dict[str, float
         _set_pictures(cfg, args.show_dir, args.show_score)
     if args.out:
         cfg.test_evaluator = [*_metrics(cfg), {"type": "DumpResults", "out_file_path": str(args.out)}]
-    return make_runner(cfg).test()
+    with config_mistakes(cfg):
+        results = make_runner(cfg).test()
+    if args.show_dir:
+        print(f"pictures are in {args.show_dir}")
+    return results
 
 
 def _metrics(cfg: Config) -> list[ConfigDict]:

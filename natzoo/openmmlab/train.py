@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
 
 from natzoo.openmmlab.checkpoints import latest_checkpoint
 from natzoo.openmmlab.data import check_data
-from natzoo.openmmlab.options import Project, add_common_options, load_config, make_runner
+from natzoo.openmmlab.options import Project, add_common_options, config_mistakes, load_config, make_runner
 from natzoo.openmmlab.precision import set_precision
 
 
@@ -47,10 +49,12 @@ def main(project: Project, argv: Sequence[str] | None = None) -> None:
     if args.auto_scale_lr:
         if "auto_scale_lr" not in cfg:
             raise ValueError(
-                f"{args.config} does not say for which batch its learning rate is: set auto_scale_lr in it."
+                f"{args.config} does not say for which batch its learning rate is: leave --auto-scale-lr out, or write "
+                "auto_scale_lr = dict(base_batch_size=N) into it."
             )
         cfg.auto_scale_lr.enable = True
-    make_runner(cfg, new_classes=not cfg.resume).train()
+    with config_mistakes(cfg):
+        make_runner(cfg, new_classes=not cfg.resume).train()
 
 
 def _set_start(cfg: Config, args: argparse.Namespace) -> None:
@@ -66,6 +70,8 @@ def _set_start(cfg: Config, args: argparse.Namespace) -> None:
         wanted = cfg.get("load_from") or "auto"
     latest = latest_checkpoint(cfg.work_dir)
     resumed = latest if wanted == "auto" else wanted
+    if wanted == "auto" and not latest:
+        print_log(f"{cfg.work_dir} holds no checkpoint to go on from: this run begins", level=logging.WARNING)
     if latest and (not resumed or Path(resumed).resolve().parent != latest.resolve().parent):
         raise ValueError(f"{latest} is there already: go on with it by --resume, or give another --work-dir.")
     cfg.resume = bool(resumed)

@@ -61,6 +61,7 @@ def test_sizes_by_the_name_of_a_classifier():
     ("options", "message"),
     [
         ({"arch": "dinat_s_tiny"}, "arch is 'dinat_s_tiny', but a backbone of type NAT is one of nat_mini"),
+        ({"arch": "nat_tiny"}, "arch is 'nat_tiny', but depths, embed_dim, num_heads are given beside it"),
         ({"out_indices": (0, 4)}, "out_indices is .* ascending numbers of 0 to 3"),
         ({"out_indices": (1, 0)}, "out_indices is .* ascending"),
         ({"frozen_stages": 5}, "frozen_stages is 5, but must be between -1 and 4"),

@@ -207,9 +207,6 @@ def test_configs_of_the_readmes(kind, shapes, tmp_path):
     """To fine-tune on pictures of one's own: the model takes the published weights, the data is found."""
     text = re.search(r"```python\n(_base_ = .*?)```", (ROOT / kind / "README.md").read_text(), re.DOTALL)[1]
     (tmp_path / "mine.py").write_text(text.replace("./", f"{CONFIGS / kind}/"))
-    for split, name in (("training", "train"), ("validation", "val")):
-        (shapes / f"instances_{split}.json").rename(shapes / f"{name}.json")
-        (shapes / name).symlink_to(shapes / "images" / split)
     cfg = load_config(tmp_path / "mine.py")
     set_data_root(cfg, shapes)
     init_default_scope(cfg.default_scope)

@@ -77,6 +77,11 @@ def test_change_that_is_none(change, capsys):
     assert f"argument --cfg-options: {change!r} is no KEY=VALUE" in capsys.readouterr().err
 
 
+def test_change_that_nothing_takes(drawn, tmp_path):
+    with pytest.raises(ValueError, match=r"has a key that nothing takes: .*'max_iter'"):
+        segment(tiny_upernet(tmp_path), drawn, tmp_path, "--cfg-options", "train_cfg.max_iter=2")
+
+
 def test_metric_that_the_config_has_not(drawn, tmp_path):
     with pytest.raises(ValueError, match="has no metric that measures mIoU"):
         run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--eval", "mIoU")
@@ -122,6 +127,11 @@ def test_weights_alone_are_no_run(drawn, tmp_path, content):
         segment(tiny_upernet(tmp_path), drawn, tmp_path, "--resume", tmp_path / "weights.pth")
 
 
+def test_nothing_to_resume(drawn, tmp_path, caplog, capsys):
+    segment(tiny_upernet(tmp_path, "train_cfg = dict(max_iters=1)\n"), drawn, tmp_path, "--resume")
+    assert "run holds no checkpoint to go on from: this run begins" in caplog.text + "".join(capsys.readouterr())
+
+
 def test_a_run_is_not_overwritten(drawn, tmp_path):
     """Neither by one that starts anew, nor by one that goes on from elsewhere."""
     (tmp_path / "run").mkdir()
@@ -155,7 +165,7 @@ def test_data_that_is_not_there(config, folder, advice, tmp_path, monkeypatch):
 @pytest.mark.parametrize("folder", ["coco_ade", "shapes/mine"])
 def test_data_of_names_that_begin_or_lie_like_known_ones(folder, tmp_path):
     """No advice is better than a wrong one."""
-    with pytest.raises(FileNotFoundError, match=rf"there is no .*{folder}, which .* of the config reads: Put or link"):
+    with pytest.raises(FileNotFoundError, match=rf"there is no .*{folder}, which .* of the config reads: put or link"):
         run(segmentation_train.main, tiny_upernet(tmp_path), "--data", tmp_path / folder)
 
 
@@ -173,7 +183,7 @@ def test_labels_of_cityscapes_that_are_not_written(tmp_path):
     loader = SimpleNamespace(dataset=DATASETS.build(cfg.val_dataloader.dataset))
     message = r"000019_gtFine_labelTrainIds\.png, but .*: it is written by .* createTrainIdLabelImgs\.py from"
     with pytest.raises(FileNotFoundError, match=message):
-        CheckDataHook().before_val(SimpleNamespace(val_dataloader=loader))
+        CheckDataHook().before_val(SimpleNamespace(val_dataloader=loader, model=torch.nn.Identity()))
 
 
 def test_maps_that_are_not_written(tmp_path):
@@ -228,6 +238,20 @@ def test_label_beyond_the_classes(shapes, tmp_path, split):
     more = "train_cfg = dict(max_iters=2, val_interval=1)\n"
     with pytest.raises(ValueError, match=r"0001\.png has the label 76, but there are only 4 classes, 0 to 3"):
         segment(tiny_upernet(tmp_path, more), shapes, tmp_path)
+
+
+@pytest.mark.parametrize("head", ["roi_head.bbox_head", "roi_head.mask_head"])
+def test_detection_head_for_other_classes(shapes, tmp_path, head):
+    with pytest.raises(
+        ValueError,
+        match=rf"model\.{head} is for 80 classes, but .*instances_training\.json is read with 3: set num_classes=3",
+    ):
+        detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path, "--cfg-options", f"model.{head}.num_classes=80")
+
+
+def test_segmentation_head_for_other_classes(shapes, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.auxiliary_head is for 3 classes, but .* is read with 4"):
+        segment(tiny_upernet(tmp_path), shapes, tmp_path, "--cfg-options", "model.auxiliary_head.num_classes=3")
 
 
 def test_ignored_pixels_are_no_error(shapes, tmp_path):

@@ -50,7 +50,7 @@ def test_takes_the_natzoo_of_its_own_checkout(tmp_path):
 def test_shapes(tmp_path):
     folder = tmp_path / "shapes"
     make_data.main(["shapes", str(folder)])
-    for split, count in (("training", 96), ("validation", 24)):
+    for split, count in (("training", 192), ("validation", 32)):
         coco = json.loads((folder / f"instances_{split}.json").read_text())
         assert [category["name"] for category in coco["categories"]] == ["circle", "square", "triangle"]
         assert len(coco["images"]) == count

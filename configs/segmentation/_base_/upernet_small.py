@@ -49,3 +49,4 @@ param_scheduler = [
     dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=100, end=800),
 ]
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=200))
+auto_scale_lr = dict(base_batch_size=8)
