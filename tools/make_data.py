@@ -7,7 +7,7 @@ digits: scikit-learn's digits, 1797 real scans of handwritten digits (UCI, CC BY
 written as train/<0..9>/*.png (1437) and val/<0..9>/*.png (360): every fifth scan.
 
 shapes: circles, squares and triangles on noise, drawn here, 128x128, for detection and segmentation: the pictures as
-images/{training,validation}/*.png (96 and 24); the instances as instances_{training,validation}.json in COCO's format,
+images/{training,validation}/*.png (192 and 32); the instances as instances_{training,validation}.json in COCO's format,
 with polygons; the classes of pixels as annotations/{training,validation}/*.png in ADE20K's layout, 1 being background.
 """
 

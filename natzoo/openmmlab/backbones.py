@@ -60,6 +60,7 @@ class Backbone:
         if arch is not None and arch not in self.archs:
             known = ", ".join(self.archs)
             raise ValueError(f"arch is {arch!r}, but a backbone of type {type(self).__name__} is one of {known}.")
+        # With other depths or widths than its own, a name would tell nothing; they come with a base config unseen.
         both = sorted({"depths", "num_heads", "embed_dim"} & sizes.keys()) if arch is not None else []
         if both:
             raise ValueError(

@@ -25,7 +25,9 @@ _SOURCES = {
     "shapes": "drawn by `python tools/make_data.py shapes data/shapes`",
 }
 
-_HEADS = ("bbox_head", "mask_head", "decode_head", "auxiliary_head")  # whose num_classes is that of the data
+# Heads whose num_classes is that of the data; but for models with the parts below, where it is that of things or words.
+_HEADS = ("bbox_head", "mask_head", "decode_head")
+_OTHERWISE = ("semantic_head", "panoptic_fusion_head", "language_model")
 
 
 def set_data_root(cfg: Config, folder: str | os.PathLike) -> None:
@@ -100,8 +102,8 @@ def _source(names: Sequence[str]) -> str | None:
 
 @HOOKS.register_module()
 class CheckDataHook(Hook):
-    """Finds, before the first iteration, pictures that the annotations name and the folders lack, and heads for another
-    number of classes than the data has; and later labels that no class has."""
+    """Finds, before the first iteration, pictures that the annotations name and the folders lack, and most heads for
+    another number of classes than the data has; and later labels that no class has."""
 
     def before_train(self, runner: Any) -> None:
         _check_data_set(runner.train_dataloader.dataset, runner.model)
@@ -168,12 +170,16 @@ def _check_classes(dataset: Any) -> None:
 def _check_heads(dataset: Any, model: nn.Module) -> None:
     """Raises ValueError naming the head that is for another number of classes than the data set has."""
     classes = len(_inner(dataset).metainfo.get("classes") or ())
-    for name, module in model.named_modules():
-        parts = [part for part in name.split(".") if part != "module" and not part.isdigit()]
+    modules = {name.removeprefix("module."): module for name, module in model.named_modules()}
+    if not classes or any(part in modules for part in _OTHERWISE):
+        return
+    for name, module in modules.items():
+        kind = [part for part in name.split(".") if not part.isdigit()][-1:]
         wanted = getattr(module, "num_classes", None)
-        if classes and wanted not in (None, classes) and parts and parts[-1] in _HEADS:
+        is_agnostic = getattr(module, "class_agnostic", False)
+        if kind and kind[0] in _HEADS and wanted not in (None, classes) and not is_agnostic:
             raise ValueError(
-                f"the config's model.{'.'.join(parts)} is for {wanted} classes, but {_origin(dataset)} is read with "
+                f"the config's model.{name} is for {wanted} classes, but {_origin(dataset)} is read with "
                 f"{classes}: set num_classes={classes} there, or the classes in metainfo."
             )
 

@@ -114,11 +114,14 @@ def make_runner(cfg: Config, new_classes: bool = False) -> Runner:
 
 @contextmanager
 def config_mistakes(cfg: Config) -> Iterator[None]:
-    """Turns what mmengine raises of a key that nothing takes, such as a misspelt one, into a ValueError."""
+    """Turns what mmengine raises of a key that nothing takes, such as a misspelt one, into a ValueError.
+
+    It goes around the whole run: mmengine builds loops, hooks and optimizers only when it gets to them.
+    """
     try:
         yield
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if "__init__() got an unexpected keyword argument" not in str(error):
             raise
         raise ValueError(f"{cfg.filename}, or --cfg-options, has a key that nothing takes: {error}.") from error
 

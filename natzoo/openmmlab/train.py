@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import print_log
 
 from natzoo.openmmlab.checkpoints import latest_checkpoint
 from natzoo.openmmlab.data import check_data
@@ -70,8 +70,8 @@ def _set_start(cfg: Config, args: argparse.Namespace) -> None:
         wanted = cfg.get("load_from") or "auto"
     latest = latest_checkpoint(cfg.work_dir)
     resumed = latest if wanted == "auto" else wanted
-    if wanted == "auto" and not latest:
-        print_log(f"{cfg.work_dir} holds no checkpoint to go on from: this run begins", level=logging.WARNING)
+    if args.resume == "auto" and not latest and os.environ.get("RANK", "0") == "0":
+        print(f"{cfg.work_dir} holds no checkpoint to go on from: this run begins", file=sys.stderr)
     if latest and (not resumed or Path(resumed).resolve().parent != latest.resolve().parent):
         raise ValueError(f"{latest} is there already: go on with it by --resume, or give another --work-dir.")
     cfg.resume = bool(resumed)

@@ -127,9 +127,9 @@ def test_weights_alone_are_no_run(drawn, tmp_path, content):
         segment(tiny_upernet(tmp_path), drawn, tmp_path, "--resume", tmp_path / "weights.pth")
 
 
-def test_nothing_to_resume(drawn, tmp_path, caplog, capsys):
+def test_nothing_to_resume(drawn, tmp_path, capsys):
     segment(tiny_upernet(tmp_path, "train_cfg = dict(max_iters=1)\n"), drawn, tmp_path, "--resume")
-    assert "run holds no checkpoint to go on from: this run begins" in caplog.text + "".join(capsys.readouterr())
+    assert "run holds no checkpoint to go on from: this run begins" in capsys.readouterr().err
 
 
 def test_a_run_is_not_overwritten(drawn, tmp_path):
@@ -250,8 +250,8 @@ def test_detection_head_for_other_classes(shapes, tmp_path, head):
 
 
 def test_segmentation_head_for_other_classes(shapes, tmp_path):
-    with pytest.raises(ValueError, match=r"model\.auxiliary_head is for 3 classes, but .* is read with 4"):
-        segment(tiny_upernet(tmp_path), shapes, tmp_path, "--cfg-options", "model.auxiliary_head.num_classes=3")
+    with pytest.raises(ValueError, match=r"model\.decode_head is for 3 classes, but .* is read with 4"):
+        segment(tiny_upernet(tmp_path), shapes, tmp_path, "--cfg-options", "model.decode_head.num_classes=3")
 
 
 def test_ignored_pixels_are_no_error(shapes, tmp_path):
