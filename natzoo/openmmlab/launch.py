@@ -15,6 +15,11 @@ def count_processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TORCHRUN) else 0
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all; known before they have found each other."""
+    return count_processes() == 0 or os.environ["RANK"] == "0"
+
+
 def set_launcher(cfg: Config) -> None:
     """Makes a config run in one process, or where torchrun started this one, together with the others."""
     if count_processes() == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from mmengine.config import Config, ConfigDict
 
 from natzoo.openmmlab.checkpoints import latest_checkpoint
 from natzoo.openmmlab.data import check_data
+from natzoo.openmmlab.launch import is_first_process
 from natzoo.openmmlab.options import Project, add_common_options, config_mistakes, load_config, make_runner
 from natzoo.openmmlab.precision import set_precision
 
@@ -70,7 +70,7 @@ def _set_start(cfg: Config, args: argparse.Namespace) -> None:
         wanted = cfg.get("load_from") or "auto"
     latest = latest_checkpoint(cfg.work_dir)
     resumed = latest if wanted == "auto" else wanted
-    if args.resume == "auto" and not latest and os.environ.get("RANK", "0") == "0":
+    if args.resume == "auto" and not latest and is_first_process():
         print(f"{cfg.work_dir} holds no checkpoint to go on from: this run begins", file=sys.stderr)
     if latest and (not resumed or Path(resumed).resolve().parent != latest.resolve().parent):
         raise ValueError(f"{latest} is there already: go on with it by --resume, or give another --work-dir.")

@@ -193,8 +193,8 @@ def test_fine_tuning_from_other_classes(segmenter, drawn, tmp_path):
     Neither asks for the weights that the config starts the backbone from.
     """
     more = "model['decode_head']['num_classes'] = model['auxiliary_head']['num_classes'] = 9\n"
-    more += "train_dataloader.update(dataset=dict(metainfo=dict(classes=[*'abcdefghi'], palette=[[0, 0, 0]] * 9)))\n"
-    more += "val_dataloader = dict(dataset=dict(metainfo=dict(classes=[*'abcdefghi'], palette=[[0, 0, 0]] * 9)))\n"
+    more += "nine = dict(metainfo=dict(classes=[*'abcdefghi'], palette=[[0, 0, 0]] * 9))\n"
+    more += "train_dataloader.update(dataset=nine)\nval_dataloader = dict(dataset=nine)\n"
     more += "model['backbone']['init_cfg'] = dict(type='Pretrained', checkpoint='nowhere.pth')\n"
     config, old = tiny_upernet(tmp_path, more), segmenter[1] / "iter_4.pth"
     options = [config, "--data", drawn, "--work-dir"]

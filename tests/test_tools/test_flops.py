@@ -1,16 +1,14 @@
 """tools/flops.py: one table for registered models, timm's and ours, and for configs."""
 
 import csv
-import importlib.util
 from pathlib import Path
 
 import flops
 import pytest
+from openmmlab_extra import MISSING
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-needs_openmmlab = pytest.mark.skipif(
-    importlib.util.find_spec("mmdet") is None, reason="the extra openmmlab is not installed"
-)
+needs_openmmlab = pytest.mark.skipif(bool(MISSING), reason="the extra openmmlab is not installed")
 
 
 def test_table_of_models(capsys):
