@@ -22,7 +22,7 @@ _KEPT_OPTIONS = ("seed", "opt", "batch_size", "model_ema", "amp", "layer_decay",
 # What a run's last checkpoint holds.
 KEYS = (
     *("model", "model_ema", "record", "epoch", "best", "best_epoch"),  # best.pth too
-    *("update", "totals", "skipped", "optimizer", "scaler", "options", "processes"),
+    *("update", "totals", "skipped", "optimizer", "scaler", "options", "processes", "images"),
 )
 
 
@@ -57,7 +57,7 @@ class Checkpoints:
             write_checkpoint(self.best, weights)
 
     def keep_epoch(self, epoch: int) -> None:
-        """Keeps last.pth as the checkpoint of that epoch, and removes the oldest of those kept."""
+        """Keeps last.pth as the checkpoint of that epoch, and removes older ones than the last `keep`."""
         if not self.ranks.is_first or self.keep == 0:
             return
         kept, temporary = self.folder / f"epoch-{epoch:04d}.pth", self.folder / ".epoch.pth.tmp"
@@ -68,8 +68,9 @@ class Checkpoints:
             shutil.copyfile(self.last, temporary)
             sync(temporary)
         os.replace(temporary, kept)
-        for path in sorted(self.folder.glob("epoch-*.pth"))[: -self.keep]:
-            path.unlink()
+        for path in self.folder.glob("epoch-*.pth"):
+            if int(path.stem.removeprefix("epoch-")) <= epoch - self.keep:
+                path.unlink()
 
 
 def to_resume(args: argparse.Namespace, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
@@ -122,12 +123,20 @@ def _is_started_again(args: argparse.Namespace, last: Path) -> bool:
     return read_checkpoint(last).get("options", {}).get("resume") == args.resume
 
 
-def check_record(path: Path, state: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raises ValueError if a checkpoint is of another model or other data than `record`."""
-    for key, ours in record.items():
-        _check_same(path, key, state["record"].get(key), ours)
+def check_same_run(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises ValueError if a checkpoint is of another model or other data than this run: has not all that it has."""
+    for key, value in ours.items():
+        _check_same(path, key, theirs.get(key), value)
 
 
 def _check_same(path: Path, key: str, theirs: Any, ours: Any) -> None:
     if theirs != ours:
-        raise ValueError(f"{path} cannot be resumed: its {key} is {theirs!r}, but this run's is {ours!r}.")
+        raise ValueError(
+            f"{path} cannot be resumed: its {key} is {_shown(theirs)}, but this run's is {_shown(ours)}: go on with "
+            "what it was made with, or give the run a new --experiment."
+        )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(value)} in all)"

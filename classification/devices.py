@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+
+# How torch says that a loading process has died, or could not hand its images over.
+_LOST = re.compile("DataLoader worker.*(killed by signal|exited unexpectedly)|unable to (write to file|mmap)|shm_open")
 
 
 def pick_device(name: str) -> torch.device:
@@ -24,13 +28,28 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def use_tensor_cores(device: torch.device) -> None:
+    """On a GPU: float32 matrix products in TF32, as in the published training, and the fastest convolutions."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+
+
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """Raises ValueError, saying what to do, where the block finds the GPU's memory full."""
+    """Raises ValueError, saying what to do, where the block finds the memory full: the GPU's, or loading processes'."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(f"the memory of the GPU is not enough: {remedy} ({str(error).split('. ')[0]}).") from error
+    except RuntimeError as error:
+        lost = next((line for line in str(error).splitlines() if _LOST.search(line)), None)
+        if lost is None:
+            raise
+        raise ValueError(
+            "a process that loads images has died, as it does where memory is full, or /dev/shm, through which it "
+            f"hands images over: use fewer --workers, or a container with a larger --shm-size ({lost.strip()})."
+        ) from error
 
 
 def autocast_of(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:

@@ -114,6 +114,8 @@ def _check_installed(opt: str) -> None:
         found = get_optimizer_info(opt.lower().split("_")[-1]).opt_class
     except ValueError:
         return  # create_optimizer_v2 says it better
+    if get_optimizer_info(opt.lower().split("_")[-1]).second_order:
+        raise ValueError(f"--opt {opt} needs second derivatives, which attention kernels do not have: use another.")
     package = found.split(".")[0] if isinstance(found, str) else "torch"
     if package == "apex":
         try:
@@ -137,10 +139,12 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
         raise ValueError(
             f"--warmup-epochs {args.warmup_epochs} leaves none of --epochs {args.epochs}: use fewer warm-up epochs."
         )
+    wanted = "use cosine, poly, step, multistep or none"
     if args.sched == "plateau":
         raise ValueError("--sched plateau waits for a score, but schedules here go by updates: use cosine.")
+    rate = args.decay_rate
     try:
-        return create_scheduler_v2(
+        scheduler, epochs = create_scheduler_v2(
             optimizer,
             sched=args.sched,
             num_epochs=args.epochs,
@@ -148,8 +152,14 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
             warmup_lr=args.warmup_lr,
             min_lr=args.min_lr,
             cooldown_epochs=args.cooldown_epochs,
+            decay_rate=(1.0 if args.sched == "poly" else 0.1) if rate is None else rate,
+            decay_epochs=args.decay_epochs,
+            decay_milestones=args.decay_milestones,
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
         )
     except (AssertionError, ValueError) as error:
-        raise ValueError(f"the schedule {args.sched!r} cannot be made: use cosine, poly, step or none.") from error
+        raise ValueError(f"the schedule {args.sched!r} cannot be made: {wanted}.") from error
+    if scheduler is None and args.sched != "none":  # older timm say no more than that of a name they do not know
+        raise ValueError(f"there is no schedule {args.sched!r}: {wanted}.")
+    return scheduler, epochs

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification.devices import pick_device
+from classification.devices import enough_memory, pick_device
 from classification.images import read_image
 from classification.models import add_model_options, class_names, evaluation_transform, preprocessing, requested_model
 from classification.options import positive
@@ -142,7 +142,8 @@ def main(argv: list[str] | None = None) -> None:
                 tqdm.write(broken[-1])
         if not batch:
             continue
-        found = predict(model, list(batch.values()), transform, args.topk)
+        with enough_memory("lower --batch-size"):
+            found = predict(model, list(batch.values()), transform, args.topk)
         for path, classes in zip(batch, found, strict=True):
             answers[path] = [(names[number], value) for number, value in classes]
             tqdm.write(f"{path}: " + ", ".join(f"{name} {value:.1%}" for name, value in answers[path]))

@@ -22,7 +22,7 @@ from timm.data.readers import create_reader
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from classification.images import read_image, seed_all
+from classification.images import read_image, seed_cpu
 from classification.ranks import Ranks
 
 _BUFFER = 8192  # images, still packed, among which the next one is drawn
@@ -100,6 +100,11 @@ class ShardImages(IterableDataset):
         """The images of this process's share in training; in evaluation those of all processes."""
         return self._per_worker() * self.workers if self.is_training else self.length
 
+    def extent(self) -> dict[str, int]:
+        """What the order of the images depends on, beside the seed."""
+        streams = self.ranks.size * self.workers
+        return {"number of training images": self.length, "number of processes x --workers that read shards": streams}
+
     def _per_worker(self) -> int:
         return math.ceil(self.length / (self.ranks.size * self.workers * self.batch_size)) * self.batch_size
 
@@ -116,7 +121,7 @@ class ShardImages(IterableDataset):
         while True:
             before = seen
             for image, target in self._read(numbers, random_numbers):
-                seed_all(*key, seen)
+                seed_cpu(*key, seen)
                 yield self.transform(image), target
                 seen += 1
                 if self.is_training and seen == self._per_worker():

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification.checkpoints import Checkpoints, check_record, run_folder, to_resume
-from classification.devices import autocast_of, enough_memory, pick_device
+from classification.checkpoints import Checkpoints, check_same_run, run_folder, to_resume
+from classification.devices import autocast_of, enough_memory, pick_device, use_tensor_cores
 from classification.evaluation import check_classes, evaluate
 from classification.images import STEP_SEED, check_images, seed_all
 from classification.interruption import Interrupted, Watch
@@ -75,6 +75,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.watch = watch or Watch()
         self.device = pick_device(args.device)
+        use_tensor_cores(self.device)
         installation = "use the same installation and the same NATTEN_BACKEND everywhere"
         self.ranks.check_same(installation, **kernels(self.device))
         self.autocast = autocast_of(args.amp, self.device)
@@ -99,7 +100,7 @@ class Trainer:
         self.best, self.best_epoch = -math.inf, 0
         if resumed is not None:
             self.load_state(*resumed)
-        self.check_same_run()
+        self.check_same_everywhere()
         self.parallel = self.ranks.parallel(self.model, self.device)
         self.forward = torch.compile(self.parallel) if args.compile else self.parallel
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ class Trainer:
         batch_size = args.val_batch_size or args.batch_size
         self.val_loader = evaluation_loader(val_images, batch_size, args.workers, pin, self.ranks)
 
-    def check_same_run(self) -> None:
+    def check_same_everywhere(self) -> None:
         """Raises ValueError if another process stands elsewhere, or has other data: each has read its own disk."""
         classes = hashlib.sha256("\0".join(self.train_images.classes).encode()).hexdigest()[:12]
         self.ranks.check_same(
@@ -155,6 +156,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "options": vars(self.args),
             "processes": self.ranks.size,
+            "images": self.train_images.extent(),
         }
         return {**self.weights(), **rest}
 
@@ -164,7 +166,8 @@ class Trainer:
         Raises:
             ValueError: if it is of another model or other data.
         """
-        check_record(path, state, self.record)
+        check_same_run(path, state["record"], self.record)
+        check_same_run(path, state["images"], self.train_images.extent())
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model_ema"])
@@ -225,7 +228,7 @@ class Trainer:
         self.model.train()
         self.bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}")
         then = time.perf_counter()
-        batches = self.batches()
+        batches = self.batches() if self.update < self.updates_per_epoch else iter(())
         while self.update < self.updates_per_epoch:
             update = self.epoch * self.updates_per_epoch + self.update
             if self.scheduler is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification.devices import autocast_of, enough_memory, pick_device
+from classification.devices import autocast_of, enough_memory, pick_device, use_tensor_cores
 from classification.evaluation import Flipped, check_classes, evaluate
 from classification.images import Images
 from classification.interruption import Interrupted, Watch
@@ -98,6 +98,7 @@ def validate(args: argparse.Namespace, ranks: Ranks, watch: Watch) -> dict[str, 
         Interrupted: if a signal tells any of the processes to end.
     """
     device = pick_device(args.device)
+    use_tensor_cores(device)
     model, record = obtain(args, device, ranks)
     config = preprocessing(args, model, record)
     classes = read_class_map(args.class_map) or record["classes"]

@@ -95,6 +95,8 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> Non
             torch.save(checkpoint, file)
         except RuntimeError as error:  # how torch reports a full disk, in words of its own
             is_full = shutil.disk_usage(Path(path).parent).free < 2**20
+            if not is_full and "DataLoader worker" in str(error):  # it has nothing to do with the file
+                raise
             reason = os.strerror(errno.ENOSPC) if is_full else str(error).splitlines()[0]
             raise OSError(errno.ENOSPC if is_full else None, reason) from error
 

@@ -189,13 +189,15 @@ def test_the_launcher_takes_options_for_data_and_says_what_an_older_torchrun_lac
 def test_the_slurm_script_queues_a_job_again_whose_time_was_over(tmp_path, is_stopped):
     readme = SCRIPT.with_name("README.md").read_text()
     (script,) = re.findall(r"```bash\n(#!/bin/bash.*?)```", readme, re.DOTALL)
+    until_stopped = 'trap "echo saved; exit 1" USR1; echo begun; sleep 5 & wait'
     for name, body in {
-        "srun": 'trap "echo saved; exit 1" USR1; echo begun; sleep 5 & wait' if is_stopped else "echo begun",
+        "srun": f'test "$SRUN_CPUS_PER_TASK" = 64; {until_stopped if is_stopped else "echo begun"}',
         "scontrol": 'echo "$@"',
     }.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).write_text(f"#!/bin/bash -e\n{body}\n")
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[0-3]"}
+    env["SLURM_CPUS_PER_TASK"] = "64"
     words = ["bash", "-c", script]
     job = subprocess.Popen(words, env={**env, "SLURM_JOB_ID": "17"}, stdout=subprocess.PIPE, text=True)
     assert job.stdout.readline() == "begun\n"

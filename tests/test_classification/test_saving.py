@@ -141,6 +141,18 @@ def test_the_last_epochs_are_kept(tmp_path):
     assert kept == {"epoch-0003.pth": 3, "epoch-0004.pth": 4, "last.pth": 99}
 
 
+def test_a_run_that_goes_on_from_an_earlier_epoch_keeps_that_and_its_own(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=5, ranks=Ranks())
+    for epoch in range(1, 7):
+        checkpoints.save_last(state(epoch))
+        checkpoints.keep_epoch(epoch)
+    checkpoints = Checkpoints(tmp_path, keep=2, ranks=Ranks())
+    checkpoints.save_last(state(33))
+    checkpoints.keep_epoch(3)
+    kept = {path.name: read_checkpoint(path)["version"] for path in tmp_path.glob("epoch-*.pth")}
+    assert kept == {f"epoch-{epoch:04d}.pth": version for epoch, version in ((2, 2), (3, 33), (4, 4), (5, 5), (6, 6))}
+
+
 def test_epochs_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))

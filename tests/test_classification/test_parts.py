@@ -1,0 +1,159 @@
+"""What options do to the model, the loss, the optimizer and the schedule, each seen in what is computed."""
+
+import functools
+import os
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from classification import images, train
+from classification.devices import use_tensor_cores
+from classification.parts import build_loss, build_scheduler
+
+STEPS = ("--opt", "momentum", "--lr", "1.0", "--weight-decay", "0", "--sched", "none")
+
+
+@pytest.fixture
+def trainer(tiny):
+    def make(*more):
+        return train.Trainer(train.parse(tiny(*more)))
+
+    return make
+
+
+def batch(size=8):
+    return torch.randn(size, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(size) % 3
+
+
+def moved(trainer):
+    """How far one update moves the weights, and the gradient's norm that it tells."""
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    norm = trainer.update_weights(trainer.backward(*batch(), step=0).item())
+    ways = [(p - old).flatten() for p, old in zip(trainer.model.parameters(), before, strict=True)]
+    return torch.cat(ways).norm().item(), norm
+
+
+def test_gradients_are_clipped(trainer):
+    way, norm = moved(trainer(*STEPS, "--clip-grad", "0.01"))
+    assert way == pytest.approx(0.01, rel=1e-3)
+    assert norm > 0.1
+    way, norm = moved(trainer(*STEPS, "--clip-grad", "0"))
+    assert way == pytest.approx(norm, rel=1e-3)
+
+
+def test_the_learning_rate_is_scaled_only_when_asked(trainer, capsys):
+    for more, wanted in (((), 2e-3), (("--lr-base-size", "64", "--grad-accum", "2"), 2e-3 * 16 / 64)):
+        made = trainer("--sched", "none", *more)
+        assert [group["lr"] for group in made.optimizer.param_groups] == pytest.approx([wanted, wanted])
+        assert f"learning rate {wanted:.3g};" in made.describe()
+
+
+def test_channels_last(trainer):
+    made = trainer("--channels-last")
+    seen = []
+    made.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    made.backward(*batch(), step=0)
+    filters = [p for p in made.model.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[-1] > 1]
+    for tensor in (*seen, *filters):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+    assert len(seen) == 1 and filters
+
+
+def test_compiled_and_recomputed_gradients_are_the_same(trainer, monkeypatch):
+    calls = []
+
+    def compiled(model):
+        calls.append(model)
+        return original(model)
+
+    original = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    plain, *others = (trainer("--drop-path", "0", *more) for more in ((), ("--compile",), ("--grad-checkpointing",)))
+    assert calls == [others[0].model]
+    assert [any(level.grad_checkpointing for level in made.model.levels) for made in others] == [False, True]
+    for made in (plain, *others):
+        made.backward(*batch(), step=0)
+    for made in others:
+        for one, other in zip(plain.model.parameters(), made.model.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_batches_of_the_evaluation(trainer):
+    assert trainer().val_loader.batch_size == 8
+    assert trainer("--val-batch-size", "3").val_loader.batch_size == 3
+
+
+def test_smoothing_with_and_without_mixup(tiny):
+    x, target = batch()
+    mixup, _ = build_loss(train.parse(tiny("--mixup", "0.8", "--mixup-prob", "0", "--smoothing", "0.3")), 3)
+    torch.testing.assert_close(mixup(x, target)[1], 0.7 * F.one_hot(target, 3) + 0.1)
+    mixup, loss = build_loss(train.parse(tiny("--smoothing", "0.3")), 3)
+    assert mixup is None
+    logits = x[:, :, 0, 0]
+    torch.testing.assert_close(loss(logits, target), F.cross_entropy(logits, target, label_smoothing=0.3))
+
+
+def test_binary_cross_entropy_with_a_threshold(tiny):
+    _, loss = build_loss(train.parse(tiny("--bce-loss", "--cutmix", "1.0", "--bce-target-thresh", "0.2")), 3)
+    logits, mixed = batch()[0][:2, :, 0, 0], torch.tensor([[0.7, 0.3, 0.0], [0.9, 0.1, 0.0]])
+    wanted = F.binary_cross_entropy_with_logits(logits, torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(loss(logits, mixed), wanted)
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        (["poly"], [1.0, 0.8, 0.6, 0.4, 0.2]),
+        (["poly", "--decay-rate", "2"], [1.0, 0.64, 0.36, 0.16, 0.04]),
+        (["step", "--decay-epochs", "4", "--decay-rate", "0.5"], [1.0, 1.0, 0.5, 0.5, 0.25]),
+        (["multistep", "--decay-milestones", "2", "6"], [1.0, 0.1, 0.1, 0.01, 0.01]),
+        (["none"], [1.0] * 5),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value[0], str) else "",
+)
+def test_schedules(tiny, more, wanted):
+    args = train.parse(tiny("--lr", "1", "--min-lr", "0", "--sched", *more, epochs=10))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler, epochs = build_scheduler(args, optimizer, updates_per_epoch=5)
+    found = []
+    for epoch in (0, 2, 4, 6, 8):
+        if scheduler is not None:
+            scheduler.step_update(5 * epoch)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert epochs == 10
+    assert found == pytest.approx(wanted)
+
+
+def test_a_schedule_that_timm_passes_over_in_silence_is_named(tiny, monkeypatch):
+    monkeypatch.setattr("classification.parts.create_scheduler_v2", lambda *args, **kwargs: (None, 2))
+    with pytest.raises(ValueError, match="there is no schedule 'cosin': use cosine"):
+        train.main(tiny("--sched", "cosin"))
+
+
+# ----- devices -----
+
+
+def test_float32_runs_on_tensor_cores_of_gpus_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        use_tensor_cores(torch.device("cpu"))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == (before, False)
+        use_tensor_cores(torch.device("cuda"))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_loading_process_that_was_killed_is_said(tiny, monkeypatch):
+    main = os.getpid()
+
+    def killed(*args):
+        if os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(images, "read_image", killed)
+    with pytest.raises(ValueError, match=r"a process that loads images has died.*fewer --workers.*DataLoader worker"):
+        train.main(tiny("--workers", "1"))
