@@ -87,7 +87,7 @@ def to_resume(args: argparse.Namespace, ranks: Ranks) -> tuple[Path, dict[str, A
     if args.resume == "auto" or _is_started_again(args, last):
         chosen = last if last.exists() else None
         if chosen is None:
-            ranks.say(f"there is no {last} to go on from: the run starts anew")
+            ranks.say(f"the run begins: there is no {last} yet")
     else:
         chosen = None if args.resume is None else Path(args.resume)
         if last.exists() and (chosen is None or chosen.resolve().parent != last.resolve().parent):

@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.grid and answers:
         write_grid(args.grid, dict(itertools.islice(answers.items(), GRID)))
     if broken:
-        raise ValueError(f"{len(broken)} of {len(paths)} pictures are left out: {broken[0]}")
+        raise ValueError(f"{len(broken)} of {len(paths)} pictures are left out; what is wrong with each is said above.")
 
 
 if __name__ == "__main__":

@@ -26,15 +26,22 @@ from natzoo.checkpoints.zoo import entries, find
 
 
 def show(args: argparse.Namespace) -> None:
-    """One line a checkpoint: name, whether it is here, what was published of it, where it is."""
+    """Of each checkpoint its name, whether it is here, what was published of it; below, where it is."""
+    print(f"{'name':40} {'task':14} {'here':5} published figures")
     for entry in entries().values():
         if args.task in (None, entry.task):
-            state = "here" if path_in_cache(entry).exists() else "-"
-            facts = {key: value for key, value in entry.facts.items() if not isinstance(value, str)}
-            if "parameters" in facts:
-                facts.pop("params", None)  # the same in millions
-            told = " ".join(f"{key}={value}" for key, value in facts.items())
-            print(f"{entry.name:40} {entry.task:14} {state:5} {told}\n{'':4}{entry.url}")
+            state = "yes" if path_in_cache(entry).exists() else "no"
+            print(f"{entry.name:40} {entry.task:14} {state:5} {_told(entry.facts)}\n{'':4}{entry.url}")
+
+
+def _told(facts: dict) -> str:
+    figures = {key: value for key, value in facts.items() if not isinstance(value, str)}
+    millions = figures.pop("params", None)
+    exact = figures.pop("parameters", None)
+    words = [f"{millions if exact is None else round(exact / 1e6, 1)} M parameters"] if millions or exact else []
+    if "macs" in figures:
+        words.append(f"{figures.pop('macs')} G MACs")
+    return ", ".join([*words, *(f"{key} {value}" for key, value in figures.items())])
 
 
 def get(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ masks on the way, takes a minute.
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def count_model(name: str, size: tuple[int, int] | None = None) -> Counted:
         ValueError: if timm knows no such model, or it does not take pictures of that size.
     """
     if not timm.is_model(name):
-        raise ValueError(f"{name!r} is neither a config (.py) nor a model that timm knows.")
+        (nearest,) = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
+        raise ValueError(f"{name!r} is neither a config (.py) nor a model that timm knows: did you mean {nearest!r}?")
     with torch.device("meta"):
         model = _create(name, size)
         size = size or model.default_cfg["input_size"][1:]

@@ -76,6 +76,6 @@ rm -f "$log"
 "$venv/bin/python" -m pip install --log "$log" \
     --constraint constraints.txt --constraint "$venv/torch-constraints.txt" --editable ".[$extras]" ||
     explain_pip_failure "$log"
-echo "compiling the CPU kernels, once for this machine: about 20 s"
+echo "CPU kernels: compiled once for this machine, in about 20 s"
 "$venv/bin/python" -m natten.build || true # without a compiler a slower way serves, which natten says when it is used
 touch "$stamp"

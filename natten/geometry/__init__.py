@@ -246,8 +246,9 @@ def _make_axes(space, kernel_size, stride, dilation, is_causal) -> tuple[Axis, .
         if axis.kernel_size * axis.dilation > axis.length:
             raise ValueError(
                 f"kernel_size * dilation is {axis.kernel_size} * {axis.dilation} = {axis.kernel_size * axis.dilation} "
-                f"on axis {index}, but that axis has only {axis.length} tokens: make either smaller, or use the module "
-                f"NeighborhoodAttention{len(axes)}D, which pads small maps."
+                f"on axis {index}, but that axis has only {axis.length} tokens, of a map of "
+                f"{'x'.join(map(str, space))}: make either smaller, "
+                f"or pad the map, as the layer NeighborhoodAttention{len(axes)}D does."
             )
     return axes
 

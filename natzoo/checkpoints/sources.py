@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies
 
 from natzoo.checkpoints import zoo
 from natzoo.checkpoints.download import DownloadError, cache_folder, fetch
@@ -68,24 +70,36 @@ def _published(entry: zoo.Entry) -> Path:
         try:
             return _from_hub(entry.hub)
         except DownloadError as second:
-            raise DownloadError(f"The Hugging Face hub does not give it either ({second}). {error}") from second
+            raise DownloadError(f"{error} The Hugging Face hub does not give it either ({second}).") from second
 
 
 def _from_hub(repository: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
     identity, _, revision = repository.partition("@")
     failure: Exception | None = None
+    is_offline = is_out_of_reach(constants.ENDPOINT)  # the library would try for half a minute
     for name in _HUB_FILES:
         try:
-            return Path(hf_hub_download(identity, name, revision=revision or None))
+            return Path(hf_hub_download(identity, name, revision=revision or None, local_files_only=is_offline))
         except Exception as error:  # the library raises those of several others
             failure = error
             if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
                 break  # else the repository may have the other one
-    reason = (str(failure).strip().splitlines() or ["?"])[0]
+    reason = "no network" if is_offline else (str(failure).strip().splitlines() or ["?"])[0]
     raise DownloadError(f"{repository} on the Hugging Face hub gave none of {', '.join(_HUB_FILES)} ({reason})")
+
+
+def is_out_of_reach(url: str) -> bool:
+    """Whether the name of a host is not to be found; behind a proxy nobody can tell."""
+    if getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(url).hostname, None)
+    except OSError:
+        return True
+    return False
 
 
 def _file_name(url: str) -> str:

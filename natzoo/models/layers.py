@@ -147,7 +147,10 @@ def check_dilations(dilations: Sequence[Sequence[int]] | None, depths: Sequence[
         raise ValueError(f"dilations has {len(dilations)} stages, but depths has {len(depths)}.")
     for stage, (values, depth) in enumerate(zip(dilations, depths, strict=True)):
         if len(values) != depth:
-            raise ValueError(f"dilations of stage {stage} are {len(values)} values, but that stage has {depth} blocks.")
+            raise ValueError(
+                f"dilations[{stage}] has {len(values)} values, but depths[{stage}] is {depth}: give one dilation "
+                "for each block."
+            )
     return [list(values) for values in dilations]
 
 

@@ -362,7 +362,7 @@ def test_resuming_a_file_of_another_run(tiny, run_folder, tmp_path):
 def test_started_again_by_torchrun_it_goes_on_from_its_own_checkpoint(tiny, run_folder, monkeypatch, capsys):
     """Where --resume names another file, which the first process of the run began from."""
     train.main(tiny("--resume", epochs=1))
-    assert f"there is no {run_folder / 'last.pth'} to go on from: the run starts anew" in capsys.readouterr().out
+    assert f"the run begins: there is no {run_folder / 'last.pth'} yet" in capsys.readouterr().out
     first, other = run_folder / "last.pth", run_folder.with_name("other")
     options = tiny("--experiment", "other", "--resume", first, epochs=2)
     train.main(options)

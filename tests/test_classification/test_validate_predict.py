@@ -258,7 +258,7 @@ def test_predict_names_what_is_wrong(trained, data, tmp_path):
     path, _ = trained
     (tmp_path / "a.png").write_bytes(b"no image")
     pictures = [str(tmp_path / "a.png"), str(data / "val" / "blue"), "--json", str(tmp_path / "answers.json")]
-    with pytest.raises(ValueError, match=r"1 of 10 pictures are left out: .*a\.png cannot be read as an image"):
+    with pytest.raises(ValueError, match="1 of 10 pictures are left out; what is wrong"):
         predict.main([*pictures, "--checkpoint", str(path), "--grid", str(tmp_path / "grid.png")])
     assert len(json.loads((tmp_path / "answers.json").read_text())) == 9
     assert (tmp_path / "grid.png").exists()

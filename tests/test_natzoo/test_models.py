@@ -253,7 +253,7 @@ SMALL = {"depths": (1, 2), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 
     [
         ({"num_heads": (1, 2, 4)}, "num_heads has 3 stages, but depths has 2"),
         ({"dilations": [[1]]}, "dilations has 1 stages, but depths has 2"),
-        ({"dilations": [[1], [1]]}, "dilations of stage 1 are 1 values, but that stage has 2 blocks"),
+        ({"dilations": [[1], [1]]}, r"dilations\[1\] has 1 values, but depths\[1\] is 2"),
         ({"embed_dim": 17}, "does not divide dim"),
         ({"global_pool": "max"}, "global_pool is 'max', but must be 'avg' or ''"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import timm
 import torch
@@ -124,13 +126,14 @@ def test_a_repository_with_either_file(monkeypatch, tmp_path):
         def __init__(self):
             Exception.__init__(self, "no such file")
 
-    def download(repository, name, revision=None):
+    def download(repository, name, revision=None, local_files_only=False):
         asked.append((repository, name, revision))
         if name not in there:
             raise Missing
         return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "is_out_of_reach", lambda url: False)
     asked, there = [], ["pytorch_model.bin"]
     assert locate("hf-hub:somebody/nat") == tmp_path / "pytorch_model.bin"
     assert asked == [("somebody/nat", name, None) for name in ("model.safetensors", "pytorch_model.bin")]
@@ -147,21 +150,46 @@ def test_the_hub_serves_where_the_site_does_not(monkeypatch, tmp_path, weights):
     def fetch(urls, path, sha256=None, size=0):
         raise DownloadError(f"{path.name} could not be downloaded.")
 
-    def download(repository, name, revision=None):
+    def download(repository, name, revision=None, local_files_only=False):
         assert (repository, name) == ("shi-labs/nat-mini-in1k-224", "model.safetensors")
         save_file({name: value.contiguous() for name, value in to_hf(weights, "nat.").items()}, tmp_path / name)
         return str(tmp_path / name)
 
     monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr(sources, "is_out_of_reach", lambda url: False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert_loaded(small(seed=1, pretrained=True), weights)
 
-    def offline(repository, name, revision=None):
+    def offline(repository, name, revision=None, local_files_only=False):
         raise ConnectionError("no net")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(DownloadError, match=r"hub does not give it either.*no net.*nat_mini\.pth could not"):
+    with pytest.raises(DownloadError, match=r"nat_mini\.pth could not.*hub does not give it either.*no net\)"):
         small(pretrained=True)
+
+
+def test_without_a_network_only_what_the_hub_has_left_here_is_looked_for(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def nowhere(*_):
+        raise socket.gaierror("name or service not known")
+
+    def download(repository, name, revision=None, local_files_only=False):
+        assert local_files_only
+        if not there:
+            raise FileNotFoundError("a long text")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    monkeypatch.setattr(sources, "getproxies", dict)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    there = True
+    assert locate("hf-hub:somebody/nat") == tmp_path / "model.safetensors"
+    there = False
+    with pytest.raises(DownloadError, match=r"on the Hugging Face hub gave none of .* \(no network\)$"):
+        locate("hf-hub:somebody/nat")
+    monkeypatch.setattr(sources, "getproxies", lambda: {"https": "proxy:3128"})
+    assert not sources.is_out_of_reach("https://huggingface.co")
 
 
 # ----- models -----

@@ -19,7 +19,7 @@ SITE = zoo.LIST.read_text().split("site: ")[1].split("\n")[0]
 def site(server, monkeypatch, tmp_path):
     """The server, which gives CONTENT for every published checkpoint; the Hugging Face hub is out of reach."""
 
-    def offline(repository, name, revision=None):
+    def offline(repository, name, revision=None, local_files_only=False):
         raise ConnectionError("no net")
 
     (tmp_path / "zoo.yaml").write_text(zoo.LIST.read_text().replace(SITE, server.url("projects/")))
@@ -67,14 +67,16 @@ def assert_refused(result, *parts):
 def test_list(run, cache):
     code, out, _ = run("list")
     assert code == 0
-    names = [line.split()[0] for line in out.splitlines()[::2]]
-    assert names == list(zoo.entries())
-    assert [line.strip() for line in out.splitlines()[1::2]] == [entry.url for entry in zoo.entries().values()]
+    heading, *lines = out.splitlines()
+    assert heading.split() == ["name", "task", "here", "published", "figures"]
+    assert [line.split()[0] for line in lines[::2]] == list(zoo.entries())
+    assert lines[0].endswith("20.0 M parameters, 2.7 G MACs, top1 81.8")
+    assert [line.strip() for line in lines[1::2]] == [entry.url for entry in zoo.entries().values()]
     _, out, _ = run("list", "--task", "mask2former")
-    assert len(out.splitlines()) == 2 * 8
+    assert len(out.splitlines()) == 1 + 2 * 8
     run("get", "dinat_mini")
     _, out, _ = run("list", "--task", "classification")
-    assert [line.split()[0] for line in out.splitlines() if " here " in line] == ["dinat_mini"]
+    assert [line.split()[0] for line in out.splitlines() if " yes " in line] == ["dinat_mini"]
 
 
 def test_get(run, cache, site, tmp_path, monkeypatch):
@@ -99,7 +101,7 @@ def test_get_goes_on_with_a_broken_download(run, cache, site):
 
 
 def test_get_from_the_hub_where_all_files_have_one_name(run, site, monkeypatch, tmp_path):
-    def from_hub(repository, name, revision=None):
+    def from_hub(repository, name, revision=None, local_files_only=False):
         path = tmp_path / "hub" / repository / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(repository)

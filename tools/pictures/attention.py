@@ -15,7 +15,7 @@ from classification.devices import pick_device
 from classification.images import read_image
 from classification.models import add_model_options, class_names, evaluation_transform, preprocessing, requested_model
 from natzoo.attention import attention_layers, layer_inputs, token_weights
-from pictures.overlay import mark, overlay, panels, to_picture
+from pictures.overlay import add_key, mark, overlay, panels, to_picture
 
 HELP = "what a prediction rests on"
 
@@ -82,6 +82,11 @@ def draw_evidence(seen: list[Tensor], titles: list[str], found: list[Evidence], 
         row[0].imshow(picture.numpy())
         row[0].set_title(title, fontsize=8)
         overlay(row[1], picture, answer.evidence_HW, f"evidence for {names[answer.number]}")
-        overlay(row[2], picture, answer.weights_HW, "window of the marked token")
-        mark(row[2], answer.token, answer.weights_HW.shape, picture.shape)
+        overlay(row[2], picture, answer.weights_HW, "attention of the framed token")
+        for axes in row[1:]:
+            mark(axes, answer.token, answer.weights_HW.shape, picture.shape)
+    add_key(figure, table)
+    figure.supxlabel(
+        "evidence: features times gradients of the first stage, where positive; background counts too", fontsize=8
+    )
     return figure

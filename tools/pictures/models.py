@@ -55,7 +55,9 @@ def contestant(word: str, pretrained: bool, device: torch.device) -> Contestant:
     name, _, file = word.partition("=")
     if file or Path(word).exists():
         model, record = restore(file or word, name if file else None)
-        name, weights = record["model"], f"weights of {'/'.join(Path(file or word).parts[-2:])}"
+        path = Path(file or word).absolute()
+        name = name if file else path.parent.name  # the run's: its model may be its name's in little
+        weights = f"weights of {path.name}"
     else:
         torch.manual_seed(0)
         model, record = create_model(name, {"pretrained": pretrained}).eval(), {"classes": None}

@@ -83,8 +83,8 @@ def caption(axes: Sequence[Axis], query: Sequence[int]) -> str:
         for axis, position in zip(axes, query, strict=True)
     )
     return (
-        "inside: the query is in the middle of its window",
-        "at a border: the window stays on the map and has as many keys, the query is off its middle",
+        "inside: the query is in the middle of the plain window",
+        "at a border: the plain window stays on the map and has as many keys, the query is off its middle",
         "in a corner: the same on both axes",
     )[moved]
 

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
 from torch import Tensor
 
 
@@ -44,4 +45,10 @@ def mark(axes: plt.Axes, token: tuple[int, int], grid: Sequence[int], picture: S
     """Draws a frame around a token of a grid [rows, columns] over a picture [height, width]."""
     height, width = picture[0] / grid[0], picture[1] / grid[1]
     corner = (token[1] * width - 0.5, token[0] * height - 0.5)
-    axes.add_patch(plt.Rectangle(corner, width, height, fill=False, edgecolor="cyan", linewidth=1.5))
+    axes.add_patch(plt.Rectangle(corner, width, height, fill=False, edgecolor="cyan", linewidth=1.5, clip_on=False))
+
+
+def add_key(figure: plt.Figure, table: Any) -> None:
+    """A scale of the overlays' colours below the panels: each has its own."""
+    bar = figure.colorbar(ScalarMappable(cmap="inferno"), ax=table, location="bottom", shrink=0.5, aspect=40, pad=0.02)
+    bar.set_ticks([0, 1], labels=["none", "the most in the panel"], fontsize=8)

@@ -13,7 +13,7 @@ from classification.devices import pick_device
 from classification.images import read_image
 from classification.models import add_model_options, evaluation_transform, preprocessing, requested_model
 from natzoo.attention import Layer, attention_layers, layer_inputs, token_at, token_weights
-from pictures.overlay import mark, overlay, panels, to_picture
+from pictures.overlay import add_key, mark, overlay, panels, to_picture
 
 HELP = "what one token attends to, in each layer or head"
 
@@ -98,6 +98,7 @@ def draw_heads(
             draw_weights(axes, picture, heat, point)
     for axes, title in zip(table[0], ["mean", *(f"head {head + 1}" for head in heads)], strict=True):
         axes.set_title(title, fontsize=8)
+    add_key(figure, table)
     return figure
 
 
@@ -117,6 +118,7 @@ def draw_layers(picture: Tensor, layers: list[Layer], maps: list[Tensor], point:
             layer = layers[index]
             draw_weights(axes, picture, maps[index].mean(0), point)
             axes.set_title(f"stage {layer.stage}, layer {layer.number}\n{layer.kind}", fontsize=7)
+    add_key(figure, table)
     return figure
 
 
