@@ -10,10 +10,15 @@
 #   RDZV_ID=name        tells jobs apart that meet at the same place
 #   PYTHON=python3      the interpreter
 #
-# SIGTERM and SIGUSR1 make the run save and leave, within PET_SHUTDOWN_TIMEOUT seconds (60).
+# SIGTERM, SIGUSR1 and Ctrl-C make the run save and leave, within PET_SHUTDOWN_TIMEOUT seconds (60). The exit status is
+# that of the process that failed first, 2 for a mistake, or 128 + the signal's number.
 set -euo pipefail
-if [ $# -lt 2 ]; then
-    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; }
+if [ "${1:-}" = --help ]; then
+    usage
+    exit 0
+elif [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
+    usage >&2
     exit 2
 fi
 n=$1 config=$2
@@ -51,5 +56,5 @@ if ! grep -q shutdown-timeout "$torch/distributed/run.py"; then
 fi
 # Processes that are started again must not find the addresses of those that died in the store that torchrun keeps.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$n" --max-restarts "$restarts" \
+exec "$python" "$(dirname "$0")/launch.py" "${meeting[@]}" --nproc-per-node "$n" --max-restarts "$restarts" \
     "$(dirname "$0")/train.py" "$@" --config "$config"

@@ -95,7 +95,10 @@ def check_classes(images: Any, num_classes: int, are_named: bool) -> None:
     """
     found = len(images.classes)
     if found > num_classes or (found < num_classes and not are_named):
-        raise ValueError(f"{images.where} has {found} classes, but the model has {num_classes}: check the data folder.")
+        raise ValueError(
+            f"{images.where} has {found} classes, but the model has {num_classes}: check the data "
+            "folder, --class-map and --num-classes."
+        )
 
 
 class Flipped(nn.Module):

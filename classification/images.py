@@ -146,9 +146,16 @@ def read_image(file: str | Path | BinaryIO, name: str | Path | None = None) -> I
     """
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return _of_eight_bits(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name or file} cannot be read as an image: {error}.") from error
+
+
+def _of_eight_bits(image: Image.Image) -> Image.Image:
+    """Grey pictures of 16 bits scaled to 8, which Pillow cuts off at 255 instead."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
 
 
 def check_images(images: Any, skip: bool) -> None:

@@ -1,13 +1,16 @@
-"""SIGTERM and SIGUSR1: how schedulers of clusters say that a run's time is over. It then saves and leaves."""
+"""SIGTERM and SIGUSR1, how schedulers of clusters say that a run's time is over, and Ctrl-C: it saves and leaves."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from types import TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A Ctrl-C reaches a process of torchrun twice, from the terminal and from torchrun: only a later one is another.
+_TWICE_S = 2.0
 
 
 class Interrupted(Exception):
@@ -15,7 +18,7 @@ class Interrupted(Exception):
 
 
 class Watch:
-    """While entered, notes the signals instead of dying of them.
+    """While entered, notes the signals instead of dying of them; of a second Ctrl-C it dies.
 
     Attributes:
         received: the first signal, or None.
@@ -45,7 +48,13 @@ class Watch:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        self.received = self.received or signal.Signals(number)
+        now = time.monotonic()
+        if number == signal.SIGINT and self.received and now - self._since > _TWICE_S:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self._since = signal.Signals(number), now
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nleaving after this step; Ctrl-C again leaves at once\n")  # print is not for handlers
 
 
 def shield_worker(_: int = 0) -> None:
@@ -54,7 +63,8 @@ def shield_worker(_: int = 0) -> None:
     They reach every process of a job. A loader that died of one would take the run with it in the middle of a step; one
     that ignored them all could not be ended.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -54,6 +54,8 @@ def training_images(args: argparse.Namespace, ranks: Ranks) -> TrainingImages:
     """
     classes = read_class_map(args.class_map)
     if args.synthetic:
+        if args.data:
+            raise ValueError(f"--synthetic makes images of its own: leave out {args.data}.")
         return SyntheticImages(args.synthetic, args.num_classes or len(classes or range(1000)))
     if is_sharded(args):
         return _shards(args, args.train_split, classes, ranks, is_training=True)

@@ -41,7 +41,8 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in above:
         raise ValueError(f"{path} is its own base: remove one of the keys `base`.")
     if not path.is_file():
-        raise FileNotFoundError(f"there is no config {path}: check the path given to --config.")
+        given = f"that {above[-1]} names as its base" if above else "given to --config"
+        raise FileNotFoundError(f"there is no config {path}: check the path {given}.")
     try:
         config = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -62,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     """All options of train.py; each is a key of the YAML files too, with _ for -."""
     parser = argparse.ArgumentParser(
         description="Train an image classifier.",
+        usage="%(prog)s [DATA] [--config YAML] [options; --help lists them]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -204,8 +206,9 @@ def _checked(config: dict[str, Any], parser: argparse.ArgumentParser, path: str)
     checked = {}
     for key, value in config.items():
         if key not in actions:
-            nearest = difflib.get_close_matches(str(key), actions, n=1, cutoff=0.0)
-            raise ValueError(f"{path} has the unknown key {key!r}: did you mean {nearest[0]!r}?")
+            nearest = difflib.get_close_matches(str(key), actions, n=1, cutoff=0.75)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "train.py --help lists all keys."
+            raise ValueError(f"{path} has the unknown key {key!r}: {hint}")
         try:
             checked[key] = _convert(actions[key], value)
         except (TypeError, ValueError) as error:

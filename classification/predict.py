@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from classification.devices import enough_memory, pick_device
 from classification.images import read_image
 from classification.models import add_model_options, class_names, evaluation_transform, preprocessing, requested_model
 from classification.options import positive
+from classification.readers import IMAGE_SUFFIXES
 from natzoo import command_line
 from natzoo.checkpoints import write_atomically
 
@@ -40,11 +40,10 @@ def find_images(paths: Sequence[str]) -> list[Path]:
         FileNotFoundError: on a path that is not there.
         ValueError: on a folder without images.
     """
-    suffixes = get_img_extensions(as_set=True)
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
             if not images:
                 raise ValueError(f"the folder {path} holds no images.")
             found += images
@@ -139,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
                 batch[path] = read_image(path)
             except ValueError as error:
                 broken.append(str(error))
-                tqdm.write(broken[-1])
+                if len(paths) > 1:
+                    tqdm.write(broken[-1])
         if not batch:
             continue
         with enough_memory("lower --batch-size"):
@@ -152,7 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.grid and answers:
         write_grid(args.grid, dict(itertools.islice(answers.items(), GRID)))
     if broken:
-        raise ValueError(f"{len(broken)} of {len(paths)} pictures are left out; what is wrong with each is said above.")
+        several = f"{len(broken)} of {len(paths)} pictures are left out; what is wrong with each is said above."
+        raise ValueError(several if len(paths) > 1 else broken[0])
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from timm.data.readers import create_reader
 from timm.data.readers.class_map import load_class_map
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 
+# Endings of names, in small letters.
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"))
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval", "test")}
 
 
@@ -57,7 +58,7 @@ class TarReader:
     no index is kept beside them.
 
     Raises:
-        ValueError: if a file is no tar file, or none holds images of the classes.
+        ValueError: if a file is no tar file or ends early, if none holds images, or one a class that `classes` lacks.
     """
 
     def __init__(self, root: Path, classes: list[str] | None = None):
@@ -75,10 +76,12 @@ class TarReader:
             raise ValueError(f"{root} cannot be read as tar files of images: {error}.") from error
         self.classes = classes or sorted({member.label for member in found}, key=natural_key)
         numbers = {name: number for number, name in enumerate(self.classes)}
-        samples = ((numbers[member.label], member) for member in found if member.label in numbers)
+        if not found:
+            raise ValueError(f"{root} holds no images, of {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        for member in found:
+            _check_known(member.label, numbers, root)
+        samples = ((numbers[member.label], member) for member in found)
         self.samples = sorted(samples, key=lambda sample: (sample[0], sample[1].name))
-        if not self.samples:
-            raise ValueError(f"{root} holds no images of the classes looked for.")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -106,7 +109,6 @@ class _Member(NamedTuple):
 
 def _members(tar: tarfile.TarFile, path: Path, folder: str, offset: int = 0) -> Iterator[_Member]:
     """The images in a tar file that begins at a byte of the file at `path`; `folder` stands for their first folder."""
-    suffixes = get_img_extensions(as_set=True)
     for entry in tar:
         name = PurePosixPath(folder, entry.name)
         if not entry.isreg() or entry.issparse():
@@ -114,8 +116,20 @@ def _members(tar: tarfile.TarFile, path: Path, folder: str, offset: int = 0) -> 
         if name.suffix.lower() == ".tar":
             with tarfile.open(fileobj=tar.extractfile(entry), mode="r:") as inner:
                 yield from _members(inner, path, str(name.with_suffix("")), offset + entry.offset_data)
-        elif name.suffix.lower() in suffixes:
+        elif name.suffix.lower() in IMAGE_SUFFIXES:
             yield _Member(path, offset + entry.offset_data, entry.size, str(name), name.parent.name)
+    # The module takes a file that was cut between two entries, or within a header, for a whole one.
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"{path} ends early, after {offset + tar.offset} bytes: was it copied whole?")
+
+
+def _check_known(label: str | int, numbers: Container[str], where: Path | str) -> None:
+    if label not in numbers:
+        raise ValueError(
+            f"{where} has a class {label!r}, which is none of those known: of --class-map, the training images or the "
+            "model."
+        )
 
 
 class HubReader:
@@ -167,7 +181,7 @@ class HubReader:
         for label, number in self._numbers.items():
             if number is None:
                 name = names[label] if label in range(len(names)) else label
-                raise ValueError(f"{self.where} has a class {name!r}, which the model was not trained on.")
+                _check_known(name, (), self.where)
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -267,21 +281,20 @@ def _find(root: Path, classes: list[str] | None) -> tuple[list[str], list[int], 
     numbers = {name: number for number, name in enumerate(classes)}
     paths, of_paths = [], []
     for name in folders:
-        if name not in numbers:
-            raise ValueError(f"{root} has a class {name!r}, which the model was not trained on.")
+        _check_known(name, numbers, root)
         found = _images_below(root / name)
         if not found:
-            raise ValueError(f"the class folder {root / name} holds no images: fill it or remove it.")
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise ValueError(f"the class folder {root / name} holds no images, of {suffixes}: fill it or remove it.")
         paths += found
         of_paths += [numbers[name]] * len(found)
     return paths, of_paths, classes
 
 
 def _images_below(folder: Path) -> list[str]:
-    suffixes = get_img_extensions(as_set=True)
     return sorted(
         os.path.join(place, file)  # a Path for each takes four times as long, which 1.3 million images make felt
         for place, _, files in os.walk(folder)
         for file in files
-        if os.path.splitext(file)[1].lower() in suffixes
+        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
     )

@@ -6,6 +6,7 @@ The order of the images depends on the number of processes and of --workers, whi
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
@@ -68,10 +69,14 @@ class ShardImages(IterableDataset):
         self.is_training = is_training
         self.ranks = ranks
         self.transform: Callable | None = None
+        if importlib.util.find_spec("webdataset") is None:
+            raise ValueError("--dataset wds needs the package webdataset: pip install webdataset.")
         try:
             self.split = create_reader("wds/", root=root, split=split, is_training=is_training).split_info
-        except RuntimeError as error:
+        except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())
+            if isinstance(error, KeyError):
+                reason = f"_info.json has no key {reason} where it is looked for"
             raise ValueError(f"webdataset shards {self.where} cannot be read: {reason}") from error
         self.urls = [os.path.join(root, name) for name in self.split.filenames]
         self.length = self.split.num_samples

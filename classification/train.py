@@ -39,6 +39,7 @@ from classification.evaluation import check_classes, evaluate
 from classification.images import STEP_SEED, check_images, seed_all
 from classification.interruption import Interrupted, Watch
 from classification.loaders import (
+    TrainingImages,
     batches_of,
     evaluation_loader,
     training_images,
@@ -94,6 +95,7 @@ class Trainer:
         self.scheduler, self.epochs = build_scheduler(args, self.optimizer, self.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay) if args.model_ema else None
+        self.warn()
         # How far the run has come: epochs done, updates done in this one, the sums of their losses, gradient norms and
         # seconds, and updates skipped in a row; and the best score, and after which epoch it was.
         self.epoch, self.update, self.totals, self.skipped = 0, 0, dict(_NOTHING), 0
@@ -129,6 +131,14 @@ class Trainer:
             **{"batch size": self.args.batch_size, "accumulation": self.args.grad_accum},
             **{"number of epochs": self.epochs, "seed": self.args.seed},
         )
+
+    def warn(self) -> None:
+        """Says what is allowed, but hardly meant."""
+        kept = self.args.model_ema_decay ** (self.epochs * self.updates_per_epoch)
+        if self.ema is not None and kept > 0.1:
+            self.ranks.say(f"note: at the end {kept:.0%} of the average are the first weights: lower --model-ema-decay")
+        if self.args.amp == "fp16" and self.device.type == "cpu":
+            self.ranks.say("note: float16 is slow on a CPU: use --amp bf16 or none")
 
     # ----- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -217,9 +227,11 @@ class Trainer:
             self.bar.close()
             if self.log is not None:
                 self.log.close()
-        bad = self.bad_images()
-        if bad:
-            self.ranks.say("\n  ".join([f"{len(bad)} training images could not be read; others stood in:", *bad]))
+        for images, then in ((self.train_images, "others stood in"), (self.val_loader.dataset, "they are left out")):
+            bad = self.bad_images(images)
+            if bad:
+                which = f"images of {images.where} could not be read"
+                self.ranks.say("\n  ".join([f"{len(bad)} {which}; {then}:", *bad]))
         self.ranks.say(f"best top-1 {self.best:.2f}% after epoch {self.best_epoch}: {self.checkpoints.best}")
         return self.best
 
@@ -351,7 +363,7 @@ class Trainer:
         is_best = result["top1"] > self.best
         if is_best:
             self.best, self.best_epoch = result["top1"], self.epoch + 1
-        bad = self.bad_images()
+        bad = self.bad_images(self.train_images)
         if self.log is not None:
             self.log.epoch(
                 (self.epoch + 1) * self.updates_per_epoch - 1,
@@ -394,9 +406,9 @@ class Trainer:
     def learning_rate(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def bad_images(self) -> list[str]:
-        """The training images that no process could read."""
-        return sorted(set().union(*self.ranks.gather(self.train_images.bad_images())))
+    def bad_images(self, images: TrainingImages) -> list[str]:
+        """Those that some process could not read."""
+        return sorted(set().union(*self.ranks.gather(images.bad_images())))
 
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -404,7 +416,7 @@ class Trainer:
         changed = ", ".join(f"{key}={value}" for key, value in args.model_kwargs.items())
         return (
             f"{args.model}{changed and f' with {changed}'}: {parameters / 1e6:.2f}M parameters; "
-            f"{len(images)} images of {len(images.classes)} classes\n"
+            f"{images.extent()['number of training images']} images of {len(images.classes)} classes\n"
             f"nodes {ranks.nodes} x processes {ranks.local_size} x batch {args.batch_size} "
             f"x accumulation {args.grad_accum} = {self.images_per_update} images an update\n"
             f"{self.updates_per_epoch} updates an epoch, {self.epochs} epochs; learning rate "
@@ -436,4 +448,4 @@ def main(argv: list[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
-    command_line.run(main, after_interrupt="go on from the last checkpoint with --resume")
+    command_line.run(main, after_interrupt="--resume goes on from last.pth, if it was written yet")

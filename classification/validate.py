@@ -41,7 +41,7 @@ COLUMNS = (
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Evaluate image classifiers.", allow_abbrev=False)
-    parser.add_argument("data", help="folder that holds val/, or one folder a class")
+    parser.add_argument("data", nargs="?", help="folder that holds val/, or one folder a class")
     add_model_options(parser)
     parser.add_argument("--models", nargs="+", metavar="PATTERN", help="all published models of such names: 'nat_*'")
     parser.add_argument("--results-file", type=Path, metavar="CSV", help="table to write, a row a model")
@@ -117,14 +117,14 @@ def validate(args: argparse.Namespace, ranks: Ranks, watch: Watch) -> dict[str, 
     seen: nn.Module = Flipped(model) if args.tta == "flip" else model
     autocast, stop = autocast_of(args.amp, device), functools.partial(ranks.leave_on_signal, watch)
     result = evaluate(seen, loader, device, autocast, args.skip_bad_images, ranks, stop)
-    bad = len(set().union(*ranks.gather(images.bad_images())))
+    bad = sorted(set().union(*ranks.gather(images.bad_images())))
     is_usual = args.real_labels is None and args.tta == "none" and config == preprocessing(argparse.Namespace(), model)
     row = _row(name, model, config, result, is_published=args.pretrained and is_usual)
     ranks.say(
         f"{name} on {images.where}: {result['count']} images, "
         f"top-1 {result['top1']:.2f}%, top-5 {result['top5']:.2f}%, loss {result['loss']:.4f}"
         + (f"; published top-1 {row['published_top1']}%" if row["published_top1"] != "" else "")
-        + (f"; {bad} unreadable images left out" if bad else "")
+        + "\n  ".join([f"; {len(bad)} unreadable images left out:", *bad] if bad else ())
     )
     return {**result, "row": row}
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from classification.augmentation import augmentation
-from classification.images import Images
+from classification.images import Images, read_image
 from classification.loaders import batches_of, evaluation_loader, training_loader
 from classification.options import parse
 from classification.ranks import Ranks
@@ -105,6 +105,12 @@ def test_unreadable_images(data):
     assert images[10][1] == 1
 
 
+def test_grey_images_of_sixteen_bits(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "deep.png")), grey[..., None].repeat(3, 2))
+
+
 def test_nothing_readable(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "0.png").write_bytes(b"no image")
@@ -132,9 +138,9 @@ def test_folders_that_are_wrong(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no folder test2"):
         split_place(str(data), "test2")
     (data / "train" / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"class folder .*empty holds no images: fill it or remove it"):
+    with pytest.raises(ValueError, match=r"class folder .*empty holds no images, of .*: fill it or remove it"):
         images_of(data / "train")
-    with pytest.raises(ValueError, match="a class 'blue', which the model was not trained on"):
+    with pytest.raises(ValueError, match="a class 'blue', which is none of those known"):
         images_of(data / "val", classes=["amber", "crimson"])
     (tmp_path / "bare").mkdir()
     with pytest.raises(ValueError, match="holds no class folders"):

@@ -54,6 +54,7 @@ def test_model_arguments_are_merged(config):
     [
         ("weight_decy: 0.1", r"a\.yml has the unknown key 'weight_decy': did you mean 'weight_decay'\?"),
         ("config: b.yml", "unknown key 'config'"),
+        ("learning_rate: 1", "unknown key 'learning_rate': train.py --help lists all keys"),
         ("epochs: many", "gives epochs the value 'many'"),
         ("epochs: 1.5", "gives epochs the value 1.5"),
         ("epochs: [1, 2]", r"gives epochs the value \[1, 2\]: it must be one value"),
@@ -78,7 +79,7 @@ def test_mistakes_in_a_file_are_named(config, text, message):
 def test_missing_files(config, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config .*nowhere\.yml"):
         parse(["-c", str(tmp_path / "nowhere.yml")])
-    with pytest.raises(FileNotFoundError, match=r"no config .*base\.yml"):
+    with pytest.raises(FileNotFoundError, match=r"no config .*base\.yml: .* that .*a\.yml names as its base"):
         parse(["-c", config("base: base.yml")])
 
 

@@ -1,5 +1,6 @@
 """Images from elsewhere than folders: tar files, Hugging Face datasets, webdataset shards, noise."""
 
+import importlib.util
 import io
 import itertools
 import json
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from classification import train, validate
+from classification.images import Images
 from classification.ranks import Ranks
 from classification.readers import FolderReader, HubReader, TarReader, open_reader, read_class_map
 from classification.shards import ShardImages
@@ -84,8 +87,40 @@ def test_tar_files_that_are_wrong(data, tmp_path):
     with pytest.raises(ValueError, match=r"a\.tar cannot be read as tar files of images"):
         TarReader(tmp_path / "a.tar")
     pack(data / "train", tmp_path / "b.tar")
-    with pytest.raises(ValueError, match=r"b\.tar holds no images of the classes looked for"):
-        TarReader(tmp_path / "b.tar", ["zinc"])
+    with pytest.raises(ValueError, match=r"b\.tar has a class 'amber', which is none of those known"):
+        TarReader(tmp_path / "b.tar", ["blue", "crimson", "zinc"])
+    pack(data / "train", tmp_path / "c.tar", "*.txt")
+    with pytest.raises(ValueError, match=r"c\.tar holds no images, of \.bmp, .*\.webp"):
+        TarReader(tmp_path / "c.tar")
+
+
+def test_tar_files_that_were_cut(data, tmp_path):
+    """Between two entries, within a header, within an image, and before the mark of the end; also within another."""
+    pack(data / "train", tmp_path / "whole.tar")
+    whole = (tmp_path / "whole.tar").read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        entry = [entry for entry in tar if entry.name.endswith(".png")][40]
+        tar.getmembers()
+        end = tar.offset
+    for cut in (entry.offset, entry.offset + 100, entry.offset_data + 100, end):
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"cut\.tar cannot be read as tar files.*(ends early|end of data)"):
+            TarReader(tmp_path / "cut.tar")
+        pack(tmp_path, tmp_path / "nested.tar", "cut.tar")
+        with pytest.raises(ValueError, match=r"nested\.tar cannot be read as tar files of images"):
+            TarReader(tmp_path / "nested.tar")
+
+
+def test_all_kinds_of_images_are_found(tmp_path):
+    (tmp_path / "a").mkdir()
+    suffixes = [".jpg", ".JPEG", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif"]
+    for suffix in suffixes:
+        Image.new("RGB", (4, 4), "red").save(tmp_path / "a" / f"picture{suffix}")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    images = Images(FolderReader(tmp_path), lambda image: image.getpixel((0, 0))[0] > 250)
+    assert [images[index] for index in range(len(images))] == [(True, 0)] * len(suffixes)
+    pack(tmp_path / "a", tmp_path / "a.tar", "*")
+    assert len(TarReader(tmp_path / "a.tar")) == len(suffixes)
 
 
 def test_a_tar_file_beside_class_folders_is_no_data(data):
@@ -137,6 +172,8 @@ def test_unknown_data(data, tiny):
 
 def test_synthetic_images_need_no_data(tiny, run_folder):
     train.main([*tiny("--synthetic", "20", "--num-classes", "4", epochs=1)[1:]])
+    with pytest.raises(ValueError, match="--synthetic makes images of its own: leave out"):
+        train.main(tiny("--synthetic", "20", "--experiment", "other"))
     assert read_checkpoint(run_folder / "last.pth")["record"]["num_classes"] == 4
 
 
@@ -177,7 +214,7 @@ def test_hugging_face_datasets_that_do_not_name_their_classes(table):
         table([0, 1, 2])
     table.given[:] = [["amber", "blue", "crimson"]]
     assert [target for _, target in map(table([2, 1, 1]).__getitem__, range(3))] == [2, 1, 1]
-    with pytest.raises(ValueError, match="has a class 3, which the model was not trained on"):
+    with pytest.raises(ValueError, match="has a class 3, which is none of those known"):
         table([0, 3])
     reader = table([1, None])
     with pytest.raises(ValueError, match=r"row 1 of .* holds no image"):
@@ -190,7 +227,7 @@ def test_a_class_map_renumbers_a_dataset_that_names_its_classes(data):
     reader = HubReader(str(data), "validation", classes=["zinc", "crimson", "blue", "amber"])
     found = {Path(reader.filename(index)).parent.name: reader[index][1] for index in range(len(reader))}
     assert found == {"crimson": 1, "blue": 2, "amber": 3}
-    with pytest.raises(ValueError, match="has a class 'amber', which the model was not trained on"):
+    with pytest.raises(ValueError, match="has a class 'amber', which is none of those known"):
         HubReader(str(data), "validation", classes=["crimson", "blue"])
     with pytest.raises(ValueError, match=r"labels in 'kind'.*--target-key"):
         HubReader(str(data), "train", columns=("image", "kind"))
@@ -265,6 +302,16 @@ def test_broken_shards_are_said_or_skipped(shards, tiny, run_folder, capsys):
     assert f"{shards}/train-0002.tar" in output
 
 
-def test_what_is_missing_for_shards_is_said(shards, tiny):
+def test_what_is_missing_for_shards_is_said(shards, tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="--dataset wds needs the package webdataset: pip install webdataset"):
+            train.main(tiny("--dataset", "wds", "--num-classes", "3"))
+    pytest.importorskip("webdataset")
+    whole = (shards / "_info.json").read_text()
+    (shards / "_info.json").write_text(whole.replace('"name"', '"title"'))
+    with pytest.raises(ValueError, match=r"cannot be read: _info\.json has no key 'name'"):
+        train.main(tiny("--dataset", "wds", "--num-classes", "3"))
+    (shards / "_info.json").write_text(whole)
     with pytest.raises(ValueError, match="shards do not tell their classes: give --class-map or --num-classes"):
         train.main(tiny("--dataset", "wds"))

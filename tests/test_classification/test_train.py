@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from classification import runlog, train
+from classification import interruption, runlog, train
 from classification.ranks import Ranks
 from natzoo.checkpoints import read_checkpoint, read_weights, write_checkpoint
 from natzoo.models.hierarchy import HierarchicalTransformer
@@ -173,6 +173,29 @@ def test_stopped_by_a_signal_it_ends_as_the_unbroken_run(tiny, run_folder, tmp_p
     for part in ("model", "model_ema", "optimizer", "best"):
         torch.testing.assert_close(expected[part], resumed[part], rtol=0, atol=0)
     assert untimed(run_folder) == untimed(tmp_path / "unbroken" / "tiny")
+
+
+def test_ctrl_c_saves_and_a_second_one_leaves_at_once(tiny, run_folder, stop_after, monkeypatch, capfd):
+    stop_after(3, tiny("--workers", "1"), signal.SIGINT)
+    assert read_checkpoint(run_folder / "last.pth")["update"] == 3
+    output = capfd.readouterr()
+    assert "stopped by SIGINT after 0 epochs and 3 updates" in output.out
+    assert "Ctrl-C again leaves at once" in output.err
+    with interruption.Watch() as watch, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's, of the same Ctrl-C
+        assert watch.received == signal.SIGINT
+        monkeypatch.setattr(interruption, "_TWICE_S", 0.0)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_is_hardly_meant_is_said(tiny, capsys):
+    train.Trainer(train.parse(tiny("--model-ema", "--amp", "fp16")))
+    output = capsys.readouterr().out
+    assert "note: at the end 100% of the average are the first weights: lower --model-ema-decay" in output
+    assert "note: float16 is slow on a CPU" in output
+    train.Trainer(train.parse(tiny("--model-ema", "--model-ema-decay", "0.8")))
+    assert "note:" not in capsys.readouterr().out
 
 
 def test_saves_between_epochs(tiny, run_folder, monkeypatch):
@@ -503,7 +526,11 @@ def test_an_unreadable_image_is_named_and_can_be_skipped(tiny, data, run_folder,
         train.main(tiny())
     train.main(tiny("--skip-bad-images"))
     assert [row["bad_images"] for row in rows(run_folder)] == ["1", "1"]
-    assert f"1 training images could not be read; others stood in:\n  {bad}" in capsys.readouterr().out
+    assert f"1 images of {data / 'train'} could not be read; others stood in:\n  {bad}" in capsys.readouterr().out
+    bad = data / "val" / "blue" / "3.png"
+    bad.write_bytes(b"no image")
+    train.main(tiny("--skip-bad-images", "--experiment", "second", epochs=1))
+    assert f"1 images of {data / 'val'} could not be read; they are left out:\n  {bad}" in capsys.readouterr().out
 
 
 def test_the_command_line_says_one_line_and_exits_with_2(tmp_path):

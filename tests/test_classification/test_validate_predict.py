@@ -38,13 +38,15 @@ def test_validate_finds_what_training_found(trained, data, capsys):
     assert f"27 images, top-1 {best:.2f}%" in capsys.readouterr().out
 
 
-def test_validate_leaves_unreadable_images_out(trained, data):
+def test_validate_leaves_unreadable_images_out(trained, data, capsys):
     path, _ = trained
     (data / "val" / "blue" / "0.png").write_bytes(b"no image")
     argv = [str(data), "--checkpoint", str(path), "--workers", "0"]
     with pytest.raises(ValueError, match=r"blue/0\.png cannot be read"):
         validate.main(argv)
     one_by_one = validate.main([*argv, "--skip-bad-images", "--batch-size", "1"])
+    named = f"; 1 unreadable images left out:\n  {data / 'val' / 'blue' / '0.png'}\n"
+    assert capsys.readouterr().out.endswith(named)
     together = validate.main([*argv, "--skip-bad-images"])
     assert one_by_one == pytest.approx(together)
     assert round(one_by_one["top1"] * 26 / 100, 6).is_integer()
