@@ -93,6 +93,15 @@ def test_models(tmp_path, quick):
     assert float(rows[0]["gflop"]) > 2 * 2 * float(rows[1]["gflop"])  # two images, and twice as much backward
 
 
+def test_convolutions_with_groups_count_twice_as_much_backward(tmp_path, quick):
+    out = tmp_path / "models.csv"
+    cases = ["inference_b1_32", "step_b1_32"]
+    benchmark.main(["models", "--case", *cases, "--provider", "convnext_atto", "--repeats", "2", "--out", str(out)])
+    forward, step = (float(row["gflop"]) for row in read(out))
+    stem = 2 * (8 * 8) * 40 * 3 * 4 * 4 / 1e9  # its input needs no gradient
+    assert step == pytest.approx(3 * forward - stem, rel=1e-3)
+
+
 def test_layers(tmp_path, quick):
     out = tmp_path / "layers.csv"
     benchmark.main(["layers", "--case", TINY, "--repeats", "2", "--out", str(out)])

@@ -28,6 +28,7 @@ def peak_mb(entry: Entry, make: Callable[[Entry], Subject]) -> float:
     The same with a batch of one runs before, so that libraries which are loaded on first use do not count.
     """
     torch.set_num_threads(entry.setting.threads)
+    _give_back_what_is_freed()
     make(entry._replace(case=re.sub(r"b\d+_", "b1_", entry.case, count=1))).run()
     subject = make(entry)
     _return_freed_memory()
@@ -66,6 +67,15 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_MMAP_THRESHOLD, 2**30)
+
+
+def _give_back_what_is_freed() -> None:
+    """Lets the C library (glibc) take large blocks from the system one by one, and give each back when it is freed.
+
+    Else what an earlier call left behind is used again, and hides a part of what this one takes.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**16)
 
 
 def _return_freed_memory() -> None:

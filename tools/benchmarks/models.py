@@ -5,6 +5,7 @@ A case is written inference_b8_224 or step_b8_224: batch and side of the image. 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -19,7 +20,13 @@ import natzoo  # noqa: F401  registers our models
 from benchmarks.entry import Entry, Setting, Subject
 
 GROUPS = ("inference_b1_224", "inference_b8_224", "step_b8_224")
-PROVIDERS = ("nat_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny")
+PROVIDERS = (
+    *("nat_mini", "nat_tiny", "nat_small", "nat_base"),
+    *("dinat_mini", "dinat_tiny", "dinat_small", "dinat_base"),
+    *("dinat_s_tiny", "dinat_s_small", "dinat_s_base"),
+    *(f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")),
+    *(f"convnext_{size}" for size in ("tiny", "small", "base")),
+)
 _DROP_PATH = 0.2  # in training, for all alike
 
 
@@ -94,7 +101,8 @@ def _count_gflop(model: nn.Module, x_1CHW: Tensor, pass_name: str) -> float:
     """GFLOP of the matrix products, convolutions and windows that one image takes."""
     is_training = model.training
     model.eval()
-    with FlopCounterMode(display=False) as counter, natten.use_backend(None):
+    right = {torch.ops.aten.convolution_backward: _flop_of_convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=right) as counter, natten.use_backend(None):
         if pass_name == "inference":
             with torch.no_grad():
                 model(x_1CHW)
@@ -103,3 +111,10 @@ def _count_gflop(model: nn.Module, x_1CHW: Tensor, pass_name: str) -> float:
     model.zero_grad()
     model.train(is_training)
     return counter.get_total_flops() / 1e9
+
+
+def _flop_of_convolution_backward(grad_shape, x_shape, weight_shape, *rest, **_) -> int:
+    """Each of the two gradients takes the work of the forward pass; PyTorch's own count leaves the groups out."""
+    is_transposed, needs = rest[4], rest[7]
+    points = math.prod(x_shape if is_transposed else grad_shape)
+    return 2 * points * math.prod(weight_shape[1:]) * sum(needs[:2])

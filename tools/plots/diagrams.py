@@ -27,8 +27,8 @@ def window(length: int, kernel_size: int, dilation: int, place: int) -> list[int
 
 
 def draw_nat_intro(theme: Theme) -> plt.Figure:
-    """All tokens, Swin's windows, the neighborhood: each for a token in the middle and one in a corner."""
-    side, size, queries = 14, 7, ((10, 5), (0, 13))
+    """All tokens, Swin's windows, the neighborhood: each for a token inside and one near a border."""
+    side, size, queries = 14, 7, ((10, 5), (1, 8))
     blocks = [range(start, start + size) for start in range(0, side, size)]
     of_block = lambda at: blocks[at // size]  # noqa: E731
     panels = {
@@ -38,7 +38,7 @@ def draw_nat_intro(theme: Theme) -> plt.Figure:
         ],
         "neighborhood attention:\nthe nearest tokens": [_square(side, size, 1, place) for place in queries],
     }
-    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.9), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.65), layout="constrained")
     for panel, (title, seen) in zip(axes, panels.items(), strict=True):
         _draw_grid(panel, theme, side, list(zip(queries, seen, strict=False)))
         panel.set_title(title)

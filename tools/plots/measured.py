@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-from plots.published import published
+from plots.published import INITIALS, Published, draw_lines, published
 from plots.style import WIDTH, Theme
 
 TABLES = Path(__file__).resolve().parents[2] / "assets" / "benchmarks"
@@ -34,11 +34,6 @@ _CASES = {
     "b8_56x56_h2_d32_k13": "56x56\n13x13",
     "b8_4096_h4_d32_k63": "4096\n1-D, 63",
     "b1_16x32x32_h4_d32_k5x7x7": "16x32x32\n5x7x7",
-}
-_MODELS = {
-    "nat_tiny": ("NAT", "Tiny"),
-    "swin_tiny_patch4_window7_224": ("Swin", "Tiny"),
-    "convnext_tiny": ("ConvNeXt", "Tiny"),
 }
 
 
@@ -113,26 +108,28 @@ def _bars(axes: plt.Axes, theme: Theme, rows: Rows, providers: Iterable[str], wh
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_models(theme: Theme, column: str) -> plt.Figure:
+def draw_models(theme: Theme, families: tuple[str, ...], column: str) -> plt.Figure:
     """Published top-1 against measured speed ("images_per_s") or peak memory ("peak_memory_mb")."""
     rows = read("models")
-    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.9), layout="constrained", sharey=True)
-    titles = {"inference_b8_224": "inference, batch 8", "step_b8_224": "training step, batch 8"}
-    for axes, (case, title) in zip(panels, titles.items(), strict=True):
-        _points(axes, theme, [row for row in rows if row["case"] == case and row["provider"] in _MODELS], column)
-        axes.set(title=title, xlabel={"images_per_s": "images a second", "peak_memory_mb": "peak memory (MB)"}[column])
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4.4), layout="constrained", sharey=True)
+    label = {"images_per_s": "images a second", "peak_memory_mb": "peak memory (MB)"}[column]
+    cases = {"inference_b8_224": "inference, batch 8", "step_b8_224": "training step, batch 8"}
+    for axes, (case, title) in zip(panels, cases.items(), strict=True):
+        draw_lines(axes, theme, families, _with_measured(rows, case, column), column, "top1")
+        axes.set(title=title, xlabel=f"{label}, logarithmic")
     panels[0].set_ylabel("published top-1 accuracy (%)")
-    figure.supxlabel(f"ImageNet-1K, 224 x 224; accuracy as published. {_where(rows)}", fontsize=8.5)
+    panels[0].legend(loc="lower left" if column == "images_per_s" else "lower right", frameon=False)
+    figure.supxlabel(f"ImageNet-1K, 224 x 224; accuracy as published. {INITIALS}\n{_where(rows)}", fontsize=8.5)
     return figure
 
 
-def _points(axes: plt.Axes, theme: Theme, rows: Rows, column: str) -> None:
-    accuracy = {(row.family, row.size): row.figures["top1"] for row in published()}
-    for row in rows:
-        family, size = _MODELS[row["provider"]]
-        place = (float(row[column]), accuracy[family, size])
-        axes.plot(*place, marker="o", ms=11, color=theme.families[family])
-        axes.annotate(f"{family}-{size}", place, xytext=(0, 11), textcoords="offset points", ha="center")
-    axes.set_xlim(0, 1.3 * max(float(row[column]) for row in rows))
-    axes.margins(y=0.3)
-    axes.grid(alpha=0.6)
+def _with_measured(rows: Rows, case: str, column: str) -> list[Published]:
+    """The models that were measured, each with that figure, to three digits, beside the published ones."""
+    values = {
+        row["provider"]: float(f"{float(row[column]):.3g}") for row in rows if row["case"] == case and row[column]
+    }
+    return [
+        model._replace(figures={**model.figures, column: values[model.name]})
+        for model in published()
+        if model.name in values
+    ]

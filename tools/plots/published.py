@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from plots.style import WIDTH, Theme
 PEERS = Path(__file__).resolve().parents[2] / "assets" / "published" / "peers.csv"
 SIZES = ("Mini", "Tiny", "Small", "Base")  # trained on ImageNet-1K alone; the Large ones saw more
 _FAMILIES = {"NAT": "nat_{}", "DiNAT": "dinat_{}", "DiNAT_s": "dinat_s_{}"}
-_INITIALS = "M, T, S, B: Mini, Tiny, Small, Base. "
+INITIALS = "M, T, S, B: Mini, Tiny, Small, Base. "
 _NOTE = "Figures as published with the models; none was measured here. "
 
 
@@ -25,11 +26,13 @@ class Published(NamedTuple):
     missing.
 
     Attributes:
+        name: that timm has it under.
         figures: params (millions), macs (10^9, at 224x224), top1; box_ap, mask_ap, box_macs; miou, miou_ms, miou_macs.
     """
 
     family: str
     size: str
+    name: str
     figures: dict[str, float]
 
 
@@ -37,15 +40,16 @@ class Published(NamedTuple):
 def published() -> list[Published]:
     """All models of SIZES, ours and their peers'."""
     rows = [
-        Published(family, size, _of_zoo(pattern.format(size.lower())))
+        Published(family, size, name, _of_zoo(name))
         for family, pattern in _FAMILIES.items()
         for size in SIZES
-        if pattern.format(size.lower()) in entries()
+        if (name := pattern.format(size.lower())) in entries()
     ]
     with PEERS.open(newline="") as file:
         for row in csv.DictReader(file):
-            figures = {name: float(value) for name, value in row.items() if name not in ("family", "size", "source")}
-            rows.append(Published(row["family"], row["size"], figures))
+            texts = [row.pop(name) for name in ("family", "size", "name")]
+            del row["source"]
+            rows.append(Published(*texts, {name: float(value) for name, value in row.items()}))
     return rows
 
 
@@ -68,8 +72,8 @@ def _of_zoo(backbone: str) -> dict[str, float]:
 def draw_compute(theme: Theme, families: tuple[str, ...]) -> plt.Figure:
     """Top-1 accuracy against MACs and against parameters."""
     figure, (left, right) = _panels("ImageNet-1K, 224 x 224, trained without other data.")
-    draw_lines(left, theme, families, "macs", "top1")
-    draw_lines(right, theme, families, "params", "top1")
+    draw_lines(left, theme, families, published(), "macs", "top1")
+    draw_lines(right, theme, families, published(), "params", "top1")
     left.set(xlabel="MACs (10⁹), logarithmic", ylabel="top-1 accuracy (%)", title="Accuracy against arithmetic")
     right.set(xlabel="parameters (10⁶), logarithmic", title="Accuracy against parameters")
     left.legend(loc="lower right", frameon=False)
@@ -79,8 +83,8 @@ def draw_compute(theme: Theme, families: tuple[str, ...]) -> plt.Figure:
 def draw_downstream(theme: Theme, families: tuple[str, ...]) -> plt.Figure:
     """Detection and segmentation against MACs."""
     figure, (left, right) = _panels("COCO: 36 epochs. ADE20K: 160,000 iterations.")
-    draw_lines(left, theme, families, "box_macs", "box_ap")
-    draw_lines(right, theme, families, "miou_macs", "miou")
+    draw_lines(left, theme, families, published(), "box_macs", "box_ap")
+    draw_lines(right, theme, families, published(), "miou_macs", "miou")
     left.set(xlabel="MACs (10⁹) at 1280 x 800, logarithmic", ylabel="box AP", title="COCO, Cascade Mask R-CNN")
     right.set(xlabel="MACs (10⁹) at 2048 x 512, logarithmic", ylabel="mIoU, one scale", title="ADE20K, UPerNet")
     left.legend(loc="lower right", frameon=False)
@@ -89,29 +93,41 @@ def draw_downstream(theme: Theme, families: tuple[str, ...]) -> plt.Figure:
 
 def _panels(note: str) -> tuple[plt.Figure, list[plt.Axes]]:
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.4), layout="constrained")
-    figure.supxlabel(f"{note} {_INITIALS}\n{_NOTE.strip()}", fontsize=8.5)
+    figure.supxlabel(f"{note} {INITIALS}\n{_NOTE.strip()}", fontsize=8.5)
     return figure, axes
 
 
-def draw_lines(axes: plt.Axes, theme: Theme, families: tuple[str, ...], x: str, y: str) -> None:
+def draw_lines(
+    axes: plt.Axes, theme: Theme, families: tuple[str, ...], models: list[Published], x: str, y: str
+) -> None:
     """A line a family, from its smallest model to its largest; ours have the initials of their sizes."""
     for number, family in enumerate(families):
-        rows = [row for row in published() if row.family == family and x in row.figures and y in row.figures]
+        rows = [row for row in models if row.family == family and x in row.figures and y in row.figures]
         xs, ys = ([row.figures[name] for row in rows] for name in (x, y))
         is_ours, colour = family in _FAMILIES, theme.families[family]
         style = {"marker": "o", "lw": 2, "ms": 11} if is_ours else {"marker": "s", "lw": 1.2, "ms": 5, "ls": "--"}
-        axes.plot(xs, ys, color=colour, label=family, zorder=10 - number, **style)
+        axes.plot(xs, ys, color=colour, zorder=3, lw=style.pop("lw"), ls=style.pop("ls", "-"))
+        axes.plot(xs, ys, color=colour, label=family, zorder=10 - number, ls="none", **style)
         for row in rows if is_ours else ():
             place = (row.figures[x], row.figures[y])
             style = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "weight": "bold"}
             axes.text(*place, row.size[0], color=theme.page, zorder=10.5 - number, **style)
         if number == 0:
-            ticks = sorted({round(value, 1) for value in xs})
+            ticks = _apart({float(f"{value:.4g}") for value in xs})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.margins(x=0.1, y=0.1)
     axes.grid(alpha=0.6)
+
+
+def _apart(values: Iterable[float]) -> list[float]:
+    """Those that have room for their labels on a logarithmic axis."""
+    kept: list[float] = []
+    for value in sorted(values):
+        if not kept or value > 1.04 * kept[-1]:
+            kept.append(value)
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
