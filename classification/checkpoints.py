@@ -69,7 +69,8 @@ class Checkpoints:
             sync(temporary)
         os.replace(temporary, kept)
         for path in self.folder.glob("epoch-*.pth"):
-            if int(path.stem.removeprefix("epoch-")) <= epoch - self.keep:
+            number = path.stem.removeprefix("epoch-")
+            if number.isdecimal() and int(number) <= epoch - self.keep:
                 path.unlink()
 
 

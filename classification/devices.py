@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 # How torch says that a loading process has died, or could not hand its images over.
-_LOST = re.compile("DataLoader worker.*(killed by signal|exited unexpectedly)|unable to (write to file|mmap)|shm_open")
+_LOST = re.compile("DataLoader worker.*(signal: (Killed|Bus)|exited unexpectedly)|unable to .*/torch_")
 
 
 def pick_device(name: str) -> torch.device:

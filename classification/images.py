@@ -65,8 +65,8 @@ class Images(Dataset):
             return self.transform(image), target
         raise ValueError(f"none of the {len(self)} images in {self.where} can be read.")
 
-    def extent(self) -> dict[str, int]:
-        """What the order of the images depends on, beside the seed."""
+    def extent(self, is_within_epoch: bool = True) -> dict[str, int]:
+        """What a run that goes on must have the same, within an epoch or at its end."""
         return {"number of training images": len(self)}
 
     def bad_images(self) -> list[str]:
@@ -101,7 +101,7 @@ class SyntheticImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.noise.roll(index, dims=-1), index % len(self.classes)
 
-    def extent(self) -> dict[str, int]:
+    def extent(self, is_within_epoch: bool = True) -> dict[str, int]:
         return {"number of training images": len(self)}
 
     def bad_images(self) -> list[str]:
@@ -152,10 +152,13 @@ def read_image(file: str | Path | BinaryIO, name: str | Path | None = None) -> I
 
 
 def _of_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey pictures of 16 bits scaled to 8, which Pillow cuts off at 255 instead."""
+    """Grey pictures of 16 bits scaled to 8, which Pillow cuts off at 255 instead; others as they are."""
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    pixels = np.asarray(image)
+    if image.mode == "I" and pixels.max() <= 255:  # of 32 bits, whose range nothing tells
+        return image
+    return Image.fromarray((pixels.clip(0, 65535) // 257).astype(np.uint8))
 
 
 def check_images(images: Any, skip: bool) -> None:

@@ -7,9 +7,10 @@ import signal
 import threading
 import time
 from types import TracebackType
+from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# A Ctrl-C reaches a process of torchrun twice, from the terminal and from torchrun: only a later one is another.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Under torchrun, one Ctrl-C may reach a process from the terminal and from torchrun: only a later one is another.
 _TWICE_S = 2.0
 
 
@@ -18,7 +19,7 @@ class Interrupted(Exception):
 
 
 class Watch:
-    """While entered, notes the signals instead of dying of them; of a second Ctrl-C it dies.
+    """While entered, notes the signals instead of dying of them; from `heed_ctrl_c` on Ctrl-C too, but not a second.
 
     Attributes:
         received: the first signal, or None.
@@ -28,6 +29,8 @@ class Watch:
 
     def __init__(self):
         self.received: signal.Signals | None = None
+        self._since = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
 
     @property
     def name(self) -> str:
@@ -38,10 +41,15 @@ class Watch:
         return 128 + (self.received or signal.SIGTERM)
 
     def __enter__(self) -> Watch:
-        self._previous = {}
         if threading.current_thread() is threading.main_thread():  # Python has signals handled there alone
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
+
+    def heed_ctrl_c(self) -> None:
+        """Makes Ctrl-C a signal to save and leave, where there is now something to save; a second one ends at once."""
+        is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as in a shell's background
+        if self._previous and not is_ignored and signal.SIGINT not in self._previous:
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
@@ -49,12 +57,14 @@ class Watch:
 
     def _note(self, number: int, frame: object) -> None:
         now = time.monotonic()
-        if number == signal.SIGINT and self.received and now - self._since > _TWICE_S:
-            raise KeyboardInterrupt
-        if not self.received:
+        if self.received is None:
             self.received, self._since = signal.Signals(number), now
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
                 os.write(2, b"\nleaving after this step; Ctrl-C again leaves at once\n")  # print is not for handlers
+            return
+        is_another = now - self._since > (_TWICE_S if "RANK" in os.environ else 0)
+        if self.received == signal.SIGINT and number != signal.SIGUSR1 and is_another:  # torchrun's second is SIGTERM
+            raise KeyboardInterrupt
 
 
 def shield_worker(_: int = 0) -> None:

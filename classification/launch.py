@@ -1,10 +1,11 @@
-"""PyTorch's torchrun, which ends as the process of the run did that failed first, without a traceback of its own.
+"""PyTorch's torchrun, which ends as the process of the run did that failed first: that has said why.
 
 dist_train.sh starts it: `python classification/launch.py [options of torchrun] SCRIPT [options of the script]`.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from torch.distributed import run
@@ -18,7 +19,10 @@ def main(argv: list[str] | None = None) -> None:
         run.main(argv)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        sys.exit(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)  # of a signal: its number < 0
+        if failure.exitcode < 0:  # of a signal
+            name = signal.Signals(-failure.exitcode).name
+            print(f"error: process {failure.local_rank} of this machine was ended by {name}", file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)
     except SignalException as error:
         sys.exit(128 + error.sigval)
 

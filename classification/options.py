@@ -112,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate that warm-up starts from")
     group.add_argument("--min-lr", type=float, default=5e-6, help="learning rate at the end")
     group.add_argument("--cooldown-epochs", type=non_negative, default=10, help="epochs at --min-lr after the schedule")
-    group.add_argument("--decay-epochs", type=positive, default=90, help="epochs between the decays of step")
+    group.add_argument("--decay-epochs", type=positive, help="epochs between the decays of step, 90 unless given")
     group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="epochs of multistep's")
     group.add_argument("--decay-rate", type=float, help="factor of a decay, 0.1 unless given; poly: its power, or 1")
 

@@ -111,12 +111,12 @@ def _parameter_groups(args: argparse.Namespace, model: nn.Module, lr: float) -> 
 def _check_installed(opt: str) -> None:
     """Raises ValueError if an optimizer of another package is asked for which is not here, saying how to get it."""
     try:
-        found = get_optimizer_info(opt.lower().split("_")[-1]).opt_class
+        info = get_optimizer_info(opt.lower().split("_")[-1])
     except ValueError:
         return  # create_optimizer_v2 says it better
-    if get_optimizer_info(opt.lower().split("_")[-1]).second_order:
+    if info.second_order:
         raise ValueError(f"--opt {opt} needs second derivatives, which attention kernels do not have: use another.")
-    package = found.split(".")[0] if isinstance(found, str) else "torch"
+    package = info.opt_class.split(".")[0] if isinstance(info.opt_class, str) else "torch"
     if package == "apex":
         try:
             importlib.import_module("apex.optimizers")
@@ -153,13 +153,13 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
             min_lr=args.min_lr,
             cooldown_epochs=args.cooldown_epochs,
             decay_rate=(1.0 if args.sched == "poly" else 0.1) if rate is None else rate,
-            decay_epochs=args.decay_epochs,
+            decay_epochs=args.decay_epochs or (90 if args.sched == "step" else None),
             decay_milestones=args.decay_milestones,
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
         )
     except (AssertionError, ValueError) as error:
-        raise ValueError(f"the schedule {args.sched!r} cannot be made: {wanted}.") from error
+        raise ValueError(f"the schedule {args.sched!r} cannot be made ({error}): {wanted}.") from error
     if scheduler is None and args.sched != "none":  # older timm say no more than that of a name they do not know
         raise ValueError(f"there is no schedule {args.sched!r}: {wanted}.")
     return scheduler, epochs

@@ -49,7 +49,7 @@ class Ranks(NamedTuple):
     def say(self, text: str) -> None:
         """Prints a line, above a progress bar if there is one; the first process does."""
         if self.is_first:
-            tqdm.write(text)
+            tqdm.write(text.encode(errors="backslashreplace").decode())  # a file's name may be no UTF-8
 
     def sum(self, *values: float) -> list[float]:
         """The sum of each value over all processes, in float64; all must call it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -74,12 +74,15 @@ class TarReader:
                     found += _members(tar, root, "")
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{root} cannot be read as tar files of images: {error}.") from error
-        self.classes = classes or sorted({member.label for member in found}, key=natural_key)
+        self.classes = classes or sorted({member.label for member in found} - {""}, key=natural_key)
         numbers = {name: number for number, name in enumerate(self.classes)}
         if not found:
             raise ValueError(f"{root} holds no images, of {', '.join(sorted(IMAGE_SUFFIXES))}.")
         for member in found:
-            _check_known(member.label, numbers, root)
+            if not member.label:
+                raise ValueError(f"{root} has the image {member.name} outside a class folder: move it into one.")
+            if member.label not in numbers:
+                raise _unknown_class(root, member.label)
         samples = ((numbers[member.label], member) for member in found)
         self.samples = sorted(samples, key=lambda sample: (sample[0], sample[1].name))
 
@@ -121,15 +124,17 @@ def _members(tar: tarfile.TarFile, path: Path, folder: str, offset: int = 0) -> 
     # The module takes a file that was cut between two entries, or within a header, for a whole one.
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"{path} ends early, after {offset + tar.offset} bytes: was it copied whole?")
-
-
-def _check_known(label: str | int, numbers: Container[str], where: Path | str) -> None:
-    if label not in numbers:
-        raise ValueError(
-            f"{where} has a class {label!r}, which is none of those known: of --class-map, the training images or the "
-            "model."
+        raise tarfile.ReadError(
+            f"{path} ends early, after {offset + tar.offset} bytes: was it copied whole? If its writer left out "
+            "the mark of the end, append that, 1024 zero bytes"
         )
+
+
+def _unknown_class(where: Path | str, label: str | int) -> ValueError:
+    return ValueError(
+        f"{where} has a class {label!r}, which is none of those known: of --class-map, the training images or "
+        "the model."
+    )
 
 
 class HubReader:
@@ -181,7 +186,7 @@ class HubReader:
         for label, number in self._numbers.items():
             if number is None:
                 name = names[label] if label in range(len(names)) else label
-                _check_known(name, (), self.where)
+                raise _unknown_class(self.where, name)
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -281,7 +286,8 @@ def _find(root: Path, classes: list[str] | None) -> tuple[list[str], list[int], 
     numbers = {name: number for number, name in enumerate(classes)}
     paths, of_paths = [], []
     for name in folders:
-        _check_known(name, numbers, root)
+        if name not in numbers:
+            raise _unknown_class(root, name)
         found = _images_below(root / name)
         if not found:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))

@@ -1,7 +1,7 @@
 """Webdataset shards: tar files read from end to end, as object stores and slow disks like it.
 
 A stream cannot be entered in the middle: a run that goes on within an epoch reads again, and drops, what it has seen.
-The order of the images depends on the number of processes and of --workers, which must stay the same.
+The order of the images depends on the number of processes and of --workers, which must stay the same within an epoch.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ class ShardImages(IterableDataset):
         """The images of this process's share in training; in evaluation those of all processes."""
         return self._per_worker() * self.workers if self.is_training else self.length
 
-    def extent(self) -> dict[str, int]:
-        """What the order of the images depends on, beside the seed."""
-        streams = self.ranks.size * self.workers
-        return {"number of training images": self.length, "number of processes x --workers that read shards": streams}
+    def extent(self, is_within_epoch: bool = True) -> dict[str, int]:
+        """What a run that goes on must have the same; within an epoch also what the order of the images depends on."""
+        streams = {"number of processes x --workers that read shards": self.ranks.size * self.workers}
+        return {"number of training images": self.length, **(streams if is_within_epoch else {})}
 
     def _per_worker(self) -> int:
         return math.ceil(self.length / (self.ranks.size * self.workers * self.batch_size)) * self.batch_size

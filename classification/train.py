@@ -177,7 +177,7 @@ class Trainer:
             ValueError: if it is of another model or other data.
         """
         check_same_run(path, state["record"], self.record)
-        check_same_run(path, state["images"], self.train_images.extent())
+        check_same_run(path, state["images"], self.train_images.extent(is_within_epoch=state["update"] > 0))
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model_ema"])
@@ -203,6 +203,7 @@ class Trainer:
         Raises:
             Interrupted: if the run has saved and must leave because of a signal.
         """
+        self.watch.heed_ctrl_c()
         self.ranks.say(self.describe())
         total = self.epochs * self.updates_per_epoch
         done = self.epoch * self.updates_per_epoch + self.update

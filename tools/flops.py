@@ -38,8 +38,9 @@ def count_model(name: str, size: tuple[int, int] | None = None) -> Counted:
         ValueError: if timm knows no such model, or it does not take pictures of that size.
     """
     if not timm.is_model(name):
-        (nearest,) = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
-        raise ValueError(f"{name!r} is neither a config (.py) nor a model that timm knows: did you mean {nearest!r}?")
+        nearest = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f": did you mean {nearest[0]!r}?" if nearest else "."
+        raise ValueError(f"{name!r} is neither a config (.py) nor a model that timm knows{hint}")
     with torch.device("meta"):
         model = _create(name, size)
         size = size or model.default_cfg["input_size"][1:]

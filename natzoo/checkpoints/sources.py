@@ -85,9 +85,11 @@ def _from_hub(repository: str) -> Path:
             return Path(hf_hub_download(identity, name, revision=revision or None, local_files_only=is_offline))
         except Exception as error:  # the library raises those of several others
             failure = error
-            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+            is_missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+            if not (is_missing or is_offline):
                 break  # else the repository may have the other one
-    reason = "no network" if is_offline else (str(failure).strip().splitlines() or ["?"])[0]
+    host = urlsplit(constants.ENDPOINT).netloc or constants.ENDPOINT
+    reason = f"{host} is not to be found" if is_offline else (str(failure).strip().splitlines() or ["?"])[0]
     raise DownloadError(f"{repository} on the Hugging Face hub gave none of {', '.join(_HUB_FILES)} ({reason})")
 
 

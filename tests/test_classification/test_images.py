@@ -109,6 +109,8 @@ def test_grey_images_of_sixteen_bits(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "deep.png")), grey[..., None].repeat(3, 2))
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "deeper.tif")
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "deeper.tif")), grey[..., None].repeat(3, 2))
 
 
 def test_nothing_readable(tmp_path):

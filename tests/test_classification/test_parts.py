@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from classification import images, train
-from classification.devices import use_tensor_cores
+from classification.devices import enough_memory, use_tensor_cores
 from classification.parts import build_loss, build_scheduler
 
 STEPS = ("--opt", "momentum", "--lr", "1.0", "--weight-decay", "0", "--sched", "none")
@@ -157,3 +157,8 @@ def test_a_loading_process_that_was_killed_is_said(tiny, monkeypatch):
     monkeypatch.setattr(images, "read_image", killed)
     with pytest.raises(ValueError, match=r"a process that loads images has died.*fewer --workers.*DataLoader worker"):
         train.main(tiny("--workers", "1"))
+    full = "unable to allocate shared memory(shm) for file </torch_12_3>: No space left on device (28)"
+    with pytest.raises(ValueError, match="--shm-size"), enough_memory("nothing"):
+        raise RuntimeError(full)
+    with pytest.raises(RuntimeError, match="another"), enough_memory("nothing"):
+        raise RuntimeError("another")

@@ -148,7 +148,9 @@ def test_a_run_that_goes_on_from_an_earlier_epoch_keeps_that_and_its_own(tmp_pat
         checkpoints.keep_epoch(epoch)
     checkpoints = Checkpoints(tmp_path, keep=2, ranks=Ranks())
     checkpoints.save_last(state(33))
+    (tmp_path / "epoch-best.pth").write_bytes(b"a file of the user's")
     checkpoints.keep_epoch(3)
+    (tmp_path / "epoch-best.pth").unlink()
     kept = {path.name: read_checkpoint(path)["version"] for path in tmp_path.glob("epoch-*.pth")}
     assert kept == {f"epoch-{epoch:04d}.pth": version for epoch, version in ((2, 2), (3, 33), (4, 4), (5, 5), (6, 6))}
 

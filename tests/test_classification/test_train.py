@@ -181,11 +181,18 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(tiny, run_folder, stop_aft
     output = capfd.readouterr()
     assert "stopped by SIGINT after 0 epochs and 3 updates" in output.out
     assert "Ctrl-C again leaves at once" in output.err
-    with interruption.Watch() as watch, pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # torchrun's, of the same Ctrl-C
-        assert watch.received == signal.SIGINT
-        monkeypatch.setattr(interruption, "_TWICE_S", 0.0)
+    for environment, second in (({}, signal.SIGINT), ({"RANK": "1"}, signal.SIGTERM)):
+        monkeypatch.setattr(os, "environ", environment)
+        monkeypatch.setattr(interruption, "_TWICE_S", 60.0)
+        with interruption.Watch() as watch, pytest.raises(KeyboardInterrupt):
+            watch.heed_ctrl_c()
+            os.kill(os.getpid(), signal.SIGINT)
+            if environment:
+                os.kill(os.getpid(), signal.SIGINT)  # torchrun's, of the same Ctrl-C
+                monkeypatch.setattr(interruption, "_TWICE_S", 0.0)
+            assert watch.received == signal.SIGINT
+            os.kill(os.getpid(), second)
+    with interruption.Watch(), pytest.raises(KeyboardInterrupt):  # nothing is there to be saved yet
         os.kill(os.getpid(), signal.SIGINT)
 
 

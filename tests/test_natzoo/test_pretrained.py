@@ -170,23 +170,26 @@ def test_the_hub_serves_where_the_site_does_not(monkeypatch, tmp_path, weights):
 
 def test_without_a_network_only_what_the_hub_has_left_here_is_looked_for(monkeypatch, tmp_path):
     import huggingface_hub
+    from huggingface_hub.utils import LocalEntryNotFoundError
 
     def nowhere(*_):
         raise socket.gaierror("name or service not known")
 
     def download(repository, name, revision=None, local_files_only=False):
         assert local_files_only
-        if not there:
-            raise FileNotFoundError("a long text")
+        if name not in there:
+            raise LocalEntryNotFoundError("a long text")
         return str(tmp_path / name)
 
     monkeypatch.setattr(socket, "getaddrinfo", nowhere)
     monkeypatch.setattr(sources, "getproxies", dict)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    there = True
-    assert locate("hf-hub:somebody/nat") == tmp_path / "model.safetensors"
-    there = False
-    with pytest.raises(DownloadError, match=r"on the Hugging Face hub gave none of .* \(no network\)$"):
+    there = ["pytorch_model.bin"]
+    assert locate("hf-hub:somebody/nat") == tmp_path / "pytorch_model.bin"
+    there = []
+    with pytest.raises(
+        DownloadError, match=r"on the Hugging Face hub gave none of .* \(huggingface\.co is not to be found\)$"
+    ):
         locate("hf-hub:somebody/nat")
     monkeypatch.setattr(sources, "getproxies", lambda: {"https": "proxy:3128"})
     assert not sources.is_out_of_reach("https://huggingface.co")
