@@ -149,6 +149,9 @@ RULES = (
     # Tools.
     Rule(r"python tools/convert\.py", elsewhere="a mention; the commands of its docstring are run"),
     Rule(r"python tools/convert\.py work_dirs/\S+ .*", replace={"work_dirs/x/iter_160000": "output/upernet/iter_2"}),
+    Rule(
+        r"python tools/convert\.py output/(mask_rcnn|upernet)/.*", replace={"iter_400": "iter_2", "iter_500": "iter_2"}
+    ),
     Rule(r"python tools/convert\.py .*"),
     Rule(r"python tools/download\.py (list.*|verify)", quick=True),
     Rule(r"python tools/download\.py get .*", replace={"NAME": "nat_mini"}),
@@ -160,6 +163,7 @@ RULES = (
     Rule(r"python tools/flops\.py .*"),
     Rule(r"python tools/plot\.py.*"),
     Rule(r"python tools/visualize\.py attention picture\.png \.\.\. .*", replace={" ...": ""}),
+    Rule(r"python tools/visualize\.py attention PICTURE .*", replace={"PICTURE": "picture.png"}),
     Rule(
         r"python tools/visualize\.py salient .*",
         "--samples 1",
