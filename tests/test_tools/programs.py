@@ -59,7 +59,7 @@ def calls(text: str, checkout: Path) -> list[list[str]]:
     log.write_bytes(b"")
     path = f"{checkout / '.programs'}:{os.environ['PATH']}"
     environment = {**os.environ, "CALLS": str(log), "PATH": path, "PYTHON": "python", "SLURM_JOB_NODELIST": "node[0-3]"}
-    environment |= {"SLURM_NNODES": "4", "SLURM_JOB_ID": "1"}
+    environment |= {"SLURM_NNODES": "4", "SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "64"}
     words = ["bash", "-euo", "pipefail", "-c", text]
     done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{text}\n{done.stderr}"

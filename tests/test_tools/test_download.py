@@ -10,7 +10,7 @@ import pytest
 from file_server import CONTENT, SHA256, serve, status, truncated, web_page
 
 from natzoo import command_line
-from natzoo.checkpoints import zoo
+from natzoo.checkpoints import sources, zoo
 
 SITE = zoo.LIST.read_text().split("site: ")[1].split("\n")[0]
 
@@ -25,6 +25,7 @@ def site(server, monkeypatch, tmp_path):
     (tmp_path / "zoo.yaml").write_text(zoo.LIST.read_text().replace(SITE, server.url("projects/")))
     monkeypatch.setattr(zoo, "LIST", tmp_path / "zoo.yaml")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    monkeypatch.setattr(sources, "is_out_of_reach", lambda url: False)
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "cache"))
     zoo.entries.cache_clear()
     yield server
