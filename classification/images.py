@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from classification.ranks import Ranks
+
 # Appended to seeds, to keep apart the random numbers of the model's weights and of the training steps.
 MODEL_SEED, STEP_SEED = 1, 2
 
@@ -159,6 +161,11 @@ def _of_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "I" and pixels.max() <= 255:  # of 32 bits, whose range nothing tells
         return image
     return Image.fromarray((pixels.clip(0, 65535) // 257).astype(np.uint8))
+
+
+def all_bad_images(images: Any, ranks: Ranks) -> list[str]:
+    """Names of the images that some process could not read; all processes must call it."""
+    return sorted(set().union(*ranks.gather(images.bad_images())))
 
 
 def check_images(images: Any, skip: bool) -> None:

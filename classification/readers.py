@@ -20,6 +20,7 @@ from timm.utils.misc import natural_key
 
 # Endings of names, in small letters.
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"))
+_KINDS = ", ".join(sorted(IMAGE_SUFFIXES))  # for messages
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval", "test")}
 
 
@@ -77,7 +78,7 @@ class TarReader:
         self.classes = classes or sorted({member.label for member in found} - {""}, key=natural_key)
         numbers = {name: number for number, name in enumerate(self.classes)}
         if not found:
-            raise ValueError(f"{root} holds no images, of {', '.join(sorted(IMAGE_SUFFIXES))}.")
+            raise ValueError(f"{root} holds no images, of {_KINDS}.")
         for member in found:
             if not member.label:
                 raise ValueError(f"{root} has the image {member.name} outside a class folder: move it into one.")
@@ -290,8 +291,7 @@ def _find(root: Path, classes: list[str] | None) -> tuple[list[str], list[int], 
             raise _unknown_class(root, name)
         found = _images_below(root / name)
         if not found:
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise ValueError(f"the class folder {root / name} holds no images, of {suffixes}: fill it or remove it.")
+            raise ValueError(f"the class folder {root / name} holds no images, of {_KINDS}: fill it or remove it.")
         paths += found
         of_paths += [numbers[name]] * len(found)
     return paths, of_paths, classes

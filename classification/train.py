@@ -36,10 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.checkpoints import Checkpoints, check_same_run, run_folder, to_resume
 from classification.devices import autocast_of, enough_memory, pick_device, use_tensor_cores
 from classification.evaluation import check_classes, evaluate
-from classification.images import STEP_SEED, check_images, seed_all
+from classification.images import STEP_SEED, all_bad_images, check_images, seed_all
 from classification.interruption import Interrupted, Watch
 from classification.loaders import (
-    TrainingImages,
     batches_of,
     evaluation_loader,
     training_images,
@@ -229,7 +228,7 @@ class Trainer:
             if self.log is not None:
                 self.log.close()
         for images, then in ((self.train_images, "others stood in"), (self.val_loader.dataset, "they are left out")):
-            bad = self.bad_images(images)
+            bad = all_bad_images(images, self.ranks)
             if bad:
                 which = f"images of {images.where} could not be read"
                 self.ranks.say("\n  ".join([f"{len(bad)} {which}; {then}:", *bad]))
@@ -364,7 +363,7 @@ class Trainer:
         is_best = result["top1"] > self.best
         if is_best:
             self.best, self.best_epoch = result["top1"], self.epoch + 1
-        bad = self.bad_images(self.train_images)
+        bad = all_bad_images(self.train_images, self.ranks)
         if self.log is not None:
             self.log.epoch(
                 (self.epoch + 1) * self.updates_per_epoch - 1,
@@ -406,10 +405,6 @@ class Trainer:
 
     def learning_rate(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
-
-    def bad_images(self, images: TrainingImages) -> list[str]:
-        """Those that some process could not read."""
-        return sorted(set().union(*self.ranks.gather(images.bad_images())))
 
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())

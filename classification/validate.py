@@ -21,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.devices import autocast_of, enough_memory, pick_device, use_tensor_cores
 from classification.evaluation import Flipped, check_classes, evaluate
-from classification.images import Images
+from classification.images import Images, all_bad_images
 from classification.interruption import Interrupted, Watch
 from classification.loaders import evaluation_loader, is_sharded, validation_images
 from classification.models import add_model_options, preprocessing, requested_model
@@ -117,7 +117,7 @@ def validate(args: argparse.Namespace, ranks: Ranks, watch: Watch) -> dict[str, 
     seen: nn.Module = Flipped(model) if args.tta == "flip" else model
     autocast, stop = autocast_of(args.amp, device), functools.partial(ranks.leave_on_signal, watch)
     result = evaluate(seen, loader, device, autocast, args.skip_bad_images, ranks, stop)
-    bad = sorted(set().union(*ranks.gather(images.bad_images())))
+    bad = all_bad_images(images, ranks)
     is_usual = args.real_labels is None and args.tta == "none" and config == preprocessing(argparse.Namespace(), model)
     row = _row(name, model, config, result, is_published=args.pretrained and is_usual)
     ranks.say(
