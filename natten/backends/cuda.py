@@ -27,7 +27,7 @@ NAME = "cuda"
 LEAST_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
 _TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out times grad_out of each query, which backward begins with
-_PARAMS = Struct(f"={len(_TENSORS) * 6}q 4q 2i 3i 3i i f")  # as Params there
+_PARAMS = Struct(f"={len(_TENSORS) * 6}q 3q 4i 3i 3i f 4x")  # as Params there
 _VIEW_WORDS = 6
 _TABLES = _VIEW_WORDS * len(_TENSORS)  # where rpb, partial_rpb and grad_rpb stand
 _NO_AXIS = Axis(1, 1, 1, 1, False)
@@ -36,6 +36,7 @@ _GROUP_THREADS = 128  # as THREADS in groups.h
 _SUM_THREADS, _SUM_ENTRIES = 1024, 32  # as in sum_parts.cu
 _MOST_PARTS = 1024  # blocks that sum up the gradient of one head's table
 _MOST_PARTIAL_BYTES = 64 << 20
+_MOST_SHORT_STEP = 2**31 - 1  # from a token to the next of its residue class, in elements
 
 
 def refuses(query: Tensor) -> str | None:
@@ -186,6 +187,12 @@ class _Planner:
         self.element, self.gpu = DTYPES[shaped.dtype], gpu
         self.scale, self.has_rpb, self.is_ordered = scale, has_rpb, is_ordered
         self.views = self._views(tensors, 3 - len(axes))
+        self.has_long_steps = any(
+            abs(stride) * axis.dilation > _MOST_SHORT_STEP
+            for x in tensors.values()
+            if x is not None
+            for stride, axis in zip(x.stride()[1:], axes, strict=False)
+        )
         self.table = prod(2 * axis.kernel_size - 1 for axis in self.axes)
         self.steps: list[Step] = []
         self.partial = 0
@@ -243,9 +250,9 @@ class _Planner:
     # Launches
 
     def _tile(self, kind: str) -> Tile | None:
-        """The tile of a kernel with matrix instructions; None where there are none for the dtype and GPU."""
+        """The tile of a kernel with matrix instructions; None where there are none for the dtype, scale and GPU."""
         gpu = self.gpu
-        if self.element == 0 or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
+        if self.element == 0 or not self.scale > 0 or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
             return None
         return choose_tile(
             kind,
@@ -290,24 +297,24 @@ class _Planner:
         self._add(kernel, -(-self.table // _SUM_ENTRIES), 0, parts)
 
     def _add(self, kernel: Kernel, blocks_per_head: int, pieces: int, parts: int) -> None:
+        blocks = blocks_per_head * self.heads
+        if max(blocks, pieces) >= 2**31:
+            raise ValueError(
+                f"the problem takes {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31: split the batch."
+            )
         parameters = _PARAMS.pack(
             *self.views,
-            *(0, 0, 0, pieces),
-            *(self.batch, self.heads),
+            *(0, 0, 0),
+            *(pieces, parts, self.batch, self.heads),
             *(axis.length for axis in self.axes),
             *(axis.dilation for axis in self.axes),
-            parts,
             self.scale,
         )
-        blocks = blocks_per_head * self.heads
-        if blocks >= 2**31:
-            raise ValueError(
-                f"the problem takes {blocks} blocks, but a GPU launches fewer than 2**31: split the batch."
-            )
         self.steps.append(Step(kernel, blocks, parameters))
 
     def _definitions(self) -> tuple[str, ...]:
         definitions = [f"HEAD_DIM={self.dim}", f"ELEMENT={self.element}", f"HAS_RPB={int(self.has_rpb)}"]
+        definitions.append(f"HAS_LONG_STEPS={int(self.has_long_steps)}")
         for letter, axis in zip("ZYX", self.axes, strict=True):
             definitions.append(f"KERNEL_{letter}={axis.kernel_size}")
             definitions.append(f"STRIDE_{letter}={axis.stride}")

@@ -24,8 +24,9 @@ _LARGE_DIM = 128  # beyond it, rows held as one may be too large
 _RESERVED_BYTES = (
     1 << 10
 )  # of a multiprocessor's shared memory for each block: it has so much more than a block may have
-_MOST_TABLE_BYTES = 64 << 10  # of a bias table in shared memory
-_MOST_GRADIENT_BYTES = 32 << 10
+# In shared memory: bias as fragments, else as a table; its gradient as fragments of each warp, else as tables.
+_MOST_FRAGMENT_BYTES, _MOST_TABLE_BYTES = 32 << 10, 64 << 10
+_MOST_GRADIENT_FRAGMENT_BYTES, _MOST_GRADIENT_BYTES = 80 << 10, 32 << 10
 _STAGE_CHUNKS = (1, 2, 4, 8)  # of a stage, where columns come in stages
 _STAGE_COST = 60.0  # of waiting for a stage, in the time of products of a warp
 # What a unit of 16 tokens and 8 columns costs beside products over 16 of head_dim, in their time.
@@ -50,6 +51,7 @@ class Tile(NamedTuple):
     size: tuple[int, int, int]
     columns: int
     unit_columns: int
+    reach: int
     is_segmented: bool
     chunk_rows: int
     stage_rows: int
@@ -57,7 +59,9 @@ class Tile(NamedTuple):
     warps: int
     min_blocks: int
     slices: int
+    has_bias_fragments: bool
     is_table_shared: bool
+    has_gradient_fragments: bool
     gradient_tables: int
     shared_bytes: int
 
@@ -72,6 +76,7 @@ class Tile(NamedTuple):
             "TILE_X": self.size[2],
             "COLUMNS": self.columns,
             "UNIT_COLUMNS": self.unit_columns,
+            "REACH": self.reach,
             "IS_SEGMENTED": int(self.is_segmented),
             "CHUNK_ROWS": self.chunk_rows,
             "STAGE_ROWS": self.stage_rows,
@@ -79,7 +84,9 @@ class Tile(NamedTuple):
             "WARPS": self.warps,
             "MIN_BLOCKS": self.min_blocks,
             "SLICES": self.slices,
+            "HAS_BIAS_FRAGMENTS": int(self.has_bias_fragments),
             "IS_TABLE_SHARED": int(self.is_table_shared),
+            "HAS_GRADIENT_FRAGMENTS": int(self.has_gradient_fragments),
             "GRADIENT_TABLES": self.gradient_tables,
             "SHARED_BYTES": self.shared_bytes,
         }
@@ -118,16 +125,31 @@ def _spans(axis: Axis, is_inverse: bool, n: int) -> tuple[tuple[int, int], ...]:
     return tuple(spans)
 
 
+def _classes(axis: Axis) -> set[int]:
+    """Lengths of the residue classes."""
+    longest = -(-axis.length // axis.dilation)
+    return {longest, axis.length // axis.dilation} if axis.dilation > 1 else {longest}
+
+
 @cache
 def widest(axis: Axis, is_inverse: bool, size: int) -> int:
     """Most columns that `size` tokens, counted off from the first, meet together on an axis, in any residue class."""
-    longest = -(-axis.length // axis.dilation)
-    classes = {longest, axis.length // axis.dilation} if axis.dilation > 1 else {longest}
-    most = 0
-    for n in classes:
+    return max(before + after for before, after in _reaches(axis, is_inverse, size))
+
+
+@cache
+def farthest(axis: Axis, is_inverse: bool, size: int) -> tuple[int, int]:
+    """How far before the first of `size` tokens their columns begin at most, and how far after it they end."""
+    reaches = _reaches(axis, is_inverse, size)
+    return max(before for before, _ in reaches), max(after for _, after in reaches)
+
+
+def _reaches(axis: Axis, is_inverse: bool, size: int) -> list[tuple[int, int]]:
+    found = []
+    for n in _classes(axis):
         spans = _spans(axis, is_inverse, n)
-        most = max(most, *(spans[min(s + size, n) - 1][1] - spans[s][0] for s in range(0, n, size)))
-    return most
+        found += [(s - spans[s][0], spans[min(s + size, n) - 1][1] - s) for s in range(0, n, size)]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,6 +196,7 @@ class _Chooser:
         self.unit = (1, 2, 8) if self.rank > 1 else (1, 1, 16)
         self.longest = [-(-axis.length // axis.dilation) for axis in axes]
         self.table = prod(2 * axis.kernel_size - 1 for axis in axes)
+        self.table_rows, self.halves = self.table // (2 * axes[2].kernel_size - 1), 1 if self.rank > 1 else 2
         self.pieces = dim // 8
         self.slices = -(-dim // _MOST_SLICE_DIM[kind])
         self.slice_pieces = -(-self.pieces // self.slices)
@@ -195,27 +218,30 @@ class _Chooser:
         return list(range(unit, most + 1, unit))
 
     def _tiles_of_size(self, size, units: int) -> Iterator[Tile]:
-        for columns, unit_columns, is_segmented in self._columns(size[2]):
-            reach = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, size, strict=True)]
-            rows = reach[0] * reach[1] * (-(-reach[2] // columns))
+        for columns, unit_columns, reach, is_segmented in self._columns(size[2]):
+            met = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, size, strict=True)]
+            rows = met[0] * met[1] * (-(-met[2] // columns) if is_segmented else 1)
             chunk_rows = max(1, min(self.chunk_blocks // (unit_columns // 8), rows))
             if chunk_rows * unit_columns % 16:
                 chunk_rows += 1
+            rows = max(rows, chunk_rows)
             for is_staged, stage_rows, warps in self._stages(units, rows, chunk_rows):
-                tile = self._tile(size, columns, unit_columns, is_segmented, chunk_rows, stage_rows, is_staged, warps)
+                tile = self._tile(
+                    size, columns, unit_columns, reach, is_segmented, chunk_rows, stage_rows, is_staged, warps
+                )
                 if self._is_fit(tile):
                     yield tile
 
-    def _columns(self, size_x: int) -> Iterator[tuple[int, int, bool]]:
+    def _columns(self, size_x: int) -> Iterator[tuple[int, int, int, bool]]:
         """Ways to hold a row of columns: as one, unless it is long, and in segments."""
-        unit_columns = _multiple(widest(self.axes[2], self.is_inverse, self.unit[2]), 8)
+        before, after = farthest(self.axes[2], self.is_inverse, self.unit[2])
+        unit_columns = _multiple(before + after, 8)
         if unit_columns <= 8 * _MOST_ROW_BLOCKS:
-            columns = _multiple(widest(self.axes[2], self.is_inverse, size_x), 8)
-            yield max(columns, unit_columns), unit_columns, False
+            yield size_x - self.unit[2] + unit_columns, unit_columns, before, False
             if self.dim <= _LARGE_DIM:
                 return
         segment = 8 * max(self.chunk_blocks, 4) if self.dim <= _LARGE_DIM else 16
-        yield segment, segment, True
+        yield segment, segment, 0, True
 
     def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[tuple[bool, int, int]]:
         """Whether columns come in stages, of how many rows, and for how many warps."""
@@ -231,28 +257,24 @@ class _Chooser:
 
     def _is_fit(self, tile: Tile) -> bool:
         """Whether it fits the GPU, and no warps add to one table in no certain order where that matters."""
-        is_ordered = tile.warps == 1 or tile.gradient_tables == tile.warps
+        is_ordered = tile.warps == 1 or tile.has_gradient_fragments or tile.gradient_tables == tile.warps
         return tile.shared_bytes <= self.most_shared_bytes and (
             is_ordered or not (self.has_gradient and self.is_ordered)
         )
 
-    def _tile(self, size, columns, unit_columns, is_segmented, chunk_rows, stage_rows, is_staged, warps) -> Tile:
+    def _tile(
+        self, size, columns, unit_columns, reach, is_segmented, chunk_rows, stage_rows, is_staged, warps
+    ) -> Tile:
         pitch = self.pieces if self.pieces & (self.pieces - 1) == 0 else self.pieces | 1
         tokens = stage_rows * columns
         buffer = tokens * pitch * 32 + (tokens * 8 if self.is_inverse else 0)
-        table_x = 2 * self.axes[2].kernel_size - 1
-        margin = (table_x if self.rank > 1 else 0) + 2 * unit_columns + 32
-        table = _multiple(self.table + 2 * margin, 4) * 4
-        is_table_shared = self.has_rpb and table <= _MOST_TABLE_BYTES
-        one_gradient = _multiple(self.table, 4) * 4
-        gradients = 0
-        if self.has_gradient:
-            fits = [count for count in (warps, 1) if count * one_gradient <= _MOST_GRADIENT_BYTES]
-            gradients = fits[0] if fits else 0
+        fragment = unit_columns * 32  # bytes of 8 tokens by these columns
+        has_fragments, has_table, bias = self._bias(size, is_segmented, unit_columns, fragment)
+        has_sums, tables, gradient = self._gradient(is_segmented, warps, fragment)
         blocks = unit_columns // 8 + (self.rank == 1)
-        diagonals = 8 * (_multiple(blocks * 8 + 16, 32) + 8) * 4 if self.has_gradient else 0
+        diagonals = 8 * (_multiple(blocks * 8 + 16, 32) + 8) * 4 if self.has_gradient and not has_sums else 0
         warp = max(16 * (self.slice_pieces + 1) * 16, diagonals)
-        shared = (2 if is_staged else 1) * buffer + table * is_table_shared + gradients * one_gradient + warps * warp
+        shared = (2 if is_staged else 1) * buffer + bias + gradient + warps * warp
         most_warps = self.most_resident_warps
         if self.rank > 2 or (is_staged and self.dim > 32):
             most_warps = min(most_warps, _MOST_RESIDENT_OF_SOME)
@@ -265,6 +287,7 @@ class _Chooser:
             size=tuple(size),
             columns=columns,
             unit_columns=unit_columns,
+            reach=reach,
             is_segmented=is_segmented,
             chunk_rows=chunk_rows,
             stage_rows=stage_rows,
@@ -272,10 +295,35 @@ class _Chooser:
             warps=warps,
             min_blocks=resident,
             slices=self.slices,
-            is_table_shared=is_table_shared,
-            gradient_tables=gradients,
+            has_bias_fragments=has_fragments,
+            is_table_shared=has_table,
+            has_gradient_fragments=has_sums,
+            gradient_tables=tables,
             shared_bytes=shared,
         )
+
+    def _bias(self, size, is_segmented: bool, unit_columns: int, fragment: int) -> tuple[bool, bool, int]:
+        """Whether shared memory holds the bias as fragments, whether as a table, and bytes of that."""
+        rows = self.table_rows if self.has_rpb else 1
+        fragments = size[2] // self.unit[2] * (rows * self.halves + 1) * fragment
+        if not is_segmented and fragments <= _MOST_FRAGMENT_BYTES:
+            return True, False, fragments
+        if not self.has_rpb:
+            return False, False, 0
+        margin = 2 * unit_columns + 32
+        table = _multiple(self.table + 2 * margin, 4) * 4
+        return (False, True, table) if table <= _MOST_TABLE_BYTES else (False, False, 0)
+
+    def _gradient(self, is_segmented: bool, warps: int, fragment: int) -> tuple[bool, int, int]:
+        """Whether it holds the gradient of bias as fragments of each warp, or how many tables, and bytes of that."""
+        if not self.has_gradient:
+            return False, 0, 0
+        fragments = warps * self.table_rows * self.halves * fragment
+        if not is_segmented and fragments <= _MOST_GRADIENT_FRAGMENT_BYTES:
+            return True, 0, fragments
+        one = _multiple(self.table, 4) * 4
+        tables = next((count for count in (warps, 1) if count * one <= _MOST_GRADIENT_BYTES), 0)
+        return False, tables, tables * one
 
     def cost(self, tile: Tile, maps: int, processors: int) -> float:
         """About what all tiles of a problem take, in products of a unit; only comparisons count."""

@@ -341,6 +341,7 @@ inline uint16_t float_to_bfloat(float value) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 
 inline void copy_async(void* to, const void* from, bool is_there) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)

@@ -85,16 +85,16 @@ NATTEN_KERNEL(natten_grad_query, natten::THREADS) {
   using namespace natten;
   __shared__ float grad_logits[GROUPS * SLOTS], sums[TableGradient::SHARED];
   const int head = blockIdx.x % p.heads, part = blockIdx.x / p.heads;
-  long long first, end;
+  int first, end;
   share_of(p, part, first, end);
   Token token;
   if (!p.partial_rpb) {
-    for (long long piece = first; piece < end; ++piece)
+    for (int piece = first; piece < end; ++piece)
       if (token.locate(p, piece, head)) differentiate_query(p, token, nullptr, nullptr);
     return;
   }
   TableGradient table(p, head, part, sums);
-  for (long long piece = first; piece < end; ++piece)
+  for (int piece = first; piece < end; ++piece)
     if (token.locate(p, piece, head)) differentiate_query(p, token, grad_logits, &table);
   table.finish();
 }

@@ -85,7 +85,7 @@ struct Token {
   int start_z, start_y, start_x;
 
   // False, for all groups alike, if the piece is empty.
-  __device__ __forceinline__ bool locate(const Params& p, long long piece, int head) {
+  __device__ __forceinline__ bool locate(const Params& p, int piece, int head) {
     int at[3];
     map.head = head;
     if (!natten::locate(p, piece, {1, 1, GROUPS}, map, at)) return false;

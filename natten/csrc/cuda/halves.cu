@@ -101,11 +101,11 @@ NATTEN_KERNEL(natten_query_key_grad_rpb, natten::THREADS) {
   using namespace natten;
   __shared__ float sums[TableGradient::SHARED];
   const int head = blockIdx.x % p.heads, part = blockIdx.x / p.heads;
-  long long first, end;
+  int first, end;
   share_of(p, part, first, end);
   Token token;
   TableGradient table(p, head, part, sums);
-  for (long long piece = first; piece < end; ++piece)
+  for (int piece = first; piece < end; ++piece)
     if (token.locate(p, piece, head)) sum_bias(p, token, table);
   table.finish();
 }

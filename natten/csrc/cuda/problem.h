@@ -1,5 +1,6 @@
 // A problem as a kernel sees it. What the compiler is told (natten/backends/cuda.py): the window of each axis
-// (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM, ELEMENT and HAS_RPB. What comes at run time: `Params`.
+// (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM, ELEMENT, HAS_RPB, and HAS_LONG_STEPS, whether neighbours on an axis of a
+// residue class may be 2^31 elements apart. What comes at run time: `Params`.
 //
 // Problems of fewer axes have leading axes of one token with a window of one. Dilation cuts each axis into residue
 // classes, each a small problem without dilation; natten/geometry states the same for Python.
@@ -25,9 +26,9 @@ struct Params {
   const float* rpb;    // [heads, 2K - 1 of each axis], contiguous; or null
   float* partial_rpb;  // [heads, parts, 2K - 1 of each axis]: what each part adds to the gradient of rpb; or null
   float* grad_rpb;     // [heads, 2K - 1 of each axis]; or null
-  long long pieces;    // blocks of work along the grid's x
-  int batch, heads, length[3], dilation[3];
+  int pieces;          // of a head: what blocks work on
   int parts;           // blocks that share the work of a head, where rpb has a gradient
+  int batch, heads, length[3], dilation[3];
   float scale;
 };
 
@@ -81,11 +82,11 @@ struct Submap {
 };
 
 // Takes the next digit of a mixed-radix number.
-__device__ __forceinline__ int take(long long& index, int radix) {
-  const long long rest = index / radix;
-  const int digit = static_cast<int>(index - rest * radix);
+__device__ __forceinline__ int take(unsigned& index, int radix) {
+  if (radix == 1) return 0;
+  const unsigned rest = index / static_cast<unsigned>(radix), digit = index - rest * radix;
   index = rest;
-  return digit;
+  return static_cast<int>(digit);
 }
 
 __device__ __forceinline__ int longest_class(const Params& p, int axis) {
@@ -96,7 +97,7 @@ __device__ __forceinline__ int count_pieces(int tokens, int size) { return (toke
 
 // Cuts each axis of each residue class into pieces of the given sizes: the index-th piece of a head, whose first tokens
 // are written to `at`. False if the piece lies beyond a class that is shorter than the longest.
-__device__ __forceinline__ bool locate(const Params& p, long long index, const int (&size)[3], Submap& map, int (&at)[3]) {
+__device__ __forceinline__ bool locate(const Params& p, unsigned index, const int (&size)[3], Submap& map, int (&at)[3]) {
 #pragma unroll
   for (int i = 2; i >= 0; --i) {
     at[i] = map.residue[i] = 0, map.n[i] = 1;
@@ -110,10 +111,15 @@ __device__ __forceinline__ bool locate(const Params& p, long long index, const i
 }
 
 // A tensor within a submap: rows of `dim` elements, one a token.
+#if HAS_LONG_STEPS
+using Step = long long;
+#else
+using Step = int;
+#endif
 template <class T>
 struct Rows {
   T* base;
-  long long step[3];
+  Step step[3];
 
   __device__ __forceinline__ Rows(const Params& p, TensorName name, const Submap& map) {
     const TensorView& view = p.tensors[name];
@@ -121,17 +127,21 @@ struct Rows {
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
       offset += map.residue[i] * view.axis[i];
-      step[i] = p.dilation[i] * view.axis[i];
+      step[i] = static_cast<Step>(p.dilation[i] * view.axis[i]);
     }
     base = reinterpret_cast<T*>(view.data) + offset;
   }
-  __device__ __forceinline__ T* at(int z, int y, int x) const { return base + z * step[0] + y * step[1] + x * step[2]; }
+  __device__ __forceinline__ T* at(int z, int y, int x) const {
+    using Offset = long long;
+    return base + (Offset(z) * step[0] + Offset(y) * step[1] + Offset(x) * step[2]);
+  }
 };
 
 // Which part of a head's work the block does, where the gradient of rpb is summed: pieces [first, end).
-__device__ __forceinline__ void share_of(const Params& p, int part, long long& first, long long& end) {
-  first = p.pieces * part / p.parts;
-  end = p.pieces * (part + 1) / p.parts;
+__device__ __forceinline__ void share_of(const Params& p, int part, int& first, int& end) {
+  const long long pieces = p.pieces;
+  first = static_cast<int>(pieces * part / p.parts);
+  end = static_cast<int>(pieces * (part + 1) / p.parts);
 }
 
 }  // namespace natten

@@ -8,13 +8,16 @@
 //   TILE_Z, TILE_Y, TILE_X  tokens of a tile
 //   COLUMNS                 tokens of a row of columns in shared memory, a multiple of 8
 //   UNIT_COLUMNS            those of them that a unit looks at, a multiple of 8
-//   IS_SEGMENTED            whether rows are cut into segments of COLUMNS = UNIT_COLUMNS tokens, since they are long
+//   REACH                   how many tokens before its first token they begin
+//   IS_SEGMENTED            whether instead rows are cut into segments of COLUMNS = UNIT_COLUMNS tokens, since they are long
 //   CHUNK_ROWS              rows that a warp works on at a time; CHUNK_ROWS * UNIT_COLUMNS is a multiple of 16
 //   STAGE_ROWS, IS_STAGED   rows that shared memory holds at a time; whether there may be more, and two such buffers
 //   WARPS, MIN_BLOCKS       of a block; blocks that a multiprocessor should hold
 //   SLICES                  blocks that share head_dim of the results
-//   IS_TABLE_SHARED         whether the bias table is copied to shared memory
-//   GRADIENT_TABLES         copies of its gradient there: WARPS, or 1 that warps add to atomically, or 0 if it is too large
+//   HAS_BIAS_FRAGMENTS      whether bias lies in shared memory as fragments (bias.h)
+//   IS_TABLE_SHARED         whether else the bias table is copied to shared memory
+//   HAS_GRADIENT_FRAGMENTS  whether each warp sums up its gradient as fragments (bias_gradient.h)
+//   GRADIENT_TABLES         copies of it in shared memory else: WARPS, or 1 that warps add to atomically, or 0 if it is too large
 //   SHARED_BYTES            of all that
 #pragma once
 
@@ -35,8 +38,8 @@ static_assert(COLUMNS % 8 == 0 && UNIT_COLUMNS % 8 == 0 && CHUNK_ROWS * UNIT_COL
 constexpr int TILE_THREADS = WARPS * 32;
 constexpr int UNIT_Y = RANK > 1 ? 2 : 1, UNIT_X = RANK > 1 ? 8 : 16;
 constexpr int UNITS_Y = (TILE_Y + UNIT_Y - 1) / UNIT_Y, UNITS_X = (TILE_X + UNIT_X - 1) / UNIT_X;
-constexpr int UNITS = TILE_Z * UNITS_Y * UNITS_X, ROUNDS = (UNITS + WARPS - 1) / WARPS;
-static_assert(!IS_STAGED || ROUNDS == 1, "staged columns are seen once");
+constexpr int UNITS = TILE_Z * UNITS_Y * UNITS_X;
+static_assert(!IS_STAGED || UNITS <= WARPS, "staged columns are seen once");
 
 constexpr int PIECES = HEAD_DIM / 8;        // of a row, 16 bytes each
 constexpr int STEPS = (PIECES + 1) / 2;     // of a product over head_dim, 16 elements each, the last perhaps 8
@@ -63,15 +66,22 @@ constexpr int SIGN = INVERSE ? -1 : 1;  // of a column's place in the bias table
 constexpr int STATISTICS_BYTES = INVERSE ? STAGE_TOKENS * 8 : 0;  // two numbers of each query
 constexpr int BUFFER_BYTES = 2 * COLUMN_BYTES + STATISTICS_BYTES;
 
+constexpr int TABLE_ROWS = TABLE_Z * TABLE_Y, HALVES = RANK > 1 ? 1 : 2;  // that differ in where their tokens lie in a row
+constexpr int FRAGMENT_BYTES = ROW_BLOCKS * 256;  // 8 tokens by UNIT_COLUMNS
+constexpr int BIAS_FRAGMENTS = (HAS_RPB ? TABLE_ROWS : 1) * HALVES + 1, GRADIENT_FRAGMENTS = TABLE_ROWS * HALVES;
 // Entries beyond the table may be read, for pairs that no window holds.
-constexpr int MARGIN = (RANK > 1 ? TABLE_X : 0) + 2 * UNIT_COLUMNS + 32;
-constexpr int TABLE_BYTES = HAS_RPB && IS_TABLE_SHARED ? (TABLE + 2 * MARGIN + 3) / 4 * 16 : 0;
-constexpr int GRADIENT_BYTES = GRADIENT_TABLES * ((TABLE + 3) / 4 * 16);
+constexpr int MARGIN = 2 * UNIT_COLUMNS + 32;
+constexpr int BIAS_BYTES = HAS_BIAS_FRAGMENTS         ? UNITS_X * BIAS_FRAGMENTS * FRAGMENT_BYTES
+                           : HAS_RPB && IS_TABLE_SHARED ? (TABLE + 2 * MARGIN + 3) / 4 * 16
+                                                        : 0;
+constexpr int TABLE_STRIDE = (TABLE + 3) / 4 * 4;  // floats
+constexpr int GRADIENT_BYTES = HAS_GRADIENT_FRAGMENTS ? WARPS * GRADIENT_FRAGMENTS * FRAGMENT_BYTES : GRADIENT_TABLES * TABLE_STRIDE * 4;
 constexpr int DIAGONAL_BLOCKS = ROW_BLOCKS + (RANK == 1);
 constexpr int DIAGONAL_PITCH = (DIAGONAL_BLOCKS * 8 + 16 + 31) / 32 * 32 + 8;
-constexpr int STORE_BYTES = 16 * (SLICE + 1) * 16, DIAGONAL_BYTES = HAS_GRADIENT ? 8 * DIAGONAL_PITCH * 4 : 0;
+constexpr int STORE_BYTES = 16 * (SLICE + 1) * 16;
+constexpr int DIAGONAL_BYTES = HAS_GRADIENT && !HAS_GRADIENT_FRAGMENTS ? 8 * DIAGONAL_PITCH * 4 : 0;
 constexpr int WARP_BYTES = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES;
-constexpr int TABLE_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = TABLE_AT + TABLE_BYTES;
+constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES;
 constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES;
 static_assert(SHARED_BYTES == WARPS_AT + WARPS * WARP_BYTES, "cuda_tiles.py counts otherwise");
 
@@ -95,15 +105,17 @@ struct BlockTile {
   Submap map;
   int at[3];
   Span z, y, x;  // columns
+  int first_x;   // where rows of them begin in shared memory, which may be before the map
   int segments, rows;
 
-  __device__ __forceinline__ bool locate(const Params& p, long long piece, int head) {
+  __device__ __forceinline__ bool locate(const Params& p, int piece, int head) {
     map.head = head;
     if (!natten::locate(p, piece, {TILE_Z, TILE_Y, TILE_X}, map, at)) return false;
     const int *n = map.n;
     z = {columns_z(at[0], n[0]).first, columns_z(min(at[0] + TILE_Z, n[0]) - 1, n[0]).end};
     y = {columns_y(at[1], n[1]).first, columns_y(min(at[1] + TILE_Y, n[1]) - 1, n[1]).end};
     x = {columns_x(at[2], n[2]).first, columns_x(min(at[2] + TILE_X, n[2]) - 1, n[2]).end};
+    first_x = IS_SEGMENTED ? x.first : at[2] - REACH;
     segments = IS_SEGMENTED ? (x.end - x.first + COLUMNS - 1) / COLUMNS : 1;
     rows = (RANK > 2 ? z.end - z.first : 1) * (RANK > 1 ? y.end - y.first : 1) * segments;
     return true;
@@ -123,20 +135,32 @@ struct BlockTile {
   }
 };
 
-// Copies a stage of columns of two tensors, in the background; zeros where there are none.
-__device__ __forceinline__ void copy_columns(const Params& p, const BlockTile& tile, int first_row, TensorName first,
-                                             TensorName second, char* buffer) {
-  const Rows<const Storage> one(p, first, tile.map), two(p, second, tile.map);
-  for (int i = threadIdx.x; i < STAGE_TOKENS * PIECES; i += TILE_THREADS) {
-    const int piece = i % PIECES, token = i / PIECES, row = first_row + token / COLUMNS;
-    const Place at = tile.place(row);
-    const int x = tile.x.first + at.segment * COLUMNS + token % COLUMNS;
-    const bool is_there = row < tile.rows && x < tile.x.end;
-    char* to = buffer + (token * PITCH + (piece ^ swizzle(token))) * 16;
-    const Storage* from = is_there ? one.at(at.z, at.y, x) + piece * 8 : one.base;
-    copy_async(to, from, is_there);
-    from = is_there ? two.at(at.z, at.y, x) + piece * 8 : two.base;
-    copy_async(to + COLUMN_BYTES, from, is_there);
+// Copies a stage of columns of two tensors, in the background; zeros where there are none. A thread takes the same piece
+// of each of its rows.
+__device__ __forceinline__ void copy_columns(const BlockTile& tile, int first_row, const Rows<const Storage>& one,
+                                             const Rows<const Storage>& two, char* buffer) {
+  constexpr int LINE = COLUMNS * PIECES, LINE_THREADS = LINE < TILE_THREADS ? LINE : TILE_THREADS;
+  constexpr int LINES = TILE_THREADS / LINE_THREADS;
+  constexpr bool IS_STEADY = RANK < 3 && !IS_SEGMENTED;  // whether rows are one step apart
+  const int line = threadIdx.x / LINE_THREADS;
+  for (int i = threadIdx.x % LINE_THREADS; i < LINE && line < LINES; i += LINE_THREADS) {
+    const int piece = i % PIECES, column = i / PIECES;
+    char* to = buffer + ((line * COLUMNS + column) * PITCH + (piece ^ swizzle(column))) * 16;
+    Place at = tile.place(first_row + line);
+    int x = tile.first_x + at.segment * COLUMNS + column;
+    const Storage *from_one = one.at(at.z, at.y, x) + piece * 8, *from_two = two.at(at.z, at.y, x) + piece * 8;
+#pragma unroll 2
+    for (int row = line; row < STAGE_ROWS; row += LINES, to += LINES * COLUMNS * PITCH * 16) {
+      if (!IS_STEADY) {
+        at = tile.place(first_row + row);
+        x = tile.first_x + at.segment * COLUMNS + column;
+        from_one = one.at(at.z, at.y, x) + piece * 8, from_two = two.at(at.z, at.y, x) + piece * 8;
+      }
+      const bool is_there = first_row + row < tile.rows && tile.x.holds(x);
+      copy_async(to, from_one, is_there);
+      copy_async(to + COLUMN_BYTES, from_two, is_there);
+      if (IS_STEADY) from_one += LINES * one.step[1], from_two += LINES * two.step[1];
+    }
   }
   commit_copies();
 }
@@ -148,14 +172,12 @@ __device__ __forceinline__ void copy_columns(const Params& p, const BlockTile& t
 struct Unit {
   int z, y, x;            // first token
   bool is_there[2];       // whether this thread's tokens, one in each half, exist
+  int token_y[2], token_x[2];  // these, or the next that exist
   Span z_span, y_span[2], x_span[2];  // columns of these tokens; empty where there are none
   Span segment_span;
   int first_row, end_row;  // of columns
-  int first_column;        // in a row of shared memory
+  int first_column;        // in a row of shared memory, a multiple of 8
   int first_x;             // where that is, in segment 0
-
-  __device__ __forceinline__ int token_y(int half) const { return RANK > 1 ? y + half : 0; }
-  __device__ __forceinline__ int token_x(int row) const { return RANK > 1 ? x + row % 8 : x + row; }
 
   // False, for the whole warp, if the unit has no tokens.
   __device__ __forceinline__ bool locate(const BlockTile& tile, int index) {
@@ -169,21 +191,20 @@ struct Unit {
     z_span = columns_z(z, n[0]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int sy = token_y(half), sx = token_x(lane_index() / 4 + 8 * half);
+      const int sy = RANK > 1 ? y + half : 0, sx = x + lane_index() / 4 + (RANK > 1 ? 0 : 8 * half);
       y_span[half] = RANK < 2 || sy < end_y ? columns_y(sy, n[1]) : Span{0, 0};
       x_span[half] = sx < end_x ? columns_x(sx, n[2]) : Span{0, 0};
       is_there[half] = (RANK < 2 || sy < end_y) && sx < end_x;
+      token_y[half] = RANK > 1 ? min(sy, end_y - 1) : 0, token_x[half] = min(sx, end_x - 1);
     }
     const Span ys = {columns_y(y, n[1]).first, columns_y(min(y + UNIT_Y, end_y) - 1, n[1]).end};
-    const Span xs = {columns_x(x, n[2]).first, columns_x(min(x + UNIT_X, end_x) - 1, n[2]).end};
+    segment_span = {0, 1};
     if (IS_SEGMENTED) {
+      const Span xs = {columns_x(x, n[2]).first, columns_x(min(x + UNIT_X, end_x) - 1, n[2]).end};
       segment_span = {(xs.first - tile.x.first) / COLUMNS, (xs.end - 1 - tile.x.first) / COLUMNS + 1};
-      first_column = 0;
-    } else {
-      segment_span = {0, 1};
-      first_column = min(xs.first - tile.x.first, COLUMNS - UNIT_COLUMNS);
     }
-    first_x = tile.x.first + first_column;
+    first_column = IS_SEGMENTED ? 0 : x - tile.at[2];
+    first_x = tile.first_x + first_column;
     first_row = tile.row_of({z_span.first, ys.first, segment_span.first});
     end_row = tile.row_of({z_span.end - 1, ys.end - 1, segment_span.end - 1}) + 1;
     return true;
@@ -194,25 +215,21 @@ struct Unit {
   }
 };
 
-// This thread's rows of a tensor that belongs to the unit's tokens: lane / 4 of each half; null where there is no token.
+// This thread's rows of a tensor that belongs to the unit's tokens: lane / 4 of each half.
 template <class T>
 struct UnitRows {
   T* row[2];
 
   __device__ __forceinline__ UnitRows(const Rows<T>& rows, const Unit& unit) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      row[half] = unit.is_there[half]
-                      ? rows.at(unit.z, unit.token_y(half), unit.token_x(lane_index() / 4 + 8 * half))
-                      : nullptr;
+    for (int half = 0; half < 2; ++half) row[half] = rows.at(unit.z, unit.token_y[half], unit.token_x[half]);
   }
   // Fragment A of a step of 16 elements (8 in the last if head_dim is odd in that).
   __device__ __forceinline__ void fragment(int step, unsigned (&a)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int item = step * 16 + i / 2 * 8 + lane_index() % 4 * 2;
-      const bool is_there = item < HEAD_DIM && row[i % 2];
-      a[i] = is_there ? *reinterpret_cast<const unsigned*>(row[i % 2] + item) : 0u;
+      const int item = step * 16 + i / 2 * 8;
+      a[i] = item < HEAD_DIM ? *reinterpret_cast<const unsigned*>(row[i % 2] + item + lane_index() % 4 * 2) : 0u;
     }
   }
 };
@@ -235,16 +252,10 @@ struct Fragments {
   }
 };
 
-// out[16][8 * ROW_BLOCKS] = the unit's rows times a row of columns that begins at `token`.
-__device__ __forceinline__ void multiply_columns(const Fragments& left, const char* columns, int token,
-                                        float (&out)[ROW_BLOCKS][4]) {
-  const int lane = lane_index();
-#pragma unroll
-  for (int block = 0; block < ROW_BLOCKS; ++block)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[block][i] = 0;
-  token += lane % 8;
-  const int exchange = swizzle(token);
+// sum[16][8 * ROW_BLOCKS] += the unit's rows times columns that follow each other in shared memory.
+__device__ __forceinline__ void multiply_columns(const Fragments& left, const char* columns, float (&sum)[ROW_BLOCKS][4]) {
+  const int lane = lane_index(), exchange = swizzle(lane % 8);
+  columns += lane % 8 * (PITCH * 16);
 #pragma unroll
   for (int piece = 0; piece < PIECES; piece += 4) {
     unsigned a[2][4];
@@ -252,33 +263,36 @@ __device__ __forceinline__ void multiply_columns(const Fragments& left, const ch
     if (piece + 2 < PIECES) left.get(piece / 2 + 1, a[1]);
 #pragma unroll
     for (int block = 0; block < ROW_BLOCKS; ++block) {
-      const char* row = columns + (token + 8 * block) * (PITCH * 16);
+      const char* row = columns + block * (8 * PITCH * 16);
       unsigned b[4];
       if (piece + 4 <= PIECES) {
         load_matrices<4, false>(b, row + ((piece + lane / 8) ^ exchange) * 16);
-        multiply_add<Element, 16>(out[block], a[0], b);
-        multiply_add<Element, 16>(out[block], a[1], b + 2);
+        multiply_add<Element, 16>(sum[block], a[0], b);
+        multiply_add<Element, 16>(sum[block], a[1], b + 2);
         continue;
       }
       if (piece + 2 <= PIECES) {
         load_matrices<2, false>(b, row + ((piece + lane / 8 % 2) ^ exchange) * 16);
-        multiply_add<Element, 16>(out[block], a[0], b);
+        multiply_add<Element, 16>(sum[block], a[0], b);
       }
       if (PIECES % 2) {
         constexpr int LAST = PIECES - 1;
         load_matrices<1, false>(b, row + (LAST ^ exchange) * 16);
-        multiply_add<Element, 8>(out[block], a[LAST % 4 / 2], b);
+        multiply_add<Element, 8>(sum[block], a[LAST % 4 / 2], b);
       }
     }
   }
 }
 
-// sum[16][8 * SLICE] += weights[16][16], two blocks of a chunk, times the columns of these blocks; `token` is this lane's
-// column, that of block 0 for lanes 0 to 7 and 16 to 23, of block 1 for the others.
-__device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const char* columns, int token, int first_piece,
-                                   float (&sum)[SLICE][4]) {
-  const int lane = lane_index(), exchange = swizzle(token);
-  const char* row = columns + token * (PITCH * 16);
+// sum[16][8 * SLICE] += weights[16][16], blocks 2 * pair and the next of a chunk, times their columns.
+template <int PAIR>
+__device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const char* columns, int first_piece,
+                                            float (&sum)[SLICE][4]) {
+  const int lane = lane_index(), exchange = swizzle(lane % 8);
+  constexpr int ONE = 2 * PAIR, TWO = ONE + 1;
+  constexpr int FIRST = ONE / ROW_BLOCKS * COLUMNS + ONE % ROW_BLOCKS * 8;
+  constexpr int STEP = TWO / ROW_BLOCKS * COLUMNS + TWO % ROW_BLOCKS * 8 - FIRST;
+  const char* row = columns + (lane % 8 + lane / 8 % 2 * STEP) * (PITCH * 16) + FIRST * (PITCH * 16);
 #pragma unroll
   for (int i = 0; i < SLICE; i += 2) {
     if (SLICES > 1 && first_piece + i >= PIECES) break;
@@ -294,9 +308,15 @@ __device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const 
   }
 }
 
-// Two blocks of a chunk as the left operand of add_columns.
-__device__ __forceinline__ void pack_blocks(const float (&one)[4], const float (&two)[4], unsigned (&a)[4]) {
-  a[0] = pack(one[0], one[1]), a[1] = pack(one[2], one[3]), a[2] = pack(two[0], two[1]), a[3] = pack(two[2], two[3]);
+// sum[16][8 * SLICE] += the weights of a chunk times its columns.
+template <int PAIR = 0>
+__device__ __forceinline__ void add_pairs(const float (&weights)[CHUNK_ROWS][ROW_BLOCKS][4], const char* columns,
+                                          int first_piece, float (&sum)[SLICE][4]) {
+  constexpr int ONE = 2 * PAIR, TWO = ONE + 1;
+  const float(&one)[4] = weights[ONE / ROW_BLOCKS][ONE % ROW_BLOCKS], (&two)[4] = weights[TWO / ROW_BLOCKS][TWO % ROW_BLOCKS];
+  const unsigned a[4] = {pack(one[0], one[1]), pack(one[2], one[3]), pack(two[0], two[1]), pack(two[2], two[3])};
+  add_columns<PAIR>(a, columns, first_piece, sum);
+  if constexpr (PAIR + 1 < BLOCKS / 2) add_pairs<PAIR + 1>(weights, columns, first_piece, sum);
 }
 
 // Writes a unit's result, by way of the warp's shared memory so that each thread writes 16 bytes.
@@ -313,8 +333,11 @@ __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const f
           pack(sum[i][2 * half] * factor[half], sum[i][2 * half + 1] * factor[half]);
   __syncwarp();
   const int end_y = min(tile.at[1] + TILE_Y, tile.map.n[1]), end_x = min(tile.at[2] + TILE_X, tile.map.n[2]);
-  for (int i = lane; i < 16 * SLICE; i += 32) {
-    const int row = i / SLICE, piece = i % SLICE, y = unit.token_y(row / 8), x = unit.token_x(row);
+#pragma unroll
+  for (int first = 0; first < 16 * SLICE; first += 32) {
+    const int i = first + lane, row = i / SLICE, piece = i % SLICE;
+    const int y = RANK > 1 ? unit.y + row / 8 : 0, x = unit.x + (RANK > 1 ? row % 8 : row);
+    if (16 * SLICE % 32 && row >= 16) continue;
     if (y >= end_y || x >= end_x || first_piece + piece >= PIECES) continue;
     *reinterpret_cast<uint4*>(to.at(unit.z, y, x) + (first_piece + piece) * 8) =
         reinterpret_cast<const uint4*>(shared)[row * (SLICE + 1) + piece];
@@ -323,174 +346,92 @@ __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const f
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Bias and windows
-// ---------------------------------------------------------------------------------------------------------------------
-
-// The bias table of a head times log2(e), with its margins.
-__device__ __forceinline__ void copy_table(const Params& p, int head, char* shared) {
-  float* table = reinterpret_cast<float*>(shared + TABLE_AT);
-  if (TABLE_BYTES)
-    for (int i = threadIdx.x; i < TABLE_BYTES / 4; i += TILE_THREADS) {
-      const int entry = i - MARGIN;
-      table[i] = entry >= 0 && entry < TABLE ? p.rpb[head * static_cast<long long>(TABLE) + entry] * LOG2_E : 0.f;
-    }
-}
-
-// What is added to the logits of a unit: bias where a column is in the window, else minus infinity. Rows of columns come
-// one after another; on maps of several axes the second half sees, of the table, what the first saw a row before.
-class UnitBias {
- public:
-  __device__ __forceinline__ UnitBias(const Params& p, int head, const char* shared, const Unit& unit)
-      : unit_(unit), shared_(reinterpret_cast<const float*>(shared + TABLE_AT) + MARGIN),
-        table_(HAS_RPB ? p.rpb + head * static_cast<long long>(TABLE) : nullptr) {
-    if (!IS_SEGMENTED) mask_columns(0);
-  }
-
-  // Where a row of columns begins in the table, for the first half.
-  __device__ __forceinline__ int entry_of_row(const Place& at) const {
-    const int row_z = RANK > 2 ? SIGN * (at.z - unit_.z) + KERNEL_Z - 1 : 0;
-    const int row_y = RANK > 1 ? SIGN * (at.y - unit_.y) + KERNEL_Y - 1 : 0;
-    return (row_z * TABLE_Y + row_y) * TABLE_X;
-  }
-  // The same for its first column and the unit's first token.
-  __device__ __forceinline__ int entry_of_corner(int segment) const {
-    return SIGN * (unit_.first_x + segment * COLUMNS - unit_.x) + KERNEL_X - 1;
-  }
-
-  __device__ __forceinline__ void get(const Place& at, float (&bias)[ROW_BLOCKS][4]) {
-    if (IS_SEGMENTED) mask_columns(at.segment);
-    if (!HAS_RPB) {
-#pragma unroll
-      for (int i = 0; i < ROW_BLOCKS * 4; ++i) bias[i / 4][i % 4] = mask_[i / 4][RANK > 1 ? i % 2 : i % 4];
-      return;
-    }
-    const int row = entry_of_row(at);
-    const int corner = entry_of_corner(at.segment) + SIGN * (lane_index() % 4 * 2 - lane_index() / 4);
-    if (RANK == 1) {
-      float line[ROW_BLOCKS + 1][2];
-#pragma unroll
-      for (int i = 0; i < ROW_BLOCKS * 2 + 2; ++i) line[i / 2][i % 2] = entry(corner + SIGN * (i / 2 * 8 - 8 + i % 2));
-#pragma unroll
-      for (int i = 0; i < ROW_BLOCKS * 4; ++i)
-        bias[i / 4][i % 4] = line[i / 4 + 1 - i % 4 / 2][i % 2] + mask_[i / 4][RANK > 1 ? i % 2 : i % 4];
-      return;
-    }
-    const int row_before = row - SIGN * TABLE_X;
-    if (held_ != row_before || IS_SEGMENTED) load(row_before + corner);
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 2; ++i) bias[i / 2][2 + i % 2] = before_[i / 2][i % 2];
-    load(row + corner);
-    held_ = row;
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 2; ++i) bias[i / 2][i % 2] = before_[i / 2][i % 2];
-  }
-
- private:
-  const Unit& unit_;
-  const float *shared_, *table_;
-  float mask_[ROW_BLOCKS][RANK > 1 ? 2 : 4], before_[ROW_BLOCKS][2];
-  int held_ = -(1 << 30);
-
-  __device__ __forceinline__ void mask_columns(int segment) {
-    const int x = unit_.first_x + segment * COLUMNS + lane_index() % 4 * 2;
-    // On maps of several axes both halves have the same x; where only the second has tokens there is no unit.
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * (RANK > 1 ? 2 : 4); ++i) {
-      const int block = RANK > 1 ? i / 2 : i / 4, item = RANK > 1 ? i % 2 : i % 4;
-      mask_[block][item] = unit_.x_span[item / 2].holds(x + block * 8 + item % 2) ? 0.f : minus_infinity();
-    }
-  }
-  __device__ __forceinline__ float entry(int index) const {
-    if (TABLE_BYTES) return shared_[index];
-    return table_[min(max(index, 0), TABLE - 1)] * LOG2_E;
-  }
-  __device__ __forceinline__ void load(int index) {
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 2; ++i)
-      before_[i / 2][i % 2] = entry(index + SIGN * (i / 2 * 8 + i % 2)) + mask_[i / 2][i % 2];
-  }
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
 // The walk: stages of columns, units, chunks of rows
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A chunk: CHUNK_ROWS rows of columns, of which some may not matter to the unit. Little of it is kept in registers.
+// A chunk: CHUNK_ROWS rows of columns that follow each other, of which some may not matter to the unit.
 class Chunk {
  public:
-  __device__ __forceinline__ Chunk(const BlockTile& tile, const Unit& unit, int first, int end, int stage_first)
-      : tile_(tile), first_(first), last_(min(CHUNK_ROWS, end - first) - 1), seen_(0),
-        token_((first - stage_first) * COLUMNS + unit.first_column) {
-#pragma unroll
-    for (int r = 0; r < CHUNK_ROWS; ++r)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (r <= last_ && unit.sees(place(r), half)) seen_ |= 1u << (2 * r + half);
+  // Rows from `row` on, and before it if shared memory, which holds [stage_first, stage_first + STAGE_ROWS), ends too soon.
+  __device__ __forceinline__ Chunk(const BlockTile& tile, const Unit& unit, int row, int stage_first, const char* buffer)
+      : tile_(tile), unit_(unit), row_(row), first_(min(row, stage_first + STAGE_ROWS - CHUNK_ROWS)),
+        token_((first_ - stage_first) * COLUMNS + unit.first_column), buffer_(buffer) {}
+  __device__ __forceinline__ Place place(int r) const { return tile_.place(first_ + r); }
+  // Whether a half of the unit sees a row, and has not met it before.
+  __device__ __forceinline__ bool is_seen(int r, int half) const {
+    return first_ + r >= row_ && unit_.sees(place(r), half);
   }
-  __device__ __forceinline__ Place place(int r) const { return tile_.place(first_ + min(r, last_)); }
-  // Where the unit's columns of a row begin in shared memory.
-  __device__ __forceinline__ int token(int r) const { return token_ + min(r, last_) * COLUMNS; }
-  __device__ __forceinline__ bool is_seen(int r, int half) const { return seen_ >> (2 * r + half) & 1; }
-  __device__ __forceinline__ bool is_used(int r) const { return seen_ >> (2 * r) & 3; }
-  // Whether any column of blocks 2 * pair and the next is in use, and this lane's column of them for add_columns.
-  __device__ __forceinline__ bool is_pair_used(int pair) const {
-    return is_used(2 * pair / ROW_BLOCKS) || is_used((2 * pair + 1) / ROW_BLOCKS);
+  __device__ __forceinline__ bool is_used() const {
+    if (RANK < 3 && !IS_SEGMENTED) return true;
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < CHUNK_ROWS * 2; ++i) found |= is_seen(i / 2, i % 2);
+    return found;
   }
-  __device__ __forceinline__ int pair_token(int pair) const {
-    const int one = 2 * pair, two = one + 1;
-    const int first = token(one / ROW_BLOCKS) + one % ROW_BLOCKS * 8;
-    const int second = token(two / ROW_BLOCKS) + two % ROW_BLOCKS * 8;
-    return (lane_index() / 8 % 2 ? second : first) + lane_index() % 8;
+  // The unit's columns of a row, of the first tensor or the second.
+  __device__ __forceinline__ const char* columns(int tensor, int r = 0) const {
+    return buffer_ + tensor * COLUMN_BYTES + token_ * (PITCH * 16) + r * (COLUMNS * PITCH * 16);
+  }
+  // Two numbers of each of them.
+  __device__ __forceinline__ const float2* statistics(int r) const {
+    return reinterpret_cast<const float2*>(buffer_ + 2 * COLUMN_BYTES) + token_ + r * COLUMNS;
   }
 
  private:
   const BlockTile& tile_;
-  int first_, last_;
-  unsigned seen_;
-  int token_;
+  const Unit& unit_;
+  int row_, first_, token_;
+  const char* buffer_;
 };
-static_assert(CHUNK_ROWS <= 16, "a bit for each half of a row");
+static_assert(CHUNK_ROWS <= STAGE_ROWS, "a chunk lies in one stage");
 
-// Makes a Work of each unit of this warp, by make(unit); calls its add(chunk, buffer) for each chunk of the unit's columns,
-// and finish(). copy(first_row, buffer) brings a stage of columns to shared memory.
+template <class Work>
+__device__ __forceinline__ void add_chunk(Work& work, const Chunk& chunk) {
+  if (chunk.is_used()) work.add(chunk);
+}
+
+// With stages, of which one is copied while another is worked on. Each warp has one unit at most.
+template <class Work, class Copy, class Make>
+__device__ __forceinline__ void walk_stages(const BlockTile& tile, char* shared, Copy copy, Make make) {
+  Unit unit{};
+  const bool has_unit = warp_index() < UNITS && unit.locate(tile, warp_index());
+  if (!has_unit) unit.first_row = unit.end_row = 0;
+  Work work = make(unit);
+#pragma unroll 1
+  for (int first_row = 0, buffer = 0; first_row < tile.rows; first_row += STAGE_ROWS, buffer ^= 1) {
+    const int next_row = first_row + STAGE_ROWS;
+    if (next_row < tile.rows) {
+      copy(next_row, shared + (buffer ^ 1) * BUFFER_BYTES);
+      wait_copies<1>();
+    } else {
+      wait_copies<0>();
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int row = max(unit.first_row, first_row); row < min(unit.end_row, next_row); row += CHUNK_ROWS)
+      add_chunk(work, Chunk(tile, unit, row, first_row, shared + buffer * BUFFER_BYTES));
+    __syncthreads();
+  }
+  if (has_unit) work.finish();
+}
+
+// Makes a Work of each unit of this warp, by make(unit); calls its add(chunk) for each chunk of the unit's columns, and
+// finish(). copy(first_row, buffer) brings a stage of columns to shared memory.
 template <class Work, class Copy, class Make>
 __device__ __forceinline__ void walk(const BlockTile& tile, char* shared, Copy copy, Make make) {
-  const int stages = IS_STAGED ? (tile.rows + STAGE_ROWS - 1) / STAGE_ROWS : 1;
   copy(0, shared);
+  if (IS_STAGED) return walk_stages<Work>(tile, shared, copy, make);
+  wait_copies<0>();
+  __syncthreads();
 #pragma unroll 1
-  for (int round = 0; round < ROUNDS; ++round) {
-    Unit unit{};
-    const int index = round * WARPS + warp_index();
-    const bool has_unit = index < UNITS && unit.locate(tile, index);
-    if (!IS_STAGED) {
-      if (round == 0) wait_copies<0>(), __syncthreads();
-      if (!has_unit) continue;
-      Work work = make(unit);
-#pragma unroll 1
-      for (int row = unit.first_row; row < unit.end_row; row += CHUNK_ROWS)
-        work.add(Chunk(tile, unit, row, unit.end_row, 0), shared);
-      work.finish();
-      continue;
-    }
-    if (!has_unit) unit.first_row = unit.end_row = 0;
+  for (int index = warp_index(); index < UNITS; index += WARPS) {
+    Unit unit;
+    if (!unit.locate(tile, index)) continue;
     Work work = make(unit);
 #pragma unroll 1
-    for (int stage = 0; stage < stages; ++stage) {
-      char* buffer = shared + stage % BUFFERS * BUFFER_BYTES;
-      if (stage + 1 < stages) {
-        copy((stage + 1) * STAGE_ROWS, shared + (stage + 1) % BUFFERS * BUFFER_BYTES);
-        wait_copies<1>();
-      } else {
-        wait_copies<0>();
-      }
-      __syncthreads();
-      const int first = max(unit.first_row, stage * STAGE_ROWS), end = min(unit.end_row, (stage + 1) * STAGE_ROWS);
-#pragma unroll 1
-      for (int row = first; row < end; row += CHUNK_ROWS)
-        work.add(Chunk(tile, unit, row, end, stage * STAGE_ROWS), buffer);
-      __syncthreads();
-    }
-    if (has_unit) work.finish();
+    for (int row = unit.first_row; row < unit.end_row; row += CHUNK_ROWS)
+      add_chunk(work, Chunk(tile, unit, row, 0, shared));
+    work.finish();
   }
 }
 

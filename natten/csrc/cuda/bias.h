@@ -1,0 +1,123 @@
+// What products of rows begin with before they become weights: the bias of a pair where the column is in the token's
+// window, else minus infinity; divided by the scale, since the products are multiplied by it later.
+#pragma once
+
+#include "tiles.h"
+
+namespace natten {
+
+// Copies a head's bias table to shared memory, with its margins, if that is what is there.
+__device__ __forceinline__ void copy_table(const Params& p, int head, char* shared) {
+  if (HAS_BIAS_FRAGMENTS || BIAS_BYTES == 0) return;
+  float* to = reinterpret_cast<float*>(shared + BIAS_AT);
+  const float factor = 1 / p.scale;
+  for (int i = threadIdx.x; i < BIAS_BYTES / 4; i += TILE_THREADS) {
+    const int entry = i - MARGIN;
+    to[i] = entry >= 0 && entry < TABLE ? p.rpb[head * static_cast<long long>(TABLE) + entry] * factor : 0.f;
+  }
+}
+
+// Or makes fragments, for each place on the last axis that units of the tile have: one for each row of the table, if there
+// is one, since where columns begin REACH tokens before a unit's first, it has the same entries whatever the unit; and a
+// last one of minus infinity, for rows that a half does not see.
+__device__ __forceinline__ void make_fragments(const Params& p, const BlockTile& tile, char* shared) {
+  if (!HAS_BIAS_FRAGMENTS) return;
+  const int n = tile.map.n[2], lane = lane_index();
+  const float factor = 1 / p.scale;
+  const float* table = HAS_RPB ? p.rpb + static_cast<long long>(tile.map.head) * TABLE : nullptr;
+  for (int group = 0; group < UNITS_X * HALVES; ++group) {
+    const int unit = group / HALVES, half = group % HALVES, token = lane / 4 + 8 * half;
+    const int x = tile.at[2] + unit * UNIT_X + token;
+    const Span columns = x < n ? columns_x(x, n) : Span{0, 0};
+    float2* to = reinterpret_cast<float2*>(shared + BIAS_AT + unit * BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane;
+    for (int fragment = warp_index() * HALVES + half; fragment < BIAS_FRAGMENTS; fragment += WARPS * HALVES) {
+      const float* row = table + fragment / HALVES * TABLE_X + KERNEL_X - 1;
+      float found[ROW_BLOCKS * 2];
+#pragma unroll
+      for (int k = 0; k < ROW_BLOCKS * 2; ++k) {
+        const int column = k / 2 * 8 + lane % 4 * 2 + k % 2 - REACH - token;
+        const bool is_there = fragment < BIAS_FRAGMENTS - 1 && columns.holds(x + column);
+        found[k] = !is_there ? minus_infinity() : HAS_RPB ? row[SIGN * column] * factor : 0.f;
+      }
+#pragma unroll
+      for (int block = 0; block < ROW_BLOCKS; ++block)
+        to[fragment * (FRAGMENT_BYTES / 8) + block * 32] = {found[2 * block], found[2 * block + 1]};
+    }
+  }
+}
+
+class UnitBias {
+ public:
+  __device__ __forceinline__ UnitBias(const Params& p, const BlockTile& tile, const Unit& unit, const char* shared)
+      : unit_(unit), shared_(shared + BIAS_AT),
+        table_(HAS_RPB ? p.rpb + tile.map.head * static_cast<long long>(TABLE) : nullptr), factor_(1 / p.scale) {
+    if (HAS_BIAS_FRAGMENTS) shared_ += unit.first_column / UNIT_X * (BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane_index() * 8;
+    else if (!IS_SEGMENTED) mask_columns(0);
+  }
+
+  // Where a row of columns stands among those of the table, for the first half; the second sees it SIGN rows before.
+  __device__ __forceinline__ int table_row(const Place& at) const {
+    const int row_z = RANK > 2 ? SIGN * (at.z - unit_.z) + KERNEL_Z - 1 : 0;
+    const int row_y = RANK > 1 ? SIGN * (at.y - unit_.y) + KERNEL_Y - 1 : 0;
+    return row_z * TABLE_Y + row_y;
+  }
+  // Where the first column and the unit's first token stand in a row of the table.
+  __device__ __forceinline__ int entry_of_corner(int segment) const {
+    return SIGN * (unit_.first_x + segment * COLUMNS - unit_.x) + KERNEL_X - 1;
+  }
+
+  // For row `r` of a chunk.
+  __device__ __forceinline__ void get(const Chunk& chunk, int r, float (&bias)[ROW_BLOCKS][4]) {
+    const Place at = chunk.place(r);
+    if (IS_SEGMENTED) mask_columns(at.segment);
+    const int row = HAS_RPB ? table_row(at) : 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row_of_half = HAS_RPB && RANK > 1 ? row - SIGN * half : 0;
+      if (!HAS_BIAS_FRAGMENTS) {
+        find(chunk.is_seen(r, half), row_of_half, half, at.segment, bias);
+        continue;
+      }
+      const int fragment = row_of_half * HALVES + half % HALVES;
+      const char* from = shared_ + (chunk.is_seen(r, half) ? fragment : BIAS_FRAGMENTS - 1) * FRAGMENT_BYTES;
+#pragma unroll
+      for (int block = 0; block < ROW_BLOCKS; ++block) {
+        const float2 two = *reinterpret_cast<const float2*>(from + block * 256);
+        bias[block][2 * half] = two.x, bias[block][2 * half + 1] = two.y;
+      }
+    }
+  }
+
+ private:
+  const Unit& unit_;
+  const char* shared_;  // with fragments, where this lane's numbers begin in those of the unit
+  const float* table_;
+  float factor_, mask_[ROW_BLOCKS][RANK > 1 ? 2 : 4];  // zero in a token's window, else minus infinity
+
+  // What a fragment would hold.
+  __device__ __forceinline__ void find(bool is_seen, int row, int half, int segment, float (&bias)[ROW_BLOCKS][4]) const {
+    const int first = (is_seen ? row * TABLE_X : 0) + entry_of_corner(segment) +
+                      SIGN * (lane_index() % 4 * 2 - lane_index() / 4 - (RANK > 1 ? 0 : 8 * half));
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
+      const float value = HAS_RPB ? entry(first + SIGN * (i / 2 * 8 + i % 2)) : 0.f;
+      bias[i / 2][2 * half + i % 2] = is_seen ? value + mask_[i / 2][(RANK > 1 ? 0 : 2 * half) + i % 2] : minus_infinity();
+    }
+  }
+
+  __device__ __forceinline__ void mask_columns(int segment) {
+    const int x = unit_.first_x + segment * COLUMNS + lane_index() % 4 * 2;
+    // On maps of several axes both halves have the same x; where only the second has tokens there is no unit.
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * (RANK > 1 ? 2 : 4); ++i) {
+      const int block = RANK > 1 ? i / 2 : i / 4, item = RANK > 1 ? i % 2 : i % 4;
+      mask_[block][item] = unit_.x_span[item / 2].holds(x + block * 8 + item % 2) ? 0.f : minus_infinity();
+    }
+  }
+  __device__ __forceinline__ float entry(int index) const {
+    if (BIAS_BYTES) return reinterpret_cast<const float*>(shared_)[MARGIN + index];
+    return table_[min(max(index, 0), TABLE - 1)] * factor_;
+  }
+};
+
+}  // namespace natten

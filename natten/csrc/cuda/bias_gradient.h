@@ -1,0 +1,216 @@
+// The gradient of rpb: that of an entry is the sum of gradients of logits over the pairs whose place in the table it is,
+// a diagonal of tokens and columns. Each warp adds up what its units give, and the block all of that.
+#pragma once
+
+#include "bias.h"
+
+namespace natten {
+
+// Where a lane's two numbers of a block lie in a fragment of 8 tokens by UNIT_COLUMNS columns: beside those of the next
+// block, so that a thread reads 16 bytes at a time.
+__device__ __forceinline__ int fragment_place(int block, int lane) {
+  const bool is_last = block == ROW_BLOCKS - 1 && ROW_BLOCKS % 2;
+  return is_last ? block * 64 + lane * 2 : block / 2 * 128 + lane * 4 + block % 2 * 2;
+}
+__device__ __forceinline__ void load_fragment(const float* from, float (&to)[ROW_BLOCKS][2]) {
+#pragma unroll
+  for (int block = 0; block < ROW_BLOCKS; ++block) {
+    if (block % 2 == 0 && block + 1 < ROW_BLOCKS) {
+      const float4 four = *reinterpret_cast<const float4*>(from + fragment_place(block, lane_index()));
+      to[block][0] = four.x, to[block][1] = four.y, to[block + 1][0] = four.z, to[block + 1][1] = four.w;
+    } else if (block % 2 == 0) {
+      const float2 two = *reinterpret_cast<const float2*>(from + fragment_place(block, lane_index()));
+      to[block][0] = two.x, to[block][1] = two.y;
+    }
+  }
+}
+
+__device__ __forceinline__ void store_fragment(const float (&from)[ROW_BLOCKS][2], float* to) {
+#pragma unroll
+  for (int block = 0; block < ROW_BLOCKS; ++block) {
+    float* place = to + fragment_place(block, lane_index());
+    if (block % 2 == 0 && block + 1 < ROW_BLOCKS)
+      *reinterpret_cast<float4*>(place) = {from[block][0], from[block][1], from[block + 1][0], from[block + 1][1]};
+    else if (block % 2 == 0)
+      *reinterpret_cast<float2*>(place) = {from[block][0], from[block][1]};
+  }
+}
+
+// Sums fragments, one for each row of the table, and their diagonals once in the end.
+class FragmentGradient {
+ public:
+  __device__ __forceinline__ FragmentGradient(float* sums, char*) : sums_(sums) {}
+
+  // The gradients of a row of columns that for the first half is `row` of the table.
+  __device__ __forceinline__ void add(int row, int, const float (&grad)[ROW_BLOCKS][4]) {
+    float line[ROW_BLOCKS][2];
+    if (RANK == 1) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        take(grad, half, line);
+        add_fragment(half, line);
+      }
+      return;
+    }
+    // To the second half this is the row of the table that the row before was to the first: one sum for both.
+    if (held_ != row - 1) flush();
+    take(grad, 1, line);
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * 2; ++i) line[i / 2][i % 2] += before_[i / 2][i % 2];
+    add_fragment(row - 1, line);
+    take(grad, 0, before_);
+    held_ = row;
+  }
+  // What the first half added to the last row.
+  __device__ __forceinline__ void flush() {
+    if (RANK > 1 && held_ != NOTHING) add_fragment(held_, before_);
+    take_nothing();
+  }
+
+  // The diagonals of the sums of all warps, on all threads of the block.
+  static __device__ __forceinline__ void sum_diagonals(const float* sums, float* out) {
+    for (int i = threadIdx.x; i < TABLE; i += TILE_THREADS) {
+      const int row = i / TABLE_X, first = i % TABLE_X - (KERNEL_X - 1) + REACH;
+      float sum = 0;
+      for (int half = 0; half < HALVES; ++half)
+        for (int token = 0; token < 8; ++token) {
+          const int column = first + token + 8 * half;
+          if (column < 0 || column >= UNIT_COLUMNS) continue;
+          const int place = fragment_place(column / 8, token * 4 + column % 8 / 2) + column % 2;
+          for (int warp = 0; warp < WARPS; ++warp)
+            sum += sums[(warp * GRADIENT_FRAGMENTS + row * HALVES + half) * (FRAGMENT_BYTES / 4) + place];
+        }
+      out[i] = sum;
+    }
+  }
+
+ private:
+  static constexpr int NOTHING = -(1 << 30);
+  float* sums_;
+  float before_[ROW_BLOCKS][2] = {};
+  int held_ = NOTHING;
+
+  __device__ __forceinline__ void take_nothing() {
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * 2; ++i) before_[i / 2][i % 2] = 0;
+    held_ = NOTHING;
+  }
+  static __device__ __forceinline__ void take(const float (&grad)[ROW_BLOCKS][4], int half, float (&line)[ROW_BLOCKS][2]) {
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * 2; ++i) line[i / 2][i % 2] = grad[i / 2][2 * half + i % 2];
+  }
+  // Rows beyond the table only ever receive zeros.
+  __device__ __forceinline__ void add_fragment(int row, const float (&line)[ROW_BLOCKS][2]) {
+    float* to = sums_ + min(max(row, 0), GRADIENT_FRAGMENTS - 1) * (FRAGMENT_BYTES / 4);
+    float sum[ROW_BLOCKS][2];
+    load_fragment(to, sum);
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * 2; ++i) sum[i / 2][i % 2] += line[i / 2][i % 2];
+    store_fragment(sum, to);
+  }
+};
+
+// Sums diagonals row by row, and adds them to a table: where fragments are too large, or columns begin here and there.
+class DiagonalGradient {
+ public:
+  __device__ __forceinline__ DiagonalGradient(float* table, char* scratch)
+      : table_(table), scratch_(reinterpret_cast<float*>(scratch)) {
+    if (!HAS_GRADIENT) return;
+    for (int i = lane_index(); i < 8 * DIAGONAL_PITCH; i += 32) scratch_[i] = 0;
+    __syncwarp();
+  }
+
+  // `corner`: where the first column and token stand in the row.
+  __device__ __forceinline__ void add(int row, int corner, const float (&grad)[ROW_BLOCKS][4]) {
+    float line[DIAGONAL_BLOCKS][2];
+    if (RANK == 1) {  // the second half's columns are, to it, 8 further to the left
+#pragma unroll
+      for (int i = 0; i < DIAGONAL_BLOCKS * 2; ++i) {
+        const int block = i / 2, item = i % 2;
+        line[block][item] = (block > 0 ? grad[block > 0 ? block - 1 : 0][item] : 0.f) +
+                            (block < ROW_BLOCKS ? grad[block < ROW_BLOCKS ? block : 0][2 + item] : 0.f);
+      }
+      sum_diagonals(line, row, corner - 8);
+      return;
+    }
+    const bool follows = held_ == row - 1 && held_corner_ == corner;
+    if (!follows) flush();
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * 2; ++i)
+      line[i / 2][i % 2] = grad[i / 2][2 + i % 2] + (follows ? before_[i / 2][i % 2] : 0.f);
+    sum_diagonals(line, row - 1, corner);
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * 2; ++i) before_[i / 2][i % 2] = grad[i / 2][i % 2];
+    held_ = row, held_corner_ = corner;
+  }
+  // What the first half added to the last row.
+  __device__ __forceinline__ void flush() {
+    if (held_ != NOTHING) sum_diagonals(before_, held_, held_corner_);
+    held_ = NOTHING;
+  }
+
+ private:
+  static constexpr int NOTHING = -(1 << 30);
+  float *table_, *scratch_;
+  float before_[DIAGONAL_BLOCKS][2];
+  int held_ = NOTHING, held_corner_ = 0;
+
+  // line: 8 tokens by columns, this thread's as in a fragment. Entries beyond the table only ever receive zeros.
+  __device__ __forceinline__ void sum_diagonals(const float (&line)[DIAGONAL_BLOCKS][2], int row, int corner) {
+    if (row < 0 || row >= TABLE_ROWS) return;
+    const int lane = lane_index();
+#pragma unroll
+    for (int block = 0; block < DIAGONAL_BLOCKS; ++block)
+      *reinterpret_cast<float2*>(scratch_ + lane / 4 * DIAGONAL_PITCH + 8 + block * 8 + lane % 4 * 2) = {
+          line[block][0], line[block][1]};
+    __syncwarp();
+#pragma unroll
+    for (int first = 0; first < DIAGONAL_BLOCKS * 8 + 7; first += 32) {
+      const int diagonal = first + lane, entry = corner + diagonal - 7;
+      if (diagonal >= DIAGONAL_BLOCKS * 8 + 7 || entry < 0 || entry >= TABLE_X) continue;
+      float sum = 0;
+#pragma unroll
+      for (int token = 0; token < 8; ++token) sum += scratch_[token * DIAGONAL_PITCH + diagonal + 1 + token];
+      if (GRADIENT_TABLES == WARPS) table_[row * TABLE_X + entry] += sum;
+      else atomicAdd(table_ + row * TABLE_X + entry, sum);
+    }
+    __syncwarp();
+  }
+};
+
+#if HAS_GRADIENT_FRAGMENTS
+using UnitGradient = FragmentGradient;
+#else
+using UnitGradient = DiagonalGradient;
+#endif
+
+// The gradient of rpb over all a block's work, in shared memory; or, if it is too large, where the result is to lie.
+class BlockGradient {
+ public:
+  __device__ __forceinline__ BlockGradient(const Params& p, int head, int part, int slice, char* shared)
+      : out_(p.partial_rpb + (head * static_cast<long long>(p.parts) + part) * TABLE),
+        tables_(reinterpret_cast<float*>(shared + GRADIENT_AT)) {
+    if (!HAS_GRADIENT || slice) return;
+    if (GRADIENT_BYTES == 0) tables_ = out_;
+    const int count = GRADIENT_BYTES == 0 ? TABLE : GRADIENT_BYTES / 4;
+    for (int i = threadIdx.x; i < count; i += TILE_THREADS) tables_[i] = 0;
+    __syncthreads();
+  }
+  __device__ __forceinline__ float* of_warp() const { return tables_ + warp_index() * STRIDE; }
+  __device__ __forceinline__ void finish() const {
+    __syncthreads();
+    if (!HAS_GRADIENT || GRADIENT_BYTES == 0) return;
+    if (HAS_GRADIENT_FRAGMENTS) return FragmentGradient::sum_diagonals(tables_, out_);
+    for (int i = threadIdx.x; i < TABLE; i += TILE_THREADS) {
+      float sum = tables_[i];
+      for (int table = 1; table < GRADIENT_TABLES; ++table) sum += tables_[table * TABLE_STRIDE + i];
+      out_[i] = sum;
+    }
+  }
+
+ private:
+  static constexpr int STRIDE = HAS_GRADIENT_FRAGMENTS ? GRADIENT_FRAGMENTS * FRAGMENT_BYTES / 4 : GRADIENT_TABLES > 1 ? TABLE_STRIDE : 0;
+  float *out_, *tables_;
+};
+
+}  // namespace natten
