@@ -27,7 +27,7 @@ NAME = "cuda"
 LEAST_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
 _TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out times grad_out of each query, which backward begins with
-_PARAMS = Struct(f"={len(_TENSORS) * 6}q 3q 4i 3i 3i f 4x")  # as Params there
+_PARAMS = Struct(f"={len(_TENSORS) * 6}q 3q 3i 3i 3i 3i 3i f")  # as Params there
 _VIEW_WORDS = 6
 _TABLES = _VIEW_WORDS * len(_TENSORS)  # where rpb, partial_rpb and grad_rpb stand
 _NO_AXIS = Axis(1, 1, 1, 1, False)
@@ -36,7 +36,7 @@ _GROUP_THREADS = 128  # as THREADS in groups.h
 _SUM_THREADS, _SUM_ENTRIES = 1024, 32  # as in sum_parts.cu
 _MOST_PARTS = 1024  # blocks that sum up the gradient of one head's table
 _MOST_PARTIAL_BYTES = 64 << 20
-_MOST_SHORT_STEP = 2**31 - 1  # from a token to the next of its residue class, in elements
+_MOST_SHORT_STEP = 2**31 - 1  # bytes from a token to the next of its residue class
 
 
 def refuses(query: Tensor) -> str | None:
@@ -188,7 +188,7 @@ class _Planner:
         self.scale, self.has_rpb, self.is_ordered = scale, has_rpb, is_ordered
         self.views = self._views(tensors, 3 - len(axes))
         self.has_long_steps = any(
-            abs(stride) * axis.dilation > _MOST_SHORT_STEP
+            abs(stride) * axis.dilation * x.element_size() > _MOST_SHORT_STEP
             for x in tensors.values()
             if x is not None
             for stride, axis in zip(x.stride()[1:], axes, strict=False)
@@ -212,17 +212,15 @@ class _Planner:
         if tile is None:
             self._add_group("attention.cu", "natten_attention")
         else:
-            self._add_tiled("attention_tiles.cu", "natten_attention_tiles", tile, self._pieces(tile.size))
+            self._add_tiled("attention_tiles.cu", "natten_attention_tiles", tile)
 
     def attention_backward(self) -> None:
         query_tile, key_tile = self._tile("grad_query"), self._tile("grad_key_value")
         is_tiled = query_tile is not None and key_tile is not None
-        pieces = self._pieces(query_tile.size if is_tiled else self._group_size())
-        parts = self._parts(pieces) if self.has_rpb else pieces
+        parts = self._parts(query_tile.size if is_tiled else self._group_size()) if self.has_rpb else None
         if is_tiled:
             self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", query_tile, parts)
-            pieces = self._pieces(key_tile.size)
-            self._add_tiled("grad_key_value_tiles.cu", "natten_grad_key_value_tiles", key_tile, pieces)
+            self._add_tiled("grad_key_value_tiles.cu", "natten_grad_key_value_tiles", key_tile)
         else:
             self._add_group("attention_backward.cu", "natten_grad_query", parts)
             self._add_group("attention_backward.cu", "natten_grad_key_value")
@@ -236,7 +234,7 @@ class _Planner:
         self._add_group("halves.cu", "natten_query_key_grad_query")
         self._add_group("halves.cu", "natten_query_key_grad_key")
         if self.has_rpb:
-            parts = self._parts(self._pieces(self._group_size()))
+            parts = self._parts(self._group_size())
             self._add_group("halves.cu", "natten_query_key_grad_rpb", parts)
             self._add_sum(parts)
 
@@ -269,45 +267,51 @@ class _Planner:
         lanes = 1 << (self.dim // 8 - 1).bit_length()
         return 1, 1, _GROUP_THREADS // lanes
 
-    def _pieces(self, size: Sequence[int]) -> int:
-        """Pieces of these sizes into which the residue classes of one head, over all images, are cut."""
-        longest = [-(-axis.length // axis.dilation) for axis in self.axes]
-        tiles = [-(-n // q) * axis.dilation for axis, n, q in zip(self.axes, longest, size, strict=True)]
-        return self.batch * prod(tiles)
+    def _cuts(self, size: Sequence[int]) -> list[int]:
+        """Pieces of these sizes into which a residue class is cut, along each axis."""
+        return [-(-axis.length // (axis.dilation * q)) for axis, q in zip(self.axes, size, strict=True)]
 
-    def _parts(self, pieces: int) -> int:
-        """How many blocks share a head where each sums up a gradient of its table."""
+    def _pieces(self, size: Sequence[int]) -> int:
+        """Pieces into which the residue classes of one head, over all images, are cut."""
+        return self.batch * prod(self._cuts(size)) * prod(axis.dilation for axis in self.axes)
+
+    def _parts(self, size: Sequence[int]) -> int:
+        """How many blocks share a head's pieces where each sums up a gradient of its table."""
         most = max(1, _MOST_PARTIAL_BYTES // (4 * self.table * self.heads))
-        return min(pieces, most, max(1, _MOST_PARTS // self.heads * 4))
+        return min(self._pieces(size), most, max(1, _MOST_PARTS // self.heads * 4))
 
     def _add_group(self, source: str, name: str, parts: int | None = None) -> None:
-        pieces = self._pieces(self._group_size())
-        parts = pieces if parts is None else parts
         kernel = Kernel(source, name, self._definitions(), _GROUP_THREADS)
-        self._add(kernel, parts, pieces, parts)
+        self._add(kernel, self._group_size(), parts)
 
-    def _add_tiled(self, source: str, name: str, tile: Tile, parts: int) -> None:
+    def _add_tiled(self, source: str, name: str, tile: Tile, parts: int | None = None) -> None:
         definitions = (*self._definitions(), *tile.definitions())
         kernel = Kernel(source, name, definitions, tile.threads, tile.shared_bytes)
-        self._add(kernel, parts * tile.slices, self._pieces(tile.size), parts)
+        self._add(kernel, tile.size, parts, tile.slices)
 
     def _add_sum(self, parts: int) -> None:
         self.partial = self.heads * parts * self.table
         kernel = Kernel("sum_parts.cu", "natten_sum_parts", self._definitions(), _SUM_THREADS)
-        self._add(kernel, -(-self.table // _SUM_ENTRIES), 0, parts)
+        self._add(kernel, (1, 1, 1), parts, blocks=-(-self.table // _SUM_ENTRIES) * self.heads)
 
-    def _add(self, kernel: Kernel, blocks_per_head: int, pieces: int, parts: int) -> None:
-        blocks = blocks_per_head * self.heads
+    def _add(self, kernel: Kernel, size, parts: int | None, slices: int = 1, blocks: int | None = None) -> None:
+        """A launch over pieces of a size; `parts`: how many blocks share a head's, if not one for each piece."""
+        pieces = self._pieces(size)
+        parts = pieces if parts is None else parts
+        blocks = parts * slices * self.heads if blocks is None else blocks
         if max(blocks, pieces) >= 2**31:
             raise ValueError(
                 f"the problem takes {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31: split the batch."
             )
+        classes = [divmod(axis.length, axis.dilation) for axis in self.axes]
         parameters = _PARAMS.pack(
             *self.views,
             *(0, 0, 0),
-            *(pieces, parts, self.batch, self.heads),
-            *(axis.length for axis in self.axes),
+            *(pieces, parts, self.heads),
             *(axis.dilation for axis in self.axes),
+            *(tokens for tokens, _ in classes),
+            *(longer for _, longer in classes),
+            *self._cuts(size),
             self.scale,
         )
         self.steps.append(Step(kernel, blocks, parameters))

@@ -27,6 +27,7 @@ _RESERVED_BYTES = (
 # In shared memory: bias as fragments, else as a table; its gradient as fragments of each warp, else as tables.
 _MOST_FRAGMENT_BYTES, _MOST_TABLE_BYTES = 32 << 10, 64 << 10
 _MOST_GRADIENT_FRAGMENT_BYTES, _MOST_GRADIENT_BYTES = 80 << 10, 32 << 10
+_BASES_BYTES = 128  # where tensors begin
 _STAGE_CHUNKS = (1, 2, 4, 8)  # of a stage, where columns come in stages
 _STAGE_COST = 60.0  # of waiting for a stage, in the time of products of a warp
 # What a unit of 16 tokens and 8 columns costs beside products over 16 of head_dim, in their time.
@@ -274,7 +275,7 @@ class _Chooser:
         blocks = unit_columns // 8 + (self.rank == 1)
         diagonals = 8 * (_multiple(blocks * 8 + 16, 32) + 8) * 4 if self.has_gradient and not has_sums else 0
         warp = max(16 * (self.slice_pieces + 1) * 16, diagonals)
-        shared = (2 if is_staged else 1) * buffer + bias + gradient + warps * warp
+        shared = (2 if is_staged else 1) * buffer + bias + gradient + warps * warp + _BASES_BYTES
         most_warps = self.most_resident_warps
         if self.rank > 2 or (is_staged and self.dim > 32):
             most_warps = min(most_warps, _MOST_RESIDENT_OF_SOME)

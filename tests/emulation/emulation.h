@@ -339,6 +339,10 @@ inline uint16_t float_to_bfloat(float value) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+template <class T>
+T* to_global(T* pointer) {
+  return pointer;
+}
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }

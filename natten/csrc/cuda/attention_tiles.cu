@@ -1,6 +1,6 @@
 // Fused attention, forward, with matrix instructions: flash attention (arXiv:2205.14135) on tiles of a map, as in
 // "Faster Neighborhood Attention" (arXiv:2403.04690); here with bias, and with columns skipped that no window holds.
-#include "bias.h"
+#include "walk.h"
 
 namespace natten {
 
@@ -16,7 +16,7 @@ struct Attend {
 
   __device__ __forceinline__ Attend(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
       : p(p), tile(tile), unit(unit), shared(shared), first_piece(slice * SLICE),
-        query(Rows<const Storage>(p, QUERY, tile.map), unit), bias(p, tile, unit, shared),
+        query(rows_of<const Storage>(p, QUERY, shared), unit), bias(p, tile, unit, shared),
         scale(p.scale * LOG2_E) {
     top[0] = top[1] = minus_infinity();
     total[0] = total[1] = 0;
@@ -71,12 +71,12 @@ struct Attend {
       total[half] += __shfl_xor_sync(~0u, total[half], 2);
       factor[half] = reciprocal_fast(total[half]);
     }
-    const UnitRows<float> lse(Rows<float>(p, LSE, tile.map), unit);
+    const UnitRows<float> lse(rows_of<float>(p, LSE, shared), unit);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       if (first_piece == 0 && lane_index() % 4 == 0 && unit.is_there[half])
         *lse.row[half] = (top[half] * scale + log2_fast(total[half])) * LN_2;
-    store_unit(sum, factor, Rows<Storage>(p, OUT, tile.map), unit, tile, first_piece,
+    store_unit(sum, factor, rows_of<Storage>(p, OUT, shared), unit, tile, first_piece,
                shared + WARPS_AT + warp_index() * WARP_BYTES);
   }
 };
@@ -90,9 +90,10 @@ NATTEN_KERNEL(natten_attention_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
   BlockTile tile;
   if (!tile.locate(p, blockIdx.x / p.heads / SLICES, head)) return;
   copy_table(p, head, shared);
-  make_fragments(p, tile, shared);
-  const Rows<const Storage> key(p, KEY, tile.map), value(p, VALUE, tile.map);
   walk<Attend>(
-      tile, shared, [&](int row, char* buffer) { copy_columns(tile, row, key, value, buffer); },
+      p, tile, shared, false,
+      [&](int row, char* buffer) {
+        copy_columns(rows_of<const Storage>(p, KEY, shared), rows_of<const Storage>(p, VALUE, shared), tile, row, buffer);
+      },
       [&](const Unit& unit) { return Attend(p, tile, unit, shared, slice); });
 }

@@ -10,7 +10,7 @@ namespace natten {
 __device__ __forceinline__ void copy_table(const Params& p, int head, char* shared) {
   if (HAS_BIAS_FRAGMENTS || BIAS_BYTES == 0) return;
   float* to = reinterpret_cast<float*>(shared + BIAS_AT);
-  const float factor = 1 / p.scale;
+  const float factor = reciprocal_fast(p.scale);
   for (int i = threadIdx.x; i < BIAS_BYTES / 4; i += TILE_THREADS) {
     const int entry = i - MARGIN;
     to[i] = entry >= 0 && entry < TABLE ? p.rpb[head * static_cast<long long>(TABLE) + entry] * factor : 0.f;
@@ -23,13 +23,14 @@ __device__ __forceinline__ void copy_table(const Params& p, int head, char* shar
 __device__ __forceinline__ void make_fragments(const Params& p, const BlockTile& tile, char* shared) {
   if (!HAS_BIAS_FRAGMENTS) return;
   const int n = tile.map.n[2], lane = lane_index();
-  const float factor = 1 / p.scale;
+  const float factor = reciprocal_fast(p.scale);
   const float* table = HAS_RPB ? p.rpb + static_cast<long long>(tile.map.head) * TABLE : nullptr;
   for (int group = 0; group < UNITS_X * HALVES; ++group) {
     const int unit = group / HALVES, half = group % HALVES, token = lane / 4 + 8 * half;
     const int x = tile.at[2] + unit * UNIT_X + token;
     const Span columns = x < n ? columns_x(x, n) : Span{0, 0};
     float2* to = reinterpret_cast<float2*>(shared + BIAS_AT + unit * BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane;
+#pragma unroll 1
     for (int fragment = warp_index() * HALVES + half; fragment < BIAS_FRAGMENTS; fragment += WARPS * HALVES) {
       const float* row = table + fragment / HALVES * TABLE_X + KERNEL_X - 1;
       float found[ROW_BLOCKS * 2];
@@ -50,7 +51,7 @@ class UnitBias {
  public:
   __device__ __forceinline__ UnitBias(const Params& p, const BlockTile& tile, const Unit& unit, const char* shared)
       : unit_(unit), shared_(shared + BIAS_AT),
-        table_(HAS_RPB ? p.rpb + tile.map.head * static_cast<long long>(TABLE) : nullptr), factor_(1 / p.scale) {
+        table_(HAS_RPB ? p.rpb + tile.map.head * static_cast<long long>(TABLE) : nullptr), factor_(reciprocal_fast(p.scale)) {
     if (HAS_BIAS_FRAGMENTS) shared_ += unit.first_column / UNIT_X * (BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane_index() * 8;
     else if (!IS_SEGMENTED) mask_columns(0);
   }

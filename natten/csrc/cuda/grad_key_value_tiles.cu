@@ -1,7 +1,7 @@
 // Fused attention, backward, second part, with matrix instructions: the gradients of keys and values. Here the tokens of
 // a tile are keys, and their columns the queries that see them.
 #define IS_INVERSE 1
-#include "bias.h"
+#include "walk.h"
 
 namespace natten {
 
@@ -17,7 +17,7 @@ struct DifferentiateKey {
 
   __device__ __forceinline__ DifferentiateKey(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
       : p(p), tile(tile), unit(unit), shared(shared), first_piece(slice * SLICE),
-        key(Rows<const Storage>(p, KEY, tile.map), unit), value(Rows<const Storage>(p, VALUE, tile.map), unit),
+        key(rows_of<const Storage>(p, KEY, shared), unit), value(rows_of<const Storage>(p, VALUE, shared), unit),
         bias(p, tile, unit, shared), scale(p.scale * LOG2_E) {
 #pragma unroll
     for (int i = 0; i < SLICE * 4; ++i) grad_key[i / 4][i % 4] = grad_value[i / 4][i % 4] = 0;
@@ -49,14 +49,14 @@ struct DifferentiateKey {
 
   __device__ __forceinline__ void finish() {
     char* scratch = shared + WARPS_AT + warp_index() * WARP_BYTES;
-    store_unit(grad_key, {p.scale, p.scale}, Rows<Storage>(p, GRAD_KEY, tile.map), unit, tile, first_piece, scratch);
-    store_unit(grad_value, {1.f, 1.f}, Rows<Storage>(p, GRAD_VALUE, tile.map), unit, tile, first_piece, scratch);
+    store_unit(grad_key, {p.scale, p.scale}, rows_of<Storage>(p, GRAD_KEY, shared), unit, tile, first_piece, scratch);
+    store_unit(grad_value, {1.f, 1.f}, rows_of<Storage>(p, GRAD_VALUE, shared), unit, tile, first_piece, scratch);
   }
 };
 
 // Brings the logsumexp, times log2(e), and delta of a stage's queries to shared memory.
-__device__ __forceinline__ void copy_statistics(const BlockTile& tile, int first_row, const Rows<const float>& lse,
-                                                const Rows<const float>& delta, char* buffer) {
+__device__ __forceinline__ void copy_statistics(const Rows<const float>& lse, const Rows<const float>& delta,
+                                                const BlockTile& tile, int first_row, char* buffer) {
   float2* statistics = reinterpret_cast<float2*>(buffer + 2 * COLUMN_BYTES);
   for (int token = threadIdx.x; token < STAGE_TOKENS; token += TILE_THREADS) {
     const int row = first_row + token / COLUMNS;
@@ -76,14 +76,11 @@ NATTEN_KERNEL(natten_grad_key_value_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
   BlockTile tile;
   if (!tile.locate(p, blockIdx.x / p.heads / SLICES, head)) return;
   copy_table(p, head, shared);
-  make_fragments(p, tile, shared);
-  const Rows<const Storage> query(p, QUERY, tile.map), grad_out(p, GRAD_OUT, tile.map);
-  const Rows<const float> lse(p, LSE, tile.map), delta(p, DELTA, tile.map);
   walk<DifferentiateKey>(
-      tile, shared,
+      p, tile, shared, false,
       [&](int row, char* buffer) {
-        copy_columns(tile, row, query, grad_out, buffer);
-        copy_statistics(tile, row, lse, delta, buffer);
+        copy_columns(rows_of<const Storage>(p, QUERY, shared), rows_of<const Storage>(p, GRAD_OUT, shared), tile, row, buffer);
+        copy_statistics(rows_of<const float>(p, LSE, shared), rows_of<const float>(p, DELTA, shared), tile, row, buffer);
       },
       [&](const Unit& unit) { return DifferentiateKey(p, tile, unit, shared, slice); });
 }

@@ -2,6 +2,7 @@
 // over keys of weight times its gradient, which is the product of the output and its gradient, less the logsumexp's.
 #define HAS_GRADIENT HAS_RPB
 #include "bias_gradient.h"
+#include "walk.h"
 
 namespace natten {
 
@@ -19,13 +20,13 @@ struct DifferentiateQuery {
   __device__ __forceinline__ DifferentiateQuery(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice,
                                 float* table)
       : p(p), tile(tile), unit(unit), shared(shared), first_piece(slice * SLICE),
-        query(Rows<const Storage>(p, QUERY, tile.map), unit),
-        grad_out(Rows<const Storage>(p, GRAD_OUT, tile.map), unit), bias(p, tile, unit, shared),
+        query(rows_of<const Storage>(p, QUERY, shared), unit),
+        grad_out(rows_of<const Storage>(p, GRAD_OUT, shared), unit), bias(p, tile, unit, shared),
         gradient(table, scratch()), scale(p.scale * LOG2_E) {
-    const UnitRows<const Storage> out(Rows<const Storage>(p, OUT, tile.map), unit);
-    const UnitRows<const float> given_lse(Rows<const float>(p, LSE, tile.map), unit);
-    const UnitRows<const float> grad_lse(Rows<const float>(p, GRAD_LSE, tile.map), unit);
-    const UnitRows<float> given_delta(Rows<float>(p, DELTA, tile.map), unit);
+    const UnitRows<const Storage> out(rows_of<const Storage>(p, OUT, shared), unit);
+    const UnitRows<const float> given_lse(rows_of<const float>(p, LSE, shared), unit);
+    const UnitRows<const float> grad_lse(rows_of<const float>(p, GRAD_LSE, shared), unit);
+    const UnitRows<float> given_delta(rows_of<float>(p, DELTA, shared), unit);
     delta[0] = delta[1] = 0;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
@@ -72,7 +73,7 @@ struct DifferentiateQuery {
 
   __device__ __forceinline__ void finish() {
     if (HAS_GRADIENT && first_piece == 0) gradient.flush();
-    store_unit(sum, {p.scale, p.scale}, Rows<Storage>(p, GRAD_QUERY, tile.map), unit, tile, first_piece, scratch());
+    store_unit(sum, {p.scale, p.scale}, rows_of<Storage>(p, GRAD_QUERY, shared), unit, tile, first_piece, scratch());
   }
 };
 
@@ -90,11 +91,13 @@ NATTEN_KERNEL(natten_grad_query_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
   for (int piece = first; piece < end; ++piece) {
     BlockTile tile;
     if (!tile.locate(p, piece, head)) continue;
-    if (tile.at[2] != x || tile.map.n[2] != n) make_fragments(p, tile, shared);
+    const bool has_fragments = tile.at[2] == x && tile.map.n[2] == n;
     x = tile.at[2], n = tile.map.n[2];
-    const Rows<const Storage> key(p, KEY, tile.map), value(p, VALUE, tile.map);
     walk<DifferentiateQuery>(
-        tile, shared, [&](int row, char* buffer) { copy_columns(tile, row, key, value, buffer); },
+        p, tile, shared, has_fragments,
+        [&](int row, char* buffer) {
+          copy_columns(rows_of<const Storage>(p, KEY, shared), rows_of<const Storage>(p, VALUE, shared), tile, row, buffer);
+        },
         [&](const Unit& unit) { return DifferentiateQuery(p, tile, unit, shared, slice, gradient.of_warp()); });
     __syncthreads();
   }

@@ -37,6 +37,13 @@ __device__ __forceinline__ uint16_t float_to_bfloat(float value) {
 #endif
 }
 
+// Tells the compiler that a pointer, which it cannot trace back to a parameter, is to global memory.
+template <class T>
+__device__ __forceinline__ T* to_global(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

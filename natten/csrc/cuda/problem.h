@@ -1,6 +1,6 @@
 // A problem as a kernel sees it. What the compiler is told (natten/backends/cuda.py): the window of each axis
 // (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM, ELEMENT, HAS_RPB, and HAS_LONG_STEPS, whether neighbours on an axis of a
-// residue class may be 2^31 elements apart. What comes at run time: `Params`.
+// residue class may be 2^31 bytes apart. What comes at run time: `Params`.
 //
 // Problems of fewer axes have leading axes of one token with a window of one. Dilation cuts each axis into residue
 // classes, each a small problem without dilation; natten/geometry states the same for Python.
@@ -28,7 +28,9 @@ struct Params {
   float* grad_rpb;     // [heads, 2K - 1 of each axis]; or null
   int pieces;          // of a head: what blocks work on
   int parts;           // blocks that share the work of a head, where rpb has a gradient
-  int batch, heads, length[3], dilation[3];
+  int heads, dilation[3];
+  int tokens[3], longer[3];  // of a residue class along an axis, and how many classes have one more
+  int cuts[3];               // pieces of a class along an axis
   float scale;
 };
 
@@ -89,25 +91,27 @@ __device__ __forceinline__ int take(unsigned& index, int radix) {
   return static_cast<int>(digit);
 }
 
-__device__ __forceinline__ int longest_class(const Params& p, int axis) {
-  return (p.length[axis] + p.dilation[axis] - 1) / p.dilation[axis];
-}
-
-__device__ __forceinline__ int count_pieces(int tokens, int size) { return (tokens + size - 1) / size; }
-
-// Cuts each axis of each residue class into pieces of the given sizes: the index-th piece of a head, whose first tokens
-// are written to `at`. False if the piece lies beyond a class that is shorter than the longest.
+// Finds the index-th piece of a head, of the given size, whose first token is written to `at`. False if it lies beyond a
+// class that is shorter than others.
 __device__ __forceinline__ bool locate(const Params& p, unsigned index, const int (&size)[3], Submap& map, int (&at)[3]) {
 #pragma unroll
   for (int i = 2; i >= 0; --i) {
     at[i] = map.residue[i] = 0, map.n[i] = 1;
     if (i < 3 - RANK) continue;  // an axis that the compiler need not keep
-    at[i] = take(index, count_pieces(longest_class(p, i), size[i])) * size[i];
+    at[i] = take(index, p.cuts[i]) * size[i];
     map.residue[i] = take(index, p.dilation[i]);
-    map.n[i] = (p.length[i] - map.residue[i] + p.dilation[i] - 1) / p.dilation[i];
+    map.n[i] = p.tokens[i] + (map.residue[i] < p.longer[i]);
   }
   map.batch = static_cast<int>(index);
   return at[0] < map.n[0] && at[1] < map.n[1] && at[2] < map.n[2];
+}
+
+// Where a tensor's first row within a submap lies.
+__device__ __forceinline__ char* base_of(const TensorView& view, const Submap& map, int element_bytes) {
+  long long offset = map.batch * view.batch + map.head * view.head;
+#pragma unroll
+  for (int i = 3 - RANK; i < 3; ++i) offset += map.residue[i] * view.axis[i];
+  return view.data + offset * element_bytes;
 }
 
 // A tensor within a submap: rows of `dim` elements, one a token.
@@ -118,22 +122,18 @@ using Step = int;
 #endif
 template <class T>
 struct Rows {
-  T* base;
-  Step step[3];
+  char* base;
+  Step step[3];  // bytes
 
-  __device__ __forceinline__ Rows(const Params& p, TensorName name, const Submap& map) {
-    const TensorView& view = p.tensors[name];
-    long long offset = map.batch * view.batch + map.head * view.head;
+  __device__ __forceinline__ Rows(const Params& p, TensorName name, char* base) : base(base) {
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      offset += map.residue[i] * view.axis[i];
-      step[i] = static_cast<Step>(p.dilation[i] * view.axis[i]);
-    }
-    base = reinterpret_cast<T*>(view.data) + offset;
+    for (int i = 0; i < 3; ++i) step[i] = static_cast<Step>(p.dilation[i] * p.tensors[name].axis[i] * sizeof(T));
   }
+  __device__ __forceinline__ Rows(const Params& p, TensorName name, const Submap& map)
+      : Rows(p, name, base_of(p.tensors[name], map, sizeof(T))) {}
   __device__ __forceinline__ T* at(int z, int y, int x) const {
     using Offset = long long;
-    return base + (Offset(z) * step[0] + Offset(y) * step[1] + Offset(x) * step[2]);
+    return reinterpret_cast<T*>(base + Offset(z) * step[0] + Offset(y) * step[1] + Offset(x) * step[2]);
   }
 };
 

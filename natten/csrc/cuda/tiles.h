@@ -82,8 +82,8 @@ constexpr int STORE_BYTES = 16 * (SLICE + 1) * 16;
 constexpr int DIAGONAL_BYTES = HAS_GRADIENT && !HAS_GRADIENT_FRAGMENTS ? 8 * DIAGONAL_PITCH * 4 : 0;
 constexpr int WARP_BYTES = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES;
 constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES;
-constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES;
-static_assert(SHARED_BYTES == WARPS_AT + WARPS * WARP_BYTES, "cuda_tiles.py counts otherwise");
+constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES, BASES_AT = WARPS_AT + WARPS * WARP_BYTES;
+static_assert(SHARED_BYTES == BASES_AT + 128 && TENSORS <= 16, "cuda_tiles.py counts otherwise");
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000); }
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
@@ -135,10 +135,22 @@ struct BlockTile {
   }
 };
 
+// Works out once for the block where each tensor's rows within the tile's submap begin, and keeps that in shared memory.
+__device__ __forceinline__ void find_bases(const Params& p, const BlockTile& tile, char* shared) {
+  const int name = threadIdx.x;
+  if (name >= TENSORS) return;
+  const bool is_float = name == LSE || name == GRAD_LSE || name == DELTA;
+  reinterpret_cast<char**>(shared + BASES_AT)[name] = base_of(p.tensors[name], tile.map, is_float ? 4 : sizeof(Storage));
+}
+template <class T>
+__device__ __forceinline__ Rows<T> rows_of(const Params& p, TensorName name, const char* shared) {
+  return Rows<T>(p, name, to_global(reinterpret_cast<char* const*>(shared + BASES_AT)[name]));
+}
+
 // Copies a stage of columns of two tensors, in the background; zeros where there are none. A thread takes the same piece
 // of each of its rows.
-__device__ __forceinline__ void copy_columns(const BlockTile& tile, int first_row, const Rows<const Storage>& one,
-                                             const Rows<const Storage>& two, char* buffer) {
+__device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, const Rows<const Storage>& two,
+                                             const BlockTile& tile, int first_row, char* buffer) {
   constexpr int LINE = COLUMNS * PIECES, LINE_THREADS = LINE < TILE_THREADS ? LINE : TILE_THREADS;
   constexpr int LINES = TILE_THREADS / LINE_THREADS;
   constexpr bool IS_STEADY = RANK < 3 && !IS_SEGMENTED;  // whether rows are one step apart
@@ -146,16 +158,18 @@ __device__ __forceinline__ void copy_columns(const BlockTile& tile, int first_ro
   for (int i = threadIdx.x % LINE_THREADS; i < LINE && line < LINES; i += LINE_THREADS) {
     const int piece = i % PIECES, column = i / PIECES;
     char* to = buffer + ((line * COLUMNS + column) * PITCH + (piece ^ swizzle(column))) * 16;
-    Place at = tile.place(first_row + line);
-    int x = tile.first_x + at.segment * COLUMNS + column;
-    const Storage *from_one = one.at(at.z, at.y, x) + piece * 8, *from_two = two.at(at.z, at.y, x) + piece * 8;
-#pragma unroll 2
+    const char *from_one, *from_two;
+    int x;
+    const auto go_to = [&](int row) {
+      const Place at = tile.place(row);
+      x = tile.first_x + at.segment * COLUMNS + column;
+      from_one = reinterpret_cast<const char*>(one.at(at.z, at.y, x)) + piece * 16;
+      from_two = reinterpret_cast<const char*>(two.at(at.z, at.y, x)) + piece * 16;
+    };
+    go_to(first_row + line);
+#pragma unroll 4
     for (int row = line; row < STAGE_ROWS; row += LINES, to += LINES * COLUMNS * PITCH * 16) {
-      if (!IS_STEADY) {
-        at = tile.place(first_row + row);
-        x = tile.first_x + at.segment * COLUMNS + column;
-        from_one = one.at(at.z, at.y, x) + piece * 8, from_two = two.at(at.z, at.y, x) + piece * 8;
-      }
+      if (!IS_STEADY) go_to(first_row + row);
       const bool is_there = first_row + row < tile.rows && tile.x.holds(x);
       copy_async(to, from_one, is_there);
       copy_async(to + COLUMN_BYTES, from_two, is_there);
@@ -346,7 +360,7 @@ __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const f
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The walk: stages of columns, units, chunks of rows
+// A unit's columns, some at a time
 // ---------------------------------------------------------------------------------------------------------------------
 
 // A chunk: CHUNK_ROWS rows of columns that follow each other, of which some may not matter to the unit.
@@ -384,55 +398,5 @@ class Chunk {
   const char* buffer_;
 };
 static_assert(CHUNK_ROWS <= STAGE_ROWS, "a chunk lies in one stage");
-
-template <class Work>
-__device__ __forceinline__ void add_chunk(Work& work, const Chunk& chunk) {
-  if (chunk.is_used()) work.add(chunk);
-}
-
-// With stages, of which one is copied while another is worked on. Each warp has one unit at most.
-template <class Work, class Copy, class Make>
-__device__ __forceinline__ void walk_stages(const BlockTile& tile, char* shared, Copy copy, Make make) {
-  Unit unit{};
-  const bool has_unit = warp_index() < UNITS && unit.locate(tile, warp_index());
-  if (!has_unit) unit.first_row = unit.end_row = 0;
-  Work work = make(unit);
-#pragma unroll 1
-  for (int first_row = 0, buffer = 0; first_row < tile.rows; first_row += STAGE_ROWS, buffer ^= 1) {
-    const int next_row = first_row + STAGE_ROWS;
-    if (next_row < tile.rows) {
-      copy(next_row, shared + (buffer ^ 1) * BUFFER_BYTES);
-      wait_copies<1>();
-    } else {
-      wait_copies<0>();
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int row = max(unit.first_row, first_row); row < min(unit.end_row, next_row); row += CHUNK_ROWS)
-      add_chunk(work, Chunk(tile, unit, row, first_row, shared + buffer * BUFFER_BYTES));
-    __syncthreads();
-  }
-  if (has_unit) work.finish();
-}
-
-// Makes a Work of each unit of this warp, by make(unit); calls its add(chunk) for each chunk of the unit's columns, and
-// finish(). copy(first_row, buffer) brings a stage of columns to shared memory.
-template <class Work, class Copy, class Make>
-__device__ __forceinline__ void walk(const BlockTile& tile, char* shared, Copy copy, Make make) {
-  copy(0, shared);
-  if (IS_STAGED) return walk_stages<Work>(tile, shared, copy, make);
-  wait_copies<0>();
-  __syncthreads();
-#pragma unroll 1
-  for (int index = warp_index(); index < UNITS; index += WARPS) {
-    Unit unit;
-    if (!unit.locate(tile, index)) continue;
-    Work work = make(unit);
-#pragma unroll 1
-    for (int row = unit.first_row; row < unit.end_row; row += CHUNK_ROWS)
-      add_chunk(work, Chunk(tile, unit, row, 0, shared));
-    work.finish();
-  }
-}
 
 }  // namespace natten

@@ -1,0 +1,63 @@
+// The walk of a block over its tile: stages of columns, units, chunks of rows.
+#pragma once
+
+#include "bias.h"
+
+namespace natten {
+
+template <class Work>
+__device__ __forceinline__ void add_chunk(Work& work, const Chunk& chunk) {
+  if (chunk.is_used()) work.add(chunk);
+}
+
+// With stages, of which one is copied while another is worked on. Each warp has one unit at most.
+template <class Work, class Copy, class Make>
+__device__ __forceinline__ void walk_stages(const BlockTile& tile, char* shared, Copy copy, Make make) {
+  Unit unit{};
+  const bool has_unit = warp_index() < UNITS && unit.locate(tile, warp_index());
+  if (!has_unit) unit.first_row = unit.end_row = 0;
+  Work work = make(unit);
+#pragma unroll 1
+  for (int first_row = 0, buffer = 0; first_row < tile.rows; first_row += STAGE_ROWS, buffer ^= 1) {
+    const int next_row = first_row + STAGE_ROWS;
+    if (next_row < tile.rows) {
+      copy(next_row, shared + (buffer ^ 1) * BUFFER_BYTES);
+      wait_copies<1>();
+    } else {
+      wait_copies<0>();
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int row = max(unit.first_row, first_row); row < min(unit.end_row, next_row); row += CHUNK_ROWS)
+      add_chunk(work, Chunk(tile, unit, row, first_row, shared + buffer * BUFFER_BYTES));
+    __syncthreads();
+  }
+  if (has_unit) work.finish();
+}
+
+// Makes a Work of each unit of this warp, by make(unit); calls its add(chunk) for each chunk of the unit's columns, and
+// finish(). copy(first_row, buffer) brings a stage of columns to shared memory. has_fragments: whether those of the tile's
+// bias are there already.
+template <class Work, class Copy, class Make>
+__device__ __forceinline__ void walk(const Params& p, const BlockTile& tile, char* shared, bool has_fragments, Copy copy,
+                                     Make make) {
+  find_bases(p, tile, shared);
+  __syncthreads();
+  copy(0, shared);
+  if (!has_fragments) make_fragments(p, tile, shared);
+  if (IS_STAGED) return walk_stages<Work>(tile, shared, copy, make);
+  wait_copies<0>();
+  __syncthreads();
+#pragma unroll 1
+  for (int index = warp_index(); index < UNITS; index += WARPS) {
+    Unit unit;
+    if (!unit.locate(tile, index)) continue;
+    Work work = make(unit);
+#pragma unroll 1
+    for (int row = unit.first_row; row < unit.end_row; row += CHUNK_ROWS)
+      add_chunk(work, Chunk(tile, unit, row, 0, shared));
+    work.finish();
+  }
+}
+
+}  // namespace natten
