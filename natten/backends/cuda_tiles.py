@@ -21,18 +21,20 @@ _MOST_WARPS = 8
 _MOST_UNITS = 32  # of a tile
 _MOST_ROW_BLOCKS = 8  # of 8 columns, of a row that is held as one
 _LARGE_DIM = 128  # beyond it, rows held as one may be too large
-_RESERVED_BYTES = (
-    1 << 10
-)  # of a multiprocessor's shared memory for each block: it has so much more than a block may have
-# In shared memory: bias as fragments, else as a table; its gradient as fragments of each warp, else as tables.
-_MOST_FRAGMENT_BYTES, _MOST_TABLE_BYTES = 32 << 10, 64 << 10
-_MOST_GRADIENT_FRAGMENT_BYTES, _MOST_GRADIENT_BYTES = 80 << 10, 32 << 10
+# Of a multiprocessor's shared memory for each block: it has so much more than a block may have.
+_RESERVED_BYTES = 1 << 10
+_MAY_HAVE_FRAGMENTS, _MAY_HAVE_GRADIENT_FRAGMENTS = True, True
+_MOST_TABLE_BYTES, _MOST_GRADIENT_BYTES = 48 << 10, 32 << 10  # of tables in shared memory, where there are no fragments
 _BASES_BYTES = 128  # where tensors begin
 _STAGE_CHUNKS = (1, 2, 4, 8)  # of a stage, where columns come in stages
-_STAGE_COST = 60.0  # of waiting for a stage, in the time of products of a warp
-# What a unit of 16 tokens and 8 columns costs beside products over 16 of head_dim, in their time.
-_ELEMENTWISE_COST = {"forward": 6.0, "grad_query": 10.0, "grad_key_value": 9.0}
-_PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}
+# Instructions of a warp, as counted in the machine code for sm_90: of a stage; of a block of a unit's 8 columns, and of
+# that for 16 of head_dim; of a unit; of a tile; to bring 16 bytes a lane; to make a fragment.
+_STAGE_COST = 120.0
+_COLUMNS_COST = {"forward": 33.0, "grad_query": 44.0, "grad_key_value": 38.0}
+_PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}  # of a block, for 16 of head_dim
+_PRODUCT_COST, _PRODUCT_TIME = 1.5, 6.5  # instructions, and how many could be issued while a product is computed
+_UNIT_COST, _TILE_COST, _COPY_COST, _FRAGMENT_COST = 270.0, 360.0, 5.0, 29.0
+_TABLE_COST, _DIAGONAL_COST = 20.0, 25.0  # of a block of columns, where its bias is no fragment, or the gradient of it
 _CHUNK_BLOCKS = {"forward": 8, "grad_query": 4, "grad_key_value": 2}  # of 8 columns, at a time, for small head_dim
 _MOST_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}
 # Warps of a multiprocessor, up to a head_dim, so that registers are not spilled: 16 have 128 each, 12 have 168, 8 have
@@ -43,7 +45,7 @@ _RESIDENT_WARPS = {
     "grad_key_value": ((32, 16), (64, 12), (256, 8)),
 }
 _MOST_RESIDENT_OF_SOME, _MOST_RESIDENT_OF_OTHERS = 12, 8
-_BYTES_PER_PRODUCT = 20.0  # brought to shared memory in the time of one product of a unit, 16 x 8 x 16
+_BYTES_PER_INSTRUCTION = 6.0  # brought to a multiprocessor while it issues one
 
 
 class Tile(NamedTuple):
@@ -94,6 +96,30 @@ class Tile(NamedTuple):
         return tuple(f"{name}={value}" for name, value in words.items())
 
 
+class _Held(NamedTuple):
+    """How shared memory holds columns and bias, in tiles.h's words."""
+
+    columns: int
+    unit_columns: int
+    reach: int
+    is_segmented: bool
+    has_bias_fragments: bool
+    has_gradient_fragments: bool
+
+    @property
+    def fragment_bytes(self) -> int:
+        """Of 8 tokens by a unit's columns."""
+        return 32 * self.unit_columns
+
+
+class _Stage(NamedTuple):
+    """Rows of columns that it holds at a time, whether there may be more, and the warps that work on them."""
+
+    rows: int
+    is_staged: bool
+    warps: int
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # How far windows reach
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,6 +162,13 @@ def _classes(axis: Axis) -> set[int]:
 def widest(axis: Axis, is_inverse: bool, size: int) -> int:
     """Most columns that `size` tokens, counted off from the first, meet together on an axis, in any residue class."""
     return max(before + after for before, after in _reaches(axis, is_inverse, size))
+
+
+@cache
+def average(axis: Axis, is_inverse: bool, size: int) -> float:
+    """Columns that they meet on average."""
+    reaches = _reaches(axis, is_inverse, size)
+    return sum(before + after for before, after in reaches) / len(reaches)
 
 
 @cache
@@ -219,42 +252,53 @@ class _Chooser:
         return list(range(unit, most + 1, unit))
 
     def _tiles_of_size(self, size, units: int) -> Iterator[Tile]:
-        for columns, unit_columns, reach, is_segmented in self._columns(size[2]):
+        for held in self._ways_to_hold(size[2]):
             met = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, size, strict=True)]
-            rows = met[0] * met[1] * (-(-met[2] // columns) if is_segmented else 1)
-            chunk_rows = max(1, min(self.chunk_blocks // (unit_columns // 8), rows))
-            if chunk_rows * unit_columns % 16:
-                chunk_rows += 1
-            rows = max(rows, chunk_rows)
-            for is_staged, stage_rows, warps in self._stages(units, rows, chunk_rows):
-                tile = self._tile(
-                    size, columns, unit_columns, reach, is_segmented, chunk_rows, stage_rows, is_staged, warps
-                )
+            rows = met[0] * met[1] * (-(-met[2] // held.columns) if held.is_segmented else 1)
+            chunk_rows = max(1, min(self.chunk_blocks // (held.unit_columns // 8), rows))
+            for stage in self._stages(units, rows, chunk_rows):
+                tile = self._tile(size, held, chunk_rows, stage)
                 if self._is_fit(tile):
                     yield tile
 
-    def _columns(self, size_x: int) -> Iterator[tuple[int, int, int, bool]]:
-        """Ways to hold a row of columns: as one, unless it is long, and in segments."""
-        before, after = farthest(self.axes[2], self.is_inverse, self.unit[2])
-        unit_columns = _multiple(before + after, 8)
-        if unit_columns <= 8 * _MOST_ROW_BLOCKS:
-            yield size_x - self.unit[2] + unit_columns, unit_columns, before, False
-            if self.dim <= _LARGE_DIM:
-                return
+    def _ways_to_hold(self, size_x: int) -> Iterator[_Held]:
+        """Rows of columns are held as one unless they are long, then in segments, with which there are no fragments."""
+        is_whole = False
+        for has_sums in (False, True) if self.has_gradient and _MAY_HAVE_GRADIENT_FRAGMENTS else (False,):
+            reach, begins, unit_columns = self._place_columns(size_x, has_sums)
+            if unit_columns <= 8 * _MOST_ROW_BLOCKS:
+                is_whole = True
+                for has_fragments in (True, False) if _MAY_HAVE_FRAGMENTS else (False,):
+                    yield _Held(max(begins) + unit_columns, unit_columns, reach, False, has_fragments, has_sums)
+        if is_whole and self.dim <= _LARGE_DIM:
+            return
         segment = 8 * max(self.chunk_blocks, 4) if self.dim <= _LARGE_DIM else 16
-        yield segment, segment, 0, True
+        yield _Held(segment, segment, 0, True, False, False)
 
-    def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[tuple[bool, int, int]]:
-        """Whether columns come in stages, of how many rows, and for how many warps."""
+    def _place_columns(self, size_x: int, is_steady: bool) -> tuple[int, set[int], int]:
+        """REACH; where in a row of a tile's columns those of units begin, as tiles.h has it; and how many each has."""
+        axis, unit = self.axes[2], self.unit[2]
+        reach = farthest(axis, self.is_inverse, unit if is_steady else size_x)[0]
+        begins, most = set(), 0
+        for n in _classes(axis):
+            spans = _spans(axis, self.is_inverse, n)
+            for x in range(0, n, unit):
+                at = x // size_x * size_x
+                begin = x - at if is_steady else (spans[x][0] - at + reach) // 8 * 8
+                begins.add(begin)
+                most = max(most, spans[min(x + unit, n) - 1][1] - at + reach - begin)
+        return reach, begins, _multiple(most, 8)
+
+    def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[_Stage]:
         if units > _MOST_WARPS:
             for warps in range(1, _MOST_WARPS + 1):
                 if units % warps == 0 or warps == _MOST_WARPS:
-                    yield False, rows, warps
+                    yield _Stage(rows, False, warps)
             return
-        yield False, rows, units
+        yield _Stage(rows, False, units)
         for chunks in _STAGE_CHUNKS:
             if chunks * chunk_rows < rows:
-                yield True, chunks * chunk_rows, units
+                yield _Stage(chunks * chunk_rows, True, units)
 
     def _is_fit(self, tile: Tile) -> bool:
         """Whether it fits the GPU, and no warps add to one table in no certain order where that matters."""
@@ -263,90 +307,102 @@ class _Chooser:
             is_ordered or not (self.has_gradient and self.is_ordered)
         )
 
-    def _tile(
-        self, size, columns, unit_columns, reach, is_segmented, chunk_rows, stage_rows, is_staged, warps
-    ) -> Tile:
+    def _tile(self, size, held: _Held, chunk_rows: int, stage: _Stage) -> Tile:
         pitch = self.pieces if self.pieces & (self.pieces - 1) == 0 else self.pieces | 1
-        tokens = stage_rows * columns
+        tokens = stage.rows * held.columns
         buffer = tokens * pitch * 32 + (tokens * 8 if self.is_inverse else 0)
-        fragment = unit_columns * 32  # bytes of 8 tokens by these columns
-        has_fragments, has_table, bias = self._bias(size, is_segmented, unit_columns, fragment)
-        has_sums, tables, gradient = self._gradient(is_segmented, warps, fragment)
-        blocks = unit_columns // 8 + (self.rank == 1)
-        diagonals = 8 * (_multiple(blocks * 8 + 16, 32) + 8) * 4 if self.has_gradient and not has_sums else 0
+        has_table, bias = self._bias(size, held)
+        tables, gradient = self._gradient(held, stage.warps)
+        blocks = held.unit_columns // 8 + (self.rank == 1)
+        has_diagonals = self.has_gradient and not held.has_gradient_fragments
+        diagonals = 8 * (_multiple(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
         warp = max(16 * (self.slice_pieces + 1) * 16, diagonals)
-        shared = (2 if is_staged else 1) * buffer + bias + gradient + warps * warp + _BASES_BYTES
-        most_warps = self.most_resident_warps
-        if self.rank > 2 or (is_staged and self.dim > 32):
-            most_warps = min(most_warps, _MOST_RESIDENT_OF_SOME)
-        if self.kind != "forward" and (is_segmented or (is_staged and self.dim > 32) or chunk_rows * unit_columns > 32):
-            most_warps = _MOST_RESIDENT_OF_OTHERS
-        resident = max(
-            1, min((self.most_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES), most_warps // warps)
-        )
+        shared = (2 if stage.is_staged else 1) * buffer + bias + gradient + stage.warps * warp + _BASES_BYTES
+        resident = self._resident_warps(held, chunk_rows, stage) // stage.warps
+        fitting = (self.most_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES)
         return Tile(
             size=tuple(size),
-            columns=columns,
-            unit_columns=unit_columns,
-            reach=reach,
-            is_segmented=is_segmented,
+            columns=held.columns,
+            unit_columns=held.unit_columns,
+            reach=held.reach,
+            is_segmented=held.is_segmented,
             chunk_rows=chunk_rows,
-            stage_rows=stage_rows,
-            is_staged=is_staged,
-            warps=warps,
-            min_blocks=resident,
+            stage_rows=stage.rows,
+            is_staged=stage.is_staged,
+            warps=stage.warps,
+            min_blocks=max(1, min(fitting, resident)),
             slices=self.slices,
-            has_bias_fragments=has_fragments,
+            has_bias_fragments=held.has_bias_fragments,
             is_table_shared=has_table,
-            has_gradient_fragments=has_sums,
+            has_gradient_fragments=held.has_gradient_fragments,
             gradient_tables=tables,
             shared_bytes=shared,
         )
 
-    def _bias(self, size, is_segmented: bool, unit_columns: int, fragment: int) -> tuple[bool, bool, int]:
-        """Whether shared memory holds the bias as fragments, whether as a table, and bytes of that."""
-        rows = self.table_rows if self.has_rpb else 1
-        fragments = size[2] // self.unit[2] * (rows * self.halves + 1) * fragment
-        if not is_segmented and fragments <= _MOST_FRAGMENT_BYTES:
-            return True, False, fragments
-        if not self.has_rpb:
-            return False, False, 0
-        margin = 2 * unit_columns + 32
-        table = _multiple(self.table + 2 * margin, 4) * 4
-        return (False, True, table) if table <= _MOST_TABLE_BYTES else (False, False, 0)
+    def _resident_warps(self, held: _Held, chunk_rows: int, stage: _Stage) -> int:
+        """Warps that a multiprocessor has registers for."""
+        most, chunk = self.most_resident_warps, chunk_rows * held.unit_columns
+        is_large_stage = stage.is_staged and self.dim > 32
+        if self.kind != "forward" and (held.is_segmented or is_large_stage or chunk > 32):
+            return _MOST_RESIDENT_OF_OTHERS
+        if self.rank > 2 or is_large_stage or (self.is_inverse and chunk > 16):
+            return min(most, _MOST_RESIDENT_OF_SOME)
+        return most
 
-    def _gradient(self, is_segmented: bool, warps: int, fragment: int) -> tuple[bool, int, int]:
-        """Whether it holds the gradient of bias as fragments of each warp, or how many tables, and bytes of that."""
-        if not self.has_gradient:
-            return False, 0, 0
-        fragments = warps * self.table_rows * self.halves * fragment
-        if not is_segmented and fragments <= _MOST_GRADIENT_FRAGMENT_BYTES:
-            return True, 0, fragments
+    def _bias(self, size, held: _Held) -> tuple[bool, int]:
+        """Whether shared memory holds the bias as a table, and the bytes of that or, if there are any, of fragments."""
+        if held.has_bias_fragments:
+            rows = self.table_rows if self.has_rpb else 1
+            return False, size[2] // self.unit[2] * (rows * self.halves + 1) * held.fragment_bytes
+        table = _multiple(self.table + 2 * (2 * held.unit_columns + 32), 4) * 4
+        is_shared = self.has_rpb and table <= _MOST_TABLE_BYTES
+        return is_shared, table * is_shared
+
+    def _gradient(self, held: _Held, warps: int) -> tuple[int, int]:
+        """How many tables of the gradient of bias it holds, and the bytes of that or of each warp's fragments."""
+        if held.has_gradient_fragments:
+            return 0, warps * self.table_rows * self.halves * held.fragment_bytes
         one = _multiple(self.table, 4) * 4
-        tables = next((count for count in (warps, 1) if count * one <= _MOST_GRADIENT_BYTES), 0)
-        return False, tables, tables * one
+        fits = [count for count in (warps, 1) if count * one <= _MOST_GRADIENT_BYTES]
+        tables = fits[0] if fits and self.has_gradient else 0
+        return tables, tables * one
 
     def cost(self, tile: Tile, maps: int, processors: int) -> float:
-        """About what all tiles of a problem take, in products of a unit; only comparisons count."""
+        """About what all tiles of a problem take, in instructions of a multiprocessor; only comparisons count."""
         tiles = maps * prod(
             ceil(n / q) * a.dilation for n, q, a in zip(self.longest, tile.size, self.axes, strict=True)
         )
-        reach = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True)]
-        unit_reach = [widest(axis, self.is_inverse, u) for axis, u in zip(self.axes, self.unit, strict=True)]
-        read = 4 * self.dim * prod(reach) + 6 * self.dim * prod(tile.size)
-        units = prod(-(-q // u) for q, u in zip(tile.size, self.unit, strict=True))
-        rounds = -(-units // tile.warps)
-        row = _multiple(unit_reach[2], tile.unit_columns) if tile.is_segmented else tile.unit_columns
-        products = _PRODUCTS[self.kind] * self.dim / 16 + _ELEMENTWISE_COST[self.kind]
-        stages = -(-prod(reach[:2]) * -(-reach[2] // tile.columns) // tile.stage_rows)
-        rows = unit_reach[0] * unit_reach[1] * (row // tile.unit_columns)
-        if tile.is_staged:  # of a stage, warps wait for the one that has most to do
-            rows = max(rows, stages * min(rows, tile.stage_rows))
-        work = rounds * tile.warps * rows * tile.unit_columns / 8 * products
-        work += stages * tile.warps * _STAGE_COST
+        met = [average(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True)]
+        read = 4 * self.dim * prod(met) + 6 * self.dim * prod(tile.size)
+        one = self._instructions(tile)
         # One block reads while another computes, and a staged one does both at a time.
-        reading, overlapped = read / _BYTES_PER_PRODUCT, tile.min_blocks * (1.5 if tile.is_staged else 1)
-        one = max(reading, work) + min(reading, work) / overlapped
-        waiting = 1 + 4 / (tile.min_blocks * tile.warps)  # few warps leave the multiprocessor idle
+        reading, overlapped = read / _BYTES_PER_INSTRUCTION, min(tile.min_blocks * (1.5 if tile.is_staged else 1), 2)
+        one *= 1 + 6 / (tile.min_blocks * tile.warps)  # few warps leave the multiprocessor idle
+        one = max(reading, one) + min(reading, one) / overlapped
         blocks, at_a_time = tiles * tile.slices, processors * tile.min_blocks
-        return one * waiting * (max(blocks, at_a_time) if blocks < 4 * at_a_time else blocks)
+        return one * (max(blocks, at_a_time) if blocks < 4 * at_a_time else blocks)
+
+    def _instructions(self, tile: Tile) -> float:
+        """About what a block issues for a tile."""
+        steps = self.dim / 16 * _PRODUCTS[self.kind]
+        column_cost = max(_COLUMNS_COST[self.kind] + _PRODUCT_COST * steps, _PRODUCT_TIME * steps)
+        column_cost += _TABLE_COST * (not tile.has_bias_fragments)
+        column_cost += _DIAGONAL_COST * (self.has_gradient and not tile.has_gradient_fragments)
+        unit_met = [widest(axis, self.is_inverse, u) for axis, u in zip(self.axes, self.unit, strict=True)]
+        rows = unit_met[0] * unit_met[1]
+        stages = 1
+        if tile.is_segmented:
+            rows *= -(-unit_met[2] // tile.unit_columns) + (unit_met[2] % tile.unit_columns > 0) / 2
+        if tile.is_staged:  # of a stage, warps wait for the one that has most to do
+            met = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True)]
+            lines = met[0] * met[1] * (-(-met[2] // tile.columns) if tile.is_segmented else 1)
+            stages = -(-lines // tile.stage_rows)
+            rows = max(rows, stages * min(rows, tile.stage_rows))
+        units = prod(-(-q // u) for q, u in zip(tile.size, self.unit, strict=True))
+        chunks = -(-rows // tile.chunk_rows) * tile.chunk_rows
+        work = -(-units // tile.warps) * tile.warps * (_UNIT_COST + chunks * tile.unit_columns / 8 * column_cost)
+        work += tile.warps * (_TILE_COST + stages * _STAGE_COST)
+        work += stages * tile.stage_rows * tile.columns * self.pieces / 16 * _COPY_COST
+        if tile.has_bias_fragments:
+            work += tile.size[2] / self.unit[2] * self.table_rows * self.halves * _FRAGMENT_COST
+        return work

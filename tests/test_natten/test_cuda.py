@@ -6,9 +6,10 @@ over one problem.
 
 from __future__ import annotations
 
+import contextlib
 import unittest
 import warnings
-from functools import partial
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -17,7 +18,7 @@ from brute_force import Window
 from emulation.launcher import emulated_gpu, gpu_properties
 
 import natten
-from natten import cuda_driver, dispatch, nvrtc
+from natten import dispatch, nvrtc
 from natten.backends import cuda, cuda_tiles
 from natten.backends.compiled import warn
 from natten.geometry import Axis, make_axes
@@ -43,6 +44,24 @@ def _axes(rank: int, *arguments) -> tuple[Axis, ...]:
 
 def problem(space, *window_arguments, dim=16, heads=2, batch=1, has_rpb=True, layout="packed", seed=0) -> Problem:
     return Problem(batch, space, heads, dim, window(len(space), *window_arguments), has_rpb, layout, seed)
+
+
+@contextlib.contextmanager
+def tile_limits(
+    has_fragments: bool, table_bytes: int, has_gradient_fragments: bool, gradient_bytes: int
+) -> Iterator[None]:
+    """Changes how tiles may hold the bias and its gradient in shared memory."""
+    with (
+        mock.patch.object(cuda_tiles, "_MAY_HAVE_FRAGMENTS", has_fragments),
+        mock.patch.object(cuda_tiles, "_MOST_TABLE_BYTES", table_bytes),
+        mock.patch.object(cuda_tiles, "_MAY_HAVE_GRADIENT_FRAGMENTS", has_gradient_fragments),
+        mock.patch.object(cuda_tiles, "_MOST_GRADIENT_BYTES", gradient_bytes),
+    ):
+        cuda_tiles.choose_tile.cache_clear()
+        try:
+            yield
+        finally:
+            cuda_tiles.choose_tile.cache_clear()
 
 
 class EmulatedTestCase(unittest.TestCase):
@@ -151,16 +170,40 @@ class EmulatedSweepTest(EmulatedTestCase):
                 self.check(given, torch.bfloat16)
 
     def test_tables_too_large_for_shared_memory(self):
-        given = problem((12, 13), (5, 4), 2, dim=24)
-        for table_bytes, gradient_bytes in ((0, 0), (0, 700), (1 << 16, 0)):
-            with (
-                self.subTest(table_bytes=table_bytes, gradient_bytes=gradient_bytes),
-                mock.patch.object(cuda_tiles, "_MOST_TABLE_BYTES", table_bytes),
-                mock.patch.object(cuda_tiles, "_MOST_GRADIENT_BYTES", gradient_bytes),
-            ):
-                cuda_tiles.choose_tile.cache_clear()
+        for given in (problem((12, 13), (5, 4), 2, dim=24), problem((5, 6, 9), 3, dim=8), problem((40,), 9, dim=16)):
+            for table_bytes, gradient_bytes in ((0, 0), (0, 700), (1 << 16, 0), (1 << 16, 1 << 15)):
+                with (
+                    self.subTest(given=given, table_bytes=table_bytes, gradient_bytes=gradient_bytes),
+                    tile_limits(False, table_bytes, False, gradient_bytes),
+                ):
+                    self.check(given, torch.bfloat16)
+
+    def test_windows_wider_than_a_unit(self):
+        for given in (
+            problem((27, 40), (5, 21), dim=16),
+            problem((3, 45), (3, 17), 1, 1, True),
+            problem((9, 26), (4, 25)),
+        ):
+            with self.subTest(given=given):
                 self.check(given, torch.bfloat16)
-        cuda_tiles.choose_tile.cache_clear()
+
+    def test_steps_of_more_than_32_bits(self):
+        for given in (problem((11, 20), 5, 1, 2), problem((4, 5, 9), 3)):
+            with self.subTest(given=given), mock.patch.object(cuda, "_MOST_SHORT_STEP", 0):
+                self.check(given, torch.bfloat16)
+
+    def test_scales_that_are_not_positive(self):
+        given = problem((9, 11), 5, dim=8)
+        for scale in (0.0, -0.5):
+            with self.subTest(scale=scale):
+                qkv, rpb = make_qkv(given, torch.bfloat16), make_rpb(given, torch.float32)
+                results = []
+                for backend in ("cuda", "reference"):
+                    with emulated_gpu():
+                        out = natten.na2d(*qkv, 5, rpb=rpb, scale=scale, backend=backend)
+                        results.append([out, *torch.autograd.grad(out.float().square().sum(), (*qkv, rpb))])
+                for x, expected in zip(*results, strict=True):
+                    torch.testing.assert_close(x, expected, atol=0.05, rtol=0.05)
 
     def test_large_head_dims(self):
         for dim in (72, 96, 128, 136, 256):
@@ -183,11 +226,14 @@ class EmulatedSweepTest(EmulatedTestCase):
 
     def test_results_do_not_depend_on_the_order_of_threads(self):
         given = problem((12, 17), 5, dim=16)
-        for gradient_bytes, is_ordered in ((1 << 15, False), (1400, True)):
+        for has_fragments, gradient_bytes, is_ordered in (
+            (True, 0, False),
+            (False, 1 << 15, False),
+            (False, 1400, True),
+        ):
             torch.use_deterministic_algorithms(is_ordered)
             self.addCleanup(torch.use_deterministic_algorithms, False)
-            with mock.patch.object(cuda_tiles, "_MOST_GRADIENT_BYTES", gradient_bytes):
-                cuda_tiles.choose_tile.cache_clear()
+            with tile_limits(True, 0, has_fragments, gradient_bytes):
                 runs = []
                 for seed in range(2):
                     qkv, rpb = make_qkv(given, torch.bfloat16), make_rpb(given, torch.float32)
@@ -195,7 +241,6 @@ class EmulatedSweepTest(EmulatedTestCase):
                         runs.append(fused(given, qkv, rpb, "cuda"))
             for one, other in zip(*runs, strict=True):
                 self.assertTrue(torch.equal(one, other))
-        cuda_tiles.choose_tile.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,79 +297,6 @@ class RefusalTest(unittest.TestCase):
 
     def test_it_stands_in_the_ladder_before_the_reference(self):
         self.assertEqual(dispatch.NAMES, ("cpu", "cuda", "reference"))
-
-
-class LaunchTest(unittest.TestCase):
-    """The driver, replaced by a double that notes what it is asked."""
-
-    def setUp(self):
-        self.driver = mock.MagicMock()
-        for name in ("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuModuleLoadData"):
-            getattr(self.driver, name).return_value = (0, 7)
-        for name in ("cuLaunchKernel", "cuCtxPushCurrent", "cuCtxPopCurrent", "cuFuncSetAttribute"):
-            getattr(self.driver, name).return_value = (0,)
-        self.driver.cuModuleGetFunction.return_value = (0, "function")
-        self.code = mock.Mock(return_value=b"code")
-        for target, name, stand_in in (
-            (cuda_driver, "bindings", lambda: self.driver),
-            (nvrtc, "machine_code", self.code),
-            (torch._C, "_cuda_getCurrentRawStream", lambda device: 40 + device),
-            (torch.cuda, "is_current_stream_capturing", mock.Mock(return_value=False)),
-            (torch.cuda, "get_device_capability", lambda device: HOPPER),
-        ):
-            patcher = mock.patch.object(target, name, stand_in, create=True)
-            patcher.start()
-            self.addCleanup(patcher.stop)
-        cuda_driver._forget()
-        self.addCleanup(cuda_driver._forget)
-        self.kernel = cuda_driver.Kernel("attention.cu", "natten_attention", ("HEAD_DIM=8",), 128, 100 << 10)
-        self.launch = partial(cuda_driver.launch, self.kernel, 5, (cuda.ctypes.c_int64 * 4)())
-
-    def test_each_device_loads_once_and_launches_on_its_current_stream(self):
-        for device in (0, 1, 0, 1):
-            self.launch(device)
-        self.assertEqual(self.driver.cuModuleLoadData.call_count, 2)
-        streams = [call.args[8] for call in self.driver.cuLaunchKernel.call_args_list]
-        self.assertEqual(streams, [40, 41, 40, 41])
-        self.assertEqual(self.driver.cuLaunchKernel.call_args.args[1:8], (5, 1, 1, 128, 1, 1, 100 << 10))
-        self.assertEqual(self.driver.cuFuncSetAttribute.call_args.args[2], 100 << 10)
-
-    def test_another_devices_context_is_made_current_and_given_back(self):
-        self.launch(0)
-        self.driver.cuCtxPushCurrent.assert_not_called()
-        self.driver.cuCtxGetCurrent.return_value = (0, 8)
-        self.launch(0)
-        self.driver.cuCtxPushCurrent.assert_called_once_with(7)
-        self.driver.cuCtxPopCurrent.assert_called_once_with()
-
-    def test_nothing_is_compiled_while_a_graph_is_captured(self):
-        torch.cuda.is_current_stream_capturing.return_value = True
-        with self.assertRaisesRegex(RuntimeError, "run once before capture"):
-            self.launch(0)
-        torch.cuda.is_current_stream_capturing.return_value = False
-        self.launch(0)
-        torch.cuda.is_current_stream_capturing.return_value = True
-        self.launch(0)  # loaded already
-        self.assertEqual(self.driver.cuLaunchKernel.call_count, 2)
-
-    def test_kernels_of_a_problem_are_compiled_once_each(self):
-        other = self.kernel._replace(name="natten_grad_query")
-        for _ in range(2):
-            cuda_driver.prepare([self.kernel, other], 0)
-        self.launch(0)
-        self.assertEqual((self.code.call_count, self.driver.cuModuleLoadData.call_count), (2, 2))
-
-    def test_a_failing_driver_is_told(self):
-        self.driver.cuLaunchKernel.return_value = (1,)
-        self.driver.cuGetErrorString.return_value = (0, b"invalid argument")
-        with self.assertRaisesRegex(RuntimeError, "invalid argument"):
-            self.launch(0)
-
-    def test_a_forked_child_forgets(self):
-        self.launch(0)
-        cuda_driver._forget()
-        self.launch(0)
-        self.assertEqual(self.driver.cuModuleLoadData.call_count, 2)
 
 
 class PlanTest(unittest.TestCase):

@@ -32,7 +32,7 @@ struct Attend {
       multiply_columns(query, chunk.columns(0, r), weights[r]);
     }
     weigh(weights);
-    add_pairs(weights, chunk.columns(1), first_piece, sum);
+    add_chunk_columns(weights, chunk.columns(1), first_piece, sum);
   }
 
   // Products become weights relative to the largest so far, which those before must follow.
@@ -93,7 +93,8 @@ NATTEN_KERNEL(natten_attention_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
   walk<Attend>(
       p, tile, shared, false,
       [&](int row, char* buffer) {
-        copy_columns(rows_of<const Storage>(p, KEY, shared), rows_of<const Storage>(p, VALUE, shared), tile, row, buffer);
+        const auto keys = rows_of<const Storage>(p, KEY, shared), values = rows_of<const Storage>(p, VALUE, shared);
+        copy_columns(keys, values, tile, row, buffer);
       },
       [&](const Unit& unit) { return Attend(p, tile, unit, shared, slice); });
 }

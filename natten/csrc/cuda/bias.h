@@ -17,9 +17,8 @@ __device__ __forceinline__ void copy_table(const Params& p, int head, char* shar
   }
 }
 
-// Or makes fragments, for each place on the last axis that units of the tile have: one for each row of the table, if there
-// is one, since where columns begin REACH tokens before a unit's first, it has the same entries whatever the unit; and a
-// last one of minus infinity, for rows that a half does not see.
+// Or makes fragments, for each place on the last axis that units of the tile have: one for each row of the table, if
+// there is one, and a last one of minus infinity, for rows that a half does not see.
 __device__ __forceinline__ void make_fragments(const Params& p, const BlockTile& tile, char* shared) {
   if (!HAS_BIAS_FRAGMENTS) return;
   const int n = tile.map.n[2], lane = lane_index();
@@ -27,8 +26,9 @@ __device__ __forceinline__ void make_fragments(const Params& p, const BlockTile&
   const float* table = HAS_RPB ? p.rpb + static_cast<long long>(tile.map.head) * TABLE : nullptr;
   for (int group = 0; group < UNITS_X * HALVES; ++group) {
     const int unit = group / HALVES, half = group % HALVES, token = lane / 4 + 8 * half;
-    const int x = tile.at[2] + unit * UNIT_X + token;
+    const int first = tile.at[2] + unit * UNIT_X, x = first + token;
     const Span columns = x < n ? columns_x(x, n) : Span{0, 0};
+    const int corner = tile.first_x + (first < n ? tile.first_column(first) : 0) - x;  // the first column, as seen from x
     float2* to = reinterpret_cast<float2*>(shared + BIAS_AT + unit * BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane;
 #pragma unroll 1
     for (int fragment = warp_index() * HALVES + half; fragment < BIAS_FRAGMENTS; fragment += WARPS * HALVES) {
@@ -36,7 +36,7 @@ __device__ __forceinline__ void make_fragments(const Params& p, const BlockTile&
       float found[ROW_BLOCKS * 2];
 #pragma unroll
       for (int k = 0; k < ROW_BLOCKS * 2; ++k) {
-        const int column = k / 2 * 8 + lane % 4 * 2 + k % 2 - REACH - token;
+        const int column = corner + k / 2 * 8 + lane % 4 * 2 + k % 2;
         const bool is_there = fragment < BIAS_FRAGMENTS - 1 && columns.holds(x + column);
         found[k] = !is_there ? minus_infinity() : HAS_RPB ? row[SIGN * column] * factor : 0.f;
       }
@@ -52,7 +52,7 @@ class UnitBias {
   __device__ __forceinline__ UnitBias(const Params& p, const BlockTile& tile, const Unit& unit, const char* shared)
       : unit_(unit), shared_(shared + BIAS_AT),
         table_(HAS_RPB ? p.rpb + tile.map.head * static_cast<long long>(TABLE) : nullptr), factor_(reciprocal_fast(p.scale)) {
-    if (HAS_BIAS_FRAGMENTS) shared_ += unit.first_column / UNIT_X * (BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane_index() * 8;
+    if (HAS_BIAS_FRAGMENTS) shared_ += (unit.x - tile.at[2]) / UNIT_X * (BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane_index() * 8;
     else if (!IS_SEGMENTED) mask_columns(0);
   }
 

@@ -209,7 +209,9 @@ class BlockGradient {
   }
 
  private:
-  static constexpr int STRIDE = HAS_GRADIENT_FRAGMENTS ? GRADIENT_FRAGMENTS * FRAGMENT_BYTES / 4 : GRADIENT_TABLES > 1 ? TABLE_STRIDE : 0;
+  static constexpr int STRIDE = HAS_GRADIENT_FRAGMENTS ? GRADIENT_FRAGMENTS * FRAGMENT_BYTES / 4
+                                : GRADIENT_TABLES > 1  ? TABLE_STRIDE
+                                                       : 0;
   float *out_, *tables_;
 };
 

@@ -15,7 +15,8 @@ struct DifferentiateKey {
   UnitBias bias;
   float scale, grad_key[SLICE][4], grad_value[SLICE][4];  // scale: of logits in units of log(2)
 
-  __device__ __forceinline__ DifferentiateKey(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
+  __device__ __forceinline__ DifferentiateKey(const Params& p, const BlockTile& tile, const Unit& unit, char* shared,
+                                              int slice)
       : p(p), tile(tile), unit(unit), shared(shared), first_piece(slice * SLICE),
         key(rows_of<const Storage>(p, KEY, shared), unit), value(rows_of<const Storage>(p, VALUE, shared), unit),
         bias(p, tile, unit, shared), scale(p.scale * LOG2_E) {
@@ -43,8 +44,8 @@ struct DifferentiateKey {
         grads[r][i / 4][i % 4] *= weight;
       }
     }
-    add_pairs(weights, chunk.columns(1), first_piece, grad_value);
-    add_pairs(grads, chunk.columns(0), first_piece, grad_key);
+    add_chunk_columns(weights, chunk.columns(1), first_piece, grad_value);
+    add_chunk_columns(grads, chunk.columns(0), first_piece, grad_key);
   }
 
   __device__ __forceinline__ void finish() {
@@ -79,7 +80,8 @@ NATTEN_KERNEL(natten_grad_key_value_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
   walk<DifferentiateKey>(
       p, tile, shared, false,
       [&](int row, char* buffer) {
-        copy_columns(rows_of<const Storage>(p, QUERY, shared), rows_of<const Storage>(p, GRAD_OUT, shared), tile, row, buffer);
+        const auto queries = rows_of<const Storage>(p, QUERY, shared), grads = rows_of<const Storage>(p, GRAD_OUT, shared);
+        copy_columns(queries, grads, tile, row, buffer);
         copy_statistics(rows_of<const float>(p, LSE, shared), rows_of<const float>(p, DELTA, shared), tile, row, buffer);
       },
       [&](const Unit& unit) { return DifferentiateKey(p, tile, unit, shared, slice); });

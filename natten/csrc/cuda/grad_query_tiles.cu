@@ -17,8 +17,8 @@ struct DifferentiateQuery {
   UnitGradient gradient;
   float scale, lse[2], delta[2], sum[SLICE][4];  // scale: of logits in units of log(2)
 
-  __device__ __forceinline__ DifferentiateQuery(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice,
-                                float* table)
+  __device__ __forceinline__ DifferentiateQuery(const Params& p, const BlockTile& tile, const Unit& unit, char* shared,
+                                                int slice, float* table)
       : p(p), tile(tile), unit(unit), shared(shared), first_piece(slice * SLICE),
         query(rows_of<const Storage>(p, QUERY, shared), unit),
         grad_out(rows_of<const Storage>(p, GRAD_OUT, shared), unit), bias(p, tile, unit, shared),
@@ -68,7 +68,7 @@ struct DifferentiateQuery {
       if (HAS_GRADIENT && first_piece == 0)
         gradient.add(bias.table_row(at), bias.entry_of_corner(at.segment), grads[r]);
     }
-    add_pairs(grads, chunk.columns(0), first_piece, sum);
+    add_chunk_columns(grads, chunk.columns(0), first_piece, sum);
   }
 
   __device__ __forceinline__ void finish() {
@@ -96,7 +96,8 @@ NATTEN_KERNEL(natten_grad_query_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
     walk<DifferentiateQuery>(
         p, tile, shared, has_fragments,
         [&](int row, char* buffer) {
-          copy_columns(rows_of<const Storage>(p, KEY, shared), rows_of<const Storage>(p, VALUE, shared), tile, row, buffer);
+          const auto keys = rows_of<const Storage>(p, KEY, shared), values = rows_of<const Storage>(p, VALUE, shared);
+          copy_columns(keys, values, tile, row, buffer);
         },
         [&](const Unit& unit) { return DifferentiateQuery(p, tile, unit, shared, slice, gradient.of_warp()); });
     __syncthreads();

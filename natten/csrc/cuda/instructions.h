@@ -94,8 +94,10 @@ __device__ __forceinline__ void load_matrices(unsigned* out, const void* row) {
   else if constexpr (COUNT == 2)
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                  : "=r"(out[0]), "=r"(out[1]) : "r"(at) : "memory");
-  else
+  else if constexpr (!TRANSPOSED)
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(at) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(at) : "memory");
 }
 
 // c[16][8] += a[16][DEPTH] b[DEPTH][8], DEPTH 16 or 8; A, C in rows, B in columns.

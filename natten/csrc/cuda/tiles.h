@@ -8,16 +8,16 @@
 //   TILE_Z, TILE_Y, TILE_X  tokens of a tile
 //   COLUMNS                 tokens of a row of columns in shared memory, a multiple of 8
 //   UNIT_COLUMNS            those of them that a unit looks at, a multiple of 8
-//   REACH                   how many tokens before its first token they begin
-//   IS_SEGMENTED            whether instead rows are cut into segments of COLUMNS = UNIT_COLUMNS tokens, since they are long
-//   CHUNK_ROWS              rows that a warp works on at a time; CHUNK_ROWS * UNIT_COLUMNS is a multiple of 16
+//   REACH                   how many tokens before the tile's first token a row of columns begins
+//   IS_SEGMENTED            whether rows, if long, are cut into segments of COLUMNS = UNIT_COLUMNS tokens instead
+//   CHUNK_ROWS              rows that a warp works on at a time
 //   STAGE_ROWS, IS_STAGED   rows that shared memory holds at a time; whether there may be more, and two such buffers
 //   WARPS, MIN_BLOCKS       of a block; blocks that a multiprocessor should hold
 //   SLICES                  blocks that share head_dim of the results
 //   HAS_BIAS_FRAGMENTS      whether bias lies in shared memory as fragments (bias.h)
 //   IS_TABLE_SHARED         whether else the bias table is copied to shared memory
 //   HAS_GRADIENT_FRAGMENTS  whether each warp sums up its gradient as fragments (bias_gradient.h)
-//   GRADIENT_TABLES         copies of it in shared memory else: WARPS, or 1 that warps add to atomically, or 0 if it is too large
+//   GRADIENT_TABLES         copies of it in shared memory else: WARPS, or 1 that warps add to atomically, or 0
 //   SHARED_BYTES            of all that
 #pragma once
 
@@ -33,7 +33,7 @@
 namespace natten {
 
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= 256, "head_dim must be a multiple of 8 up to 256");
-static_assert(COLUMNS % 8 == 0 && UNIT_COLUMNS % 8 == 0 && CHUNK_ROWS * UNIT_COLUMNS % 16 == 0, "see above");
+static_assert(COLUMNS % 8 == 0 && UNIT_COLUMNS % 8 == 0, "see above");
 
 constexpr int TILE_THREADS = WARPS * 32;
 constexpr int UNIT_Y = RANK > 1 ? 2 : 1, UNIT_X = RANK > 1 ? 8 : 16;
@@ -75,7 +75,8 @@ constexpr int BIAS_BYTES = HAS_BIAS_FRAGMENTS         ? UNITS_X * BIAS_FRAGMENTS
                            : HAS_RPB && IS_TABLE_SHARED ? (TABLE + 2 * MARGIN + 3) / 4 * 16
                                                         : 0;
 constexpr int TABLE_STRIDE = (TABLE + 3) / 4 * 4;  // floats
-constexpr int GRADIENT_BYTES = HAS_GRADIENT_FRAGMENTS ? WARPS * GRADIENT_FRAGMENTS * FRAGMENT_BYTES : GRADIENT_TABLES * TABLE_STRIDE * 4;
+constexpr int GRADIENT_BYTES =
+    HAS_GRADIENT_FRAGMENTS ? WARPS * GRADIENT_FRAGMENTS * FRAGMENT_BYTES : GRADIENT_TABLES * TABLE_STRIDE * 4;
 constexpr int DIAGONAL_BLOCKS = ROW_BLOCKS + (RANK == 1);
 constexpr int DIAGONAL_PITCH = (DIAGONAL_BLOCKS * 8 + 16 + 31) / 32 * 32 + 8;
 constexpr int STORE_BYTES = 16 * (SLICE + 1) * 16;
@@ -128,6 +129,11 @@ struct BlockTile {
     if (RANK == 2) return {0, y.first + row, segment};
     const int height = y.end - y.first;
     return {z.first + row / height, y.first + row % height, segment};
+  }
+  // Where in it the columns of the unit whose first token is at `x` begin: as near to them as a multiple of 8 can be, or,
+  // where gradients of bias are summed up as fragments, as far before the unit for all alike.
+  __device__ __forceinline__ int first_column(int x) const {
+    return HAS_GRADIENT_FRAGMENTS ? x - this->at[2] : (columns_x(x, map.n[2]).first - first_x) / 8 * 8;
   }
   __device__ __forceinline__ int row_of(const Place& at) const {
     const int row = (RANK > 2 ? (at.z - z.first) * (y.end - y.first) : 0) + (RANK > 1 ? at.y - y.first : 0);
@@ -217,7 +223,7 @@ struct Unit {
       const Span xs = {columns_x(x, n[2]).first, columns_x(min(x + UNIT_X, end_x) - 1, n[2]).end};
       segment_span = {(xs.first - tile.x.first) / COLUMNS, (xs.end - 1 - tile.x.first) / COLUMNS + 1};
     }
-    first_column = IS_SEGMENTED ? 0 : x - tile.at[2];
+    first_column = IS_SEGMENTED ? 0 : tile.first_column(x);
     first_x = tile.first_x + first_column;
     first_row = tile.row_of({z_span.first, ys.first, segment_span.first});
     end_row = tile.row_of({z_span.end - 1, ys.end - 1, segment_span.end - 1}) + 1;
@@ -298,39 +304,48 @@ __device__ __forceinline__ void multiply_columns(const Fragments& left, const ch
   }
 }
 
-// sum[16][8 * SLICE] += weights[16][16], blocks 2 * pair and the next of a chunk, times their columns.
-template <int PAIR>
+// sum[16][8 * SLICE] += weights[16][8 or 16] times the columns of one block of a chunk or two, which begin at FIRST and,
+// for the second, STEP further.
+template <int BLOCK_COUNT, int FIRST, int STEP>
 __device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const char* columns, int first_piece,
                                             float (&sum)[SLICE][4]) {
-  const int lane = lane_index(), exchange = swizzle(lane % 8);
-  constexpr int ONE = 2 * PAIR, TWO = ONE + 1;
-  constexpr int FIRST = ONE / ROW_BLOCKS * COLUMNS + ONE % ROW_BLOCKS * 8;
-  constexpr int STEP = TWO / ROW_BLOCKS * COLUMNS + TWO % ROW_BLOCKS * 8 - FIRST;
-  const char* row = columns + (lane % 8 + lane / 8 % 2 * STEP) * (PITCH * 16) + FIRST * (PITCH * 16);
+  // A matrix is 8 columns by a piece: those of two blocks come first where there are two, then those of further pieces.
+  constexpr int AT_ONCE = 4 / BLOCK_COUNT;
+  const int lane = lane_index(), exchange = swizzle(lane % 8), matrix = lane / 8;
+  const char* row = columns + (FIRST + lane % 8 + matrix % BLOCK_COUNT * STEP) * (PITCH * 16);
 #pragma unroll
-  for (int i = 0; i < SLICE; i += 2) {
+  for (int i = 0; i < SLICE; i += AT_ONCE) {
     if (SLICES > 1 && first_piece + i >= PIECES) break;
     unsigned b[4];
-    if (i + 1 < SLICE && (PIECES % SLICE == 0 || first_piece + i + 1 < PIECES)) {
-      load_matrices<4, true>(b, row + ((first_piece + i + lane / 16) ^ exchange) * 16);
-      multiply_add<Element, 16>(sum[i], weights, b);
-      multiply_add<Element, 16>(sum[i + 1 < SLICE ? i + 1 : i], weights, b + 2);
-    } else {
-      load_matrices<2, true>(b, row + ((first_piece + i) ^ exchange) * 16);
-      multiply_add<Element, 16>(sum[i], weights, b);
+    if (i + AT_ONCE <= SLICE && (PIECES % SLICE == 0 || first_piece + i + AT_ONCE <= PIECES)) {
+      load_matrices<4, true>(b, row + ((first_piece + i + matrix / BLOCK_COUNT) ^ exchange) * 16);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k)
+        if (i + k < SLICE)
+          multiply_add<Element, 8 * BLOCK_COUNT>(sum[i + k < SLICE ? i + k : 0], weights, b + k * BLOCK_COUNT);
+      continue;
+    }
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k) {
+      if (i + k >= SLICE || (SLICES > 1 && first_piece + i + k >= PIECES)) continue;
+      load_matrices<BLOCK_COUNT, true>(b, row + ((first_piece + i + k) ^ exchange) * 16);
+      multiply_add<Element, 8 * BLOCK_COUNT>(sum[i + k < SLICE ? i + k : 0], weights, b);
     }
   }
 }
 
-// sum[16][8 * SLICE] += the weights of a chunk times its columns.
-template <int PAIR = 0>
-__device__ __forceinline__ void add_pairs(const float (&weights)[CHUNK_ROWS][ROW_BLOCKS][4], const char* columns,
-                                          int first_piece, float (&sum)[SLICE][4]) {
-  constexpr int ONE = 2 * PAIR, TWO = ONE + 1;
-  const float(&one)[4] = weights[ONE / ROW_BLOCKS][ONE % ROW_BLOCKS], (&two)[4] = weights[TWO / ROW_BLOCKS][TWO % ROW_BLOCKS];
+// sum[16][8 * SLICE] += the weights of a chunk, from a block on, times its columns.
+template <int BLOCK = 0>
+__device__ __forceinline__ void add_chunk_columns(const float (&weights)[CHUNK_ROWS][ROW_BLOCKS][4], const char* columns,
+                                                  int first_piece, float (&sum)[SLICE][4]) {
+  constexpr int COUNT = BLOCK + 1 < BLOCKS ? 2 : 1, NEXT = BLOCK + COUNT - 1;
+  constexpr int FIRST = BLOCK / ROW_BLOCKS * COLUMNS + BLOCK % ROW_BLOCKS * 8;
+  constexpr int STEP = NEXT / ROW_BLOCKS * COLUMNS + NEXT % ROW_BLOCKS * 8 - FIRST;
+  const float(&one)[4] = weights[BLOCK / ROW_BLOCKS][BLOCK % ROW_BLOCKS];
+  const float(&two)[4] = weights[NEXT / ROW_BLOCKS][NEXT % ROW_BLOCKS];
   const unsigned a[4] = {pack(one[0], one[1]), pack(one[2], one[3]), pack(two[0], two[1]), pack(two[2], two[3])};
-  add_columns<PAIR>(a, columns, first_piece, sum);
-  if constexpr (PAIR + 1 < BLOCKS / 2) add_pairs<PAIR + 1>(weights, columns, first_piece, sum);
+  add_columns<COUNT, FIRST, STEP>(a, columns, first_piece, sum);
+  if constexpr (BLOCK + 2 < BLOCKS) add_chunk_columns<BLOCK + 2>(weights, columns, first_piece, sum);
 }
 
 // Writes a unit's result, by way of the warp's shared memory so that each thread writes 16 bytes.
