@@ -28,7 +28,7 @@ __device__ __forceinline__ void make_fragments(const Params& p, const BlockTile&
     const int unit = group / HALVES, half = group % HALVES, token = lane / 4 + 8 * half;
     const int first = tile.at[2] + unit * UNIT_X, x = first + token;
     const Span columns = x < n ? columns_x(x, n) : Span{0, 0};
-    const int corner = tile.first_x + (first < n ? tile.first_column(first) : 0) - x;  // the first column, as seen from x
+    const int corner = tile.first_x + (first < n ? tile.first_column(first) : 0) - x;  // of the first column, less x
     float2* to = reinterpret_cast<float2*>(shared + BIAS_AT + unit * BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane;
 #pragma unroll 1
     for (int fragment = warp_index() * HALVES + half; fragment < BIAS_FRAGMENTS; fragment += WARPS * HALVES) {
@@ -51,8 +51,10 @@ class UnitBias {
  public:
   __device__ __forceinline__ UnitBias(const Params& p, const BlockTile& tile, const Unit& unit, const char* shared)
       : unit_(unit), shared_(shared + BIAS_AT),
-        table_(HAS_RPB ? p.rpb + tile.map.head * static_cast<long long>(TABLE) : nullptr), factor_(reciprocal_fast(p.scale)) {
-    if (HAS_BIAS_FRAGMENTS) shared_ += (unit.x - tile.at[2]) / UNIT_X * (BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane_index() * 8;
+        table_(HAS_RPB ? p.rpb + tile.map.head * static_cast<long long>(TABLE) : nullptr),
+        factor_(reciprocal_fast(p.scale)) {
+    const int unit_in_row = (unit.x - tile.at[2]) / UNIT_X;
+    if (HAS_BIAS_FRAGMENTS) shared_ += unit_in_row * (BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane_index() * 8;
     else if (!IS_SEGMENTED) mask_columns(0);
   }
 

@@ -43,7 +43,9 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 struct Span {
   int first, end;
-  __device__ __forceinline__ bool holds(int i) const { return static_cast<unsigned>(i - first) < static_cast<unsigned>(end - first); }
+  __device__ __forceinline__ bool holds(int i) const {
+    return static_cast<unsigned>(i - first) < static_cast<unsigned>(end - first);
+  }
 };
 
 // Windows along one axis of a residue class of n tokens: DiNAT's equations 1 and 2 (arXiv:2209.15001), with strides.

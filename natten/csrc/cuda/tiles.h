@@ -85,6 +85,7 @@ constexpr int WARP_BYTES = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL
 constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES;
 constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES, BASES_AT = WARPS_AT + WARPS * WARP_BYTES;
 static_assert(SHARED_BYTES == BASES_AT + 128 && TENSORS <= 16, "cuda_tiles.py counts otherwise");
+static_assert(BIAS_AT % 16 == 0 && GRADIENT_AT % 16 == 0 && WARPS_AT % 16 == 0 && BASES_AT % 16 == 0, "read as vectors");
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000); }
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
