@@ -291,20 +291,40 @@ _WINDOWS = {
 _BATCHES = ((1, 4), (2, 2), (4, 1))
 
 
+# Dtype, its rounding, and what PyTorch may do to products of float32 matrices.
+_NUMBERS = {
+    "bfloat16": (torch.bfloat16, 2.0**-7, "highest"),
+    "float16": (torch.float16, 2.0**-10, "highest"),
+    "float32": (torch.float32, 2.0**-23, "highest"),
+    "tf32": (torch.float32, 2.0**-10, "high"),
+}
+
+
+@contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _random_problems(check: Check, what: str) -> None:
-    """Errors, against float64, of ours and of the reference in the same dtype."""
-    dtypes = (torch.float32,) if check.rehearse else (torch.bfloat16, torch.float16, torch.float32)
+    """Errors, against float64, of ours and of the reference with the same numbers."""
+    numbers = ("float32",) if check.rehearse else tuple(_NUMBERS)
     cells = []
     for rank, windows in _WINDOWS.items():
         for window, spaces, dim in windows:
             for space in spaces:
                 space = (space,) if isinstance(space, int) else space
-                cells += [(rank, window, space, dim, dtype, has_rpb) for dtype in dtypes for has_rpb in (True, False)]
-    errors = {dtype: [] for dtype in dtypes}
+                cells += [(rank, window, space, dim, name, has_rpb) for name in numbers for has_rpb in (True, False)]
+    errors = {name: [] for name in numbers}
     wrong, count, counts = [], 0, dict.fromkeys(_WINDOWS, 0)
     end = min(check.end - 5, time.monotonic() + (3 if check.rehearse else 80))
     while time.monotonic() < end and min(counts.values()) < RANDOM_PROBLEMS_PER_RANK:
-        rank, window, space, dim, dtype, has_rpb = cells[count * 7 % len(cells)]
+        rank, window, space, dim, name, has_rpb = cells[count * 7 % len(cells)]
+        dtype, eps, precision = _NUMBERS[name]
         batch, heads = _BATCHES[count // len(cells) % len(_BATCHES)]
         count += 1
         counts[rank] += 1
@@ -312,18 +332,19 @@ def _random_problems(check: Check, what: str) -> None:
         kernel_size = tuple(axis.kernel_size for axis in kernel_size)
         qkv, rpb = _tensors(check, batch, space, heads, dim, kernel_size, dtype, count, has_rpb)
         exact = _step(check, qkv.double(), None if rpb is None else rpb.double(), "reference", *window, seed=count)
-        peers = _step(check, qkv, rpb, "reference", *window, seed=count)
-        found = _step(check, qkv, rpb, check.backend, *window, seed=count)
+        with _float32_products(precision):
+            peers = _step(check, qkv, rpb, "reference", *window, seed=count)
+            found = _step(check, qkv, rpb, check.backend, *window, seed=count)
         for index, (x, peer, expected) in enumerate(zip(found, peers, exact, strict=True)):
-            rounding = torch.finfo(dtype).eps * expected.abs().max().clamp(min=1)
+            rounding = eps * expected.abs().max().clamp(min=1)
             error, peer_error = (((y - expected).square().mean().sqrt() / rounding).item() for y in (x, peer))
-            errors[dtype].append((error, peer_error))
+            errors[name].append((error, peer_error))
             if not error <= max(8 * peer_error, 1.0):
-                wrong.append(f"{space} {window} d{dim} {dtype} result {index}: {error:.2g} for {peer_error:.2g}")
+                wrong.append(f"{space} {window} d{dim} {name} result {index}: {error:.2g} for {peer_error:.2g}")
     ratios = []
-    for dtype, pairs in errors.items():
+    for name, pairs in errors.items():
         error, peer_error = torch.tensor(pairs, dtype=torch.float64).square().mean(0).sqrt().tolist()
-        ratios.append(f"{str(dtype).removeprefix('torch.')} {error / peer_error:.2f}")
+        ratios.append(f"{name} {error / peer_error:.2f}")
         check.failed |= not error <= 2 * peer_error
     check.failed |= bool(wrong)
     print(*wrong[:20], sep="\n")
@@ -333,8 +354,8 @@ def _random_problems(check: Check, what: str) -> None:
 
 def sanitizer(check: Check) -> None:
     """Small calls of every kind of kernel, to be run under compute-sanitizer."""
-    for dtype in (torch.bfloat16, torch.float32):
-        dtype = torch.float32 if check.rehearse else dtype
+    for numbers in ("bfloat16", "float32", "tf32"):
+        dtype = torch.float32 if check.rehearse else _NUMBERS[numbers][0]
         for space, dim, window in (
             ((11, 13), 32, (5, 1, (1, 2), False)),
             ((9, 17), 24, ((3, 4), 2, 1, (True, False))),
@@ -343,7 +364,8 @@ def sanitizer(check: Check) -> None:
         ):
             kernel_size = tuple(axis.kernel_size for axis in make_axes((1 << 20,) * len(space), *window))
             qkv, rpb = _tensors(check, 1, space, 2, dim, kernel_size, dtype)
-            _step(check, qkv, rpb, check.backend, *window)
+            with _float32_products(_NUMBERS[numbers][2]):
+                _step(check, qkv, rpb, check.backend, *window)
     q, k, v = (torch.randn(1, 2, 9, 11, 8, device=check.device, requires_grad=True) for _ in range(3))
     rpb = torch.randn(2, 5, 5, device=check.device, requires_grad=True)
     attn = natten.na2d_qk(q, k, 3, 2, rpb=rpb, backend=check.backend).softmax(-1)
@@ -383,6 +405,10 @@ def operators(check: Check) -> None:
         with check.guarded("operator", name):
             if check.has_time("operator", name):
                 _time_operator(check, ops.parse(name), name, copy_rate, matrix_rate)
+        for numbers in ("float32", "tf32") if name == _CASES[0][0] else ():
+            with check.guarded("operator", f"{name} {numbers}"), _float32_products(_NUMBERS[numbers][2]):
+                if check.has_time("operator", f"{name} {numbers}"):
+                    _time_operator(check, ops.parse(name), name, copy_rate, matrix_rate, numbers)
         if has_flex:
             for pass_name in ("forward",) if check.rehearse else ("forward", "forward+backward"):
                 with check.guarded("flex_attention", name):
@@ -390,8 +416,8 @@ def operators(check: Check) -> None:
                         _time_flex(check, name, pass_name)
 
 
-def _time_operator(check: Check, case, name: str, copy_rate: float, matrix_rate: float) -> None:
-    dtype = torch.float32 if check.rehearse else torch.bfloat16
+def _time_operator(check: Check, case, name: str, copy_rate: float, matrix_rate: float, numbers="bfloat16") -> None:
+    dtype = torch.float32 if check.rehearse else _NUMBERS[numbers][0]
     axes = make_axes(case.space, case.kernel_size, 1, case.dilation, case.is_causal)
     kernel_size = tuple(axis.kernel_size for axis in axes)
     shape = (case.batch, case.space, case.heads, case.head_dim, kernel_size)
@@ -417,7 +443,8 @@ def _time_operator(check: Check, case, name: str, copy_rate: float, matrix_rate:
         ms = check.milliseconds(calls)
         share = products * pairs / matrix_rate / ms
         result = f"{ms * 1e3:.0f} us = {ms / floor:.2f} x floor ({floor * 1e3:.0f} us), {share:.0%} of matrix rate"
-        check.row("operator", f"{name} {pass_name}", result)
+        label = "" if numbers == "bfloat16" else f" {numbers}"
+        check.row("operator", f"{name}{label} {pass_name}", result)
 
 
 def _time_flex(check: Check, name: str, pass_name: str) -> None:

@@ -22,6 +22,7 @@ from natten.backends.cuda_tiles import Tile, choose_tile
 from natten.cuda_driver import Kernel
 from natten.geometry import Axis, check_rpb
 from natten.memo import remember
+from natten.precision import may_round_float32
 
 NAME = "cuda"
 LEAST_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
@@ -30,6 +31,7 @@ _TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out times grad_out of each q
 _PARAMS = Struct(f"={len(_TENSORS) * 6}q 3q 3i 3i 3i 3i 3i f")  # as Params there
 _VIEW_WORDS = 6
 _TABLES = _VIEW_WORDS * len(_TENSORS)  # where rpb, partial_rpb and grad_rpb stand
+_TFLOAT = 3  # as in instructions.h: float32 rounded for matrix instructions
 _NO_AXIS = Axis(1, 1, 1, 1, False)
 
 _GROUP_THREADS = 128  # as THREADS in groups.h
@@ -116,7 +118,8 @@ def _run(kind: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     if kind == "attention_backward":
         tensors["DELTA"] = torch.empty_like(tensors["LSE"], memory_format=torch.contiguous_format)
     is_ordered = torch.are_deterministic_algorithms_enabled()
-    plan = _plan(kind, shaped, axes, scale, rpb, is_ordered, tuple(tensors), *tensors.values())
+    is_rounded = shaped.dtype == torch.float32 and may_round_float32()
+    plan = _plan(kind, shaped, axes, scale, rpb, is_ordered, is_rounded, tuple(tensors), *tensors.values())
     table = None if rpb is None else rpb.detach().float().contiguous()
     partial = grad_rpb = None
     if kind.endswith("_backward") and rpb is not None:
@@ -145,6 +148,7 @@ def _plan(
     scale: float,
     rpb: Tensor | None,
     is_ordered: bool,
+    is_rounded: bool,
     names: tuple[str, ...],
     *tensors: Tensor | None,
 ) -> Plan:
@@ -158,7 +162,8 @@ def _plan(
     for name, x in given.items():
         if x is not None:
             check_layout(name, x, shaped, axes)
-    planner = _Planner(shaped, axes, scale, rpb is not None, is_ordered, given, _properties(shaped.device))
+    gpu = _properties(shaped.device)
+    planner = _Planner(shaped, axes, scale, rpb is not None, is_ordered, is_rounded, given, gpu)
     if shaped.numel():
         getattr(planner, kind)()
     return Plan(tuple(planner.steps), planner.partial)
@@ -172,7 +177,8 @@ def launches(kind: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu
         shaped: a query of the problem, heads last, on any device.
         gpu: has `major`, `minor`, `multi_processor_count` and `shared_memory_per_block_optin`, as torch names them.
     """
-    planner = _Planner(shaped, axes, 1.0, has_rpb, torch.are_deterministic_algorithms_enabled(), {}, gpu)
+    is_ordered = torch.are_deterministic_algorithms_enabled()
+    planner = _Planner(shaped, axes, 1.0, has_rpb, is_ordered, may_round_float32(), {}, gpu)
     if shaped.numel():
         getattr(planner, kind)()
     return tuple(planner.steps)
@@ -181,10 +187,11 @@ def launches(kind: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu
 class _Planner:
     """Adds up the launches of a problem: one method for each kind."""
 
-    def __init__(self, shaped: Tensor, axes, scale: float, has_rpb: bool, is_ordered: bool, tensors: dict, gpu):
+    def __init__(self, shaped: Tensor, axes, scale, has_rpb: bool, is_ordered: bool, is_rounded: bool, tensors, gpu):
         self.axes = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
         self.batch, self.heads, self.dim = shaped.shape[0], shaped.shape[-2], shaped.shape[-1]
         self.element, self.gpu = DTYPES[shaped.dtype], gpu
+        self.tiled_element = _TFLOAT if self.element == 0 and is_rounded else self.element
         self.scale, self.has_rpb, self.is_ordered = scale, has_rpb, is_ordered
         self.views = self._views(tensors, 3 - len(axes))
         self.has_long_steps = any(
@@ -250,7 +257,7 @@ class _Planner:
     def _tile(self, kind: str) -> Tile | None:
         """The tile of a kernel with matrix instructions; None where there are none for the dtype, scale and GPU."""
         gpu = self.gpu
-        if self.element == 0 or not self.scale > 0 or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
+        if self.tiled_element == 0 or not self.scale > 0 or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
             return None
         return choose_tile(
             kind,
@@ -261,6 +268,7 @@ class _Planner:
             processors=gpu.multi_processor_count,
             most_shared_bytes=gpu.shared_memory_per_block_optin,
             is_ordered=self.is_ordered,
+            item_bytes=4 if self.tiled_element == _TFLOAT else 2,
         )
 
     def _group_size(self) -> tuple[int, int, int]:
@@ -281,17 +289,17 @@ class _Planner:
         return min(self._pieces(size), most, max(1, _MOST_PARTS // self.heads * 4))
 
     def _add_group(self, source: str, name: str, parts: int | None = None) -> None:
-        kernel = Kernel(source, name, self._definitions(), _GROUP_THREADS)
+        kernel = Kernel(source, name, self._definitions(self.element), _GROUP_THREADS)
         self._add(kernel, self._group_size(), parts)
 
     def _add_tiled(self, source: str, name: str, tile: Tile, parts: int | None = None) -> None:
-        definitions = (*self._definitions(), *tile.definitions())
+        definitions = (*self._definitions(self.tiled_element), *tile.definitions())
         kernel = Kernel(source, name, definitions, tile.threads, tile.shared_bytes)
         self._add(kernel, tile.size, parts, tile.slices)
 
     def _add_sum(self, parts: int) -> None:
         self.partial = self.heads * parts * self.table
-        kernel = Kernel("sum_parts.cu", "natten_sum_parts", self._definitions(), _SUM_THREADS)
+        kernel = Kernel("sum_parts.cu", "natten_sum_parts", self._definitions(self.element), _SUM_THREADS)
         self._add(kernel, (1, 1, 1), parts, blocks=-(-self.table // _SUM_ENTRIES) * self.heads)
 
     def _add(self, kernel: Kernel, size, parts: int | None, slices: int = 1, blocks: int | None = None) -> None:
@@ -316,8 +324,8 @@ class _Planner:
         )
         self.steps.append(Step(kernel, blocks, parameters))
 
-    def _definitions(self) -> tuple[str, ...]:
-        definitions = [f"HEAD_DIM={self.dim}", f"ELEMENT={self.element}", f"HAS_RPB={int(self.has_rpb)}"]
+    def _definitions(self, element: int) -> tuple[str, ...]:
+        definitions = [f"HEAD_DIM={self.dim}", f"ELEMENT={element}", f"HAS_RPB={int(self.has_rpb)}"]
         definitions.append(f"HAS_LONG_STEPS={int(self.has_long_steps)}")
         for letter, axis in zip("ZYX", self.axes, strict=True):
             definitions.append(f"KERNEL_{letter}={axis.kernel_size}")

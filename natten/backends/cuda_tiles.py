@@ -32,13 +32,13 @@ _STAGE_CHUNKS = (1, 2, 4, 8)  # of a stage, where columns come in stages
 _STAGE_COST = 120.0
 _COLUMNS_COST = {"forward": 33.0, "grad_query": 44.0, "grad_key_value": 38.0}
 _PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}  # of a block, for 16 of head_dim
-_PRODUCT_COST, _PRODUCT_TIME = 1.5, 6.5  # instructions, and how many could be issued while a product is computed
+_PRODUCT_COST, _PRODUCT_TIME = {2: 1.5, 4: 3.5}, 6.5  # by bytes of an element; and while one is computed
 _UNIT_COST, _TILE_COST, _COPY_COST, _FRAGMENT_COST = 270.0, 360.0, 5.0, 29.0
 _TABLE_COST, _DIAGONAL_COST = 20.0, 25.0  # of a block of columns, where its bias is no fragment, or the gradient of it
 _CHUNK_BLOCKS = {"forward": 8, "grad_query": 4, "grad_key_value": 2}  # of 8 columns, at a time, for small head_dim
 _MOST_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}
-# Warps of a multiprocessor, up to a head_dim, so that registers are not spilled: 16 have 128 each, 12 have 168, 8 have
-# 255 of them. Fewer where more is kept: on maps of three axes, for stages, and where a gradient's chunks are large.
+# Warps of a multiprocessor, up to a head_dim (twice it, of float32), so that none spills registers: 16 have 128 each,
+# 12 have 168, 8 have 255. Fewer where more is kept: on maps of three axes, for stages, for a gradient's large chunks.
 _RESIDENT_WARPS = {
     "forward": ((64, 16), (256, 8)),
     "grad_query": ((32, 16), (64, 12), (256, 8)),
@@ -201,6 +201,7 @@ def choose_tile(
     processors: int,
     most_shared_bytes: int,
     is_ordered: bool,
+    item_bytes: int = 2,
 ) -> Tile | None:
     """The tile for a kernel; None if none fits.
 
@@ -212,8 +213,9 @@ def choose_tile(
         processors: multiprocessors of the GPU.
         most_shared_bytes: of a block.
         is_ordered: whether rpb's gradient must be the same from run to run.
+        item_bytes: of an element: 2, or 4 of float32 in TF32.
     """
-    chooser = _Chooser(kind, axes, dim, has_rpb, most_shared_bytes, is_ordered)
+    chooser = _Chooser(kind, axes, dim, has_rpb, most_shared_bytes, is_ordered, item_bytes)
     return min(chooser.tiles(), key=lambda tile: chooser.cost(tile, maps, processors), default=None)
 
 
@@ -222,8 +224,9 @@ def _multiple(value: int, of: int) -> int:
 
 
 class _Chooser:
-    def __init__(self, kind: str, axes, dim: int, has_rpb: bool, most_shared_bytes: int, is_ordered: bool):
-        self.kind, self.axes, self.dim = kind, axes, dim
+    def __init__(self, kind, axes, dim: int, has_rpb: bool, most_shared_bytes: int, is_ordered: bool, item_bytes: int):
+        self.kind, self.axes, self.item_bytes = kind, axes, item_bytes
+        self.wide = dim * item_bytes // 2  # head_dim of halves that takes as much room
         self.has_rpb, self.most_shared_bytes, self.is_ordered = has_rpb, most_shared_bytes, is_ordered
         self.is_inverse = kind == "grad_key_value"
         self.rank = 3 if axes[0].kernel_size > 1 else 2 if axes[1].kernel_size > 1 else 1
@@ -231,11 +234,13 @@ class _Chooser:
         self.longest = [-(-axis.length // axis.dilation) for axis in axes]
         self.table = prod(2 * axis.kernel_size - 1 for axis in axes)
         self.table_rows, self.halves = self.table // (2 * axes[2].kernel_size - 1), 1 if self.rank > 1 else 2
-        self.pieces = dim // 8
-        self.slices = -(-dim // _MOST_SLICE_DIM[kind])
-        self.slice_pieces = -(-self.pieces // self.slices)
-        self.chunk_blocks = _CHUNK_BLOCKS[kind] if dim <= 32 else max(_CHUNK_BLOCKS[kind] // 2, 2)
-        self.most_resident_warps = next(warps for most, warps in _RESIDENT_WARPS[kind] if dim <= most)
+        self.pieces = self.wide // 8  # of 16 bytes, of a row
+        most_slice_dim = _MOST_SLICE_DIM[kind] // (2 if self.wide > 128 and item_bytes == 4 else 1)
+        self.slices = -(-dim // most_slice_dim)
+        self.slice_results = -(-(dim // 8) // self.slices)
+        self.chunk_blocks = _CHUNK_BLOCKS[kind] if self.wide <= 32 else max(_CHUNK_BLOCKS[kind] // 2, 2)
+        resident = (warps for most, warps in _RESIDENT_WARPS[kind] if self.wide <= most)
+        self.most_resident_warps = next(resident, _MOST_RESIDENT_OF_OTHERS)
         self.has_gradient = has_rpb and kind == "grad_query"
 
     def tiles(self) -> Iterator[Tile]:
@@ -270,9 +275,9 @@ class _Chooser:
                 is_whole = True
                 for has_fragments in (True, False) if _MAY_HAVE_FRAGMENTS else (False,):
                     yield _Held(max(begins) + unit_columns, unit_columns, reach, False, has_fragments, has_sums)
-        if is_whole and self.dim <= _LARGE_DIM:
+        if is_whole and self.wide <= _LARGE_DIM:
             return
-        segment = 8 * max(self.chunk_blocks, 4) if self.dim <= _LARGE_DIM else 16
+        segment = 8 * max(self.chunk_blocks, 4) if self.wide <= _LARGE_DIM else 16
         yield _Held(segment, segment, 0, True, False, False)
 
     def _place_columns(self, size_x: int, is_steady: bool) -> tuple[int, set[int], int]:
@@ -316,7 +321,7 @@ class _Chooser:
         blocks = held.unit_columns // 8 + (self.rank == 1)
         has_diagonals = self.has_gradient and not held.has_gradient_fragments
         diagonals = 8 * (_multiple(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
-        warp = max(16 * (self.slice_pieces + 1) * 16, diagonals)
+        warp = max((16 * (self.slice_results + 1) * 16 if self.item_bytes == 2 else 0), diagonals)
         shared = (2 if stage.is_staged else 1) * buffer + bias + gradient + stage.warps * warp + _BASES_BYTES
         resident = self._resident_warps(held, chunk_rows, stage) // stage.warps
         fitting = (self.most_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES)
@@ -342,7 +347,7 @@ class _Chooser:
     def _resident_warps(self, held: _Held, chunk_rows: int, stage: _Stage) -> int:
         """Warps that a multiprocessor has registers for."""
         most, chunk = self.most_resident_warps, chunk_rows * held.unit_columns
-        is_large_stage = stage.is_staged and self.dim > 32
+        is_large_stage = stage.is_staged and self.wide > 32
         if self.kind != "forward" and (held.is_segmented or is_large_stage or chunk > 32):
             return _MOST_RESIDENT_OF_OTHERS
         if self.rank > 2 or is_large_stage or (self.is_inverse and chunk > 16):
@@ -373,7 +378,7 @@ class _Chooser:
             ceil(n / q) * a.dilation for n, q, a in zip(self.longest, tile.size, self.axes, strict=True)
         )
         met = [average(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True)]
-        read = 4 * self.dim * prod(met) + 6 * self.dim * prod(tile.size)
+        read = 4 * self.wide * prod(met) + 6 * self.wide * prod(tile.size)
         one = self._instructions(tile)
         # One block reads while another computes, and a staged one does both at a time.
         reading, overlapped = read / _BYTES_PER_INSTRUCTION, min(tile.min_blocks * (1.5 if tile.is_staged else 1), 2)
@@ -384,8 +389,8 @@ class _Chooser:
 
     def _instructions(self, tile: Tile) -> float:
         """About what a block issues for a tile."""
-        steps = self.dim / 16 * _PRODUCTS[self.kind]
-        column_cost = max(_COLUMNS_COST[self.kind] + _PRODUCT_COST * steps, _PRODUCT_TIME * steps)
+        steps = self.wide / 16 * _PRODUCTS[self.kind]
+        column_cost = max(_COLUMNS_COST[self.kind] + _PRODUCT_COST[self.item_bytes] * steps, _PRODUCT_TIME * steps)
         column_cost += _TABLE_COST * (not tile.has_bias_fragments)
         column_cost += _DIAGONAL_COST * (self.has_gradient and not tile.has_gradient_fragments)
         unit_met = [widest(axis, self.is_inverse, u) for axis, u in zip(self.axes, self.unit, strict=True)]

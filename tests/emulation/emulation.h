@@ -385,7 +385,13 @@ void load_matrices(unsigned* out, const void* row) {
   });
 }
 
-// c[16][8] += a[16][DEPTH] b[DEPTH][8], DEPTH 16 or 8; A, C in rows, B in columns.
+inline float tfloat(unsigned bits) {
+  if (bits & 0x1fff) emulation::fail("mma.tf32 of a number that was not rounded");
+  return __uint_as_float(bits);
+}
+inline unsigned round_to_tfloat(float value) { return (__float_as_uint(value) + 0x1000) & ~0x1fffu; }
+
+// c[16][8] += a[16][DEPTH] b[DEPTH][8], DEPTH 16 or 8, of Tfloat 8; A, C in rows, B in columns.
 template <class Element, int DEPTH>
 void multiply_add(float* c, const unsigned* a, const unsigned* b) {
   struct Arguments {
@@ -398,6 +404,11 @@ void multiply_add(float* c, const unsigned* a, const unsigned* b) {
     for (int lane = 0; lane < 32; ++lane) {
       const auto& given = *static_cast<const Arguments*>(lanes[lane]->argument);
       const int group = lane / 4, pair = lane % 4 * 2;
+      if (Element::IS_TFLOAT) {
+        for (int i = 0; i < 4; ++i) left[group + 8 * (i % 2)][lane % 4 + 4 * (i / 2)] = tfloat(given.a[i]);
+        for (int i = 0; i < 2; ++i) right[lane % 4 + 4 * i][group] = tfloat(given.b[i]);
+        continue;
+      }
       for (int i = 0; i < DEPTH / 4; ++i)
         for (int e = 0; e < 2; ++e)
           left[group + 8 * (i % 2)][pair + 8 * (i / 2) + e] = Element::widen(uint16_t(given.a[i] >> 16 * e));

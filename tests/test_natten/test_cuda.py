@@ -27,6 +27,7 @@ from test_natten.problems import RANKS, Problem, make_qkv, make_rpb
 from test_natten.test_cpu import fused, halves, problem_of, to_double
 
 TURING, HOPPER = (7, 5), (9, 0)
+TF32_EPS = 2.0**-10
 
 
 def window(rank: int, kernel_size, stride=1, dilation=1, is_causal=False) -> Window:
@@ -68,8 +69,8 @@ class EmulatedTestCase(unittest.TestCase):
     def setUp(self):
         self.errors: list[tuple[float, float]] = []
 
-    def check(self, given: Problem, dtype: torch.dtype, compute=fused, **gpu) -> list[str]:
-        """Compares all results of a problem; returns the names of the kernels that ran."""
+    def check(self, given: Problem, dtype: torch.dtype, compute=fused, eps: float | None = None, **gpu) -> list[str]:
+        """Compares all results of a problem, rounded by eps; returns the names of the kernels that ran."""
         qkv, rpb = make_qkv(given, dtype), make_rpb(given, torch.float32)
         with emulated_gpu(seed=given.seed, **gpu) as emulator:
             found = compute(given, qkv, rpb, "cuda")
@@ -80,7 +81,7 @@ class EmulatedTestCase(unittest.TestCase):
             is_finite = expected.isfinite()
             self.assertTrue(torch.equal(x.isfinite(), is_finite), f"result {index}")
             x, peer, expected = (y.detach().double()[is_finite] for y in (x, peer, expected))
-            rounding = torch.finfo(dtype).eps * max([1.0, *expected.abs().flatten().tolist()])
+            rounding = (eps or torch.finfo(dtype).eps) * max([1.0, *expected.abs().flatten().tolist()])
             error, peer_error = ((y - expected).square().mean().sqrt().item() / rounding for y in (x, peer))
             self.assertLessEqual(error, max(8 * peer_error, 1.0), f"result {index}")
             self.errors.append((error, peer_error))
@@ -98,6 +99,14 @@ class EmulatedKernelsTest(EmulatedTestCase):
         given = problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True))
         kernels = ["natten_attention_tiles", "natten_grad_query_tiles", "natten_grad_key_value_tiles"]
         self.assertEqual(self.check(given, torch.bfloat16), [*kernels, "natten_sum_parts"])
+
+    def test_matrix_kernels_of_float32_that_may_be_rounded(self):
+        given = problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True), dim=24)
+        with mock.patch.object(cuda, "may_round_float32", lambda: True):
+            ran = self.check(given, torch.float32, eps=TF32_EPS)
+            self.assertIn("natten_attention_tiles", ran)
+            ran = self.check(given, torch.float32, eps=TF32_EPS, capability=TURING)
+            self.assertNotIn("natten_attention_tiles", ran)
 
     def test_group_kernels(self):
         given = problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True), dim=24)
@@ -142,6 +151,14 @@ class EmulatedSweepTest(EmulatedTestCase):
 
     def test_float32(self):
         self.check_problems(8, torch.float32)
+
+    def test_float32_that_may_be_rounded(self):
+        with mock.patch.object(cuda, "may_round_float32", lambda: True):
+            for rank in RANKS:
+                for seed in range(8):
+                    given = problem_of(rank, seed)
+                    with self.subTest(given=given):
+                        self.check(given._replace(heads=1, batch=1), torch.float32, eps=TF32_EPS)
 
     def test_float16_on_turing(self):
         self.check_problems(3, torch.float16, capability=TURING)
@@ -209,6 +226,8 @@ class EmulatedSweepTest(EmulatedTestCase):
         for dim in (72, 96, 128, 136, 256):
             with self.subTest(dim=dim):
                 self.check(problem((9, 10), 4, dim=dim, heads=1), torch.bfloat16)
+            with self.subTest(dim=dim, dtype="tf32"), mock.patch.object(cuda, "may_round_float32", lambda: True):
+                self.check(problem((9, 10), 4, dim=dim, heads=1), torch.float32, eps=TF32_EPS)
 
     def test_goldens(self):
         for case in test_goldens.CASES:
@@ -308,7 +327,7 @@ class PlanTest(unittest.TestCase):
         rpb = torch.empty(shape[-2], *(2 * axis.kernel_size - 1 for axis in axes), device="meta")
         names = {"QUERY": query, "KEY": query, "VALUE": query}
         with mock.patch.object(cuda, "_properties", lambda device: gpu_properties(HOPPER)):
-            return cuda._plan.__wrapped__(kind, query, axes, 1.0, rpb, False, tuple(names), *names.values())
+            return cuda._plan.__wrapped__(kind, query, axes, 1.0, rpb, False, False, tuple(names), *names.values())
 
     def test_strides_beyond_32_bits(self):
         shape = (40000, 56, 56, 4, 32)

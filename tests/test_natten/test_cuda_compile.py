@@ -63,7 +63,9 @@ class Report(NamedTuple):
     shared_bytes: int
 
 
-def kernels(space, heads, dim, kernel_size, dilation, capability, dtype=torch.bfloat16, has_rpb=True) -> list[Kernel]:
+def kernels(
+    space, heads, dim, kernel_size, dilation, capability, dtype=torch.bfloat16, has_rpb=True, is_rounded=False
+) -> list[Kernel]:
     """Those of a forward and a backward pass."""
     query = torch.empty(128 if len(space) == 2 else 1, *space, heads, dim, dtype=dtype, device="meta")
     axes = make_axes(space, kernel_size, 1, dilation)
@@ -72,7 +74,7 @@ def kernels(space, heads, dim, kernel_size, dilation, capability, dtype=torch.bf
     found = []
     for kind in ("attention", "attention_backward"):
         with mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability)):
-            plan = cuda._plan.__wrapped__(kind, query, axes, 1.0, rpb, False, ("QUERY",), query)
+            plan = cuda._plan.__wrapped__(kind, query, axes, 1.0, rpb, False, is_rounded, ("QUERY",), query)
         found += [step.kernel for step in plan.steps]
     return found
 
@@ -179,6 +181,13 @@ class NvccTest(unittest.TestCase):
             for dtype in (torch.float32, torch.float16):
                 for kernel in kernels(*case, capability, dtype, has_rpb=False):
                     self.assertLessEqual(ask_nvcc(kernel, capability).registers, 255)
+
+    def test_float32_that_may_be_rounded_spills_nothing(self):
+        for name in ("stage 1", "stage 3", "stage 4", "k 13", "d 64"):
+            for capability in CAPABILITIES:
+                for kernel in kernels(*TUNED[name], capability, torch.float32, is_rounded=True):
+                    with self.subTest(name, capability=capability, kernel=kernel.name):
+                        self.assertEqual(ask_nvcc(kernel, capability).spilled_bytes, 0)
 
 
 def main() -> None:

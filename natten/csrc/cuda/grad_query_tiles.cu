@@ -11,7 +11,7 @@ struct DifferentiateQuery {
   const BlockTile& tile;
   const Unit& unit;
   char* shared;
-  int first_piece;
+  int first_result;
   Fragments query, grad_out;
   UnitBias bias;
   UnitGradient gradient;
@@ -19,7 +19,7 @@ struct DifferentiateQuery {
 
   __device__ __forceinline__ DifferentiateQuery(const Params& p, const BlockTile& tile, const Unit& unit, char* shared,
                                                 int slice, float* table)
-      : p(p), tile(tile), unit(unit), shared(shared), first_piece(slice * SLICE),
+      : p(p), tile(tile), unit(unit), shared(shared), first_result(slice * SLICE),
         query(rows_of<const Storage>(p, QUERY, shared), unit),
         grad_out(rows_of<const Storage>(p, GRAD_OUT, shared), unit), bias(p, tile, unit, shared),
         gradient(table, scratch()), scale(p.scale * LOG2_E) {
@@ -31,9 +31,11 @@ struct DifferentiateQuery {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       unsigned a[4], b[4];
-      out.fragment(step, a), grad_out.get(step, b);
+      out.fragment(step, a);
+      if (Element::IS_TFLOAT) grad_out.rows.fragment(step, b);  // not rounded
+      else grad_out.get(step, b);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) delta[i % 2] += low_of(a[i]) * low_of(b[i]) + high_of(a[i]) * high_of(b[i]);
+      for (int i = 0; i < 4; ++i) delta[i % 2] += dot(a[i], b[i]);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -43,7 +45,7 @@ struct DifferentiateQuery {
       if (!unit.is_there[half]) continue;
       lse[half] = *given_lse.row[half] * LOG2_E;
       if (p.tensors[GRAD_LSE].data) delta[half] -= *grad_lse.row[half];
-      if (first_piece == 0 && lane_index() % 4 == 0) *given_delta.row[half] = delta[half];
+      if (first_result == 0 && lane_index() % 4 == 0) *given_delta.row[half] = delta[half];
     }
 #pragma unroll
     for (int i = 0; i < SLICE * 4; ++i) sum[i / 4][i % 4] = 0;
@@ -65,15 +67,15 @@ struct DifferentiateQuery {
       for (int i = 0; i < ROW_BLOCKS * 4; ++i)
         grads[r][i / 4][i % 4] *= exp2_fast(weights[i / 4][i % 4] * scale - lse[i % 4 / 2]);
       const Place at = chunk.place(r);
-      if (HAS_GRADIENT && first_piece == 0)
+      if (HAS_GRADIENT && first_result == 0)
         gradient.add(bias.table_row(at), bias.entry_of_corner(at.segment), grads[r]);
     }
-    add_chunk_columns(grads, chunk.columns(0), first_piece, sum);
+    add_chunk_columns(grads, chunk.columns(0), first_result, sum);
   }
 
   __device__ __forceinline__ void finish() {
-    if (HAS_GRADIENT && first_piece == 0) gradient.flush();
-    store_unit(sum, {p.scale, p.scale}, rows_of<Storage>(p, GRAD_QUERY, shared), unit, tile, first_piece, scratch());
+    if (HAS_GRADIENT && first_result == 0) gradient.flush();
+    store_unit(sum, {p.scale, p.scale}, rows_of<Storage>(p, GRAD_QUERY, shared), unit, tile, first_result, scratch());
   }
 };
 

@@ -100,10 +100,22 @@ __device__ __forceinline__ void load_matrices(unsigned* out, const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(at) : "memory");
 }
 
-// c[16][8] += a[16][DEPTH] b[DEPTH][8], DEPTH 16 or 8; A, C in rows, B in columns.
+// A number as the matrix instructions for float32 take it, rounded to 10 bits of fraction.
+__device__ __forceinline__ unsigned round_to_tfloat(float value) {
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// c[16][8] += a[16][DEPTH] b[DEPTH][8], DEPTH 16 or 8, of Tfloat 8; A, C in rows, B in columns.
 template <class Element, int DEPTH>
 __device__ __forceinline__ void multiply_add(float* c, const unsigned* a, const unsigned* b) {
-  if constexpr (Element::IS_BFLOAT && DEPTH == 16)
+  if constexpr (Element::IS_TFLOAT)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else if constexpr (Element::IS_BFLOAT && DEPTH == 16)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -131,14 +143,19 @@ namespace natten {
 
 struct Float {
   using Storage = float;
-  static constexpr bool IS_BFLOAT = false;
+  static constexpr bool IS_BFLOAT = false, IS_TFLOAT = false;
   static __device__ __forceinline__ float widen(float value) { return value; }
   static __device__ __forceinline__ float narrow(float value) { return value; }
 };
 
+// Float32 that matrix products may round: PyTorch's "tf32".
+struct Tfloat : Float {
+  static constexpr bool IS_TFLOAT = true;
+};
+
 struct Bfloat {
   using Storage = uint16_t;
-  static constexpr bool IS_BFLOAT = true;
+  static constexpr bool IS_BFLOAT = true, IS_TFLOAT = false;
   static __device__ __forceinline__ float widen(uint16_t bits) {
     return __uint_as_float(static_cast<unsigned>(bits) << 16);
   }
@@ -147,7 +164,7 @@ struct Bfloat {
 
 struct Half {
   using Storage = uint16_t;
-  static constexpr bool IS_BFLOAT = false;
+  static constexpr bool IS_BFLOAT = false, IS_TFLOAT = false;
   static __device__ __forceinline__ float widen(uint16_t bits) { return half_to_float(bits); }
   static __device__ __forceinline__ uint16_t narrow(float value) { return float_to_half(value); }
 };
@@ -156,8 +173,10 @@ struct Half {
 using Element = Float;
 #elif ELEMENT == 1
 using Element = Bfloat;
-#else
+#elif ELEMENT == 2
 using Element = Half;
+#else
+using Element = Tfloat;
 #endif
 using Storage = Element::Storage;
 
@@ -177,5 +196,11 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
 }
 __device__ __forceinline__ float low_of(unsigned word) { return Element::widen(static_cast<uint16_t>(word)); }
 __device__ __forceinline__ float high_of(unsigned word) { return Element::widen(static_cast<uint16_t>(word >> 16)); }
+
+// The product of what two words hold, one number each or two.
+__device__ __forceinline__ float dot(unsigned one, unsigned two) {
+  if (sizeof(Storage) == 4) return __uint_as_float(one) * __uint_as_float(two);
+  return low_of(one) * low_of(two) + high_of(one) * high_of(two);
+}
 
 }  // namespace natten

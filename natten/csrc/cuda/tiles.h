@@ -41,9 +41,9 @@ constexpr int UNITS_Y = (TILE_Y + UNIT_Y - 1) / UNIT_Y, UNITS_X = (TILE_X + UNIT
 constexpr int UNITS = TILE_Z * UNITS_Y * UNITS_X;
 static_assert(!IS_STAGED || UNITS <= WARPS, "staged columns are seen once");
 
-constexpr int PIECES = HEAD_DIM / 8;        // of a row, 16 bytes each
-constexpr int STEPS = (PIECES + 1) / 2;     // of a product over head_dim, 16 elements each, the last perhaps 8
-constexpr int SLICE = (PIECES + SLICES - 1) / SLICES;  // pieces of the results that a block computes
+constexpr int PIECE = 16 / sizeof(Storage), PIECES = HEAD_DIM / PIECE;  // elements of 16 bytes; those of a row
+constexpr int STEPS = (PIECES + 1) / 2;  // of a product over head_dim, two pieces each, the last perhaps one
+constexpr int RESULTS = HEAD_DIM / 8, SLICE = (RESULTS + SLICES - 1) / SLICES;  // 8 elements each; those of a block
 constexpr int ROW_BLOCKS = UNIT_COLUMNS / 8;           // of 8 columns
 constexpr int BLOCKS = CHUNK_ROWS * ROW_BLOCKS;
 
@@ -79,7 +79,7 @@ constexpr int GRADIENT_BYTES =
     HAS_GRADIENT_FRAGMENTS ? WARPS * GRADIENT_FRAGMENTS * FRAGMENT_BYTES : GRADIENT_TABLES * TABLE_STRIDE * 4;
 constexpr int DIAGONAL_BLOCKS = ROW_BLOCKS + (RANK == 1);
 constexpr int DIAGONAL_PITCH = (DIAGONAL_BLOCKS * 8 + 16 + 31) / 32 * 32 + 8;
-constexpr int STORE_BYTES = 16 * (SLICE + 1) * 16;
+constexpr int STORE_BYTES = sizeof(Storage) == 2 ? 16 * (SLICE + 1) * 16 : 0;
 constexpr int DIAGONAL_BYTES = HAS_GRADIENT && !HAS_GRADIENT_FRAGMENTS ? 8 * DIAGONAL_PITCH * 4 : 0;
 constexpr int WARP_BYTES = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES;
 constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES;
@@ -245,29 +245,43 @@ struct UnitRows {
 #pragma unroll
     for (int half = 0; half < 2; ++half) row[half] = rows.at(unit.z, unit.token_y[half], unit.token_x[half]);
   }
-  // Fragment A of a step of 16 elements (8 in the last if head_dim is odd in that).
+  // Fragment A of a step of two pieces (one in the last if they are odd in number), 4 bytes a register.
   __device__ __forceinline__ void fragment(int step, unsigned (&a)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int item = step * 16 + i / 2 * 8;
-      a[i] = item < HEAD_DIM ? *reinterpret_cast<const unsigned*>(row[i % 2] + item + lane_index() % 4 * 2) : 0u;
+      const int piece = step * 2 + i / 2;
+      const T* from = row[i % 2] + piece * PIECE + lane_index() % 4 * (PIECE / 4);
+      a[i] = piece < PIECES ? *reinterpret_cast<const unsigned*>(from) : 0u;
     }
   }
 };
 
+// Registers as matrix instructions take them.
+template <int COUNT>
+__device__ __forceinline__ void round_operand(unsigned (&registers)[COUNT]) {
+#if ELEMENT == 3
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) registers[i] = round_to_tfloat(__uint_as_float(registers[i]));
+#endif
+}
+
 // Fragments of all steps, kept if that costs few registers.
 struct Fragments {
-  static constexpr bool IS_KEPT = HEAD_DIM <= 64;
+  static constexpr bool IS_KEPT = PIECES <= 8;
   UnitRows<const Storage> rows;
   unsigned kept[IS_KEPT ? STEPS : 1][4];
 
   __device__ __forceinline__ Fragments(const Rows<const Storage>& tensor, const Unit& unit) : rows(tensor, unit) {
     if (IS_KEPT)
 #pragma unroll
-      for (int step = 0; step < STEPS; ++step) rows.fragment(step, kept[IS_KEPT ? step : 0]);
+      for (int step = 0; step < STEPS; ++step) load(step, kept[IS_KEPT ? step : 0]);
+  }
+  __device__ __forceinline__ void load(int step, unsigned (&a)[4]) const {
+    rows.fragment(step, a);
+    round_operand(a);
   }
   __device__ __forceinline__ void get(int step, unsigned (&a)[4]) const {
-    if (!IS_KEPT) return rows.fragment(step, a);
+    if (!IS_KEPT) return load(step, a);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = kept[IS_KEPT ? step : 0][i];
   }
@@ -288,27 +302,57 @@ __device__ __forceinline__ void multiply_columns(const Fragments& left, const ch
       unsigned b[4];
       if (piece + 4 <= PIECES) {
         load_matrices<4, false>(b, row + ((piece + lane / 8) ^ exchange) * 16);
-        multiply_add<Element, 16>(sum[block], a[0], b);
-        multiply_add<Element, 16>(sum[block], a[1], b + 2);
+        round_operand(b);
+        multiply_add<Element, 2 * PIECE>(sum[block], a[0], b);
+        multiply_add<Element, 2 * PIECE>(sum[block], a[1], b + 2);
         continue;
       }
       if (piece + 2 <= PIECES) {
         load_matrices<2, false>(b, row + ((piece + lane / 8 % 2) ^ exchange) * 16);
-        multiply_add<Element, 16>(sum[block], a[0], b);
+        round_operand(b);
+        multiply_add<Element, 2 * PIECE>(sum[block], a[0], b);
       }
       if (PIECES % 2) {
         constexpr int LAST = PIECES - 1;
         load_matrices<1, false>(b, row + (LAST ^ exchange) * 16);
-        multiply_add<Element, 8>(sum[block], a[LAST % 4 / 2], b);
+        multiply_add<Element, PIECE>(sum[block], a[LAST % 4 / 2], b);
       }
     }
   }
 }
 
+#if ELEMENT == 3
+
+// sum[16][8 * SLICE] += the weights of a chunk times its columns. Columns 2 t and 2 t + 1 of a block, which thread t of a
+// row holds, stand as t and t + 4 in the product: the order of a sum is free.
+__device__ __forceinline__ void add_chunk_columns(const float (&weights)[CHUNK_ROWS][ROW_BLOCKS][4], const char* columns,
+                                                  int first_result, float (&sum)[SLICE][4]) {
+  const int column = lane_index() % 4 * 2, place = lane_index() / 4;
+#pragma unroll
+  for (int block = 0; block < BLOCKS; ++block) {
+    const float(&w)[4] = weights[block / ROW_BLOCKS][block % ROW_BLOCKS];
+    const unsigned a[4] = {round_to_tfloat(w[0]), round_to_tfloat(w[2]), round_to_tfloat(w[1]), round_to_tfloat(w[3])};
+    const char* from = columns + (block / ROW_BLOCKS * COLUMNS + block % ROW_BLOCKS * 8 + column) * (PITCH * 16) + place % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < SLICE; ++i) {
+      const int piece = (first_result + i) * 2 + place / 4;
+      if (SLICES > 1 && piece >= PIECES) break;
+      unsigned b[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        b[k] = *reinterpret_cast<const unsigned*>(from + k * (PITCH * 16) + (piece ^ swizzle(column + k)) * 16);
+      round_operand(b);
+      multiply_add<Element, 8>(sum[i], a, b);
+    }
+  }
+}
+
+#else
+
 // sum[16][8 * SLICE] += weights[16][8 or 16] times the columns of one block of a chunk or two, which begin at FIRST and,
 // for the second, STEP further.
 template <int BLOCK_COUNT, int FIRST, int STEP>
-__device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const char* columns, int first_piece,
+__device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const char* columns, int first_result,
                                             float (&sum)[SLICE][4]) {
   // A matrix is 8 columns by a piece: those of two blocks come first where there are two, then those of further pieces.
   constexpr int AT_ONCE = 4 / BLOCK_COUNT;
@@ -316,10 +360,10 @@ __device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const 
   const char* row = columns + (FIRST + lane % 8 + matrix % BLOCK_COUNT * STEP) * (PITCH * 16);
 #pragma unroll
   for (int i = 0; i < SLICE; i += AT_ONCE) {
-    if (SLICES > 1 && first_piece + i >= PIECES) break;
+    if (SLICES > 1 && first_result + i >= PIECES) break;
     unsigned b[4];
-    if (i + AT_ONCE <= SLICE && (PIECES % SLICE == 0 || first_piece + i + AT_ONCE <= PIECES)) {
-      load_matrices<4, true>(b, row + ((first_piece + i + matrix / BLOCK_COUNT) ^ exchange) * 16);
+    if (i + AT_ONCE <= SLICE && (PIECES % SLICE == 0 || first_result + i + AT_ONCE <= PIECES)) {
+      load_matrices<4, true>(b, row + ((first_result + i + matrix / BLOCK_COUNT) ^ exchange) * 16);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
         if (i + k < SLICE)
@@ -328,8 +372,8 @@ __device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const 
     }
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k) {
-      if (i + k >= SLICE || (SLICES > 1 && first_piece + i + k >= PIECES)) continue;
-      load_matrices<BLOCK_COUNT, true>(b, row + ((first_piece + i + k) ^ exchange) * 16);
+      if (i + k >= SLICE || (SLICES > 1 && first_result + i + k >= PIECES)) continue;
+      load_matrices<BLOCK_COUNT, true>(b, row + ((first_result + i + k) ^ exchange) * 16);
       multiply_add<Element, 8 * BLOCK_COUNT>(sum[i + k < SLICE ? i + k : 0], weights, b);
     }
   }
@@ -338,20 +382,39 @@ __device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const 
 // sum[16][8 * SLICE] += the weights of a chunk, from a block on, times its columns.
 template <int BLOCK = 0>
 __device__ __forceinline__ void add_chunk_columns(const float (&weights)[CHUNK_ROWS][ROW_BLOCKS][4], const char* columns,
-                                                  int first_piece, float (&sum)[SLICE][4]) {
+                                                  int first_result, float (&sum)[SLICE][4]) {
   constexpr int COUNT = BLOCK + 1 < BLOCKS ? 2 : 1, NEXT = BLOCK + COUNT - 1;
   constexpr int FIRST = BLOCK / ROW_BLOCKS * COLUMNS + BLOCK % ROW_BLOCKS * 8;
   constexpr int STEP = NEXT / ROW_BLOCKS * COLUMNS + NEXT % ROW_BLOCKS * 8 - FIRST;
   const float(&one)[4] = weights[BLOCK / ROW_BLOCKS][BLOCK % ROW_BLOCKS];
   const float(&two)[4] = weights[NEXT / ROW_BLOCKS][NEXT % ROW_BLOCKS];
   const unsigned a[4] = {pack(one[0], one[1]), pack(one[2], one[3]), pack(two[0], two[1]), pack(two[2], two[3])};
-  add_columns<COUNT, FIRST, STEP>(a, columns, first_piece, sum);
-  if constexpr (BLOCK + 2 < BLOCKS) add_chunk_columns<BLOCK + 2>(weights, columns, first_piece, sum);
+  add_columns<COUNT, FIRST, STEP>(a, columns, first_result, sum);
+  if constexpr (BLOCK + 2 < BLOCKS) add_chunk_columns<BLOCK + 2>(weights, columns, first_result, sum);
 }
+
+#endif
+
+#if ELEMENT == 3
+
+// Writes a unit's result: a thread has 8 bytes of a row, and those of its neighbours follow.
+__device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const float (&factor)[2], const Rows<Storage>& to,
+                                           const Unit& unit, const BlockTile&, int first_result, char*) {
+  const UnitRows<Storage> rows(to, unit);
+#pragma unroll
+  for (int i = 0; i < SLICE * 2; ++i) {
+    const int half = i % 2, result = first_result + i / 2;
+    if (!unit.is_there[half] || result >= RESULTS) continue;
+    *reinterpret_cast<float2*>(rows.row[half] + result * 8 + lane_index() % 4 * 2) = {
+        sum[i / 2][2 * half] * factor[half], sum[i / 2][2 * half + 1] * factor[half]};
+  }
+}
+
+#else
 
 // Writes a unit's result, by way of the warp's shared memory so that each thread writes 16 bytes.
 __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const float (&factor)[2], const Rows<Storage>& to,
-                                  const Unit& unit, const BlockTile& tile, int first_piece, char* shared) {
+                                  const Unit& unit, const BlockTile& tile, int first_result, char* shared) {
   const int lane = lane_index();
   unsigned* words = reinterpret_cast<unsigned*>(shared);
   __syncwarp();
@@ -368,12 +431,14 @@ __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const f
     const int i = first + lane, row = i / SLICE, piece = i % SLICE;
     const int y = RANK > 1 ? unit.y + row / 8 : 0, x = unit.x + (RANK > 1 ? row % 8 : row);
     if (16 * SLICE % 32 && row >= 16) continue;
-    if (y >= end_y || x >= end_x || first_piece + piece >= PIECES) continue;
-    *reinterpret_cast<uint4*>(to.at(unit.z, y, x) + (first_piece + piece) * 8) =
+    if (y >= end_y || x >= end_x || first_result + piece >= RESULTS) continue;
+    *reinterpret_cast<uint4*>(to.at(unit.z, y, x) + (first_result + piece) * 8) =
         reinterpret_cast<const uint4*>(shared)[row * (SLICE + 1) + piece];
   }
   __syncwarp();
 }
+
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A unit's columns, some at a time
