@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -310,6 +311,24 @@ def _float32_products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def _compile_ahead(check: Check, cells) -> None:
+    """Compiles the kernels of all cells on all cores, where one problem after another would wait for its own."""
+    from natten import nvrtc
+    from natten.backends import cuda
+
+    gpu, kernels = torch.cuda.get_device_properties(0), set()
+    for _, window, space, dim, name, has_rpb in cells:
+        dtype, _, precision = _NUMBERS[name]
+        query = torch.empty(2, *space, 2, dim, dtype=dtype, device="meta")
+        with _float32_products(precision):
+            for kind in ("attention", "attention_backward"):
+                kernels |= {step.kernel for step in cuda.launches(kind, query, make_axes(space, *window), has_rpb, gpu)}
+    start = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda k: nvrtc.machine_code(k.source, k.definitions, (gpu.major, gpu.minor)), kernels))
+    check.row("correctness", "compilation", f"{len(kernels)} kernels in {time.monotonic() - start:.0f} s, on all cores")
+
+
 def _random_problems(check: Check, what: str) -> None:
     """Errors, against float64, of ours and of the reference with the same numbers."""
     numbers = ("float32",) if check.rehearse else tuple(_NUMBERS)
@@ -319,6 +338,8 @@ def _random_problems(check: Check, what: str) -> None:
             for space in spaces:
                 space = (space,) if isinstance(space, int) else space
                 cells += [(rank, window, space, dim, name, has_rpb) for name in numbers for has_rpb in (True, False)]
+    if not check.rehearse:
+        _compile_ahead(check, cells)
     errors = {name: [] for name in numbers}
     wrong, count, counts = [], 0, dict.fromkeys(_WINDOWS, 0)
     end = min(check.end - 5, time.monotonic() + (3 if check.rehearse else 80))
