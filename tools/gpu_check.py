@@ -293,7 +293,7 @@ _BATCHES = ((1, 4), (2, 2), (4, 1))
 
 
 # Dtype, its rounding, and what PyTorch may do to products of float32 matrices.
-_NUMBERS = {
+_PRECISIONS = {
     "bfloat16": (torch.bfloat16, 2.0**-7, "highest"),
     "float16": (torch.float16, 2.0**-10, "highest"),
     "float32": (torch.float32, 2.0**-23, "highest"),
@@ -302,28 +302,38 @@ _NUMBERS = {
 
 
 @contextmanager
-def _float32_products(precision: str) -> Iterator[None]:
+def _float32_products(setting: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(setting)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def _compile_ahead(check: Check, cells) -> None:
-    """Compiles the kernels of all cells on all cores, where one problem after another would wait for its own."""
-    from natten import nvrtc
+def _kernels(cells, gpu) -> set:
+    """What problems of all cells launch."""
     from natten.backends import cuda
 
-    gpu, kernels = torch.cuda.get_device_properties(0), set()
-    for _, window, space, dim, name, has_rpb in cells:
-        dtype, _, precision = _NUMBERS[name]
-        query = torch.empty(2, *space, 2, dim, dtype=dtype, device="meta")
-        with _float32_products(precision):
+    kernels, (batch, heads) = set(), _BATCHES[0]  # the others have as many maps, so the same tiles
+    for _, window, space, dim, precision, has_rpb in cells:
+        dtype, _, products = _PRECISIONS[precision]
+        query = torch.empty(batch, *space, heads, dim, dtype=dtype, device="meta")
+        with _float32_products(products):
             for kind in ("attention", "attention_backward"):
                 kernels |= {step.kernel for step in cuda.launches(kind, query, make_axes(space, *window), has_rpb, gpu)}
-    start = time.monotonic()
+    return kernels
+
+
+def _compile_ahead(check: Check, cells) -> None:
+    """Compiles the kernels of all cells on all cores, where one problem after another would wait for its own."""
+    from natten import nvrtc, profiler
+
+    if check.rehearse:
+        print(f"{len(_kernels(cells, profiler.find_gpu('9.0')))} kernels would be compiled")
+        return
+    start, gpu = time.monotonic(), torch.cuda.get_device_properties(0)
+    kernels = _kernels(cells, gpu)
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda k: nvrtc.machine_code(k.source, k.definitions, (gpu.major, gpu.minor)), kernels))
     check.row("correctness", "compilation", f"{len(kernels)} kernels in {time.monotonic() - start:.0f} s, on all cores")
@@ -331,21 +341,20 @@ def _compile_ahead(check: Check, cells) -> None:
 
 def _random_problems(check: Check, what: str) -> None:
     """Errors, against float64, of ours and of the reference with the same numbers."""
-    numbers = ("float32",) if check.rehearse else tuple(_NUMBERS)
+    precisions = ("float32",) if check.rehearse else tuple(_PRECISIONS)
     cells = []
     for rank, windows in _WINDOWS.items():
         for window, spaces, dim in windows:
             for space in spaces:
                 space = (space,) if isinstance(space, int) else space
-                cells += [(rank, window, space, dim, name, has_rpb) for name in numbers for has_rpb in (True, False)]
-    if not check.rehearse:
-        _compile_ahead(check, cells)
-    errors = {name: [] for name in numbers}
+                cells += [(rank, window, space, dim, name, has_rpb) for name in precisions for has_rpb in (True, False)]
+    _compile_ahead(check, cells)
+    errors = {name: [] for name in precisions}
     wrong, count, counts = [], 0, dict.fromkeys(_WINDOWS, 0)
     end = min(check.end - 5, time.monotonic() + (3 if check.rehearse else 80))
     while time.monotonic() < end and min(counts.values()) < RANDOM_PROBLEMS_PER_RANK:
         rank, window, space, dim, name, has_rpb = cells[count * 7 % len(cells)]
-        dtype, eps, precision = _NUMBERS[name]
+        dtype, eps, products = _PRECISIONS[name]
         batch, heads = _BATCHES[count // len(cells) % len(_BATCHES)]
         count += 1
         counts[rank] += 1
@@ -353,7 +362,7 @@ def _random_problems(check: Check, what: str) -> None:
         kernel_size = tuple(axis.kernel_size for axis in kernel_size)
         qkv, rpb = _tensors(check, batch, space, heads, dim, kernel_size, dtype, count, has_rpb)
         exact = _step(check, qkv.double(), None if rpb is None else rpb.double(), "reference", *window, seed=count)
-        with _float32_products(precision):
+        with _float32_products(products):
             peers = _step(check, qkv, rpb, "reference", *window, seed=count)
             found = _step(check, qkv, rpb, check.backend, *window, seed=count)
         for index, (x, peer, expected) in enumerate(zip(found, peers, exact, strict=True)):
@@ -364,6 +373,9 @@ def _random_problems(check: Check, what: str) -> None:
                 wrong.append(f"{space} {window} d{dim} {name} result {index}: {error:.2g} for {peer_error:.2g}")
     ratios = []
     for name, pairs in errors.items():
+        if not pairs:
+            ratios.append(f"{name} left out: no time")
+            continue
         error, peer_error = torch.tensor(pairs, dtype=torch.float64).square().mean(0).sqrt().tolist()
         ratios.append(f"{name} {error / peer_error:.2f}")
         check.failed |= not error <= 2 * peer_error
@@ -375,17 +387,18 @@ def _random_problems(check: Check, what: str) -> None:
 
 def sanitizer(check: Check) -> None:
     """Small calls of every kind of kernel, to be run under compute-sanitizer."""
-    for numbers in ("bfloat16", "float32", "tf32"):
-        dtype = torch.float32 if check.rehearse else _NUMBERS[numbers][0]
+    for precision in ("bfloat16", "float32", "tf32"):
+        dtype = torch.float32 if check.rehearse else _PRECISIONS[precision][0]
         for space, dim, window in (
             ((11, 13), 32, (5, 1, (1, 2), False)),
             ((9, 17), 24, ((3, 4), 2, 1, (True, False))),
             ((100,), 16, (70,)),
             ((4, 5, 9), 16, (3,)),
+            ((5, 20, 20), 32, (5,)),
         ):
             kernel_size = tuple(axis.kernel_size for axis in make_axes((1 << 20,) * len(space), *window))
             qkv, rpb = _tensors(check, 1, space, 2, dim, kernel_size, dtype)
-            with _float32_products(_NUMBERS[numbers][2]):
+            with _float32_products(_PRECISIONS[precision][2]):
                 _step(check, qkv, rpb, check.backend, *window)
     q, k, v = (torch.randn(1, 2, 9, 11, 8, device=check.device, requires_grad=True) for _ in range(3))
     rpb = torch.randn(2, 5, 5, device=check.device, requires_grad=True)
@@ -422,14 +435,15 @@ def operators(check: Check) -> None:
     from benchmarks import ops
 
     copy_rate, matrix_rate = ceilings(check)
-    for name, has_flex in _TINY_CASES if check.rehearse else _CASES:
+    cases = _TINY_CASES if check.rehearse else _CASES
+    for name, has_flex in cases:
         with check.guarded("operator", name):
             if check.has_time("operator", name):
                 _time_operator(check, ops.parse(name), name, copy_rate, matrix_rate)
-        for numbers in ("float32", "tf32") if name == _CASES[0][0] else ():
-            with check.guarded("operator", f"{name} {numbers}"), _float32_products(_NUMBERS[numbers][2]):
-                if check.has_time("operator", f"{name} {numbers}"):
-                    _time_operator(check, ops.parse(name), name, copy_rate, matrix_rate, numbers)
+        for precision in ("float32", "tf32") if name == cases[0][0] else ():
+            with check.guarded("operator", f"{name} {precision}"), _float32_products(_PRECISIONS[precision][2]):
+                if check.has_time("operator", f"{name} {precision}"):
+                    _time_operator(check, ops.parse(name), name, copy_rate, matrix_rate, precision)
         if has_flex:
             for pass_name in ("forward",) if check.rehearse else ("forward", "forward+backward"):
                 with check.guarded("flex_attention", name):
@@ -437,8 +451,8 @@ def operators(check: Check) -> None:
                         _time_flex(check, name, pass_name)
 
 
-def _time_operator(check: Check, case, name: str, copy_rate: float, matrix_rate: float, numbers="bfloat16") -> None:
-    dtype = torch.float32 if check.rehearse else _NUMBERS[numbers][0]
+def _time_operator(check: Check, case, name: str, copy_rate: float, matrix_rate: float, precision="bfloat16") -> None:
+    dtype = torch.float32 if check.rehearse else _PRECISIONS[precision][0]
     axes = make_axes(case.space, case.kernel_size, 1, case.dilation, case.is_causal)
     kernel_size = tuple(axis.kernel_size for axis in axes)
     shape = (case.batch, case.space, case.heads, case.head_dim, kernel_size)
@@ -464,7 +478,7 @@ def _time_operator(check: Check, case, name: str, copy_rate: float, matrix_rate:
         ms = check.milliseconds(calls)
         share = products * pairs / matrix_rate / ms
         result = f"{ms * 1e3:.0f} us = {ms / floor:.2f} x floor ({floor * 1e3:.0f} us), {share:.0%} of matrix rate"
-        label = "" if numbers == "bfloat16" else f" {numbers}"
+        label = "" if precision == "bfloat16" else f" {precision}"
         check.row("operator", f"{name}{label} {pass_name}", result)
 
 

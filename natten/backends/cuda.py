@@ -28,17 +28,17 @@ NAME = "cuda"
 LEAST_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
 _TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out times grad_out of each query, which backward begins with
-_PARAMS = Struct(f"={len(_TENSORS) * 6}q 3q 3i 3i 3i 3i 3i f")  # as Params there
 _VIEW_WORDS = 6
+_PARAMS = Struct(f"={len(_TENSORS) * _VIEW_WORDS}q 3q 3i 3i 3i 3i 3i f")  # as Params there
 _TABLES = _VIEW_WORDS * len(_TENSORS)  # where rpb, partial_rpb and grad_rpb stand
 _TFLOAT = 3  # as in instructions.h: float32 rounded for matrix instructions
 _NO_AXIS = Axis(1, 1, 1, 1, False)
 
 _GROUP_THREADS = 128  # as THREADS in groups.h
 _SUM_THREADS, _SUM_ENTRIES = 1024, 32  # as in sum_parts.cu
-_MOST_PARTS = 1024  # blocks that sum up the gradient of one head's table
+_MOST_PARTS = 4096  # blocks that sum up the gradient of the tables, of all heads
 _MOST_PARTIAL_BYTES = 64 << 20
-_MOST_SHORT_STEP = 2**31 - 1  # bytes from a token to the next of its residue class
+_MOST_SHORT_STEP = 2**31 // 32 - 1  # bytes from a token to the next of its residue class; kernels go 32 at a time
 
 
 def refuses(query: Tensor) -> str | None:
@@ -255,7 +255,7 @@ class _Planner:
     # Launches
 
     def _tile(self, kind: str) -> Tile | None:
-        """The tile of a kernel with matrix instructions; None where there are none for the dtype, scale and GPU."""
+        """The tile of a kernel with matrix instructions; None if there is none for the dtype, scale, GPU and window."""
         gpu = self.gpu
         if self.tiled_element == 0 or not self.scale > 0 or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
             return None
@@ -286,7 +286,7 @@ class _Planner:
     def _parts(self, size: Sequence[int]) -> int:
         """How many blocks share a head's pieces where each sums up a gradient of its table."""
         most = max(1, _MOST_PARTIAL_BYTES // (4 * self.table * self.heads))
-        return min(self._pieces(size), most, max(1, _MOST_PARTS // self.heads * 4))
+        return min(self._pieces(size), most, max(1, _MOST_PARTS // self.heads))
 
     def _add_group(self, source: str, name: str, parts: int | None = None) -> None:
         kernel = Kernel(source, name, self._definitions(self.element), _GROUP_THREADS)
@@ -309,7 +309,7 @@ class _Planner:
         blocks = parts * slices * self.heads if blocks is None else blocks
         if max(blocks, pieces) >= 2**31:
             raise ValueError(
-                f"the problem takes {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31: split the batch."
+                f"the problem takes {max(blocks, pieces)} blocks, but a GPU takes fewer than 2**31: split the batch."
             )
         classes = [divmod(axis.length, axis.dilation) for axis in self.axes]
         parameters = _PARAMS.pack(

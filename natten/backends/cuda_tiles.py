@@ -2,7 +2,7 @@
 
 A larger tile reads fewer columns a token, for neighbouring tiles read many of the same; a smaller one leaves room for
 several blocks on a multiprocessor, which hide each other's waiting. All that a tile can be is tried, and the one that
-should take the least time is taken, by the bytes it brings to shared memory and the products it computes.
+should take the least time is taken, by the bytes it brings to shared memory and the instructions it issues.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MOST_ROW_BLOCKS = 8  # of 8 columns, of a row that is held as one
 _LARGE_DIM = 128  # beyond it, rows held as one may be too large
 # Of a multiprocessor's shared memory for each block: it has so much more than a block may have.
 _RESERVED_BYTES = 1 << 10
-_MAY_HAVE_FRAGMENTS, _MAY_HAVE_GRADIENT_FRAGMENTS = True, True
+_MAY_HAVE_FRAGMENTS, _MAY_HAVE_GRADIENT_FRAGMENTS = True, True  # tests turn these off
 _MOST_TABLE_BYTES, _MOST_GRADIENT_BYTES = 48 << 10, 32 << 10  # of tables in shared memory, where there are no fragments
 _BASES_BYTES = 128  # where tensors begin
 _STAGE_CHUNKS = (1, 2, 4, 8)  # of a stage, where columns come in stages
@@ -44,7 +44,7 @@ _RESIDENT_WARPS = {
     "grad_query": ((32, 16), (64, 12), (256, 8)),
     "grad_key_value": ((32, 16), (64, 12), (256, 8)),
 }
-_MOST_RESIDENT_OF_SOME, _MOST_RESIDENT_OF_OTHERS = 12, 8
+_FEWER_RESIDENT_WARPS, _FEWEST_RESIDENT_WARPS = 12, 8
 _BYTES_PER_INSTRUCTION = 6.0  # brought to a multiprocessor while it issues one
 
 
@@ -233,14 +233,16 @@ class _Chooser:
         self.unit = (1, 2, 8) if self.rank > 1 else (1, 1, 16)
         self.longest = [-(-axis.length // axis.dilation) for axis in axes]
         self.table = prod(2 * axis.kernel_size - 1 for axis in axes)
-        self.table_rows, self.halves = self.table // (2 * axes[2].kernel_size - 1), 1 if self.rank > 1 else 2
+        self.table_rows = self.table // (2 * axes[2].kernel_size - 1)
+        self.fragments_a_row = 1 if self.rank > 1 else 2
         self.pieces = self.wide // 8  # of 16 bytes, of a row
-        most_slice_dim = _MOST_SLICE_DIM[kind] // (2 if self.wide > 128 and item_bytes == 4 else 1)
+        is_large = item_bytes == 4 and dim > 64  # whose results and operands together would spill registers
+        most_slice_dim = _MOST_SLICE_DIM[kind] // (2 if is_large else 1)
         self.slices = -(-dim // most_slice_dim)
         self.slice_results = -(-(dim // 8) // self.slices)
         self.chunk_blocks = _CHUNK_BLOCKS[kind] if self.wide <= 32 else max(_CHUNK_BLOCKS[kind] // 2, 2)
         resident = (warps for most, warps in _RESIDENT_WARPS[kind] if self.wide <= most)
-        self.most_resident_warps = next(resident, _MOST_RESIDENT_OF_OTHERS)
+        self.most_resident_warps = next(resident, _FEWEST_RESIDENT_WARPS)
         self.has_gradient = has_rpb and kind == "grad_query"
 
     def tiles(self) -> Iterator[Tile]:
@@ -269,27 +271,28 @@ class _Chooser:
     def _ways_to_hold(self, size_x: int) -> Iterator[_Held]:
         """Rows of columns are held as one unless they are long, then in segments, with which there are no fragments."""
         is_whole = False
-        for has_sums in (False, True) if self.has_gradient and _MAY_HAVE_GRADIENT_FRAGMENTS else (False,):
-            reach, begins, unit_columns = self._place_columns(size_x, has_sums)
+        may_have_gradient = self.has_gradient and _MAY_HAVE_GRADIENT_FRAGMENTS
+        for has_gradient in (False, True) if may_have_gradient else (False,):
+            reach, begins, unit_columns = self._place_columns(size_x, has_gradient)
             if unit_columns <= 8 * _MOST_ROW_BLOCKS:
                 is_whole = True
-                for has_fragments in (True, False) if _MAY_HAVE_FRAGMENTS else (False,):
-                    yield _Held(max(begins) + unit_columns, unit_columns, reach, False, has_fragments, has_sums)
+                for has_bias in (True, False) if _MAY_HAVE_FRAGMENTS else (False,):
+                    yield _Held(max(begins) + unit_columns, unit_columns, reach, False, has_bias, has_gradient)
         if is_whole and self.wide <= _LARGE_DIM:
             return
         segment = 8 * max(self.chunk_blocks, 4) if self.wide <= _LARGE_DIM else 16
         yield _Held(segment, segment, 0, True, False, False)
 
-    def _place_columns(self, size_x: int, is_steady: bool) -> tuple[int, set[int], int]:
+    def _place_columns(self, size_x: int, has_gradient_fragments: bool) -> tuple[int, set[int], int]:
         """REACH; where in a row of a tile's columns those of units begin, as tiles.h has it; and how many each has."""
         axis, unit = self.axes[2], self.unit[2]
-        reach = farthest(axis, self.is_inverse, unit if is_steady else size_x)[0]
+        reach = farthest(axis, self.is_inverse, unit if has_gradient_fragments else size_x)[0]
         begins, most = set(), 0
         for n in _classes(axis):
             spans = _spans(axis, self.is_inverse, n)
             for x in range(0, n, unit):
                 at = x // size_x * size_x
-                begin = x - at if is_steady else (spans[x][0] - at + reach) // 8 * 8
+                begin = x - at if has_gradient_fragments else (spans[x][0] - at + reach) // 8 * 8
                 begins.add(begin)
                 most = max(most, spans[min(x + unit, n) - 1][1] - at + reach - begin)
         return reach, begins, _multiple(most, 8)
@@ -349,16 +352,16 @@ class _Chooser:
         most, chunk = self.most_resident_warps, chunk_rows * held.unit_columns
         is_large_stage = stage.is_staged and self.wide > 32
         if self.kind != "forward" and (held.is_segmented or is_large_stage or chunk > 32):
-            return _MOST_RESIDENT_OF_OTHERS
+            return _FEWEST_RESIDENT_WARPS
         if self.rank > 2 or is_large_stage or (self.is_inverse and chunk > 16):
-            return min(most, _MOST_RESIDENT_OF_SOME)
+            return min(most, _FEWER_RESIDENT_WARPS)
         return most
 
     def _bias(self, size, held: _Held) -> tuple[bool, int]:
         """Whether shared memory holds the bias as a table, and the bytes of that or, if there are any, of fragments."""
         if held.has_bias_fragments:
             rows = self.table_rows if self.has_rpb else 1
-            return False, size[2] // self.unit[2] * (rows * self.halves + 1) * held.fragment_bytes
+            return False, size[2] // self.unit[2] * (rows * self.fragments_a_row + 1) * held.fragment_bytes
         table = _multiple(self.table + 2 * (2 * held.unit_columns + 32), 4) * 4
         is_shared = self.has_rpb and table <= _MOST_TABLE_BYTES
         return is_shared, table * is_shared
@@ -366,7 +369,7 @@ class _Chooser:
     def _gradient(self, held: _Held, warps: int) -> tuple[int, int]:
         """How many tables of the gradient of bias it holds, and the bytes of that or of each warp's fragments."""
         if held.has_gradient_fragments:
-            return 0, warps * self.table_rows * self.halves * held.fragment_bytes
+            return 0, warps * self.table_rows * self.fragments_a_row * held.fragment_bytes
         one = _multiple(self.table, 4) * 4
         fits = [count for count in (warps, 1) if count * one <= _MOST_GRADIENT_BYTES]
         tables = fits[0] if fits and self.has_gradient else 0
@@ -409,5 +412,5 @@ class _Chooser:
         work += tile.warps * (_TILE_COST + stages * _STAGE_COST)
         work += stages * tile.stage_rows * tile.columns * self.pieces / 16 * _COPY_COST
         if tile.has_bias_fragments:
-            work += tile.size[2] / self.unit[2] * self.table_rows * self.halves * _FRAGMENT_COST
+            work += tile.size[2] / self.unit[2] * self.table_rows * self.fragments_a_row * _FRAGMENT_COST
         return work

@@ -73,10 +73,15 @@ class Emulator:
 
     def __init__(self, seed: int = 0):
         self.seed = seed
-        self.launched: list[str] = []
+        self.kernels: list[cuda_driver.Kernel] = []
+
+    @property
+    def launched(self) -> list[str]:
+        """Names of the kernels."""
+        return [kernel.name for kernel in self.kernels]
 
     def launch(self, kernel: cuda_driver.Kernel, blocks: int, parameters: ctypes.Array, device: int | None) -> None:
-        self.launched.append(kernel.name)
+        self.kernels.append(kernel)
         self.seed += 1
         run(nvrtc.SOURCES / kernel.source, kernel, blocks, parameters, self.seed)
 

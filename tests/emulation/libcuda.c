@@ -27,8 +27,8 @@ static int explain(int error, const char** text) { return *text = error == 700 ?
 static int launch(uintptr_t function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
                   unsigned threads_z, unsigned shared_bytes, uintptr_t stream, void** parameters, void** extra) {
   const int64_t* words = parameters[0];
-  printf("launch %#lx %u %u %u %u %u %u %u %#lx: %lld %lld%s\n", (unsigned long)function, x, y, z, threads, threads_y, threads_z,
-         shared_bytes, (unsigned long)stream, (long long)words[0], (long long)words[1], extra ? " extra" : "");
+  printf("launch %#lx %u %u %u %u %u %u %u %#lx: %lld %lld%s\n", (unsigned long)function, x, y, z, threads, threads_y,
+         threads_z, shared_bytes, (unsigned long)stream, (long long)words[0], (long long)words[1], extra ? " extra" : "");
   return x == 77 ? 700 : 0;
 }
 static int version(int* number) { return *number = 13000, 0; }
@@ -38,12 +38,20 @@ int cuGetProcAddress_v2(const char* name, void** function, int number, uint64_t 
     const char* name;
     void* function;
   } functions[] = {
-      {"cuDriverGetVersion", version},          {"cuDeviceGet", find_device},      {"cuDevicePrimaryCtxRetain", retain_context},
-      {"cuCtxGetCurrent", get_context},         {"cuCtxPushCurrent", push_context}, {"cuCtxPopCurrent", pop_context},
-      {"cuModuleLoadData", tell_load},          {"cuModuleGetFunction", find_function}, {"cuFuncSetAttribute", set_attribute},
-      {"cuGetErrorString", explain},            {"cuLaunchKernel", launch},        {"cuGetProcAddress", cuGetProcAddress_v2},
+      {"cuDriverGetVersion", version},
+      {"cuDeviceGet", find_device},
+      {"cuDevicePrimaryCtxRetain", retain_context},
+      {"cuCtxGetCurrent", get_context},
+      {"cuCtxPushCurrent", push_context},
+      {"cuCtxPopCurrent", pop_context},
+      {"cuModuleLoadData", tell_load},
+      {"cuModuleGetFunction", find_function},
+      {"cuFuncSetAttribute", set_attribute},
+      {"cuGetErrorString", explain},
+      {"cuLaunchKernel", launch},
+      {"cuGetProcAddress", cuGetProcAddress_v2},
   };
-  setvbuf(stdout, NULL, _IOLBF, 0);
+  setvbuf(stdout, NULL, _IOLBF, 0);  // in order with what Python prints
   for (unsigned i = 0; i < sizeof functions / sizeof *functions; ++i)
     if (!strcmp(functions[i].name, name)) return *function = functions[i].function, status ? *status = 0 : 0;
   return *function = NULL, status ? *status = 1 : 0, 500;

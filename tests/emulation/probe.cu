@@ -59,3 +59,17 @@ NATTEN_KERNEL(probe_matrix, 32) {
   }
   if (MISTAKE == 4) shared[512 + lane] = 0;
 }
+
+// Multiplies 16 x 8 numbers by the first 8 of them, transposed, in TF32.
+NATTEN_KERNEL(probe_tfloat, 32) {
+  const int row = threadIdx.x / 4, column = threadIdx.x % 4;
+  unsigned a[4], b[2];
+  for (int i = 0; i < 4; ++i) {
+    const float value = p.in[(row + i % 2 * 8) * 8 + column + i / 2 * 4];
+    a[i] = MISTAKE == 5 ? __float_as_uint(value) : natten::round_to_tfloat(value);
+    if (i % 2 == 0) b[i / 2] = a[i];
+  }
+  float product[4] = {};
+  natten::multiply_add<natten::Tfloat, 8>(product, a, b);
+  for (int i = 0; i < 4; ++i) p.out[(row + i / 2 * 8) * 8 + column * 2 + i % 2] = product[i];
+}

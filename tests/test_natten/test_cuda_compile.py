@@ -69,13 +69,10 @@ def kernels(
     """Those of a forward and a backward pass."""
     query = torch.empty(128 if len(space) == 2 else 1, *space, heads, dim, dtype=dtype, device="meta")
     axes = make_axes(space, kernel_size, 1, dilation)
-    table = [2 * axis.kernel_size - 1 for axis in axes]
-    rpb = torch.empty(heads, *table, device="meta") if has_rpb else None
     found = []
     for kind in ("attention", "attention_backward"):
-        with mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability)):
-            plan = cuda._plan.__wrapped__(kind, query, axes, 1.0, rpb, False, is_rounded, ("QUERY",), query)
-        found += [step.kernel for step in plan.steps]
+        with mock.patch.object(cuda, "may_round_float32", lambda: is_rounded):
+            found += [step.kernel for step in cuda.launches(kind, query, axes, has_rpb, gpu_properties(capability))]
     return found
 
 

@@ -60,3 +60,14 @@ class EmulationTest(unittest.TestCase):
     def test_a_write_beyond_shared_memory_is_noticed(self):
         with self.assertRaisesRegex(launcher.EmulationError, "beyond shared memory"):
             run("probe_matrix", 32, self.matrix, torch.zeros(640), mistake=4)
+
+    def test_matrix_instructions_of_tfloat(self):
+        numbers = self.matrix.float()[:, :8] + 1e-4
+        out = run("probe_tfloat", 32, numbers, torch.zeros(128)).view(16, 8).double()
+        bits = (numbers.view(torch.int32) + 0x1000) & ~0x1FFF
+        exact = bits.view(torch.float32).double()
+        torch.testing.assert_close(out, exact @ exact[:8].T, atol=1e-4, rtol=0)
+
+    def test_numbers_that_were_not_rounded_are_noticed(self):
+        with self.assertRaisesRegex(launcher.EmulationError, "not rounded"):
+            run("probe_tfloat", 32, self.matrix.float()[:, :8] + 1e-4, torch.zeros(128), mistake=5)

@@ -21,6 +21,7 @@ class Float32Test(unittest.TestCase):
         for setting, answer in (
             ("pass", "False"),
             ("torch.set_float32_matmul_precision('high')", "True"),
+            ("torch.set_float32_matmul_precision('medium')", "True"),
             ("torch.set_float32_matmul_precision('highest')", "False"),
             ("torch.backends.cuda.matmul.allow_tf32 = True", "True"),
         ):

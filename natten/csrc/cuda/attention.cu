@@ -20,7 +20,7 @@ __device__ inline void attend(const Params& p, const Token& token) {
         k.load(key.at(kz, ky, x));
         float logit = dot(q, k) * scale;
         if (!is_seen) continue;
-        if (HAS_TABLE) logit += bias[x] * LOG2_E;
+        if (HAS_RPB) logit += bias[x] * LOG2_E;
         v.load(value.at(kz, ky, x));
         const float top = max(largest, logit), factor = exp2f(largest - top), weight = exp2f(logit - top);
         largest = top;

@@ -29,7 +29,7 @@ __device__ inline void differentiate_query(const Params& p, const Token& token, 
           const bool is_seen = token.keys_x.holds(kx) && token.is_there;
           const int x = is_seen ? kx : token.keys_x.first;
           k.load(key.at(kz, ky, x)), v.load(value.at(kz, ky, x));
-          const float logit = dot(q, k) * p.scale + (HAS_TABLE ? bias[x] : 0.f);
+          const float logit = dot(q, k) * p.scale + (HAS_RPB ? bias[x] : 0.f);
           const float grad_weight = dot(grad_out, v);
           const float weight = is_seen ? exp2f((logit - lse) * LOG2_E) : 0.f, grad_logit = weight * (grad_weight - delta);
           grad_q.add(k, grad_logit);
@@ -68,7 +68,7 @@ __device__ inline void differentiate_key(const Params& p, const Token& token) {
         const bool sees = xs.first + i < xs.end;
         const int x = sees ? xs.first + i : xs.first;
         q.load(query.at(z, y, x)), g.load(grad_out.at(z, y, x));
-        const float logit = dot(q, k) * p.scale + (HAS_TABLE ? bias[-x] : 0.f);
+        const float logit = dot(q, k) * p.scale + (HAS_RPB ? bias[-x] : 0.f);
         const float weight = sees ? exp2f((logit - *lse.at(z, y, x)) * LOG2_E) : 0.f;
         const float grad_logit = weight * (dot(g, v) - *delta.at(z, y, x));
         grad_k.add(q, grad_logit), grad_v.add(g, weight);

@@ -9,13 +9,13 @@ struct Attend {
   const BlockTile& tile;
   const Unit& unit;
   char* shared;
-  int first_result;
+  int first_block;
   Fragments query;
   UnitBias bias;
   float scale, top[2], total[2], sum[SLICE][4];  // scale: of logits in units of log(2)
 
   __device__ __forceinline__ Attend(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
-      : p(p), tile(tile), unit(unit), shared(shared), first_result(slice * SLICE),
+      : p(p), tile(tile), unit(unit), shared(shared), first_block(slice * SLICE),
         query(rows_of<const Storage>(p, QUERY, shared), unit), bias(p, tile, unit, shared),
         scale(p.scale * LOG2_E) {
     top[0] = top[1] = minus_infinity();
@@ -32,7 +32,7 @@ struct Attend {
       multiply_columns(query, chunk.columns(0, r), weights[r]);
     }
     weigh(weights);
-    add_chunk_columns(weights, chunk.columns(1), first_result, sum);
+    add_chunk_columns(weights, chunk.columns(1), first_block, sum);
   }
 
   // Products become weights relative to the largest so far, which those before must follow.
@@ -74,9 +74,9 @@ struct Attend {
     const UnitRows<float> lse(rows_of<float>(p, LSE, shared), unit);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      if (first_result == 0 && lane_index() % 4 == 0 && unit.is_there[half])
+      if (first_block == 0 && lane_index() % 4 == 0 && unit.is_there[half])
         *lse.row[half] = (top[half] * scale + log2_fast(total[half])) * LN_2;
-    store_unit(sum, factor, rows_of<Storage>(p, OUT, shared), unit, tile, first_result,
+    store_unit(sum, factor, rows_of<Storage>(p, OUT, shared), unit, tile, first_block,
                shared + WARPS_AT + warp_index() * WARP_BYTES);
   }
 };

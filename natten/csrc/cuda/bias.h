@@ -6,7 +6,7 @@
 
 namespace natten {
 
-// Copies a head's bias table to shared memory, with its margins, if that is what is there.
+// Copies a head's bias table to shared memory, with its margins, once a block, if that is what is there.
 __device__ __forceinline__ void copy_table(const Params& p, int head, char* shared) {
   if (HAS_BIAS_FRAGMENTS || BIAS_BYTES == 0) return;
   float* to = reinterpret_cast<float*>(shared + BIAS_AT);
@@ -17,22 +17,22 @@ __device__ __forceinline__ void copy_table(const Params& p, int head, char* shar
   }
 }
 
-// Or makes fragments, for each place on the last axis that units of the tile have: one for each row of the table, if
-// there is one, and a last one of minus infinity, for rows that a half does not see.
+// Or makes fragments, once a tile, for each place on the last axis that its units have: one for each row of the table (one
+// in all without a table), and a last one of minus infinity, for rows that a half does not see.
 __device__ __forceinline__ void make_fragments(const Params& p, const BlockTile& tile, char* shared) {
   if (!HAS_BIAS_FRAGMENTS) return;
   const int n = tile.map.n[2], lane = lane_index();
   const float factor = reciprocal_fast(p.scale);
   const float* table = HAS_RPB ? p.rpb + static_cast<long long>(tile.map.head) * TABLE : nullptr;
-  for (int group = 0; group < UNITS_X * HALVES; ++group) {
-    const int unit = group / HALVES, half = group % HALVES, token = lane / 4 + 8 * half;
+  for (int group = 0; group < UNITS_X * FRAGMENTS_A_ROW; ++group) {
+    const int unit = group / FRAGMENTS_A_ROW, half = group % FRAGMENTS_A_ROW, token = lane / 4 + 8 * half;
     const int first = tile.at[2] + unit * UNIT_X, x = first + token;
     const Span columns = x < n ? columns_x(x, n) : Span{0, 0};
     const int corner = tile.first_x + (first < n ? tile.first_column(first) : 0) - x;  // of the first column, less x
     float2* to = reinterpret_cast<float2*>(shared + BIAS_AT + unit * BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane;
 #pragma unroll 1
-    for (int fragment = warp_index() * HALVES + half; fragment < BIAS_FRAGMENTS; fragment += WARPS * HALVES) {
-      const float* row = table + fragment / HALVES * TABLE_X + KERNEL_X - 1;
+    for (int fragment = warp_index() * FRAGMENTS_A_ROW + half; fragment < BIAS_FRAGMENTS; fragment += WARPS * FRAGMENTS_A_ROW) {
+      const float* row = table + fragment / FRAGMENTS_A_ROW * TABLE_X + KERNEL_X - 1;
       float found[ROW_BLOCKS * 2];
 #pragma unroll
       for (int k = 0; k < ROW_BLOCKS * 2; ++k) {
@@ -81,7 +81,7 @@ class UnitBias {
         find(chunk.is_seen(r, half), row_of_half, half, at.segment, bias);
         continue;
       }
-      const int fragment = row_of_half * HALVES + half % HALVES;
+      const int fragment = row_of_half * FRAGMENTS_A_ROW + half % FRAGMENTS_A_ROW;
       const char* from = shared_ + (chunk.is_seen(r, half) ? fragment : BIAS_FRAGMENTS - 1) * FRAGMENT_BYTES;
 #pragma unroll
       for (int block = 0; block < ROW_BLOCKS; ++block) {

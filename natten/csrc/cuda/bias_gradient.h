@@ -72,13 +72,13 @@ class FragmentGradient {
     for (int i = threadIdx.x; i < TABLE; i += TILE_THREADS) {
       const int row = i / TABLE_X, first = i % TABLE_X - (KERNEL_X - 1) + REACH;
       float sum = 0;
-      for (int half = 0; half < HALVES; ++half)
+      for (int half = 0; half < FRAGMENTS_A_ROW; ++half)
         for (int token = 0; token < 8; ++token) {
           const int column = first + token + 8 * half;
           if (column < 0 || column >= UNIT_COLUMNS) continue;
           const int place = fragment_place(column / 8, token * 4 + column % 8 / 2) + column % 2;
           for (int warp = 0; warp < WARPS; ++warp)
-            sum += sums[(warp * GRADIENT_FRAGMENTS + row * HALVES + half) * (FRAGMENT_BYTES / 4) + place];
+            sum += sums[(warp * GRADIENT_FRAGMENTS + row * FRAGMENTS_A_ROW + half) * (FRAGMENT_BYTES / 4) + place];
         }
       out[i] = sum;
     }

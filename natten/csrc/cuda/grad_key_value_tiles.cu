@@ -10,14 +10,14 @@ struct DifferentiateKey {
   const BlockTile& tile;
   const Unit& unit;
   char* shared;
-  int first_result;
+  int first_block;
   Fragments key, value;
   UnitBias bias;
   float scale, grad_key[SLICE][4], grad_value[SLICE][4];  // scale: of logits in units of log(2)
 
   __device__ __forceinline__ DifferentiateKey(const Params& p, const BlockTile& tile, const Unit& unit, char* shared,
                                               int slice)
-      : p(p), tile(tile), unit(unit), shared(shared), first_result(slice * SLICE),
+      : p(p), tile(tile), unit(unit), shared(shared), first_block(slice * SLICE),
         key(rows_of<const Storage>(p, KEY, shared), unit), value(rows_of<const Storage>(p, VALUE, shared), unit),
         bias(p, tile, unit, shared), scale(p.scale * LOG2_E) {
 #pragma unroll
@@ -44,14 +44,14 @@ struct DifferentiateKey {
         grads[r][i / 4][i % 4] *= weight;
       }
     }
-    add_chunk_columns(weights, chunk.columns(1), first_result, grad_value);
-    add_chunk_columns(grads, chunk.columns(0), first_result, grad_key);
+    add_chunk_columns(weights, chunk.columns(1), first_block, grad_value);
+    add_chunk_columns(grads, chunk.columns(0), first_block, grad_key);
   }
 
   __device__ __forceinline__ void finish() {
     char* scratch = shared + WARPS_AT + warp_index() * WARP_BYTES;
-    store_unit(grad_key, {p.scale, p.scale}, rows_of<Storage>(p, GRAD_KEY, shared), unit, tile, first_result, scratch);
-    store_unit(grad_value, {1.f, 1.f}, rows_of<Storage>(p, GRAD_VALUE, shared), unit, tile, first_result, scratch);
+    store_unit(grad_key, {p.scale, p.scale}, rows_of<Storage>(p, GRAD_KEY, shared), unit, tile, first_block, scratch);
+    store_unit(grad_value, {1.f, 1.f}, rows_of<Storage>(p, GRAD_VALUE, shared), unit, tile, first_block, scratch);
   }
 };
 

@@ -11,7 +11,7 @@ struct DifferentiateQuery {
   const BlockTile& tile;
   const Unit& unit;
   char* shared;
-  int first_result;
+  int first_block;
   Fragments query, grad_out;
   UnitBias bias;
   UnitGradient gradient;
@@ -19,7 +19,7 @@ struct DifferentiateQuery {
 
   __device__ __forceinline__ DifferentiateQuery(const Params& p, const BlockTile& tile, const Unit& unit, char* shared,
                                                 int slice, float* table)
-      : p(p), tile(tile), unit(unit), shared(shared), first_result(slice * SLICE),
+      : p(p), tile(tile), unit(unit), shared(shared), first_block(slice * SLICE),
         query(rows_of<const Storage>(p, QUERY, shared), unit),
         grad_out(rows_of<const Storage>(p, GRAD_OUT, shared), unit), bias(p, tile, unit, shared),
         gradient(table, scratch()), scale(p.scale * LOG2_E) {
@@ -45,7 +45,7 @@ struct DifferentiateQuery {
       if (!unit.is_there[half]) continue;
       lse[half] = *given_lse.row[half] * LOG2_E;
       if (p.tensors[GRAD_LSE].data) delta[half] -= *grad_lse.row[half];
-      if (first_result == 0 && lane_index() % 4 == 0) *given_delta.row[half] = delta[half];
+      if (first_block == 0 && lane_index() % 4 == 0) *given_delta.row[half] = delta[half];
     }
 #pragma unroll
     for (int i = 0; i < SLICE * 4; ++i) sum[i / 4][i % 4] = 0;
@@ -67,15 +67,15 @@ struct DifferentiateQuery {
       for (int i = 0; i < ROW_BLOCKS * 4; ++i)
         grads[r][i / 4][i % 4] *= exp2_fast(weights[i / 4][i % 4] * scale - lse[i % 4 / 2]);
       const Place at = chunk.place(r);
-      if (HAS_GRADIENT && first_result == 0)
+      if (HAS_GRADIENT && first_block == 0)
         gradient.add(bias.table_row(at), bias.entry_of_corner(at.segment), grads[r]);
     }
-    add_chunk_columns(grads, chunk.columns(0), first_result, sum);
+    add_chunk_columns(grads, chunk.columns(0), first_block, sum);
   }
 
   __device__ __forceinline__ void finish() {
-    if (HAS_GRADIENT && first_result == 0) gradient.flush();
-    store_unit(sum, {p.scale, p.scale}, rows_of<Storage>(p, GRAD_QUERY, shared), unit, tile, first_result, scratch());
+    if (HAS_GRADIENT && first_block == 0) gradient.flush();
+    store_unit(sum, {p.scale, p.scale}, rows_of<Storage>(p, GRAD_QUERY, shared), unit, tile, first_block, scratch());
   }
 };
 

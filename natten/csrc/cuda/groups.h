@@ -70,7 +70,7 @@ __device__ __forceinline__ int largest_in_warp(int value) {
 
 // The row of a head's bias table for keys and a query at these places of the first two axes.
 __device__ __forceinline__ const float* bias_row(const Params& p, int head, int key_z, int key_y, int z, int y) {
-  if (!HAS_TABLE) return nullptr;
+  if (!HAS_RPB) return nullptr;
   return p.rpb + head * static_cast<long long>(TABLE) +
          ((key_z - z + KERNEL_Z - 1) * TABLE_Y + key_y - y + KERNEL_Y - 1) * TABLE_X;
 }

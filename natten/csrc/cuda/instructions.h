@@ -175,8 +175,10 @@ using Element = Float;
 using Element = Bfloat;
 #elif ELEMENT == 2
 using Element = Half;
-#else
+#elif ELEMENT == 3
 using Element = Tfloat;
+#else
+#error "ELEMENT is 0 to 3"
 #endif
 using Storage = Element::Storage;
 

@@ -1,6 +1,6 @@
 // A problem as a kernel sees it. What the compiler is told (natten/backends/cuda.py): the window of each axis
-// (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM, ELEMENT, HAS_RPB, and HAS_LONG_STEPS, whether neighbours on an axis of a
-// residue class may be 2^31 bytes apart. What comes at run time: `Params`.
+// (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM, ELEMENT, HAS_RPB, and HAS_LONG_STEPS, whether so many bytes lie
+// between neighbours of a residue class that 32 such steps may overflow an int. What comes at run time: `Params`.
 //
 // Problems of fewer axes have leading axes of one token with a window of one. Dilation cuts each axis into residue
 // classes, each a small problem without dilation; natten/geometry states the same for Python.
@@ -34,7 +34,6 @@ struct Params {
   float scale;
 };
 
-constexpr int HAS_TABLE = HAS_RPB;
 constexpr int TABLE_Z = 2 * KERNEL_Z - 1, TABLE_Y = 2 * KERNEL_Y - 1, TABLE_X = 2 * KERNEL_X - 1;
 constexpr int TABLE = TABLE_Z * TABLE_Y * TABLE_X;
 constexpr int WINDOW = KERNEL_Z * KERNEL_Y * KERNEL_X;

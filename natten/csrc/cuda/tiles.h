@@ -37,18 +37,21 @@ static_assert(COLUMNS % 8 == 0 && UNIT_COLUMNS % 8 == 0, "see above");
 
 constexpr int TILE_THREADS = WARPS * 32;
 constexpr int UNIT_Y = RANK > 1 ? 2 : 1, UNIT_X = RANK > 1 ? 8 : 16;
-constexpr int UNITS_Y = (TILE_Y + UNIT_Y - 1) / UNIT_Y, UNITS_X = (TILE_X + UNIT_X - 1) / UNIT_X;
+constexpr int UNITS_Y = TILE_Y / UNIT_Y, UNITS_X = TILE_X / UNIT_X;
+static_assert(TILE_Y % UNIT_Y == 0 && TILE_X % UNIT_X == 0, "units fill a tile");
 constexpr int UNITS = TILE_Z * UNITS_Y * UNITS_X;
 static_assert(!IS_STAGED || UNITS <= WARPS, "staged columns are seen once");
 
 constexpr int PIECE = 16 / sizeof(Storage), PIECES = HEAD_DIM / PIECE;  // elements of 16 bytes; those of a row
+static_assert(PIECE == 8 || PIECES % 2 == 0, "multiply_columns rounds no single piece");
 constexpr int STEPS = (PIECES + 1) / 2;  // of a product over head_dim, two pieces each, the last perhaps one
-constexpr int RESULTS = HEAD_DIM / 8, SLICE = (RESULTS + SLICES - 1) / SLICES;  // 8 elements each; those of a block
+// Blocks of 8 elements of a row of results, and those of them that this block of threads computes.
+constexpr int RESULT_BLOCKS = HEAD_DIM / 8, SLICE = (RESULT_BLOCKS + SLICES - 1) / SLICES;
 constexpr int ROW_BLOCKS = UNIT_COLUMNS / 8;           // of 8 columns
 constexpr int BLOCKS = CHUNK_ROWS * ROW_BLOCKS;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Shared memory: columns, bias table, its gradient, and some bytes for each warp
+// Shared memory: columns, bias, its gradient, some bytes for each warp, and where tensors begin
 // ---------------------------------------------------------------------------------------------------------------------
 
 constexpr bool IS_POWER = (PIECES & (PIECES - 1)) == 0;
@@ -66,9 +69,10 @@ constexpr int SIGN = INVERSE ? -1 : 1;  // of a column's place in the bias table
 constexpr int STATISTICS_BYTES = INVERSE ? STAGE_TOKENS * 8 : 0;  // two numbers of each query
 constexpr int BUFFER_BYTES = 2 * COLUMN_BYTES + STATISTICS_BYTES;
 
-constexpr int TABLE_ROWS = TABLE_Z * TABLE_Y, HALVES = RANK > 1 ? 1 : 2;  // that differ in where their tokens lie in a row
+constexpr int TABLE_ROWS = TABLE_Z * TABLE_Y;
+constexpr int FRAGMENTS_A_ROW = RANK > 1 ? 1 : 2;  // the halves of a unit in a line lie at different places of a row
 constexpr int FRAGMENT_BYTES = ROW_BLOCKS * 256;  // 8 tokens by UNIT_COLUMNS
-constexpr int BIAS_FRAGMENTS = (HAS_RPB ? TABLE_ROWS : 1) * HALVES + 1, GRADIENT_FRAGMENTS = TABLE_ROWS * HALVES;
+constexpr int BIAS_FRAGMENTS = (HAS_RPB ? TABLE_ROWS : 1) * FRAGMENTS_A_ROW + 1, GRADIENT_FRAGMENTS = TABLE_ROWS * FRAGMENTS_A_ROW;
 // Entries beyond the table may be read, for pairs that no window holds.
 constexpr int MARGIN = 2 * UNIT_COLUMNS + 32;
 constexpr int BIAS_BYTES = HAS_BIAS_FRAGMENTS         ? UNITS_X * BIAS_FRAGMENTS * FRAGMENT_BYTES
@@ -85,6 +89,7 @@ constexpr int WARP_BYTES = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL
 constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES;
 constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES, BASES_AT = WARPS_AT + WARPS * WARP_BYTES;
 static_assert(SHARED_BYTES == BASES_AT + 128 && TENSORS <= 16, "cuda_tiles.py counts otherwise");
+static_assert(!IS_SEGMENTED || !(HAS_BIAS_FRAGMENTS || HAS_GRADIENT_FRAGMENTS), "segments begin here and there");
 static_assert(BIAS_AT % 16 == 0 && GRADIENT_AT % 16 == 0 && WARPS_AT % 16 == 0 && BASES_AT % 16 == 0, "read as vectors");
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000); }
@@ -134,7 +139,7 @@ struct BlockTile {
   // Where in it the columns of the unit whose first token is at `x` begin: as near to them as a multiple of 8 can be, or,
   // where gradients of bias are summed up as fragments, as far before the unit for all alike.
   __device__ __forceinline__ int first_column(int x) const {
-    return HAS_GRADIENT_FRAGMENTS ? x - this->at[2] : (columns_x(x, map.n[2]).first - first_x) / 8 * 8;
+    return HAS_GRADIENT_FRAGMENTS ? x - at[2] : (columns_x(x, map.n[2]).first - first_x) / 8 * 8;
   }
   __device__ __forceinline__ int row_of(const Place& at) const {
     const int row = (RANK > 2 ? (at.z - z.first) * (y.end - y.first) : 0) + (RANK > 1 ? at.y - y.first : 0);
@@ -193,7 +198,7 @@ __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, con
 struct Unit {
   int z, y, x;            // first token
   bool is_there[2];       // whether this thread's tokens, one in each half, exist
-  int token_y[2], token_x[2];  // these, or the next that exist
+  int token_y[2], token_x[2];  // these, or the last that exist
   Span z_span, y_span[2], x_span[2];  // columns of these tokens; empty where there are none
   Span segment_span;
   int first_row, end_row;  // of columns
@@ -206,7 +211,7 @@ struct Unit {
     x = tile.at[2] + index % UNITS_X * UNIT_X, index /= UNITS_X;
     y = tile.at[1] + (RANK > 1 ? index % UNITS_Y * UNIT_Y : 0);
     z = RANK > 2 ? tile.at[0] + index / UNITS_Y : 0;
-    // A tile's last units may lie beyond it, where its size is no multiple of theirs.
+    // A tile's last units may lie beyond the map.
     const int end_y = min(tile.at[1] + TILE_Y, n[1]), end_x = min(tile.at[2] + TILE_X, n[2]);
     if ((RANK > 2 && z >= min(tile.at[0] + TILE_Z, n[0])) || (RANK > 1 && y >= end_y) || x >= end_x) return false;
     z_span = columns_z(z, n[0]);
@@ -259,10 +264,10 @@ struct UnitRows {
 // Registers as matrix instructions take them.
 template <int COUNT>
 __device__ __forceinline__ void round_operand(unsigned (&registers)[COUNT]) {
-#if ELEMENT == 3
+  if constexpr (Element::IS_TFLOAT) {
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) registers[i] = round_to_tfloat(__uint_as_float(registers[i]));
-#endif
+    for (int i = 0; i < COUNT; ++i) registers[i] = round_to_tfloat(__uint_as_float(registers[i]));
+  }
 }
 
 // Fragments of all steps, kept if that costs few registers.
@@ -312,7 +317,7 @@ __device__ __forceinline__ void multiply_columns(const Fragments& left, const ch
         round_operand(b);
         multiply_add<Element, 2 * PIECE>(sum[block], a[0], b);
       }
-      if (PIECES % 2) {
+      if (PIECES % 2) {  // never of float32
         constexpr int LAST = PIECES - 1;
         load_matrices<1, false>(b, row + (LAST ^ exchange) * 16);
         multiply_add<Element, PIECE>(sum[block], a[LAST % 4 / 2], b);
@@ -326,16 +331,17 @@ __device__ __forceinline__ void multiply_columns(const Fragments& left, const ch
 // sum[16][8 * SLICE] += the weights of a chunk times its columns. Columns 2 t and 2 t + 1 of a block, which thread t of a
 // row holds, stand as t and t + 4 in the product: the order of a sum is free.
 __device__ __forceinline__ void add_chunk_columns(const float (&weights)[CHUNK_ROWS][ROW_BLOCKS][4], const char* columns,
-                                                  int first_result, float (&sum)[SLICE][4]) {
+                                                  int first_block, float (&sum)[SLICE][4]) {
   const int column = lane_index() % 4 * 2, place = lane_index() / 4;
 #pragma unroll
   for (int block = 0; block < BLOCKS; ++block) {
     const float(&w)[4] = weights[block / ROW_BLOCKS][block % ROW_BLOCKS];
     const unsigned a[4] = {round_to_tfloat(w[0]), round_to_tfloat(w[2]), round_to_tfloat(w[1]), round_to_tfloat(w[3])};
-    const char* from = columns + (block / ROW_BLOCKS * COLUMNS + block % ROW_BLOCKS * 8 + column) * (PITCH * 16) + place % 4 * 4;
+    const int first = block / ROW_BLOCKS * COLUMNS + block % ROW_BLOCKS * 8;
+    const char* from = columns + (first + column) * (PITCH * 16) + place % 4 * 4;
 #pragma unroll
     for (int i = 0; i < SLICE; ++i) {
-      const int piece = (first_result + i) * 2 + place / 4;
+      const int piece = (first_block + i) * 2 + place / 4;
       if (SLICES > 1 && piece >= PIECES) break;
       unsigned b[2];
 #pragma unroll
@@ -352,7 +358,7 @@ __device__ __forceinline__ void add_chunk_columns(const float (&weights)[CHUNK_R
 // sum[16][8 * SLICE] += weights[16][8 or 16] times the columns of one block of a chunk or two, which begin at FIRST and,
 // for the second, STEP further.
 template <int BLOCK_COUNT, int FIRST, int STEP>
-__device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const char* columns, int first_result,
+__device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const char* columns, int first_block,
                                             float (&sum)[SLICE][4]) {
   // A matrix is 8 columns by a piece: those of two blocks come first where there are two, then those of further pieces.
   constexpr int AT_ONCE = 4 / BLOCK_COUNT;
@@ -360,10 +366,10 @@ __device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const 
   const char* row = columns + (FIRST + lane % 8 + matrix % BLOCK_COUNT * STEP) * (PITCH * 16);
 #pragma unroll
   for (int i = 0; i < SLICE; i += AT_ONCE) {
-    if (SLICES > 1 && first_result + i >= PIECES) break;
+    if (SLICES > 1 && first_block + i >= RESULT_BLOCKS) break;
     unsigned b[4];
-    if (i + AT_ONCE <= SLICE && (PIECES % SLICE == 0 || first_result + i + AT_ONCE <= PIECES)) {
-      load_matrices<4, true>(b, row + ((first_result + i + matrix / BLOCK_COUNT) ^ exchange) * 16);
+    if (i + AT_ONCE <= SLICE && (RESULT_BLOCKS % SLICE == 0 || first_block + i + AT_ONCE <= RESULT_BLOCKS)) {
+      load_matrices<4, true>(b, row + ((first_block + i + matrix / BLOCK_COUNT) ^ exchange) * 16);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
         if (i + k < SLICE)
@@ -372,8 +378,8 @@ __device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const 
     }
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k) {
-      if (i + k >= SLICE || (SLICES > 1 && first_result + i + k >= PIECES)) continue;
-      load_matrices<BLOCK_COUNT, true>(b, row + ((first_result + i + k) ^ exchange) * 16);
+      if (i + k >= SLICE || (SLICES > 1 && first_block + i + k >= RESULT_BLOCKS)) continue;
+      load_matrices<BLOCK_COUNT, true>(b, row + ((first_block + i + k) ^ exchange) * 16);
       multiply_add<Element, 8 * BLOCK_COUNT>(sum[i + k < SLICE ? i + k : 0], weights, b);
     }
   }
@@ -382,15 +388,15 @@ __device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const 
 // sum[16][8 * SLICE] += the weights of a chunk, from a block on, times its columns.
 template <int BLOCK = 0>
 __device__ __forceinline__ void add_chunk_columns(const float (&weights)[CHUNK_ROWS][ROW_BLOCKS][4], const char* columns,
-                                                  int first_result, float (&sum)[SLICE][4]) {
+                                                  int first_block, float (&sum)[SLICE][4]) {
   constexpr int COUNT = BLOCK + 1 < BLOCKS ? 2 : 1, NEXT = BLOCK + COUNT - 1;
   constexpr int FIRST = BLOCK / ROW_BLOCKS * COLUMNS + BLOCK % ROW_BLOCKS * 8;
   constexpr int STEP = NEXT / ROW_BLOCKS * COLUMNS + NEXT % ROW_BLOCKS * 8 - FIRST;
   const float(&one)[4] = weights[BLOCK / ROW_BLOCKS][BLOCK % ROW_BLOCKS];
   const float(&two)[4] = weights[NEXT / ROW_BLOCKS][NEXT % ROW_BLOCKS];
   const unsigned a[4] = {pack(one[0], one[1]), pack(one[2], one[3]), pack(two[0], two[1]), pack(two[2], two[3])};
-  add_columns<COUNT, FIRST, STEP>(a, columns, first_result, sum);
-  if constexpr (BLOCK + 2 < BLOCKS) add_chunk_columns<BLOCK + 2>(weights, columns, first_result, sum);
+  add_columns<COUNT, FIRST, STEP>(a, columns, first_block, sum);
+  if constexpr (BLOCK + 2 < BLOCKS) add_chunk_columns<BLOCK + 2>(weights, columns, first_block, sum);
 }
 
 #endif
@@ -399,12 +405,12 @@ __device__ __forceinline__ void add_chunk_columns(const float (&weights)[CHUNK_R
 
 // Writes a unit's result: a thread has 8 bytes of a row, and those of its neighbours follow.
 __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const float (&factor)[2], const Rows<Storage>& to,
-                                           const Unit& unit, const BlockTile&, int first_result, char*) {
+                                           const Unit& unit, const BlockTile&, int first_block, char*) {
   const UnitRows<Storage> rows(to, unit);
 #pragma unroll
   for (int i = 0; i < SLICE * 2; ++i) {
-    const int half = i % 2, result = first_result + i / 2;
-    if (!unit.is_there[half] || result >= RESULTS) continue;
+    const int half = i % 2, result = first_block + i / 2;
+    if (!unit.is_there[half] || result >= RESULT_BLOCKS) continue;
     *reinterpret_cast<float2*>(rows.row[half] + result * 8 + lane_index() % 4 * 2) = {
         sum[i / 2][2 * half] * factor[half], sum[i / 2][2 * half + 1] * factor[half]};
   }
@@ -414,7 +420,7 @@ __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const f
 
 // Writes a unit's result, by way of the warp's shared memory so that each thread writes 16 bytes.
 __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const float (&factor)[2], const Rows<Storage>& to,
-                                  const Unit& unit, const BlockTile& tile, int first_result, char* shared) {
+                                  const Unit& unit, const BlockTile& tile, int first_block, char* shared) {
   const int lane = lane_index();
   unsigned* words = reinterpret_cast<unsigned*>(shared);
   __syncwarp();
@@ -431,8 +437,8 @@ __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const f
     const int i = first + lane, row = i / SLICE, piece = i % SLICE;
     const int y = RANK > 1 ? unit.y + row / 8 : 0, x = unit.x + (RANK > 1 ? row % 8 : row);
     if (16 * SLICE % 32 && row >= 16) continue;
-    if (y >= end_y || x >= end_x || first_result + piece >= RESULTS) continue;
-    *reinterpret_cast<uint4*>(to.at(unit.z, y, x) + (first_result + piece) * 8) =
+    if (y >= end_y || x >= end_x || first_block + piece >= RESULT_BLOCKS) continue;
+    *reinterpret_cast<uint4*>(to.at(unit.z, y, x) + (first_block + piece) * 8) =
         reinterpret_cast<const uint4*>(shared)[row * (SLICE + 1) + piece];
   }
   __syncwarp();

@@ -15,7 +15,7 @@ template <class Work, class Copy, class Make>
 __device__ __forceinline__ void walk_stages(const BlockTile& tile, char* shared, Copy copy, Make make) {
   Unit unit{};
   const bool has_unit = warp_index() < UNITS && unit.locate(tile, warp_index());
-  if (!has_unit) unit.first_row = unit.end_row = 0;
+  if (!has_unit) unit = {};  // reads the first token, which exists, and has no rows
   Work work = make(unit);
 #pragma unroll 1
   for (int first_row = 0, buffer = 0; first_row < tile.rows; first_row += STAGE_ROWS, buffer ^= 1) {
