@@ -113,8 +113,11 @@ def _load(kernel: Kernel, device: int, code: bytes | None = None):
             module = _check(bindings().cuModuleLoadData(code))
             found = _check(bindings().cuModuleGetFunction(module, kernel.name.encode()))
             if kernel.shared_bytes > _DEFAULT_SHARED_BYTES:
-                attribute = bindings().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _check(bindings().cuFuncSetAttribute(found, attribute, kernel.shared_bytes))
+                attributes = bindings().CUfunction_attribute
+                limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                _check(bindings().cuFuncSetAttribute(found, limit, kernel.shared_bytes))
+                carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                _check(bindings().cuFuncSetAttribute(found, carveout, 100))  # percent: several blocks beside each other
             _functions[device, kernel] = found
         return found
 

@@ -36,8 +36,10 @@ _NO_AXIS = Axis(1, 1, 1, 1, False)
 
 _GROUP_THREADS = 128  # as THREADS in groups.h
 _SUM_THREADS, _SUM_ENTRIES = 1024, 32  # as in sum_parts.cu
-_MOST_PARTS = 4096  # blocks that sum up the gradient of the tables, of all heads
+_WAVES = 2  # of blocks that sum up the gradient of tables
+_RESIDENT_GROUPS = 8  # blocks of a plain kernel that a multiprocessor holds, about
 _MOST_PARTIAL_BYTES = 64 << 20
+_LEAST_SCALE = 1e-30
 _MOST_SHORT_STEP = 2**31 // 32 - 1  # bytes from a token to the next of its residue class; kernels go 32 at a time
 
 
@@ -224,7 +226,9 @@ class _Planner:
     def attention_backward(self) -> None:
         query_tile, key_tile = self._tile("grad_query"), self._tile("grad_key_value")
         is_tiled = query_tile is not None and key_tile is not None
-        parts = self._parts(query_tile.size if is_tiled else self._group_size()) if self.has_rpb else None
+        parts = None
+        if self.has_rpb:
+            parts = self._parts(query_tile.size, query_tile.min_blocks) if is_tiled else self._parts(self._group_size())
         if is_tiled:
             self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", query_tile, parts)
             self._add_tiled("grad_key_value_tiles.cu", "natten_grad_key_value_tiles", key_tile)
@@ -257,7 +261,8 @@ class _Planner:
     def _tile(self, kind: str) -> Tile | None:
         """The tile of a kernel with matrix instructions; None if there is none for the dtype, scale, GPU and window."""
         gpu = self.gpu
-        if self.tiled_element == 0 or not self.scale > 0 or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
+        is_divisor = _LEAST_SCALE < self.scale < 1 / _LEAST_SCALE  # bias is divided by it
+        if self.tiled_element == 0 or not is_divisor or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
             return None
         return choose_tile(
             kind,
@@ -283,10 +288,13 @@ class _Planner:
         """Pieces into which the residue classes of one head, over all images, are cut."""
         return self.batch * prod(self._cuts(size)) * prod(axis.dilation for axis in self.axes)
 
-    def _parts(self, size: Sequence[int]) -> int:
-        """How many blocks share a head's pieces where each sums up a gradient of its table."""
+    def _parts(self, size: Sequence[int], resident: int = _RESIDENT_GROUPS) -> int:
+        """How many blocks share a head's pieces where each sums up a gradient of its table.
+
+        A few waves of blocks, `resident` a multiprocessor: with fewer all wait for the last; each more starts anew.
+        """
         most = max(1, _MOST_PARTIAL_BYTES // (4 * self.table * self.heads))
-        return min(self._pieces(size), most, max(1, _MOST_PARTS // self.heads))
+        return min(self._pieces(size), most, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
 
     def _add_group(self, source: str, name: str, parts: int | None = None) -> None:
         kernel = Kernel(source, name, self._definitions(self.element), _GROUP_THREADS)

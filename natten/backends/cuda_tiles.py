@@ -31,8 +31,10 @@ _STAGE_CHUNKS = (1, 2, 4, 8)  # of a stage, where columns come in stages
 # that for 16 of head_dim; of a unit; of a tile; to bring 16 bytes a lane; to make a fragment.
 _STAGE_COST = 120.0
 _COLUMNS_COST = {"forward": 33.0, "grad_query": 44.0, "grad_key_value": 38.0}
+# How many instructions could be issued while a block's operands come from shared memory, beside those of products.
+_SHARED_TIME = {"forward": 16.0, "grad_query": 32.0, "grad_key_value": 24.0}
 _PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}  # of a block, for 16 of head_dim
-_PRODUCT_COST, _PRODUCT_TIME = {2: 1.5, 4: 3.5}, 6.5  # by bytes of an element; and while one is computed
+_PRODUCT_COST, _PRODUCT_TIME, _PRODUCT_SHARED_TIME = {2: 1.5, 4: 3.5}, 6.5, 8.0  # of 16 of head_dim, likewise
 _UNIT_COST, _TILE_COST, _COPY_COST, _FRAGMENT_COST = 270.0, 360.0, 5.0, 29.0
 _TABLE_COST, _DIAGONAL_COST = 20.0, 25.0  # of a block of columns, where its bias is no fragment, or the gradient of it
 _CHUNK_BLOCKS = {"forward": 8, "grad_query": 4, "grad_key_value": 2}  # of 8 columns, at a time, for small head_dim
@@ -40,8 +42,8 @@ _MOST_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}
 # Warps of a multiprocessor, up to a head_dim (twice it, of float32), so that none spills registers: 16 have 128 each,
 # 12 have 168, 8 have 255. Fewer where more is kept: on maps of three axes, for stages, for a gradient's large chunks.
 _RESIDENT_WARPS = {
-    "forward": ((64, 16), (256, 8)),
-    "grad_query": ((32, 16), (64, 12), (256, 8)),
+    "forward": ((32, 16), (64, 12), (256, 8)),
+    "grad_query": ((64, 12), (256, 8)),
     "grad_key_value": ((32, 16), (64, 12), (256, 8)),
 }
 _FEWER_RESIDENT_WARPS, _FEWEST_RESIDENT_WARPS = 12, 8
@@ -263,10 +265,11 @@ class _Chooser:
             met = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, size, strict=True)]
             rows = met[0] * met[1] * (-(-met[2] // held.columns) if held.is_segmented else 1)
             chunk_rows = max(1, min(self.chunk_blocks // (held.unit_columns // 8), rows))
-            for stage in self._stages(units, rows, chunk_rows):
-                tile = self._tile(size, held, chunk_rows, stage)
-                if self._is_fit(tile):
-                    yield tile
+            for chunk in {chunk_rows, 1} if self.wide > _LARGE_DIM else {chunk_rows}:
+                for stage in self._stages(units, rows, chunk):
+                    tile = self._tile(size, held, chunk, stage)
+                    if self._is_fit(tile):
+                        yield tile
 
     def _ways_to_hold(self, size_x: int) -> Iterator[_Held]:
         """Rows of columns are held as one unless they are long, then in segments, with which there are no fragments."""
@@ -300,8 +303,7 @@ class _Chooser:
     def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[_Stage]:
         if units > _MOST_WARPS:
             for warps in range(1, _MOST_WARPS + 1):
-                if units % warps == 0 or warps == _MOST_WARPS:
-                    yield _Stage(rows, False, warps)
+                yield _Stage(rows, False, warps)
             return
         yield _Stage(rows, False, units)
         for chunks in _STAGE_CHUNKS:
@@ -393,7 +395,11 @@ class _Chooser:
     def _instructions(self, tile: Tile) -> float:
         """About what a block issues for a tile."""
         steps = self.wide / 16 * _PRODUCTS[self.kind]
-        column_cost = max(_COLUMNS_COST[self.kind] + _PRODUCT_COST[self.item_bytes] * steps, _PRODUCT_TIME * steps)
+        column_cost = max(
+            _COLUMNS_COST[self.kind] + _PRODUCT_COST[self.item_bytes] * steps,
+            _PRODUCT_TIME * steps,
+            _SHARED_TIME[self.kind] + _PRODUCT_SHARED_TIME * steps,
+        )
         column_cost += _TABLE_COST * (not tile.has_bias_fragments)
         column_cost += _DIAGONAL_COST * (self.has_gradient and not tile.has_gradient_fragments)
         unit_met = [widest(axis, self.is_inverse, u) for axis, u in zip(self.axes, self.unit, strict=True)]

@@ -389,7 +389,11 @@ inline float tfloat(unsigned bits) {
   if (bits & 0x1fff) emulation::fail("mma.tf32 of a number that was not rounded");
   return __uint_as_float(bits);
 }
-inline unsigned round_to_tfloat(float value) { return (__float_as_uint(value) + 0x1000) & ~0x1fffu; }
+inline unsigned round_to_tfloat(float value) {
+  const unsigned bits = __float_as_uint(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fffe000;
+  return (bits + 0x1000) & ~0x1fffu;
+}
 
 // c[16][8] += a[16][DEPTH] b[DEPTH][8], DEPTH 16 or 8, of Tfloat 8; A, C in rows, B in columns.
 template <class Element, int DEPTH>

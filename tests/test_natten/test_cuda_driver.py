@@ -54,7 +54,7 @@ class LaunchTest(unittest.TestCase):
         streams = [call.args[8] for call in self.driver.cuLaunchKernel.call_args_list]
         self.assertEqual(streams, [40, 41, 40, 41])
         self.assertEqual(self.driver.cuLaunchKernel.call_args.args[1:8], (5, 1, 1, 128, 1, 1, 100 << 10))
-        self.assertEqual(self.driver.cuFuncSetAttribute.call_args.args[2], 100 << 10)
+        self.assertEqual([call.args[2] for call in self.driver.cuFuncSetAttribute.call_args_list[:2]], [100 << 10, 100])
 
     def test_another_devices_context_is_made_current_and_given_back(self):
         self.launch(0)
@@ -132,6 +132,7 @@ class BindingsTest(unittest.TestCase):
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         self.assertEqual(done.returncode, 0, done.stderr[-2000:])
         load = ["load ELF", "function natten_attention of 0x30", "attribute 8 of 0x50 = 60000"]
+        load.append("attribute 9 of 0x50 = 100")
         first = ["push 0xc0", *load, "launch 0x50 1234 1 1 128 1 1 60000 0x500: 11 -22", "pop"]
         second = ["push 0xc0", "launch 0x50 5 1 1 128 1 1 60000 0x500: 11 -22", "pop"]
         third = ["push 0xc1", *load, "launch 0x50 77 1 1 128 1 1 60000 0x501: 11 -22", "pop"]

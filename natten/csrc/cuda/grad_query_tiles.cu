@@ -54,23 +54,28 @@ struct DifferentiateQuery {
   __device__ __forceinline__ char* scratch() const { return shared + WARPS_AT + warp_index() * WARP_BYTES; }
 
   __device__ __forceinline__ void add(const Chunk& chunk) {
-    float grads[CHUNK_ROWS][ROW_BLOCKS][4];
+    float weights[CHUNK_ROWS][ROW_BLOCKS][4], grads[CHUNK_ROWS][ROW_BLOCKS][4];
 #pragma unroll
     for (int r = 0; r < CHUNK_ROWS; ++r) {
-      float weights[ROW_BLOCKS][4];
-      bias.get(chunk, r, weights);
-      multiply_columns(query, chunk.columns(0, r), weights);
+      bias.get(chunk, r, weights[r]);
+      multiply_columns(query, chunk.columns(0, r), weights[r]);
 #pragma unroll
       for (int i = 0; i < ROW_BLOCKS * 4; ++i) grads[r][i / 4][i % 4] = -delta[i % 4 / 2];
       multiply_columns(grad_out, chunk.columns(1, r), grads[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < CHUNK_ROWS; ++r)
 #pragma unroll
       for (int i = 0; i < ROW_BLOCKS * 4; ++i)
-        grads[r][i / 4][i % 4] *= exp2_fast(weights[i / 4][i % 4] * scale - lse[i % 4 / 2]);
-      const Place at = chunk.place(r);
-      if (HAS_GRADIENT && first_block == 0)
-        gradient.add(bias.table_row(at), bias.entry_of_corner(at.segment), grads[r]);
-    }
+        grads[r][i / 4][i % 4] *= exp2_fast(weights[r][i / 4][i % 4] * scale - lse[i % 4 / 2]);
     add_chunk_columns(grads, chunk.columns(0), first_block, sum);
+    // Last, since it writes to shared memory, which the compiler lets no read overtake.
+    if (HAS_GRADIENT && first_block == 0)
+#pragma unroll
+      for (int r = 0; r < CHUNK_ROWS; ++r) {
+        const Place at = chunk.place(r);
+        gradient.add(bias.table_row(at), bias.entry_of_corner(at.segment), grads[r]);
+      }
   }
 
   __device__ __forceinline__ void finish() {

@@ -5,17 +5,29 @@
 
 namespace natten {
 
+// Gives Work rows [row, end) of the columns that shared memory holds from first_row on.
 template <class Work>
-__device__ __forceinline__ void add_chunk(Work& work, const Chunk& chunk) {
-  if (chunk.is_used()) work.add(chunk);
+__device__ __forceinline__ void add_rows(Work& work, const BlockTile& tile, const Unit& unit, int row, int end,
+                                         int first_row, const char* buffer) {
+#pragma unroll 1
+  for (; row < end; row += CHUNK_ROWS) {
+    const Chunk chunk(tile, unit, row, first_row, buffer);
+    if (chunk.is_used()) work.add(chunk);
+  }
+}
+
+// Finds the only unit of a warp; one without rows, of whose tokens the first is read, where there is none.
+__device__ __forceinline__ bool find_unit(const BlockTile& tile, Unit& unit) {
+  if (warp_index() < UNITS && unit.locate(tile, warp_index())) return true;
+  unit = {};
+  return false;
 }
 
 // With stages, of which one is copied while another is worked on. Each warp has one unit at most.
 template <class Work, class Copy, class Make>
 __device__ __forceinline__ void walk_stages(const BlockTile& tile, char* shared, Copy copy, Make make) {
-  Unit unit{};
-  const bool has_unit = warp_index() < UNITS && unit.locate(tile, warp_index());
-  if (!has_unit) unit = {};  // reads the first token, which exists, and has no rows
+  Unit unit;
+  const bool has_unit = find_unit(tile, unit);
   Work work = make(unit);
 #pragma unroll 1
   for (int first_row = 0, buffer = 0; first_row < tile.rows; first_row += STAGE_ROWS, buffer ^= 1) {
@@ -27,12 +39,24 @@ __device__ __forceinline__ void walk_stages(const BlockTile& tile, char* shared,
       wait_copies<0>();
     }
     __syncthreads();
-#pragma unroll 1
-    for (int row = max(unit.first_row, first_row); row < min(unit.end_row, next_row); row += CHUNK_ROWS)
-      add_chunk(work, Chunk(tile, unit, row, first_row, shared + buffer * BUFFER_BYTES));
+    const int row = max(unit.first_row, first_row), end = min(unit.end_row, next_row);
+    add_rows(work, tile, unit, row, end, first_row, shared + buffer * BUFFER_BYTES);
     __syncthreads();
   }
   if (has_unit) work.finish();
+}
+
+// With one unit a warp at most: what its Work reads of its tokens arrives with the columns.
+template <class Work, class Make>
+__device__ __forceinline__ void walk_units(const BlockTile& tile, char* shared, Make make) {
+  Unit unit;
+  const bool has_unit = find_unit(tile, unit);
+  Work work = make(unit);
+  wait_copies<0>();
+  __syncthreads();
+  if (!has_unit) return;
+  add_rows(work, tile, unit, unit.first_row, unit.end_row, 0, shared);
+  work.finish();
 }
 
 // Makes a Work of each unit of this warp, by make(unit); calls its add(chunk) for each chunk of the unit's columns, and
@@ -46,6 +70,7 @@ __device__ __forceinline__ void walk(const Params& p, const BlockTile& tile, cha
   copy(0, shared);
   if (!has_fragments) make_fragments(p, tile, shared);
   if (IS_STAGED) return walk_stages<Work>(tile, shared, copy, make);
+  if (UNITS <= WARPS) return walk_units<Work>(tile, shared, make);
   wait_copies<0>();
   __syncthreads();
 #pragma unroll 1
@@ -53,9 +78,7 @@ __device__ __forceinline__ void walk(const Params& p, const BlockTile& tile, cha
     Unit unit;
     if (!unit.locate(tile, index)) continue;
     Work work = make(unit);
-#pragma unroll 1
-    for (int row = unit.first_row; row < unit.end_row; row += CHUNK_ROWS)
-      add_chunk(work, Chunk(tile, unit, row, 0, shared));
+    add_rows(work, tile, unit, unit.first_row, unit.end_row, 0, shared);
     work.finish();
   }
 }
