@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import product
+from itertools import chain, product
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from natten.geometry import Axis
 
 KINDS = ("forward", "grad_query", "grad_key_value")
 
+_LONG_AXIS = 1 << 12  # of which not every tile is looked at
 _MOST_WARPS = 8
 _MOST_UNITS = 32  # of a tile
 _MOST_ROW_BLOCKS = 8  # of 8 columns, of a row that is held as one
@@ -30,7 +31,7 @@ _STAGE_CHUNKS = (1, 2, 4, 8)  # of a stage, where columns come in stages
 # Instructions of a warp, as counted in the machine code for sm_90: of a stage; of a block of a unit's 8 columns, and of
 # that for 16 of head_dim; of a unit; of a tile; to bring 16 bytes a lane; to make a fragment.
 _STAGE_COST = 120.0
-_COLUMNS_COST = {"forward": 33.0, "grad_query": 44.0, "grad_key_value": 38.0}
+_COLUMNS_COST = {"forward": 33.0, "grad_query": 52.0, "grad_key_value": 39.0}
 # How many instructions could be issued while a block's operands come from shared memory, beside those of products.
 _SHARED_TIME = {"forward": 16.0, "grad_query": 32.0, "grad_key_value": 24.0}
 _PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}  # of a block, for 16 of head_dim
@@ -127,6 +128,10 @@ class _Stage(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
+
+
 def _window(axis: Axis, s: int, n: int) -> tuple[int, int]:
     """First key of a query of a class of n tokens, and one past the last: geometry.first_key for plain numbers."""
     group = s - s % axis.stride
@@ -138,20 +143,25 @@ def _window(axis: Axis, s: int, n: int) -> tuple[int, int]:
     return first, first + axis.kernel_size
 
 
-@cache
-def _spans(axis: Axis, is_inverse: bool, n: int) -> tuple[tuple[int, int], ...]:
-    """For each token of a class its columns: keys of a query; if inverse, queries that see a key."""
-    windows = [_window(axis, s, n) for s in range(n)]
+def _span(axis: Axis, is_inverse: bool, s: int, n: int) -> tuple[int, int]:
+    """The columns of a token: keys of a query; if inverse, queries that see a key, as problem.h has them."""
     if not is_inverse:
-        return tuple(windows)
-    spans, first, end = [], 0, 0
-    for key in range(n):  # neither end of a window ever moves back
-        while windows[first][1] <= key:
-            first += 1
-        while end < n and windows[end][0] <= key:
-            end += 1
-        spans.append((first, end))
-    return tuple(spans)
+        return _window(axis, s, n)
+    k, stride = axis.kernel_size, axis.stride
+    if axis.is_causal:
+        first, last, sees_all = s, s + k - stride, s + k >= n
+    else:
+        reach = k // 2 - stride // 2
+        first, last, sees_all = 0 if s < k else max(_multiple(s - (k - 1) + reach, stride), 0), s + reach, s >= n - k
+    return first, n if sees_all else min(last // stride * stride + stride, n)
+
+
+def _starts(axis: Axis, n: int, size: int) -> Iterator[int]:
+    """First tokens of the tiles of a class of n tokens; of a very long one some in the middle, where all are alike."""
+    edge = _multiple(2 * axis.kernel_size + (axis.stride + 1) * size, size)
+    if n <= max(_LONG_AXIS, 4 * edge):
+        return iter(range(0, n, size))
+    return chain(range(0, edge, size), range((n - edge) // size * size, n, size))
 
 
 def _classes(axis: Axis) -> set[int]:
@@ -180,11 +190,13 @@ def farthest(axis: Axis, is_inverse: bool, size: int) -> tuple[int, int]:
     return max(before for before, _ in reaches), max(after for _, after in reaches)
 
 
+@cache
 def _reaches(axis: Axis, is_inverse: bool, size: int) -> list[tuple[int, int]]:
     found = []
     for n in _classes(axis):
-        spans = _spans(axis, is_inverse, n)
-        found += [(s - spans[s][0], spans[min(s + size, n) - 1][1] - s) for s in range(0, n, size)]
+        for s in _starts(axis, n, size):
+            first, end = _span(axis, is_inverse, s, n)[0], _span(axis, is_inverse, min(s + size, n) - 1, n)[1]
+            found.append((s - first, end - s))
     return found
 
 
@@ -219,10 +231,6 @@ def choose_tile(
     """
     chooser = _Chooser(kind, axes, dim, has_rpb, most_shared_bytes, is_ordered, item_bytes)
     return min(chooser.tiles(), key=lambda tile: chooser.cost(tile, maps, processors), default=None)
-
-
-def _multiple(value: int, of: int) -> int:
-    return -(-value // of) * of
 
 
 class _Chooser:
@@ -292,12 +300,13 @@ class _Chooser:
         reach = farthest(axis, self.is_inverse, unit if has_gradient_fragments else size_x)[0]
         begins, most = set(), 0
         for n in _classes(axis):
-            spans = _spans(axis, self.is_inverse, n)
-            for x in range(0, n, unit):
-                at = x // size_x * size_x
-                begin = x - at if has_gradient_fragments else (spans[x][0] - at + reach) // 8 * 8
-                begins.add(begin)
-                most = max(most, spans[min(x + unit, n) - 1][1] - at + reach - begin)
+            for at in _starts(axis, n, size_x):
+                for x in range(at, min(at + size_x, n), unit):
+                    first = _span(axis, self.is_inverse, x, n)[0]
+                    end = _span(axis, self.is_inverse, min(x + unit, n) - 1, n)[1]
+                    begin = x - at if has_gradient_fragments else (first - at + reach) // 8 * 8
+                    begins.add(begin)
+                    most = max(most, end - at + reach - begin)
         return reach, begins, _multiple(most, 8)
 
     def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[_Stage]:

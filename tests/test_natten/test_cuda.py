@@ -25,7 +25,7 @@ import natten
 from natten import dispatch, nvrtc
 from natten.backends import cuda, cuda_tiles
 from natten.backends.compiled import warn
-from natten.geometry import Axis, make_axes
+from natten.geometry import Axis, first_key, make_axes
 from test_natten import test_goldens
 from test_natten.problems import RANKS, Problem, make_qkv, make_rpb
 from test_natten.test_cpu import fused, halves, problem_of, to_double
@@ -415,6 +415,46 @@ class PlanTest(unittest.TestCase):
                 tile = cuda_tiles.choose_tile(kind, axes, dim, 64, True, 108, shared_bytes, True, item_bytes)
                 self.assertLessEqual(tile.shared_bytes, shared_bytes)
                 self.assertLessEqual(tile.threads, 1024)
+
+
+class ReachTest(unittest.TestCase):
+    """How far the windows of tiles reach, against the windows of all tokens."""
+
+    AXES = tuple(
+        Axis(length, k, stride, dilation, is_causal)
+        for length, k, dilation in ((7, 7, 1), (33, 5, 1), (41, 8, 3), (90, 7, 2), (300, 13, 1))
+        for stride in (1, 2, 5)
+        for is_causal in (False, True)
+    )
+
+    def test_of_all_tiles(self):
+        for axis, is_inverse, size in itertools.product(self.AXES, (False, True), (1, 8, 16)):
+            with self.subTest(axis=axis, is_inverse=is_inverse, size=size):
+                before = after = most = 0
+                for n in {-(-axis.length // axis.dilation), axis.length // axis.dilation}:
+                    short = axis._replace(length=n, dilation=1)
+                    first, end = first_key(short, torch.arange(n), torch.tensor(n)), torch.arange(1, n + 1)
+                    end = end if axis.is_causal else first + axis.kernel_size
+                    sees = (first[:, None] <= torch.arange(n)) & (torch.arange(n) < end[:, None])
+                    sees = sees.T if is_inverse else sees
+                    for s in range(0, n, size):
+                        met = sees[s : s + size].any(0).nonzero()
+                        low, high = met.min().item(), met.max().item() + 1
+                        before, after, most = max(before, s - low), max(after, high - s), max(most, high - low)
+                self.assertEqual(cuda_tiles.farthest(axis, is_inverse, size), (before, after))
+                self.assertEqual(cuda_tiles.widest(axis, is_inverse, size), most)
+
+    def test_of_a_long_axis(self):
+        for axis, is_inverse, size in itertools.product(self.AXES, (False, True), (8, 48)):
+            axis = axis._replace(length=axis.length + 2000)
+            with self.subTest(axis=axis, is_inverse=is_inverse, size=size):
+                found = []
+                for long in (1, 1 << 20):
+                    cuda_tiles._reaches.cache_clear()
+                    with mock.patch.object(cuda_tiles, "_LONG_AXIS", long):
+                        found.append(set(cuda_tiles._reaches(axis, is_inverse, size)))
+                cuda_tiles._reaches.cache_clear()
+                self.assertEqual(*found)
 
 
 class AlignedRowsTest(unittest.TestCase):
