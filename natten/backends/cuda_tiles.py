@@ -229,8 +229,16 @@ def choose_tile(
         is_ordered: whether rpb's gradient must be the same from run to run.
         item_bytes: of an element: 2, or 4 of float32 in TF32.
     """
+    arguments = (kind, axes, dim, maps, has_rpb, processors, most_shared_bytes, is_ordered, item_bytes)
+    return min(tiles_and_costs(*arguments), key=lambda found: found[1], default=(None, 0.0))[0]
+
+
+def tiles_and_costs(
+    kind: str, axes, dim, maps, has_rpb, processors, most_shared_bytes, is_ordered, item_bytes=2
+) -> Iterator[tuple[Tile, float]]:
+    """All tiles that choose_tile chooses from, each with what it should cost beside the others."""
     chooser = _Chooser(kind, axes, dim, has_rpb, most_shared_bytes, is_ordered, item_bytes)
-    return min(chooser.tiles(), key=lambda tile: chooser.cost(tile, maps, processors), default=None)
+    return ((tile, chooser.cost(tile, maps, processors)) for tile in chooser.tiles())
 
 
 class _Chooser:

@@ -197,6 +197,7 @@ RULES = (
     Rule(r"python tools/benchmark\.py models.*", "--case inference_b1_32 --provider nat_mini --repeats 1"),
     Rule(r"python -m natten\.profiler .* --dry-run .*", quick=True),
     Rule(r"python -m natten\.profiler .*", "--device cpu --repeats 1"),
+    Rule(r"python tools/gpu_tiles\.py .*", "--dry-run"),
     Rule(r"python -m natten\.build( --list)?"),
     Rule(r"python -m natten\.geometry --.*", quick=True),
     Rule(r"python -m natten\.build --cpu .*", replace={"--cpu x86-64-v4 ": ""}),
