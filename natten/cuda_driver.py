@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -74,12 +74,20 @@ def prepare(kernels: Sequence[Kernel], device: int) -> None:
     missing = [kernel for kernel in kernels if (device, kernel) not in _functions]
     if len(missing) < 2 or torch.cuda.is_current_stream_capturing():
         return
-    capability = torch.cuda.get_device_capability(device)
-    with ThreadPoolExecutor(len(missing)) as pool:
-        codes = pool.map(lambda kernel: nvrtc.machine_code(kernel.source, kernel.definitions, capability), missing)
-        with _Context(device):
-            for kernel, code in zip(missing, codes, strict=True):
-                _load(kernel, device, code)
+    codes = machine_codes(missing, torch.cuda.get_device_capability(device))
+    with _Context(device):
+        for kernel, code in zip(missing, codes, strict=True):
+            _load(kernel, device, code)
+
+
+def machine_codes(kernels: Iterable[Kernel], capability: tuple[int, int]) -> list[bytes]:
+    """What the driver loads for kernels, kept or compiled now, on all cores.
+
+    Raises:
+        nvrtc.Unavailable: if one cannot be compiled.
+    """
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda k: nvrtc.machine_code(k.source, k.definitions, capability), kernels))
 
 
 def _check(result: tuple):

@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -327,15 +326,14 @@ def _kernels(cells, gpu) -> set:
 
 def _compile_ahead(check: Check, cells) -> None:
     """Compiles the kernels of all cells on all cores, where one problem after another would wait for its own."""
-    from natten import nvrtc, profiler
+    from natten import cuda_driver, profiler
 
     if check.rehearse:
         print(f"{len(_kernels(cells, profiler.find_gpu('9.0')))} kernels would be compiled")
         return
     start, gpu = time.monotonic(), torch.cuda.get_device_properties(0)
     kernels = _kernels(cells, gpu)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda k: nvrtc.machine_code(k.source, k.definitions, (gpu.major, gpu.minor)), kernels))
+    cuda_driver.machine_codes(kernels, (gpu.major, gpu.minor))
     check.row("correctness", "compilation", f"{len(kernels)} kernels in {time.monotonic() - start:.0f} s, on all cores")
 
 
@@ -451,28 +449,28 @@ def operators(check: Check) -> None:
                         _time_flex(check, name, pass_name)
 
 
+def operator_calls(check: Check, case, dtype: torch.dtype) -> tuple[list[Callable[[], object]], ...]:
+    """Forward and backward passes of the operator, on several inputs that together exceed the L2 cache."""
+    kernel_size = tuple(axis.kernel_size for axis in case.axes)
+    shape = (case.batch, case.space, case.heads, case.head_dim, kernel_size)
+    bytes_of_qkv = 3 * case.batch * case.heads * case.head_dim * dtype.itemsize * math.prod(case.space)
+    scale, forward, backward = case.head_dim**-0.5, [], []
+    for seed in range(max(2, min(6, -(-2 * L2_BYTES // bytes_of_qkv)))):
+        qkv, rpb = _tensors(check, *shape, dtype, seed, case.has_rpb)
+        given = (*qkv.unbind(-3), rpb)
+        module = dispatch.choose(given[0], check.backend)
+        out, lse = module.attention(*given, case.axes, scale)
+        forward.append(lambda module=module, given=given: module.attention(*given, case.axes, scale))
+        saved = (torch.randn_like(out), None, *given, out, lse)
+        backward.append(lambda module=module, saved=saved: module.attention_backward(*saved, case.axes, scale))
+    return forward, backward
+
+
 def _time_operator(check: Check, case, name: str, copy_rate: float, matrix_rate: float, precision="bfloat16") -> None:
     dtype = torch.float32 if check.rehearse else _PRECISIONS[precision][0]
-    axes = make_axes(case.space, case.kernel_size, 1, case.dilation, case.is_causal)
-    kernel_size = tuple(axis.kernel_size for axis in axes)
-    shape = (case.batch, case.space, case.heads, case.head_dim, kernel_size)
-    bytes_of_qkv = 3 * case.batch * case.heads * case.head_dim * dtype.itemsize
-    for axis in axes:
-        bytes_of_qkv *= axis.length
-    sets = max(2, min(6, -(-2 * L2_BYTES // bytes_of_qkv)))
-    scale, forward, backward = case.head_dim**-0.5, [], []
-    for seed in range(sets):
-        qkv, rpb = _tensors(check, *shape, dtype, seed, case.has_rpb)
-        query, key, value = qkv.unbind(-3)
-        module = dispatch.choose(query, check.backend)
-        out, lse = module.attention(query, key, value, rpb, axes, scale)
-        grad_out = torch.randn_like(out)
-        given = (query, key, value, rpb)
-        forward.append(lambda module=module, given=given: module.attention(*given, axes, scale))
-        saved = (grad_out, None, *given, out, lse)
-        backward.append(lambda module=module, saved=saved: module.attention_backward(*saved, axes, scale))
-    tokens = out.numel() * dtype.itemsize
-    pairs = out.numel() * math.prod(kernel_size)
+    forward, backward = operator_calls(check, case, dtype)
+    numbers = case.batch * math.prod(case.space) * case.heads * case.head_dim
+    tokens, pairs = numbers * dtype.itemsize, numbers * math.prod(axis.kernel_size for axis in case.axes)
     for pass_name, calls, tensors, products in (("forward", forward, 4, 4), ("backward", backward, 8, 10)):
         floor = max(tensors * tokens / copy_rate, products * pairs / matrix_rate)
         ms = check.milliseconds(calls)

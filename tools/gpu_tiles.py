@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -24,9 +23,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402
 from benchmarks import ops  # noqa: E402
-from gpu_check import L2_BYTES, Check  # noqa: E402
+from gpu_check import Check, operator_calls  # noqa: E402
 
-from natten import nvrtc  # noqa: E402
+from natten import cuda_driver  # noqa: E402
 from natten.backends import cuda  # noqa: E402
 from natten.backends.cuda_tiles import KINDS, Tile, tiles_and_costs  # noqa: E402
 from natten.profiler import find_gpu  # noqa: E402
@@ -75,26 +74,7 @@ def compile_all(case: ops.Case, kind: str, tiles: list[Tile], gpu) -> None:
         with taking(kind, tile):
             for problem in ("attention", "attention_backward"):
                 kernels |= {step.kernel for step in cuda.launches(problem, query, case.axes, case.has_rpb, gpu)}
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda k: nvrtc.machine_code(k.source, k.definitions, (gpu.major, gpu.minor)), kernels))
-
-
-def calls(case: ops.Case, kind: str) -> list[Callable[[], object]]:
-    """The pass that a kernel is part of, on several inputs that together exceed the L2 cache."""
-    shape = (case.batch, *case.space, 3, case.heads, case.head_dim)
-    table = [2 * axis.kernel_size - 1 for axis in case.axes]
-    scale, found = case.head_dim**-0.5, []
-    for _ in range(max(2, min(6, -(-2 * L2_BYTES // (2 * torch.Size(shape).numel()))))):
-        query, key, value = torch.randn(shape, device="cuda").bfloat16().unbind(-3)
-        rpb = torch.randn(case.heads, *table, device="cuda") if case.has_rpb else None
-        given = (query, key, value, rpb)
-        if kind == "forward":
-            found.append(lambda given=given: cuda.attention(*given, case.axes, scale))
-            continue
-        out, lse = cuda.attention(*given, case.axes, scale)
-        saved = (torch.randn_like(out), None, *given, out, lse)
-        found.append(lambda saved=saved: cuda.attention_backward(*saved, case.axes, scale))
-    return found
+    cuda_driver.machine_codes(kernels, (gpu.major, gpu.minor))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,20 +95,20 @@ def main(argv: list[str] | None = None) -> int:
         gpu = torch.cuda.get_device_properties(0)
     check = Check(600, None, rehearse=False)
     for name, case in cases.items():
+        forward, backward = ([], []) if args.dry_run else operator_calls(check, case, torch.bfloat16)
         for kind in KINDS:
+            calls = forward if kind == "forward" else backward
             found = likely_tiles(case, kind, gpu, args.most)
             print(f"{name} {kind}")
             if not args.dry_run:
                 compile_all(case, kind, [tile for tile, _ in found], gpu)
             for tile, cost in found:
-                time = "" if args.dry_run else f"{_microseconds(check, case, kind, tile):8.1f} us, "
+                time = ""
+                if not args.dry_run:
+                    with taking(kind, tile):
+                        time = f"{check.milliseconds(calls) * 1e3:8.1f} us, "
                 print(f"  {time}cost {cost / found[0][1]:.2f}: {describe(tile)}", flush=True)
     return 0
-
-
-def _microseconds(check: Check, case: ops.Case, kind: str, tile: Tile) -> float:
-    with taking(kind, tile):
-        return check.milliseconds(calls(case, kind)) * 1e3
 
 
 if __name__ == "__main__":
