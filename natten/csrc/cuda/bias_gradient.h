@@ -36,35 +36,61 @@ __device__ __forceinline__ void store_fragment(const float (&from)[ROW_BLOCKS][2
   }
 }
 
-// Sums fragments, one for each row of the table, and their diagonals once in the end.
-class FragmentGradient {
+// On maps of several axes: a row of columns is, to a unit's second half, the row of the table that the row before was to
+// the first half, so that one sum serves both. Sums has add_line(line, row of the table, corner).
+template <class Sums>
+class HeldRow {
  public:
-  __device__ __forceinline__ FragmentGradient(float* sums, char*) : sums_(sums) {}
-
-  // The gradients of a row of columns that for the first half is `row` of the table.
-  __device__ __forceinline__ void add(int row, int, const float (&grad)[ROW_BLOCKS][4]) {
+  // The gradients of a row of columns that for the first half is `row` of the table; `corner`: where the first column and
+  // token stand in it.
+  __device__ __forceinline__ void add(int row, int corner, const float (&grad)[ROW_BLOCKS][4]) {
+    if (held_ != row - 1 || corner_ != corner) flush();
     float line[ROW_BLOCKS][2];
-    if (RANK == 1) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        take(grad, half, line);
-        add_fragment(half, line);
-      }
-      return;
+    for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
+      line[i / 2][i % 2] = grad[i / 2][2 + i % 2] + before_[i / 2][i % 2];
+      before_[i / 2][i % 2] = grad[i / 2][i % 2];
     }
-    // To the second half this is the row of the table that the row before was to the first: one sum for both.
-    if (held_ != row - 1) flush();
-    take(grad, 1, line);
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 2; ++i) line[i / 2][i % 2] += before_[i / 2][i % 2];
-    add_fragment(row - 1, line);
-    take(grad, 0, before_);
-    held_ = row;
+    static_cast<Sums*>(this)->add_line(line, row - 1, corner);
+    held_ = row, corner_ = corner;
   }
   // What the first half added to the last row.
   __device__ __forceinline__ void flush() {
-    if (RANK > 1 && held_ != NOTHING) add_fragment(held_, before_);
-    take_nothing();
+    if (held_ != NOTHING) static_cast<Sums*>(this)->add_line(before_, held_, corner_);
+    held_ = NOTHING;
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * 2; ++i) before_[i / 2][i % 2] = 0;
+  }
+
+ private:
+  static constexpr int NOTHING = -(1 << 30);
+  float before_[ROW_BLOCKS][2] = {};
+  int held_ = NOTHING, corner_ = 0;
+};
+
+// Sums fragments, one for each row of the table, and their diagonals once in the end.
+class FragmentGradient : public HeldRow<FragmentGradient> {
+ public:
+  __device__ __forceinline__ FragmentGradient(float* sums, char*) : sums_(sums) {}
+
+  __device__ __forceinline__ void add(int row, int, const float (&grad)[ROW_BLOCKS][4]) {
+    if (RANK > 1) return HeldRow::add(row, 0, grad);  // all corners are alike
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float line[ROW_BLOCKS][2];
+#pragma unroll
+      for (int i = 0; i < ROW_BLOCKS * 2; ++i) line[i / 2][i % 2] = grad[i / 2][2 * half + i % 2];
+      add_line(line, half, 0);
+    }
+  }
+  // Rows beyond the table only ever receive zeros.
+  __device__ __forceinline__ void add_line(const float (&line)[ROW_BLOCKS][2], int row, int) {
+    float* to = sums_ + min(max(row, 0), GRADIENT_FRAGMENTS - 1) * (FRAGMENT_BYTES / 4);
+    float sum[ROW_BLOCKS][2];
+    load_fragment(to, sum);
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * 2; ++i) sum[i / 2][i % 2] += line[i / 2][i % 2];
+    store_fragment(sum, to);
   }
 
   // The diagonals of the sums of all warps, on all threads of the block.
@@ -85,33 +111,11 @@ class FragmentGradient {
   }
 
  private:
-  static constexpr int NOTHING = -(1 << 30);
   float* sums_;
-  float before_[ROW_BLOCKS][2] = {};
-  int held_ = NOTHING;
-
-  __device__ __forceinline__ void take_nothing() {
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 2; ++i) before_[i / 2][i % 2] = 0;
-    held_ = NOTHING;
-  }
-  static __device__ __forceinline__ void take(const float (&grad)[ROW_BLOCKS][4], int half, float (&line)[ROW_BLOCKS][2]) {
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 2; ++i) line[i / 2][i % 2] = grad[i / 2][2 * half + i % 2];
-  }
-  // Rows beyond the table only ever receive zeros.
-  __device__ __forceinline__ void add_fragment(int row, const float (&line)[ROW_BLOCKS][2]) {
-    float* to = sums_ + min(max(row, 0), GRADIENT_FRAGMENTS - 1) * (FRAGMENT_BYTES / 4);
-    float sum[ROW_BLOCKS][2];
-    load_fragment(to, sum);
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 2; ++i) sum[i / 2][i % 2] += line[i / 2][i % 2];
-    store_fragment(sum, to);
-  }
 };
 
 // Sums diagonals row by row, and adds them to a table: where fragments are too large, or columns begin here and there.
-class DiagonalGradient {
+class DiagonalGradient : public HeldRow<DiagonalGradient> {
  public:
   __device__ __forceinline__ DiagonalGradient(float* table, char* scratch)
       : table_(table), scratch_(reinterpret_cast<float*>(scratch)) {
@@ -120,47 +124,25 @@ class DiagonalGradient {
     __syncwarp();
   }
 
-  // `corner`: where the first column and token stand in the row.
   __device__ __forceinline__ void add(int row, int corner, const float (&grad)[ROW_BLOCKS][4]) {
-    float line[DIAGONAL_BLOCKS][2];
-    if (RANK == 1) {  // the second half's columns are, to it, 8 further to the left
+    if (RANK > 1) return HeldRow::add(row, corner, grad);
+    float line[DIAGONAL_BLOCKS][2];  // the second half's columns are, to it, 8 further to the left
 #pragma unroll
-      for (int i = 0; i < DIAGONAL_BLOCKS * 2; ++i) {
-        const int block = i / 2, item = i % 2;
-        line[block][item] = (block > 0 ? grad[block > 0 ? block - 1 : 0][item] : 0.f) +
-                            (block < ROW_BLOCKS ? grad[block < ROW_BLOCKS ? block : 0][2 + item] : 0.f);
-      }
-      sum_diagonals(line, row, corner - 8);
-      return;
+    for (int i = 0; i < DIAGONAL_BLOCKS * 2; ++i) {
+      const int block = i / 2, item = i % 2;
+      line[block][item] = (block > 0 ? grad[block > 0 ? block - 1 : 0][item] : 0.f) +
+                          (block < ROW_BLOCKS ? grad[block < ROW_BLOCKS ? block : 0][2 + item] : 0.f);
     }
-    const bool follows = held_ == row - 1 && held_corner_ == corner;
-    if (!follows) flush();
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 2; ++i)
-      line[i / 2][i % 2] = grad[i / 2][2 + i % 2] + (follows ? before_[i / 2][i % 2] : 0.f);
-    sum_diagonals(line, row - 1, corner);
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 2; ++i) before_[i / 2][i % 2] = grad[i / 2][i % 2];
-    held_ = row, held_corner_ = corner;
+    add_line(line, row, corner - 8);
   }
-  // What the first half added to the last row.
-  __device__ __forceinline__ void flush() {
-    if (held_ != NOTHING) sum_diagonals(before_, held_, held_corner_);
-    held_ = NOTHING;
-  }
-
- private:
-  static constexpr int NOTHING = -(1 << 30);
-  float *table_, *scratch_;
-  float before_[DIAGONAL_BLOCKS][2];
-  int held_ = NOTHING, held_corner_ = 0;
 
   // line: 8 tokens by columns, this thread's as in a fragment. Entries beyond the table only ever receive zeros.
-  __device__ __forceinline__ void sum_diagonals(const float (&line)[DIAGONAL_BLOCKS][2], int row, int corner) {
+  template <int LINE_BLOCKS>
+  __device__ __forceinline__ void add_line(const float (&line)[LINE_BLOCKS][2], int row, int corner) {
     if (row < 0 || row >= TABLE_ROWS) return;
     const int lane = lane_index();
 #pragma unroll
-    for (int block = 0; block < DIAGONAL_BLOCKS; ++block)
+    for (int block = 0; block < LINE_BLOCKS; ++block)
       *reinterpret_cast<float2*>(scratch_ + lane / 4 * DIAGONAL_PITCH + 8 + block * 8 + lane % 4 * 2) = {
           line[block][0], line[block][1]};
     __syncwarp();
@@ -176,6 +158,9 @@ class DiagonalGradient {
     }
     __syncwarp();
   }
+
+ private:
+  float *table_, *scratch_;
 };
 
 #if HAS_GRADIENT_FRAGMENTS
