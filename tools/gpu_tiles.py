@@ -23,7 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402
 from benchmarks import ops  # noqa: E402
-from gpu_check import Check, operator_calls  # noqa: E402
+from gpu_checks.check import Check  # noqa: E402
+from gpu_checks.operators import operator_calls  # noqa: E402
 
 from natten import cuda_driver  # noqa: E402
 from natten.backends import cuda  # noqa: E402

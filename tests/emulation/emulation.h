@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -99,7 +100,7 @@ struct Copy {
 
 struct Thread {
   Context context;
-  std::vector<char> stack = std::vector<char>(STACK_BYTES);
+  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};  // not filled: pages that nobody touches take no memory
   Index3 index{};
   int warp = 0, lane = 0;
   bool is_done = false;
@@ -190,7 +191,7 @@ inline void run_block() {
     thread.warp = i / 32, thread.lane = i % 32;
     thread.is_done = false;
     thread.groups.assign(1, {});
-    prepare(thread.context, thread.stack.data(), thread_main);
+    prepare(thread.context, thread.stack.get(), thread_main);
     m.ready.push_back(&thread);
   }
 }
