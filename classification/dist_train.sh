@@ -47,10 +47,7 @@ if ! torch=$("$python" -c "$where" 2>/dev/null); then
     echo "error: $python has no PyTorch: activate the environment that tools/setup.sh made, or set PYTHON." >&2
     exit 2
 fi
-# Older ones do not read these variables.
-if ! grep -q signals-to-handle "$torch/distributed/run.py"; then
-    echo "note: torchrun of this PyTorch dies of SIGUSR1 without a save: send SIGTERM, or install a newer PyTorch." >&2
-fi
+# Older ones do not read the timeout.
 if ! grep -q shutdown-timeout "$torch/distributed/run.py"; then
     echo "note: torchrun of this PyTorch gives a run 30 seconds to save after a signal, not $PET_SHUTDOWN_TIMEOUT." >&2
 fi

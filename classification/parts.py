@@ -143,6 +143,8 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
     if args.sched == "plateau":
         raise ValueError("--sched plateau waits for a score, but schedules here go by updates: use cosine.")
     rate = args.decay_rate
+    # Where it is not given, timm knows what suits the schedule.
+    decay = {} if args.decay_epochs is None else {"decay_epochs": args.decay_epochs}
     try:
         scheduler, epochs = create_scheduler_v2(
             optimizer,
@@ -153,10 +155,10 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
             min_lr=args.min_lr,
             cooldown_epochs=args.cooldown_epochs,
             decay_rate=(1.0 if args.sched == "poly" else 0.1) if rate is None else rate,
-            decay_epochs=args.decay_epochs or (90 if args.sched == "step" else None),
             decay_milestones=args.decay_milestones,
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
+            **decay,
         )
     except (AssertionError, ValueError) as error:
         raise ValueError(f"the schedule {args.sched!r} cannot be made ({error}): {wanted}.") from error

@@ -110,7 +110,7 @@ def _sort(name: str, orders: Sequence[Sequence[str]], args: tuple, kwargs: dict[
     else:
         shown = ", ".join(["..."] * len(args) + [f"{key}=..." for key in kwargs])
         raise TypeError(f"{name}({shown}) has no order of arguments of an older release: call {_spell(name, orders)}.")
-    given = dict(zip(order, args, strict=False)) | kwargs
+    given = dict(zip(order[: len(args)], args, strict=True)) | kwargs
     for argument in ("kernel_size", "dilation"):
         if f"{argument}_d" in given:
             given[argument] = (given.pop(f"{argument}_d"), given[argument], given[argument])

@@ -13,6 +13,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from natten import cache
 
 SOURCES = Path(__file__).parent / "csrc" / "cuda"
@@ -38,8 +40,14 @@ def bindings():
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError, OSError) as error:
         text = " ".join(str(error).split())
-        raise Unavailable(f"NVRTC cannot be used ({text}): install cuda-bindings of PyTorch's CUDA version") from error
+        raise Unavailable(f"NVRTC cannot be used ({text}): run {_installation()}") from error
     return nvrtc
+
+
+def _installation() -> str:
+    """What brings the bindings; their major version must be that of the CUDA libraries that PyTorch brings."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    return f'pip install "cuda-bindings=={major}.*"' if major else "pip install cuda-bindings"
 
 
 @functools.cache

@@ -29,9 +29,7 @@ def apply_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def may_round_float32() -> bool:
     """Whether PyTorch may compute products of float32 matrices on GPUs in TF32, with 10 bits of fraction."""
-    matmul = torch.backends.cuda.matmul
-    precision = getattr(matmul, "fp32_precision", None)  # PyTorch before 2.9 has the other alone
-    return matmul.allow_tf32 if precision is None else precision == "tf32"
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:

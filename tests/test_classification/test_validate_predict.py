@@ -144,7 +144,7 @@ def test_processes_share_the_images(trained, data):
     words += [train.__file__.replace("train.py", "validate.py"), str(data), "--checkpoint", str(path)]
     done = subprocess.run([*words, "--device", "cpu", "--batch-size", "5"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+    (line,) = (line for line in done.stdout.splitlines() if "[Gloo]" not in line)  # as PyTorch 2.10 prints
     assert f"27 images, top-1 {alone['top1']:.2f}%, top-5 100.00%, loss {alone['loss']:.4f}" in line
 
 

@@ -22,7 +22,7 @@ from brute_force import Window
 from emulation.launcher import emulated_gpu, gpu_properties
 
 import natten
-from natten import dispatch, nvrtc
+from natten import cuda_driver, dispatch, nvrtc
 from natten.backends import cuda, cuda_tiles
 from natten.backends.compiled import warn
 from natten.geometry import Axis, first_key, make_axes
@@ -349,7 +349,7 @@ class RefusalTest(unittest.TestCase):
 
     def test_what_it_takes(self):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            with mock.patch.object(nvrtc, "architecture"):
+            with mock.patch.object(nvrtc, "architecture"), mock.patch.object(cuda_driver, "bindings"):
                 self.assertIsNone(self.reason(self.query("cuda:0", dtype)))
 
     def test_what_it_does_not_take(self):
@@ -377,6 +377,17 @@ class RefusalTest(unittest.TestCase):
         error = nvrtc.Unavailable("NVRTC cannot be used")
         with mock.patch.object(nvrtc, "bindings", side_effect=error), self.assertWarnsRegex(RuntimeWarning, "NVRTC"):
             self.assertIn("NVRTC", self.reason(self.query("cuda:0")))
+
+    def test_without_cuda_bindings_it_says_what_to_install(self):
+        for version, words in (("12.8", '"cuda-bindings==12.*"'), (None, "cuda-bindings")):
+            with (
+                self.subTest(version),
+                mock.patch.dict(sys.modules, {"cuda.bindings": None}),
+                mock.patch.object(torch.version, "cuda", version),
+                self.assertRaises(nvrtc.Unavailable) as caught,
+            ):
+                nvrtc.bindings.__wrapped__()
+            self.assertTrue(str(caught.exception).endswith(f"run pip install {words}"), caught.exception)
 
     def test_it_stands_in_the_ladder_before_the_reference(self):
         self.assertEqual(dispatch.NAMES, ("cpu", "cuda", "reference"))
