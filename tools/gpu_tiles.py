@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402
 from benchmarks import ops  # noqa: E402
-from gpu_checks.check import Check  # noqa: E402
+from gpu_checks.check import Check, kernels_of  # noqa: E402
 from gpu_checks.operators import operator_calls  # noqa: E402
 
 from natten import cuda_driver  # noqa: E402
@@ -73,8 +73,7 @@ def compile_all(case: ops.Case, kind: str, tiles: list[Tile], gpu) -> None:
     kernels = set()
     for tile in tiles:
         with taking(kind, tile):
-            for problem in ("attention", "attention_backward"):
-                kernels |= {step.kernel for step in cuda.launches(problem, query, case.axes, case.has_rpb, gpu)}
+            kernels |= kernels_of(query, case.axes, case.has_rpb, gpu)
     cuda_driver.machine_codes(kernels, (gpu.major, gpu.minor))
 
 

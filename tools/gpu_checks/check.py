@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 import natten
+from natten.backends import cuda
+from natten.cuda_driver import Kernel
+from natten.geometry import make_axes
 
 
 class Check:
@@ -113,6 +116,17 @@ def run_step(check: Check, qkv: Tensor, rpb: Tensor | None, backend: str, *windo
     generator = torch.Generator(check.device).manual_seed(seed)
     sent = [torch.randn(x.shape, generator=generator, device=check.device).to(x.dtype) for x in (out, lse)]
     return [out, lse, *torch.autograd.grad((out, lse), leaves, sent)]
+
+
+def kernel_size_of(rank: int, window: tuple) -> tuple[int, ...]:
+    """One value an axis, as bias tables are made by."""
+    return tuple(axis.kernel_size for axis in make_axes((1 << 20,) * rank, *window))
+
+
+def kernels_of(query: Tensor, axes, has_rpb: bool, gpu) -> set[Kernel]:
+    """What both passes of a problem launch on a GPU."""
+    passes = ("attention", "attention_backward")
+    return {step.kernel for kind in passes for step in cuda.launches(kind, query, axes, has_rpb, gpu)}
 
 
 # Dtype, its rounding, and what PyTorch may do to products of float32 matrices.

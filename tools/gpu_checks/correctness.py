@@ -7,6 +7,7 @@ import time
 import torch
 
 import natten
+from natten import cuda_driver
 
 from .check import Check, make_inputs, run_step
 from .random_problems import random_problems
@@ -39,8 +40,6 @@ def _first_call(check: Check, what: str) -> None:
         check.synchronize()
         times.append(time.perf_counter() - start)
         if not check.rehearse:
-            from natten import cuda_driver
-
             cuda_driver._functions.clear()  # the next finds it in the cache
     check.row("correctness", what, f"forward {times[0]:.2f} s, kept {times[1] * 1e3:.0f} ms")
 

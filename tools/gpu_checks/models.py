@@ -12,7 +12,6 @@ from .check import Check
 
 
 def models(check: Check) -> None:
-    """nat_tiny against swin_tiny: compiled inference, latency of one image, training steps."""
     batch, side = (1, 64) if check.rehearse else (128, 224)
     for what, measure, better in (
         ("inference, compiled, images/s", _inference, "higher"),

@@ -105,19 +105,16 @@ def _time_operator(
 
 def _compare_flex(check: Check, name: str, forward: float, backward: float) -> None:
     passes = {"forward": forward, "forward+backward": forward + backward}
+    setting = Setting("float32" if check.rehearse else "bfloat16", 1, str(check.device))
     if check.rehearse:
         del passes["forward+backward"]  # which flex_attention has not on CPUs
     for pass_name, ours in passes.items():
         what = f"{name} {pass_name}"
         with check.guarded("flex_attention", what):
             if check.has_time("flex_attention", what, 25):
-                entry = Entry("ops", name, name, "flex_attention", pass_name, _setting(check))
+                entry = Entry("ops", name, name, "flex_attention", pass_name, setting)
                 ms = check.milliseconds([ops.make(entry).run], graph=False)
                 check.row("flex_attention", what, f"{ms * 1e3:.0f} us = {ms / ours:.2f} x natten's time")
-
-
-def _setting(check: Check) -> Setting:
-    return Setting("float32" if check.rehearse else "bfloat16", 1, str(check.device))
 
 
 def _compare_bias(check: Check, times: dict[str, tuple[float, float]]) -> None:

@@ -6,9 +6,10 @@ import time
 
 import torch
 
+from natten import cuda_driver, profiler
 from natten.geometry import make_axes
 
-from .check import PRECISIONS, Check, float32_products, make_inputs, run_step
+from .check import PRECISIONS, Check, float32_products, kernel_size_of, kernels_of, make_inputs, run_step
 
 RANDOM_PROBLEMS_PER_RANK = 1000
 
@@ -29,22 +30,17 @@ _BATCHES = ((1, 4), (2, 2), (4, 1))
 
 def _kernels(cells, gpu) -> set:
     """What problems of all cells launch."""
-    from natten.backends import cuda
-
     kernels, (batch, heads) = set(), _BATCHES[0]  # the others have as many maps, so the same tiles
     for _, window, space, dim, precision, has_rpb in cells:
         dtype, _, products = PRECISIONS[precision]
         query = torch.empty(batch, *space, heads, dim, dtype=dtype, device="meta")
         with float32_products(products):
-            for kind in ("attention", "attention_backward"):
-                kernels |= {step.kernel for step in cuda.launches(kind, query, make_axes(space, *window), has_rpb, gpu)}
+            kernels |= kernels_of(query, make_axes(space, *window), has_rpb, gpu)
     return kernels
 
 
 def _compile_ahead(check: Check, cells) -> None:
     """Compiles the kernels of all cells on all cores, where one problem after another would wait for its own."""
-    from natten import cuda_driver, profiler
-
     if check.rehearse:
         print(f"{len(_kernels(cells, profiler.find_gpu('9.0')))} kernels would be compiled")
         return
@@ -73,9 +69,8 @@ def random_problems(check: Check, what: str) -> None:
         batch, heads = _BATCHES[count // len(cells) % len(_BATCHES)]
         count += 1
         counts[rank] += 1
-        kernel_size = make_axes((1 << 20,) * rank, *window)
-        kernel_size = tuple(axis.kernel_size for axis in kernel_size)
-        qkv, rpb = make_inputs(check, batch, space, heads, dim, kernel_size, dtype, count, has_rpb)
+        shape = (batch, space, heads, dim, kernel_size_of(rank, window))
+        qkv, rpb = make_inputs(check, *shape, dtype, count, has_rpb)
         exact = run_step(check, qkv.double(), None if rpb is None else rpb.double(), "reference", *window, seed=count)
         with float32_products(products):
             peers = run_step(check, qkv, rpb, "reference", *window, seed=count)

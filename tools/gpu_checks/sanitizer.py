@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 import natten
-from natten.geometry import make_axes
 
-from .check import PRECISIONS, Check, float32_products, make_inputs, run_step
+from .check import PRECISIONS, Check, float32_products, kernel_size_of, make_inputs, run_step
 
 
 def sanitizer(check: Check) -> None:
@@ -20,8 +19,7 @@ def sanitizer(check: Check) -> None:
             ((4, 5, 9), 16, (3,)),
             ((5, 20, 20), 32, (5,)),
         ):
-            kernel_size = tuple(axis.kernel_size for axis in make_axes((1 << 20,) * len(space), *window))
-            qkv, rpb = make_inputs(check, 1, space, 2, dim, kernel_size, dtype)
+            qkv, rpb = make_inputs(check, 1, space, 2, dim, kernel_size_of(len(space), window), dtype)
             with float32_products(PRECISIONS[precision][2]):
                 run_step(check, qkv, rpb, check.backend, *window)
     q, k, v = (torch.randn(1, 2, 9, 11, 8, device=check.device, requires_grad=True) for _ in range(3))
