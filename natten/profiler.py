@@ -4,7 +4,7 @@
     python -m natten.profiler --size 56x56 --head-dim 32 --kernel-size 7 --dtype bfloat16 --dry-run --capability 9.0
 
 Work is the least that the problem takes: the products of queries with the keys of their windows (and of what
-natten/composition.py adds around the map), and each tensor moved once a pass. Its limit is the longer of two times: of
+natten/ops.py adds around the map), and each tensor moved once a pass. Its limit is the longer of two times: of
 that arithmetic at the rate of a matrix product of the same dtype, and of a copy that moves as many bytes. Both are
 measured beside it, in turns.
 """
@@ -30,8 +30,9 @@ from natten import dispatch, functional
 from natten.backends import cuda, reference
 from natten.backends.compiled import refuses_kind
 from natten.command_line import Parser, causal_axes, numbers
-from natten.geometry import WINDOW_PADDINGS, Axis, make_axes, per_axis
-from natten.version import __version__
+from natten.checks import WINDOW_PADDINGS, make_axes, per_axis
+from natten.geometry import Axis
+from natten import __version__
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _WARM_UP_S = 0.3

@@ -7,7 +7,7 @@ import time
 import torch
 
 from natten import cuda_driver, profiler
-from natten.geometry import make_axes
+from natten.checks import make_axes
 
 from .check import PRECISIONS, Check, float32_products, kernel_size_of, kernels_of, make_inputs, run_step
 
