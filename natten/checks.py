@@ -270,7 +270,9 @@ def make_axes(
 def check_window_padding(window_padding: str) -> None:
     """Raise ValueError if `window_padding` is unknown."""
     if window_padding not in WINDOW_PADDINGS:
-        raise ValueError(f"window_padding = {window_padding!r} is unknown; use one of {', '.join(map(repr, WINDOW_PADDINGS))}.")
+        raise ValueError(
+            f"window_padding = {window_padding!r} is unknown; use one of {', '.join(map(repr, WINDOW_PADDINGS))}."
+        )
 
 
 def make_margins(space: Sequence[int], window: Window, window_padding: str) -> tuple[Margin, ...]:

@@ -135,9 +135,7 @@ def _orders(rank: int, tensors: tuple[str, ...], infers_kernel_size: bool) -> li
     return orders
 
 
-def _sort_arguments(
-    name: str, orders: Sequence[Sequence[str]], args: tuple, kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def _sort_arguments(name: str, orders: Sequence[Sequence[str]], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments by name, with kernel_size_d and dilation_d merged into kernel_size and dilation.
 
     Raises:
@@ -400,11 +398,16 @@ def _switch(name: str, settings: Callable[..., dict[str, Any]]) -> Callable[...,
     return switch
 
 
-def _question(name: str, answer: Callable[[], Any]) -> Callable[[], Any]:
-    answer.__name__ = answer.__qualname__ = name
-    answer.__doc__ = "Return the last value of a switch that changes no result."
+def _question(name: str, setting: str, value: Any = None) -> Callable[[], Any]:
+    """Return a function that returns a setting, or whether the setting has the given value."""
+
+    def question() -> Any:
+        return _settings[setting] if value is None else _settings[setting] == value
+
+    question.__name__ = question.__qualname__ = name
+    question.__doc__ = "Return the last value of a switch that changes no result."
     _without_effect.append(name)
-    return answer
+    return question
 
 
 allow_flex_compile = _switch("allow_flex_compile", _flex_compile)
@@ -418,10 +421,10 @@ disable_tiled_na = _switch("disable_tiled_na", lambda: {"tiled_na": False})
 enable_gemm_na = _switch("enable_gemm_na", lambda: {"gemm_na": True})
 enable_tf32 = _switch("enable_tf32", lambda: {"tf32": True})
 enable_tiled_na = _switch("enable_tiled_na", lambda: {"tiled_na": True})
-force_flex_attention = _switch("force_flex_attention", lambda: _fused_na(use_flex_attention=True, force_flex_attention=True))
+force_flex_attention = _switch("force_flex_attention", lambda: _fused_na(True, True, True, True))
 set_memory_usage_preference = _switch("set_memory_usage_preference", _memory_usage)
 use_autotuner = _switch("use_autotuner", _autotuner)
-use_flex_attention = _switch("use_flex_attention", lambda: _fused_na(use_flex_attention=True))
+use_flex_attention = _switch("use_flex_attention", lambda: _fused_na(True, True, True))
 use_fna = _switch("use_fna", _fused_na)
 use_fused_na = _switch("use_fused_na", _fused_na)
 use_gemm_na = _switch("use_gemm_na", lambda mode=True: {"gemm_na": mode})
@@ -429,25 +432,29 @@ use_kv_parallelism_in_fused_na = _switch("use_kv_parallelism_in_fused_na", lambd
 use_tf32_in_gemm_na = _switch("use_tf32_in_gemm_na", lambda mode=True: {"tf32": mode})
 use_tiled_na = _switch("use_tiled_na", lambda mode=True: {"tiled_na": mode})
 
-get_memory_usage_preference = _question("get_memory_usage_preference", lambda: _settings["memory"])
-is_autotuner_enabled = _question("is_autotuner_enabled", lambda: _settings["autotuner_forward"] or _settings["autotuner_backward"])
-is_autotuner_enabled_for_backward = _question("is_autotuner_enabled_for_backward", lambda: _settings["autotuner_backward"])
-is_autotuner_enabled_for_forward = _question("is_autotuner_enabled_for_forward", lambda: _settings["autotuner_forward"])
-is_autotuner_thorough_for_backward = _question("is_autotuner_thorough_for_backward", lambda: _settings["autotuner_thorough_backward"])
-is_autotuner_thorough_for_forward = _question("is_autotuner_thorough_for_forward", lambda: _settings["autotuner_thorough_forward"])
-is_flex_compile_allowed = _question("is_flex_compile_allowed", lambda: _settings["flex_compile"])
-is_flex_compile_backprop_allowed = _question("is_flex_compile_backprop_allowed", lambda: _settings["flex_compile_backprop"])
-is_fna_enabled = _question("is_fna_enabled", lambda: _settings["fused_na"])
-is_fused_na_enabled = _question("is_fused_na_enabled", lambda: _settings["fused_na"])
-is_gemm_na_enabled = _question("is_gemm_na_enabled", lambda: _settings["gemm_na"])
-is_kv_parallelism_in_fused_na_enabled = _question("is_kv_parallelism_in_fused_na_enabled", lambda: _settings["kv_parallelism"])
-is_memory_usage_default = _question("is_memory_usage_default", lambda: _settings["memory"] is MemoryUsagePreference.Default)
-is_memory_usage_strict = _question("is_memory_usage_strict", lambda: _settings["memory"] is MemoryUsagePreference.Strict)
-is_memory_usage_unrestricted = _question("is_memory_usage_unrestricted", lambda: _settings["memory"] is MemoryUsagePreference.Unrestricted)
-is_tf32_in_gemm_na_enabled = _question("is_tf32_in_gemm_na_enabled", lambda: _settings["tf32"])
-is_tiled_na_enabled = _question("is_tiled_na_enabled", lambda: _settings["tiled_na"])
-should_force_flex_attention = _question("should_force_flex_attention", lambda: _settings["force_flex"])
-should_use_flex_attention = _question("should_use_flex_attention", lambda: _settings["use_flex"])
+get_memory_usage_preference = _question("get_memory_usage_preference", "memory")
+is_autotuner_enabled_for_backward = _question("is_autotuner_enabled_for_backward", "autotuner_backward")
+is_autotuner_enabled_for_forward = _question("is_autotuner_enabled_for_forward", "autotuner_forward")
+is_autotuner_thorough_for_backward = _question("is_autotuner_thorough_for_backward", "autotuner_thorough_backward")
+is_autotuner_thorough_for_forward = _question("is_autotuner_thorough_for_forward", "autotuner_thorough_forward")
+is_flex_compile_allowed = _question("is_flex_compile_allowed", "flex_compile")
+is_flex_compile_backprop_allowed = _question("is_flex_compile_backprop_allowed", "flex_compile_backprop")
+is_fna_enabled = _question("is_fna_enabled", "fused_na")
+is_fused_na_enabled = _question("is_fused_na_enabled", "fused_na")
+is_gemm_na_enabled = _question("is_gemm_na_enabled", "gemm_na")
+is_kv_parallelism_in_fused_na_enabled = _question("is_kv_parallelism_in_fused_na_enabled", "kv_parallelism")
+is_memory_usage_default = _question("is_memory_usage_default", "memory", MemoryUsagePreference.Default)
+is_memory_usage_strict = _question("is_memory_usage_strict", "memory", MemoryUsagePreference.Strict)
+is_memory_usage_unrestricted = _question("is_memory_usage_unrestricted", "memory", MemoryUsagePreference.Unrestricted)
+is_tf32_in_gemm_na_enabled = _question("is_tf32_in_gemm_na_enabled", "tf32")
+is_tiled_na_enabled = _question("is_tiled_na_enabled", "tiled_na")
+should_force_flex_attention = _question("should_force_flex_attention", "force_flex")
+should_use_flex_attention = _question("should_use_flex_attention", "use_flex")
+
+
+def is_autotuner_enabled() -> bool:
+    """Return the last value of a switch that changes no result."""
+    return _settings["autotuner_forward"] or _settings["autotuner_backward"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,6 +475,7 @@ SWITCHES = (
     "has_gemm",
     "has_half",
     "has_tf32_gemm",
+    "is_autotuner_enabled",
     "use_deterministic_algorithms",
     *_without_effect,
 )

@@ -64,7 +64,9 @@ class _NeighborhoodAttention(nn.Module):
         dim = embed_dim if dim is None else dim
         if dim is None or num_heads is None or kernel_size is None:
             raise ValueError("dim, num_heads and kernel_size are required.")
-        check_heads(dim, num_heads, "(dim, num_heads, kernel_size); in NATTEN up to 0.14.4: (dim, kernel_size, num_heads)")
+        check_heads(
+            dim, num_heads, "(dim, num_heads, kernel_size); in NATTEN up to 0.14.4: (dim, kernel_size, num_heads)"
+        )
         window = check_window(self.rank, kernel_size, stride, 1 if dilation is None else dilation, is_causal)
         self.kernel_size, self.stride, self.dilation, self.is_causal = window
         check_layer_options(self.stride, attn_drop, window_padding)

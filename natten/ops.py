@@ -349,9 +349,7 @@ def attend(
     return _attention(qkv, rpb, axes, scale, backend)
 
 
-def query_key(
-    query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], backend: str | None
-) -> Tensor:
+def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], backend: str | None) -> Tensor:
     """Compute the unscaled logits [B, H, X, W] of heads-first query and key."""
     backend = backends.requested(backend)
     if backends.is_plain(backend):
@@ -460,8 +458,8 @@ def merge_attentions(
 
     Args:
         outputs: two or more outputs [..., heads, head_dim] with the same shape and dtype, heads-last.
-        lse_tensors: the logsumexp of each output, [..., heads]. A logsumexp may be -inf (no keys), but for each query at
-            least one must be finite.
+        lse_tensors: the logsumexp of each output, [..., heads]. -inf marks a set without keys; at least one
+            logsumexp per query must be finite.
         torch_compile, use_autograd_fix: ignored; accepted for compatibility with NATTEN 0.20 and later.
 
     Returns:

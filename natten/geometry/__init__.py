@@ -1,7 +1,7 @@
 """The specification of neighborhood attention: windows, bias index, tiles and padding.
 
 Along one axis of length L with window K, dilation D and stride S, the query at position i belongs to residue class
-r = i mod D. It is token s = i div D of the n = ceil((L - r) / D) tokens in that class. Its window lies in the same class:
+r = i mod D. It is token s = i div D of the n = ceil((L - r) / D) tokens in that class. Its window lies in that class:
 
 - Not causal: the K tokens lo .. lo+K-1, lo = clamp(leader - K div 2, 0, n - K). Windows are shifted at the borders, so
   there are always K keys.
@@ -40,7 +40,7 @@ class Axis(NamedTuple):
 
 
 def first_key(axis: Axis, s: Tensor, n: Tensor) -> Tensor:
-    """Return the first of the K keys of a query in its residue class; negative if a causal window starts before the map.
+    """Return the first of the K keys of a query in its residue class; negative if before the map (causal windows).
 
     Args:
         s: index of the query in its residue class, any shape.
