@@ -15,7 +15,7 @@ from torch import nn
 import natzoo  # noqa: F401  registers the models
 from classification.options import KeyValues
 from natzoo.checkpoints import DownloadError, load_weights, locate, read_checkpoint, record_of, weights_of
-from natzoo.checkpoints.record import RECORD
+from natzoo.checkpoints.write import RECORD
 
 
 def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:

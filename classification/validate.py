@@ -30,7 +30,7 @@ from classification.ranks import Ranks, join
 from classification.readers import read_class_map
 from classification.real_labels import RealLabels
 from natzoo import command_line
-from natzoo.checkpoints import DownloadError, write_table, zoo
+from natzoo.checkpoints import DownloadError, write_table, zoo_entries
 
 # timm's, and what was published beside what was found.
 COLUMNS = (
@@ -66,7 +66,7 @@ def chosen_models(patterns: list[str]) -> list[str]:
     Raises:
         ValueError: if none does.
     """
-    known = [name for name, entry in zoo.entries().items() if "top1" in entry.facts]
+    known = [name for name, entry in zoo_entries().items() if "top1" in entry.facts]
     chosen = [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     if not chosen:
         raise ValueError(f"no published classifier is named {' or '.join(patterns)}: there are {', '.join(known)}.")
@@ -130,7 +130,7 @@ def validate(args: argparse.Namespace, ranks: Ranks, watch: Watch) -> dict[str, 
 
 
 def _row(name: str, model: nn.Module, config: dict, result: dict[str, float], is_published: bool) -> dict[str, Any]:
-    known = zoo.entries().get(name.split(".")[0])
+    known = zoo_entries().get(name.split(".")[0])
     published = known.facts.get("top1", "") if known and is_published else ""
     return {
         "model": name,

@@ -29,11 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.models import create_model, model_of, read_with_record
 from classification.options import KeyValues
 from natzoo import command_line
-from natzoo.checkpoints import weights_of, write_weights
+from natzoo.checkpoints import weights_of, write_weights, zoo_entries
 from natzoo.checkpoints.adapt import backbone_prefix, published_names, unwrapped
 from natzoo.checkpoints.download import sha256_of
-from natzoo.checkpoints.record import RECORD
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints.write import RECORD
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -96,7 +95,7 @@ def convert_classifier(
 ) -> None:
     """Writes a classifier; where its model is known, after a check that the weights are its."""
     weights = published_names(weights)
-    known = entries().get(args.source)
+    known = zoo_entries().get(args.source)
     name = args.model or (known.name if known and known.task == "classification" else None)
     if name is None and RECORD not in checkpoint:
         if not args.target.suffix:

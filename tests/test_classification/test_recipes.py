@@ -8,10 +8,10 @@ from classification import train
 from classification.models import create_model
 from classification.options import parse
 from classification.parts import build_optimizer
-from natzoo.checkpoints import zoo
+from natzoo.checkpoints import zoo_entries
 
 FOLDER = Path(__file__).parents[2] / "configs" / "classification"
-ZOO = {name: entry.facts for name, entry in zoo.entries().items() if entry.task == "classification"}
+ZOO = {name: entry.facts for name, entry in zoo_entries().items() if entry.task == "classification"}
 TRAINED = [name for name in ZOO if "_21k" not in name]
 
 # What the published training used for every model, where its files said nothing else.

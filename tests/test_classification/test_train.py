@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from classification import interruption, runlog, train
 from classification.ranks import Ranks
 from natzoo.checkpoints import read_checkpoint, read_weights, write_checkpoint
-from natzoo.models.hierarchy import HierarchicalTransformer
+from natzoo.models.nat import HierarchicalTransformer
 
 TRAIN = Path(train.__file__)
 

@@ -16,9 +16,7 @@ import torch
 from PIL import Image
 
 import natzoo  # noqa: F401  registers the models
-from natzoo.checkpoints import write_weights
-from natzoo.checkpoints.sources import path_in_cache
-from natzoo.checkpoints.zoo import find
+from natzoo.checkpoints import find_entry, path_in_cache, write_weights
 from natzoo.hf import save_folder
 from test_tools.pages import ROOT, tracked
 
@@ -63,10 +61,10 @@ def copy_checkout(folder: Path) -> None:
 def classifier(name: str, **kwargs) -> None:
     """Random weights where the published ones would be: in the cache, and in place of the hub's repository."""
     model = timm.create_model(name, **kwargs)
-    path_in_cache(find(name)).parent.mkdir(exist_ok=True)
-    write_weights(path_in_cache(find(name)), model.state_dict())
-    if find(name).hub:
-        save_folder(model, find(name).hub)
+    path_in_cache(find_entry(name)).parent.mkdir(exist_ok=True)
+    write_weights(path_in_cache(find_entry(name)), model.state_dict())
+    if find_entry(name).hub:
+        save_folder(model, find_entry(name).hub)
 
 
 def all_weights() -> None:
@@ -87,8 +85,8 @@ def all_weights() -> None:
 
 
 def write_cached(name: str, model: torch.nn.Module) -> None:
-    path_in_cache(find(name)).parent.mkdir(exist_ok=True)
-    write_weights(path_in_cache(find(name)), model.state_dict())
+    path_in_cache(find_entry(name)).parent.mkdir(exist_ok=True)
+    write_weights(path_in_cache(find_entry(name)), model.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

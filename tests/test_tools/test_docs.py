@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints import zoo_entries
 from natzoo.hf.export import make_config
 from test_tools import pages, programs, rules, sandbox
 from test_tools.pages import PAGES, ROOT, name_of
@@ -158,10 +158,10 @@ def test_command_runs(text, copy, counted):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", entries())
+@pytest.mark.parametrize("name", zoo_entries())
 def test_published_figures(name):
     """One row of NAT.md or DiNAT.md, with the config, the file and every figure."""
-    entry = entries()[name]
+    entry = zoo_entries()[name]
     text = (ROOT / "NAT.md").read_text() + (ROOT / "DiNAT.md").read_text()
     (row,) = re.findall(rf"^\| `{name}` \|.*\.pth.*$", text, re.MULTILINE)
     assert f"({entry.url})" in row

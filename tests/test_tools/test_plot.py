@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from plots import diagrams, published
 
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints import zoo_entries
 
 
 @pytest.mark.parametrize("name", plot.PICTURES)
@@ -28,10 +28,10 @@ def test_pictures_are_drawn(tmp_path, capsys):
 def test_figures_are_those_of_the_zoo_and_of_the_peers():
     figures = {(row.family, row.size): row.figures for row in published.published()}
     assert len(figures) == 4 + 4 + 3 + 6
-    facts = entries()["cascadedmaskrcnn_dinat_s_tiny"].facts
+    facts = zoo_entries()["cascadedmaskrcnn_dinat_s_tiny"].facts
     found = figures["DiNAT_s", "Tiny"]
     assert (found["box_ap"], found["mask_ap"], found["box_macs"]) == (facts["box_ap"], facts["mask_ap"], facts["macs"])
-    assert found["miou"] == entries()["upernet_dinat_s_tiny"].facts["miou"]
+    assert found["miou"] == zoo_entries()["upernet_dinat_s_tiny"].facts["miou"]
     assert figures["Swin", "Base"]["top1"] == 83.5
 
 
