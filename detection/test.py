@@ -18,7 +18,7 @@ from natzoo import command_line
 
 
 def main(argv: list[str] | None = None):
-    from natzoo.openmmlab.options import DETECTION
+    from natzoo.openmmlab.runner import DETECTION
     from natzoo.openmmlab.test import main as test
 
     return test(DETECTION, argv)

@@ -19,7 +19,7 @@ from natzoo import command_line
 
 
 def main(argv: list[str] | None = None):
-    from natzoo.openmmlab.options import DETECTION
+    from natzoo.openmmlab.runner import DETECTION
     from natzoo.openmmlab.train import main as train
 
     return train(DETECTION, argv)

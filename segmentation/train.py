@@ -19,7 +19,7 @@ from natzoo import command_line
 
 
 def main(argv: list[str] | None = None):
-    from natzoo.openmmlab.options import SEGMENTATION
+    from natzoo.openmmlab.runner import SEGMENTATION
     from natzoo.openmmlab.train import main as train
 
     return train(SEGMENTATION, argv)

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from runs import ROOT, load_config, losses, run, tiny_mask2former
 
-from natzoo.openmmlab.panoptic import id2rgb, rgb2id
+from natzoo.openmmlab.panopticapi import id2rgb, rgb2id
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
 
