@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from classification.images import check_images
-from classification.ranks import Ranks
+from natzoo.classification.data.datasets import check_bad_images
+from natzoo.classification.distributed import World
 
 
 @torch.inference_mode()
@@ -22,7 +22,7 @@ def evaluate(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     skip_bad_images: bool = False,
-    ranks: Ranks | None = None,
+    world: World | None = None,
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent and the mean cross entropy over all readable images of all processes.
@@ -33,7 +33,7 @@ def evaluate(
         device: where to compute.
         autocast: the precision.
         skip_bad_images: whether to leave out images that cannot be read.
-        ranks: the processes, all of which must call this.
+        world: the processes, all of which must call this.
         between_batches: called before each batch, by all processes as many times; may raise.
 
     Returns:
@@ -42,21 +42,21 @@ def evaluate(
     Raises:
         ValueError: if an image cannot be read and they are not to be skipped, or if none can.
     """
-    ranks = ranks or Ranks()
+    world = world or World()
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # right, right among five, loss, images
     total = None if isinstance(loader.dataset, IterableDataset) else len(loader)  # of streams nobody knows
-    bar = tqdm(total=total, desc="evaluate", leave=False, disable=None if ranks.is_first else True)
+    bar = tqdm(total=total, desc="evaluate", leave=False, disable=None if world.is_main_process else True)
     batches = iter(loader)
     with bar:
         while True:
             batch = next(batches, None)
-            if ranks.sum(batch is not None) == [0]:  # shares differ in length
+            if world.sum(batch is not None) == [0]:  # shares differ in length
                 break
             between_batches()
             if batch is None:
                 continue
-            check_images(loader.dataset, skip_bad_images)
+            check_bad_images(loader.dataset, skip_bad_images)
             x_BCHW, target_B = (part.to(device, non_blocking=True) for part in batch)
             target_BT = target_B.reshape(len(target_B), -1)
             counts = (target_BT >= 0).any(1)
@@ -65,7 +65,7 @@ def evaluate(
                     logits_BK = model(x_BCHW[counts])
                 sums += _sums(logits_BK.float(), target_BT[counts])
             bar.update()
-    top1, top5, loss, count = ranks.sum(*sums.tolist())
+    top1, top5, loss, count = world.sum(*sums.tolist())
     if count == 0:
         raise ValueError(f"none of the images in {loader.dataset.where} can be read.")
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "count": int(count)}
@@ -101,7 +101,7 @@ def check_classes(images: Any, num_classes: int, are_named: bool) -> None:
         )
 
 
-class Flipped(nn.Module):
+class FlipTTA(nn.Module):
     """A model that sees each image and its mirror image, and averages the two logits."""
 
     def __init__(self, model: nn.Module):

@@ -28,7 +28,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def use_tensor_cores(device: torch.device) -> None:
+def enable_tf32(device: torch.device) -> None:
     """On a GPU: float32 matrix products in TF32, as in the published training, and the fastest convolutions."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -36,7 +36,7 @@ def use_tensor_cores(device: torch.device) -> None:
 
 
 @contextmanager
-def enough_memory(remedy: str) -> Iterator[None]:
+def explain_memory_errors(remedy: str) -> Iterator[None]:
     """Raises ValueError, saying what to do, where the block finds the memory full: the GPU's, or loading processes'."""
     try:
         yield
@@ -52,7 +52,7 @@ def enough_memory(remedy: str) -> Iterator[None]:
         ) from error
 
 
-def autocast_of(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+def autocast_context(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """The context of a forward pass for --amp none, bf16 or fp16."""
     if amp == "none":
         return nullcontext

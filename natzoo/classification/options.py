@@ -145,8 +145,13 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--model-ema-decay", type=float, default=0.9998, help="decay of that average")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--output", default="output", help="folder that holds one folder a run")
-    group.add_argument("--experiment", help="name of the run; the config's or the model's unless given")
+    group.add_argument(
+        "--work-dir", metavar="DIR", action=_WorkDir, help="folder of the run (default: output/<config or model name>)"
+    )
+    group.add_argument(
+        "--output", default="output", action=_WorkDir, help="alias: --output DIR --experiment NAME is DIR/NAME"
+    )
+    group.add_argument("--experiment", metavar="NAME", action=_WorkDir, help="alias: see --output")
     group.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="go on from the run's last checkpoint")
     group.add_argument("--save-interval", type=non_negative, default=0, help="updates between saves; 0: every epoch")
     group.add_argument("--keep-last", type=non_negative, default=0, help="last epochs whose checkpoints are kept too")
@@ -182,6 +187,15 @@ def _at_least(text: str, least: int) -> int:
     if number < least:
         raise ValueError(f"it must be at least {least}")
     return number
+
+
+class _WorkDir(argparse.Action):
+    """Store an option that names the run folder; --output and --experiment override a --work-dir given earlier."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        if self.dest != "work_dir":
+            namespace.work_dir = None
 
 
 class KeyValues(argparse.Action):

@@ -8,14 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from classification.ranks import Ranks
 from natzoo.checkpoints import read_checkpoint, write_checkpoint
 from natzoo.checkpoints.write import sync
+from natzoo.classification.distributed import World
 
 # Where things are and how they are shown does not matter to a run.
 _PLACES = (
-    *("data", "config", "output", "experiment", "resume", "device", "threads", "workers", "log_interval", "compile"),
-    *("save_interval", "keep_last", "grad_accum"),
+    *("data", "config", "work_dir", "output", "experiment", "resume", "device", "threads", "workers"),
+    *("log_interval", "compile", "save_interval", "keep_last", "grad_accum"),
 )
 # A run that goes on with another of these would not be the same run.
 _KEPT_OPTIONS = ("seed", "opt", "batch_size", "model_ema", "amp", "layer_decay", "decay_rpb")
@@ -27,11 +27,13 @@ KEYS = (
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """The run's folder."""
+    """Return the folder of the run: --work-dir, or --output and --experiment."""
+    if args.work_dir:
+        return Path(args.work_dir)
     return Path(args.output) / (args.experiment or (Path(args.config).stem if args.config else args.model))
 
 
-class Checkpoints:
+class CheckpointSaver:
     """last.pth, from which a run goes on; best.pth, the weights of the best epoch; and those of the last epochs.
 
     Each is written by the first process alone, whole or not at all.
@@ -39,26 +41,26 @@ class Checkpoints:
     Args:
         folder: the run's folder.
         keep: of how many epochs, the last ones, the checkpoint stays as epoch-N.pth.
-        ranks: the processes.
+        world: the processes.
     """
 
-    def __init__(self, folder: Path, keep: int, ranks: Ranks):
+    def __init__(self, folder: Path, keep: int, world: World):
         self.folder = folder
         self.keep = keep
-        self.ranks = ranks
+        self.world = world
         self.last, self.best = folder / "last.pth", folder / "best.pth"
 
     def save_last(self, state: dict[str, Any]) -> None:
-        if self.ranks.is_first:
+        if self.world.is_main_process:
             write_checkpoint(self.last, state)
 
     def save_best(self, weights: dict[str, Any]) -> None:
-        if self.ranks.is_first:
+        if self.world.is_main_process:
             write_checkpoint(self.best, weights)
 
     def keep_epoch(self, epoch: int) -> None:
         """Keeps last.pth as the checkpoint of that epoch, and removes older ones than the last `keep`."""
-        if not self.ranks.is_first or self.keep == 0:
+        if not self.world.is_main_process or self.keep == 0:
             return
         kept, temporary = self.folder / f"epoch-{epoch:04d}.pth", self.folder / ".epoch.pth.tmp"
         temporary.unlink(missing_ok=True)
@@ -74,7 +76,7 @@ class Checkpoints:
                 path.unlink()
 
 
-def to_resume(args: argparse.Namespace, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
+def load_resume_state(args: argparse.Namespace, world: World) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that --resume means, if any: its path and what it holds, made with the same options.
 
     On another number of processes, `args.grad_accum` is changed so that an update is of the same images.
@@ -88,11 +90,11 @@ def to_resume(args: argparse.Namespace, ranks: Ranks) -> tuple[Path, dict[str, A
     if args.resume == "auto" or _is_started_again(args, last):
         chosen = last if last.exists() else None
         if chosen is None:
-            ranks.say(f"the run begins: there is no {last} yet")
+            world.say(f"the run begins: there is no {last} yet")
     else:
         chosen = None if args.resume is None else Path(args.resume)
         if last.exists() and (chosen is None or chosen.resolve().parent != last.resolve().parent):
-            raise ValueError(f"{last} is there already: go on with it by --resume, or give the run a new --experiment.")
+            raise ValueError(f"{last} is there already: go on with it by --resume, or give the run a new --work-dir.")
     if chosen is None:
         return None
     state = read_checkpoint(chosen)
@@ -103,17 +105,17 @@ def to_resume(args: argparse.Namespace, ranks: Ranks) -> tuple[Path, dict[str, A
     for key in _KEPT_OPTIONS:
         _check_same(chosen, key, theirs.get(key), getattr(args, key))
     steps = theirs["grad_accum"] * state["processes"]
-    if steps % ranks.size:
+    if steps % world.size:
         raise ValueError(
-            f"{chosen} cannot be resumed by {ranks.size} processes: its updates are of {steps} batches of "
+            f"{chosen} cannot be resumed by {world.size} processes: its updates are of {steps} batches of "
             f"{args.batch_size} images, which they cannot share evenly."
         )
-    if args.grad_accum != steps // ranks.size:
-        args.grad_accum = steps // ranks.size
-        ranks.say(f"--grad-accum is {args.grad_accum}, to keep {steps * args.batch_size} images an update")
+    if args.grad_accum != steps // world.size:
+        args.grad_accum = steps // world.size
+        world.say(f"--grad-accum is {args.grad_accum}, to keep {steps * args.batch_size} images an update")
     for key, ours in vars(args).items():
         if theirs.get(key) != ours and key not in _PLACES:
-            ranks.say(f"resumed with another {key}: {ours!r} instead of {theirs.get(key)!r}")
+            world.say(f"resumed with another {key}: {ours!r} instead of {theirs.get(key)!r}")
     return chosen, state
 
 
@@ -134,7 +136,7 @@ def _check_same(path: Path, key: str, theirs: Any, ours: Any) -> None:
     if theirs != ours:
         raise ValueError(
             f"{path} cannot be resumed: its {key} is {_shown(theirs)}, but this run's is {_shown(ours)}: go on with "
-            "what it was made with, or give the run a new --experiment."
+            "what it was made with, or give the run a new --work-dir."
         )
 
 

@@ -3,67 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data import ImageNetInfo, create_transform, resolve_data_config
+from timm.data import ImageNetInfo
 from torch import nn
 
-import natzoo  # noqa: F401  registers the models
-from classification.options import KeyValues
-from natzoo.checkpoints import DownloadError, load_weights, locate, read_checkpoint, record_of, weights_of
+from natzoo.checkpoints import load_weights, locate, read_checkpoint, record_of, weights_of
 from natzoo.checkpoints.record import RECORD
-
-
-def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """timm.create_model with errors that help; arguments that are None are left to the model.
-
-    Raises:
-        ValueError: on a name that timm does not know, naming the nearest one; on arguments the model does not take.
-    """
-    if "/" not in name and not timm.is_model(name):
-        nearest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
-        raise ValueError(f"there is no model {name!r}: did you mean {nearest[0]!r}?")
-    try:
-        return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
-    except DownloadError:
-        raise
-    except OSError as error:
-        url = timm.get_pretrained_cfg(name).url
-        raise ValueError(
-            f"{url} could not be downloaded ({error}): check the network, or get it another way."
-        ) from error
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"model {name!r} cannot be made with {kwargs}: {error}.") from error
-
-
-def preprocessing(args: argparse.Namespace, model: nn.Module, record: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Size, crop and colours of evaluation: from the options, else from a checkpoint's record, else the model's own.
-
-    Returns:
-        input_size [channels, height, width] in pixels, crop_pct, interpolation, mean and std.
-    """
-    given = {name: getattr(args, name, None) for name in ("img_size", "crop_pct", "interpolation", "mean", "std")}
-    given = {key: value for key, value in given.items() if value is not None}
-    recorded = (record or {}).get("preprocessing", {})
-    if "img_size" in given:
-        recorded = {key: value for key, value in recorded.items() if key != "input_size"}
-    config = resolve_data_config({**recorded, **given}, model=model)
-    kept = ("input_size", "crop_pct", "interpolation", "mean", "std")
-    return {name: list(value) if isinstance(value := config[name], tuple) else value for name in kept}
-
-
-def evaluation_transform(config: dict[str, Any]):
-    """PIL image -> normalised tensor, as `preprocessing` says."""
-    return create_transform(is_training=False, **config)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model that a script is asked to use
-# ---------------------------------------------------------------------------------------------------------------------
+from natzoo.classification.factory import create_model
+from natzoo.classification.options import KeyValues
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +62,7 @@ def restore(
         ValueError: if neither the file nor `model_name` says which model it is of; or as `load_weights`.
         FileNotFoundError: if there is no such file.
     """
-    model, record = model_of(read_with_record(path)[0], path, model_name, kwargs)
+    model, record = create_from_checkpoint(read_with_record(path)[0], path, model_name, kwargs)
     return model.to(device).eval(), record
 
 
@@ -133,7 +83,7 @@ def read_with_record(path: str) -> tuple[dict[str, Any], Path]:
     return checkpoint if record is None else {"state_dict": checkpoint, RECORD: record}, source
 
 
-def model_of(
+def create_from_checkpoint(
     checkpoint: dict[str, Any], path: str, model_name: str | None = None, kwargs: dict[str, Any] | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The same of what `read_checkpoint` returned, on the CPU."""

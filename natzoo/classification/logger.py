@@ -17,7 +17,7 @@ COLUMNS = (
 )
 
 
-class RunLog:
+class RunLogger:
     """Writes a run's figures; one that goes on from an earlier epoch drops what came after it.
 
     Args:

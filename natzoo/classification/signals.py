@@ -18,8 +18,8 @@ class Interrupted(Exception):
     """Raised where a run leaves because of a signal."""
 
 
-class Watch:
-    """While entered, notes the signals instead of dying of them; from `heed_ctrl_c` on Ctrl-C too, but not a second.
+class SignalHandler:
+    """While entered, notes the signals instead of dying of them; from `handle_ctrl_c` on Ctrl-C too, but not a second.
 
     Attributes:
         received: the first signal, or None.
@@ -40,12 +40,12 @@ class Watch:
     def status(self) -> int:
         return 128 + (self.received or signal.SIGTERM)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():  # Python has signals handled there alone
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def heed_ctrl_c(self) -> None:
+    def handle_ctrl_c(self) -> None:
         """Makes Ctrl-C a signal to save and leave, where there is now something to save; a second one ends at once."""
         is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as in a shell's background
         if self._previous and not is_ignored and signal.SIGINT not in self._previous:
@@ -67,7 +67,7 @@ class Watch:
             raise KeyboardInterrupt
 
 
-def shield_worker(_: int = 0) -> None:
+def ignore_signals_in_worker(_: int = 0) -> None:
     """Makes a loading process deaf to the signals, unless its own parent sends SIGTERM to end it.
 
     They reach every process of a job. A loader that died of one would take the run with it in the middle of a step; one

@@ -6,10 +6,32 @@ import argparse
 from typing import Any
 
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import auto_augment, create_transform, resolve_data_config
+from torch import nn
 
 
-def augmentation(args: argparse.Namespace, config: dict[str, Any]):
+def preprocessing(args: argparse.Namespace, model: nn.Module, record: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Size, crop and colours of evaluation: from the options, else from a checkpoint's record, else the model's own.
+
+    Returns:
+        input_size [channels, height, width] in pixels, crop_pct, interpolation, mean and std.
+    """
+    given = {name: getattr(args, name, None) for name in ("img_size", "crop_pct", "interpolation", "mean", "std")}
+    given = {key: value for key, value in given.items() if value is not None}
+    recorded = (record or {}).get("preprocessing", {})
+    if "img_size" in given:
+        recorded = {key: value for key, value in recorded.items() if key != "input_size"}
+    config = resolve_data_config({**recorded, **given}, model=model)
+    kept = ("input_size", "crop_pct", "interpolation", "mean", "std")
+    return {name: list(value) if isinstance(value := config[name], tuple) else value for name in kept}
+
+
+def evaluation_transform(config: dict[str, Any]):
+    """PIL image -> normalised tensor, as `preprocessing` says."""
+    return create_transform(is_training=False, **config)
+
+
+def training_transform(args: argparse.Namespace, config: dict[str, Any]):
     """PIL image -> augmented, normalised tensor, as the options say.
 
     Raises:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 from typing import Any
 
+import timm
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
@@ -13,13 +15,38 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_lay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from classification.images import MODEL_SEED, seed_all
-from classification.models import create_model, preprocessing
-from classification.ranks import Ranks
-from natzoo.checkpoints import load_weights, locate, read_weights
+import natzoo  # noqa: F401  registers the models
+from natzoo.checkpoints import DownloadError, load_weights, locate, read_weights
+from natzoo.classification.data.datasets import MODEL_SEED, seed_all
+from natzoo.classification.data.transforms import preprocessing
+from natzoo.classification.distributed import World
 
 
-def build_model(args: argparse.Namespace, classes: list[str], ranks: Ranks) -> tuple[nn.Module, dict[str, Any]]:
+def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """timm.create_model with errors that help; arguments that are None are left to the model.
+
+    Raises:
+        ValueError: on a name that timm does not know, naming the nearest one; on arguments the model does not take.
+    """
+    if "/" not in name and not timm.is_model(name):
+        nearest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
+        raise ValueError(f"there is no model {name!r}: did you mean {nearest[0]!r}?")
+    try:
+        return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
+    except DownloadError:
+        raise
+    except OSError as error:
+        url = timm.get_pretrained_cfg(name).url
+        raise ValueError(
+            f"{url} could not be downloaded ({error}): check the network, or get it another way."
+        ) from error
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"model {name!r} cannot be made with {kwargs}: {error}.") from error
+
+
+def create_training_model(
+    args: argparse.Namespace, classes: list[str], world: World
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model, and the record by which validate.py and predict.py build it again."""
     num_classes = args.num_classes or len(classes)
     given = {"num_classes": num_classes, "drop_path_rate": args.drop_path, "pretrained": args.pretrained or None}
@@ -29,11 +56,11 @@ def build_model(args: argparse.Namespace, classes: list[str], ranks: Ranks) -> t
         seed_all(args.seed, MODEL_SEED)
         return create_model(args.model, {**args.model_kwargs, **given})
 
-    model = ranks.in_turn(create) if args.pretrained else create()
+    model = world.local_main_first(create) if args.pretrained else create()
     if args.initial_checkpoint:
-        weights = read_weights(ranks.in_turn(lambda: locate(args.initial_checkpoint)))
+        weights = read_weights(world.local_main_first(lambda: locate(args.initial_checkpoint)))
         for note in load_weights(model, weights, args.initial_checkpoint, new_classifier=True):
-            ranks.say(f"{args.initial_checkpoint}: {note}")
+            world.say(f"{args.initial_checkpoint}: {note}")
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing()
@@ -49,7 +76,7 @@ def build_model(args: argparse.Namespace, classes: list[str], ranks: Ranks) -> t
     return model, record
 
 
-def build_loss(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+def create_loss(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
     """Mixup, if any of it is on, and the loss that goes with it."""
     is_mixed = args.mixup > 0 or args.cutmix > 0
     if is_mixed and args.batch_size % 2:
@@ -71,12 +98,12 @@ def build_loss(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None
     return mixup if is_mixed else None, loss
 
 
-def peak_learning_rate(args: argparse.Namespace, images_per_update: int) -> float:
+def peak_lr(args: argparse.Namespace, images_per_update: int) -> float:
     """--lr, scaled by the images of an update if --lr-base-size asks for that."""
     return args.lr if args.lr_base_size is None else args.lr * images_per_update / args.lr_base_size
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:
+def create_optimizer(args: argparse.Namespace, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:
     """Any of timm's optimizers; parameters of one axis and those in model.no_weight_decay() are not decayed.
 
     Args:
@@ -88,7 +115,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, images_per_updat
         ValueError: if there is no such optimizer here, or it does not take these options.
     """
     _check_installed(args.opt)
-    lr = peak_learning_rate(args, images_per_update)
+    lr = peak_lr(args, images_per_update)
     extra = {key: value for key, value in (("eps", args.opt_eps), ("betas", args.opt_betas)) if value is not None}
     try:
         groups = _parameter_groups(args, model, lr)
@@ -133,7 +160,7 @@ def _check_installed(opt: str) -> None:
             raise ValueError(f"--opt {opt} needs the package {package}, which is not installed here.") from error
 
 
-def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
+def create_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
     """The scheduler of each update's learning rate, or None, and the number of epochs with the cooldown."""
     if args.sched != "none" and args.warmup_epochs >= args.epochs:
         raise ValueError(

@@ -22,14 +22,14 @@ from torch import nn
 from tqdm import tqdm
 
 import natten
-from classification.interruption import Interrupted, Watch
 from natten import dispatch
+from natzoo.classification.signals import Interrupted, SignalHandler
 from natzoo.command_line import MISTAKES
 
 T = TypeVar("T")
 
 
-class Ranks(NamedTuple):
+class World(NamedTuple):
     """Which process this is, and how many there are; `local` means on this machine."""
 
     rank: int = 0
@@ -38,7 +38,7 @@ class Ranks(NamedTuple):
     local_size: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that speaks and writes."""
         return self.rank == 0
 
@@ -48,7 +48,7 @@ class Ranks(NamedTuple):
 
     def say(self, text: str) -> None:
         """Prints a line, above a progress bar if there is one; the first process does."""
-        if self.is_first:
+        if self.is_main_process:
             tqdm.write(text.encode(errors="backslashreplace").decode())  # a file's name may be no UTF-8
 
     def sum(self, *values: float) -> list[float]:
@@ -60,14 +60,14 @@ class Ranks(NamedTuple):
         return sums.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of each process, in the order of their ranks; all must call it."""
+        """The value of each process, in the order of their world; all must call it."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
-    def in_turn(self, function: Callable[[], T]) -> T:
+    def local_main_first(self, function: Callable[[], T]) -> T:
         """The function's value, called by one process a machine before the others: what it downloads, they find."""
         if self.local_rank > 0:
             self.sum(0)
@@ -103,13 +103,13 @@ class Ranks(NamedTuple):
                         f"{remedy}."
                     )
 
-    def leave_on_signal(self, watch: Watch) -> None:
+    def raise_if_signalled(self, signal_handler: SignalHandler) -> None:
         """Raises Interrupted in all processes if any of them was told to end; all must call it."""
-        if self.sum(watch.received is not None) != [0]:
+        if self.sum(signal_handler.received is not None) != [0]:
             raise Interrupted
 
 
-def kernels(device: torch.device) -> dict[str, str]:
+def kernel_fingerprint(device: torch.device) -> dict[str, str]:
     """What computes attention in this process: backend, version and hash of natten's sources, version of torch."""
     probe = torch.empty(1, 7, 7, 1, 32, device=device)
     folder = Path(natten.__file__).parent
@@ -125,51 +125,51 @@ def kernels(device: torch.device) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def join(device: str, watch: Watch) -> Iterator[tuple[Ranks, str]]:
+def init_world(device: str, signal_handler: SignalHandler) -> Iterator[tuple[World, str]]:
     """Makes this process one of those that torchrun started, until the block ends.
 
     A mistake that all processes find is told by the first one alone; of one that another finds, its rank is told.
 
     Args:
         device: --device; "auto" and "cuda" become the GPU of this process.
-        watch: knows whether torchrun is ending this process.
+        signal_handler: knows whether torchrun is ending this process.
 
     Yields:
-        the ranks, and the device's name.
+        the world, and the device's name.
 
     Raises:
         ValueError: if there are fewer GPUs than processes on this machine, or all are sent to one.
     """
     if "RANK" not in os.environ:
-        yield Ranks(), device
+        yield World(), device
         return
-    ranks = Ranks(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    world = World(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
     try:
         is_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        if device.startswith("cuda:") and ranks.local_size > 1:
+        if device.startswith("cuda:") and world.local_size > 1:
             raise ValueError(f"--device {device} puts all processes on one GPU: use cuda, which gives each its own.")
         if is_cuda:
-            if torch.cuda.device_count() < ranks.local_size:
+            if torch.cuda.device_count() < world.local_size:
                 raise ValueError(
-                    f"{ranks.local_size} processes share {torch.cuda.device_count()} GPUs here: start one a GPU."
+                    f"{world.local_size} processes share {torch.cuda.device_count()} GPUs here: start one a GPU."
                 )
-            device = f"cuda:{ranks.local_rank}"
+            device = f"cuda:{world.local_rank}"
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
-        yield ranks, device
+        yield world, device
         dist.destroy_process_group()
     except SystemExit:
         dist.destroy_process_group()
         raise
     except MISTAKES as error:
-        if not ranks.is_first:
+        if not world.is_main_process:
             for _ in range(100):  # for the first one to find the same, whereupon torchrun ends this one
                 time.sleep(0.1)
-                if watch.received:
+                if signal_handler.received:
                     sys.exit(2)
-            print(f"on rank {ranks.rank}:", file=sys.stderr)
+            print(f"on rank {world.rank}:", file=sys.stderr)
         raise error
     except RuntimeError as error:
         if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
             raise
-        sys.exit(f"rank {ranks.rank} lost another process, which has ended: its message, if any, says why.")
+        sys.exit(f"rank {world.rank} lost another process, which has ended: its message, if any, says why.")
