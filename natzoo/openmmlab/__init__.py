@@ -1,7 +1,7 @@
 """NAT, DiNAT and DiNAT_s for mmdet and mmseg, on current PyTorch and without compiled mmcv.
 
-Import this package before mmdet or mmseg. It registers the backbones with mmengine and provides two modules that mmdet
-and mmseg import but that cannot be installed:
+Import this package before mmdet or mmseg. It registers the backbones with mmengine, lets mmengine load checkpoints by
+published name, and provides two modules that mmdet and mmseg import but that cannot be installed:
 
 - `mmcv._ext`, the compiled operators of mmcv: mmcv does not compile against current PyTorch, and mmcv-lite leaves the
   module out. operators.py implements it with torchvision.
@@ -47,6 +47,7 @@ class _ReplacementFinder(MetaPathFinder):
 
 sys.meta_path.append(_ReplacementFinder())  # last, so that an installed module is found first
 
-from natzoo.openmmlab.backbones import NAT, DiNAT_s  # noqa: E402  may import mmcv.ops, so it follows the finder
+from natzoo.openmmlab import checkpoints  # noqa: E402, F401  lets mmengine load published names
+from natzoo.openmmlab.backbones import NAT, DiNAT_s  # noqa: E402
 
 __all__ = ["NAT", "DiNAT_s"]
