@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from natten import nvrtc
+from natten.backends.cuda import nvrtc
 
 _DEFAULT_SHARED_BYTES = 48 << 10  # what a block may have unasked
 

@@ -16,13 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from natten import cuda_driver, nvrtc
-from natten.backends.compiled import DTYPES, TENSORS, Problems, check_layout, refuses_kind, warn
-from natten.backends.cuda_tiles import Tile, choose_tile
-from natten.cuda_driver import Kernel
+from natten.backends.cuda import driver, nvrtc
+from natten.backends.cuda.driver import Kernel
+from natten.backends.cuda.tiles import Tile, choose_tile
+from natten.backends.kernels import DTYPES, TENSORS, KernelBackend, check_layout, unsupported_input, warn_fallback
 from natten.geometry import Axis, check_rpb
 from natten.memo import remember
-from natten.precision import may_round_float32
 
 NAME = "cuda"
 LEAST_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
@@ -43,18 +42,18 @@ _LEAST_SCALE = 1e-30
 _MOST_SHORT_STEP = 2**31 // 32 - 1  # bytes from a token to the next of its residue class; kernels go 32 at a time
 
 
-def refuses(query: Tensor) -> str | None:
+def unsupported_reason(query: Tensor) -> str | None:
     """Why this backend cannot take a call with such a query (or value), or None if it can."""
     device = query.device
     if device.type == "mps":
-        return warn(f"there are no kernels for {device.type}")
+        return warn_fallback(f"there are no kernels for {device.type}")
     if device.type != "cuda":
         return f"the tensors are on {device}"
-    reason = refuses_kind(query)
+    reason = unsupported_input(query)
     if reason is not None:
         return reason
     reason = _lacks(device.index)
-    return reason if reason is None else warn(reason)
+    return reason if reason is None else warn_fallback(reason)
 
 
 @cache
@@ -64,18 +63,18 @@ def _lacks(device: int) -> str | None:
         return "there are no kernels for ROCm"
     gpu = _properties(device)
     capability = gpu.major, gpu.minor
-    reason = refuses_capability(capability)
+    reason = unsupported_capability(capability)
     if reason is not None:
         return reason
     try:
         nvrtc.architecture(capability)
-        cuda_driver.bindings()
+        driver.bindings()
     except (nvrtc.Unavailable, ImportError) as error:
         return str(error).removesuffix(".")
     return None
 
 
-def refuses_capability(capability: tuple[int, int]) -> str | None:
+def unsupported_capability(capability: tuple[int, int]) -> str | None:
     """Why there are no kernels for a GPU of that compute capability, or None if there are."""
     if capability >= LEAST_CAPABILITY:
         return None
@@ -83,6 +82,11 @@ def refuses_capability(capability: tuple[int, int]) -> str | None:
 
 
 _properties = cache(torch.cuda.get_device_properties)
+
+
+def may_round_float32() -> bool:
+    """Return whether PyTorch may compute products of float32 matrices on GPUs in TF32, with 10 bits of fraction."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _with_aligned_rows(x: Tensor) -> Tensor:
@@ -114,17 +118,17 @@ class Plan(NamedTuple):
     partial: int
 
 
-def _run(kind: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor | None) -> Tensor | None:
-    """Launches the kernels of a kind of problem on heads-last tensors; returns rpb's gradient if it has one."""
+def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor | None) -> Tensor | None:
+    """Launches the kernels of a op of problem on heads-last tensors; returns rpb's gradient if it has one."""
     shaped = tensors["QUERY"] if "QUERY" in tensors else tensors["VALUE"]
-    if kind == "attention_backward":
+    if op == "attention_backward":
         tensors["DELTA"] = torch.empty_like(tensors["LSE"], memory_format=torch.contiguous_format)
     is_ordered = torch.are_deterministic_algorithms_enabled()
     is_rounded = shaped.dtype == torch.float32 and may_round_float32()
-    plan = _plan(kind, shaped, axes, scale, rpb, is_ordered, is_rounded, tuple(tensors), *tensors.values())
+    plan = _plan(op, shaped, axes, scale, rpb, is_ordered, is_rounded, tuple(tensors), *tensors.values())
     table = None if rpb is None else rpb.detach().float().contiguous()
     partial = grad_rpb = None
-    if kind.endswith("_backward") and rpb is not None:
+    if op.endswith("_backward") and rpb is not None:
         make = rpb.new_empty if plan.steps else rpb.new_zeros
         grad_rpb = make(rpb.shape, dtype=torch.float32)
         partial = grad_rpb.new_empty(plan.partial)
@@ -133,18 +137,18 @@ def _run(kind: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
         if x is not None:
             addresses.append((place, x.data_ptr()))
     if len(plan.steps) > 1:
-        cuda_driver.prepare([step.kernel for step in plan.steps], shaped.device.index)
+        driver.prepare([step.kernel for step in plan.steps], shaped.device.index)
     for step in plan.steps:
         parameters = (ctypes.c_int64 * (_PARAMS.size // 8)).from_buffer_copy(step.parameters)
         for place, address in addresses:
             parameters[place] = address
-        cuda_driver.launch(step.kernel, step.blocks, parameters, shaped.device.index)
+        driver.launch(step.kernel, step.blocks, parameters, shaped.device.index)
     return None if grad_rpb is None else grad_rpb.to(rpb.dtype)
 
 
 @remember
 def _plan(
-    kind: str,
+    op: str,
     shaped: Tensor,
     axes: tuple[Axis, ...],
     scale: float,
@@ -167,27 +171,27 @@ def _plan(
     gpu = _properties(shaped.device)
     planner = _Planner(shaped, axes, scale, rpb is not None, is_ordered, is_rounded, given, gpu)
     if shaped.numel():
-        getattr(planner, kind)()
+        getattr(planner, op)()
     return Plan(tuple(planner.steps), planner.partial)
 
 
-def launches(kind: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) -> tuple[Step, ...]:
+def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) -> tuple[Step, ...]:
     """What would be launched for a problem on a GPU that need not be here.
 
     Args:
-        kind: "attention" or "attention_backward".
+        op: "attention" or "attention_backward".
         shaped: a query of the problem, heads last, on any device.
         gpu: has `major`, `minor`, `multi_processor_count` and `shared_memory_per_block_optin`, as torch names them.
     """
     is_ordered = torch.are_deterministic_algorithms_enabled()
     planner = _Planner(shaped, axes, 1.0, has_rpb, is_ordered, may_round_float32(), {}, gpu)
     if shaped.numel():
-        getattr(planner, kind)()
+        getattr(planner, op)()
     return tuple(planner.steps)
 
 
 class _Planner:
-    """Adds up the launches of a problem: one method for each kind."""
+    """Adds up the launches of a problem: one method for each op."""
 
     def __init__(self, shaped: Tensor, axes, scale, has_rpb: bool, is_ordered: bool, is_rounded: bool, tensors, gpu):
         self.axes = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
@@ -239,22 +243,22 @@ class _Planner:
             self._add_sum(parts)
 
     def query_key(self) -> None:
-        self._add_group("halves.cu", "natten_query_key")
+        self._add_group("unfused.cu", "natten_query_key")
 
     def query_key_backward(self) -> None:
-        self._add_group("halves.cu", "natten_query_key_grad_query")
-        self._add_group("halves.cu", "natten_query_key_grad_key")
+        self._add_group("unfused.cu", "natten_query_key_grad_query")
+        self._add_group("unfused.cu", "natten_query_key_grad_key")
         if self.has_rpb:
             parts = self._parts(self._group_size())
-            self._add_group("halves.cu", "natten_query_key_grad_rpb", parts)
+            self._add_group("unfused.cu", "natten_query_key_grad_rpb", parts)
             self._add_sum(parts)
 
     def weight_value(self) -> None:
-        self._add_group("halves.cu", "natten_weight_value")
+        self._add_group("unfused.cu", "natten_weight_value")
 
     def weight_value_backward(self) -> None:
-        self._add_group("halves.cu", "natten_weight_value_grad_weight")
-        self._add_group("halves.cu", "natten_weight_value_grad_value")
+        self._add_group("unfused.cu", "natten_weight_value_grad_weight")
+        self._add_group("unfused.cu", "natten_weight_value_grad_value")
 
     # Launches
 
@@ -346,7 +350,7 @@ class _Planner:
 # What natten/dispatch.py asks for
 # ---------------------------------------------------------------------------------------------------------------------
 
-_problems = Problems(_run, _with_aligned_rows)
-attention, attention_backward = _problems.attention, _problems.attention_backward
-query_key, query_key_backward = _problems.query_key, _problems.query_key_backward
-weight_value, weight_value_backward = _problems.weight_value, _problems.weight_value_backward
+_backend = KernelBackend(launch, _with_aligned_rows)
+attention, attention_backward = _backend.attention, _backend.attention_backward
+query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
+weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward

@@ -1,7 +1,8 @@
-"""The cpu backend: fused kernels in C++ (natten/csrc/cpu), compiled for this machine by natten/build.py.
+"""The cpu backend: kernels in C++ (natten/csrc/cpu), compiled for this machine by natten/backends/cpu/build.py.
 
-Python passes a plan, which describes a problem down to the strides of its tensors, and the tensors' addresses. Plans
-are kept, since making one costs more than a small problem takes. Inputs must be finite, as for the reference.
+A call passes two structures to C++: a plan, which describes the problem and the strides of its tensors, and the
+addresses of the tensors. Plans are cached, because making one takes longer than solving a small problem. Inputs must be
+finite, as for the reference backend.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from struct import Struct
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from natten.backends.compiled import (
+from natten.backends.cpu import build
+from natten.backends.kernels import (
     DTYPES,
     TENSORS,
-    Problems,
+    KernelBackend,
     check_layout,
-    refuses_kind,
-    warn,
+    unsupported_input,
+    warn_fallback,
     with_contiguous_rows,
 )
 from natten.geometry import Axis, check_rpb
@@ -30,6 +31,7 @@ from natten.memo import remember
 
 NAME = "cpu"
 
+# The structures of csrc/cpu/plan.h.
 _PLAN = Struct(f"=4q 15q d {len(TENSORS) * 5}q")
 _ADDRESSES = Struct(f"{len(TENSORS)}P")
 _ARGUMENTS = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
@@ -37,30 +39,18 @@ _NO_AXIS = (1, 1, 1, 1, 0)
 _NO_STRIDES = (0,) * 5
 
 
-def refuses(query: Tensor) -> str | None:
-    """Why this backend cannot take a call with such a query (or value), or None if it can."""
+def unsupported_reason(query: Tensor) -> str | None:
+    """Return why this backend cannot run a call with such a query (or value), or None if it can."""
     if query.device.type != "cpu":
         return f"the tensors are on {query.device}"
-    reason = refuses_kind(query)
+    reason = unsupported_input(query)
     if reason is not None:
         return reason
     try:
-        _library()
+        build.cpu_library()
     except RuntimeError as error:
-        return warn(str(error).removesuffix("."))
+        return warn_fallback(str(error))
     return None
-
-
-def _library() -> ctypes.CDLL:
-    return _build().cpu_library()
-
-
-@cache
-def _build() -> ModuleType:
-    """natten.build, imported late so that `python -m natten.build` is not imported before it runs."""
-    from natten import build
-
-    return build
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,29 +62,37 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _run(kind: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor | None) -> Tensor | None:
-    """Solves a problem on heads-last tensors, named as in TensorName; returns rpb's gradient if it has one."""
+def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor | None) -> Tensor | None:
+    """Run one op in C++; see `KernelBackend` for the arguments.
+
+    Returns:
+        The gradient of rpb, or None if the op has none.
+
+    Raises:
+        MemoryError: if the kernels cannot allocate their workspace.
+        RuntimeError: if they fail for another reason.
+    """
     shaped = tensors["QUERY"] if "QUERY" in tensors else tensors["VALUE"]
     table = grad_rpb = None
     if rpb is not None:
         table = rpb.float().contiguous()
-        if kind.endswith("_backward"):
+        if op.endswith("_backward"):
             grad_rpb = rpb.new_empty(rpb.shape, dtype=torch.float32)
     plan = _plan(shaped, axes, scale, rpb, tuple(tensors), *tensors.values())
     addresses = _ADDRESSES.pack(*[_address(tensors.get(name)) for name in TENSORS])
-    failed = _function(_library(), kind)(plan, addresses, _address(table), _address(grad_rpb), _threads())
-    if failed == 1:
-        raise MemoryError(f"natten's CPU kernels ran out of memory on tensors of shape {tuple(shaped.shape)}.")
-    if failed:
+    status = _function(build.cpu_library(), op)(plan, addresses, _address(table), _address(grad_rpb), _threads())
+    if status == 1:
+        raise MemoryError(f"natten's CPU kernels ran out of memory on tensors of shape {tuple(shaped.shape)}")
+    if status:
         raise RuntimeError(
-            f"natten's CPU kernels failed on tensors of shape {tuple(shaped.shape)}: set backend='reference'."
+            f"natten's CPU kernels failed on tensors of shape {tuple(shaped.shape)}; use backend='reference'"
         )
     return None if grad_rpb is None else grad_rpb.to(rpb.dtype)
 
 
 @cache
-def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
-    function = getattr(library, f"natten_{name}")
+def _function(library: ctypes.CDLL, op: str) -> Callable[..., int]:
+    function = getattr(library, f"natten_{op}")
     function.argtypes, function.restype = _ARGUMENTS, ctypes.c_int
     return function
 
@@ -103,15 +101,15 @@ def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
 def _plan(
     shaped: Tensor, axes: tuple[Axis, ...], scale: float, rpb: Tensor | None, names: tuple, *tensors: Tensor | None
 ) -> bytes:
-    """A plan for the named tensors, on a map whose query or value is `shaped`.
+    """Return the plan of a problem whose query (or value) is `shaped`, for the named tensors.
 
     Raises:
-        ValueError: if one does not go with that: an operator called past the public functions, which check first.
+        ValueError: if a tensor does not match `shaped`.
     """
     check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
-    no_axes = 3 - len(axes)
+    missing_axes = 3 - len(axes)
     values = [DTYPES[shaped.dtype], shaped.shape[0], shaped.shape[-2], shaped.shape[-1]]
-    values += (*_NO_AXIS * no_axes, *(int(value) for axis in axes for value in axis))
+    values += (*_NO_AXIS * missing_axes, *(int(value) for axis in axes for value in axis))
     values.append(scale)
     given = dict(zip(names, tensors, strict=True))
     for name in TENSORS:
@@ -121,7 +119,7 @@ def _plan(
             continue
         check_layout(name, x, shaped, axes)
         strides = x.stride()
-        values += strides[0], *(0,) * no_axes, *strides[1 : len(axes) + 2]
+        values += strides[0], *(0,) * missing_axes, *strides[1 : len(axes) + 2]
     return _PLAN.pack(*values)
 
 
@@ -138,15 +136,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def _threads() -> int:
-    """PyTorch's number; one in a forked process, which OpenMP's threads did not follow."""
+    """Return PyTorch's number of threads, or 1 in a forked process, where OpenMP's threads do not exist."""
     return 1 if _is_forked else torch.get_num_threads()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What natten/dispatch.py asks for
+# The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
-_problems = Problems(_run, with_contiguous_rows)
-attention, attention_backward = _problems.attention, _problems.attention_backward
-query_key, query_key_backward = _problems.query_key, _problems.query_key_backward
-weight_value, weight_value_backward = _problems.weight_value, _problems.weight_value_backward
+_backend = KernelBackend(launch, with_contiguous_rows)
+attention, attention_backward = _backend.attention, _backend.attention_backward
+query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
+weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward

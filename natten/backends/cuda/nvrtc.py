@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from natten import cache
+from natten.backends import cache
 
-SOURCES = Path(__file__).parent / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 FLAGS = ("--std=c++17", "--extra-device-vectorization")
 
 log = logging.getLogger("natten")
