@@ -18,9 +18,9 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from tqdm import tqdm
 
-from classification.options import positive
 from natten.geometry import Axis, make_axes
 from natten.geometry.drawing import PALETTES, Palette, Part, add_legend, axis_window, draw_parts, parts_of
+from natzoo.classification.options import positive
 from pictures.overlay import panels
 
 HELP = "the window of a query, plain, dilated, causal and with a stride: PNG, or GIF of the sliding window"

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from classification.devices import pick_device
-from classification.images import read_image
-from classification.models import evaluation_transform
-from classification.options import positive
+from natzoo.classification.data.datasets import read_image
+from natzoo.classification.data.transforms import evaluation_transform
+from natzoo.classification.device import pick_device
+from natzoo.classification.options import positive
 from pictures.models import Contestant, contestant
 from pictures.models import add_options as add_model_options
 from pictures.overlay import panels
