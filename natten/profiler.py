@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import natten.flops  # noqa: F401  teaches FlopCounterMode
-from natten import dispatch, functional
+from natten import backends, functional
 from natten.backends import cuda, reference
-from natten.backends.compiled import refuses_kind
+from natten.backends.kernels import unsupported_input
 from natten.command_line import Parser, causal_axes, numbers
 from natten.geometry import WINDOW_PADDINGS, Axis, make_axes, per_axis
 from natten.version import __version__
@@ -138,7 +138,7 @@ def plan(problem: Problem, device: torch.device, backend: str | None, with_backw
         ValueError: if there is no such problem, or the backend asked for cannot take it.
     """
     tensors = problem.tensors("meta")
-    with dispatch.use_backend(None), _OperatorCalls() as calls, FlopCounterMode(display=False) as forward:
+    with backends.use_backend(None), _OperatorCalls() as calls, FlopCounterMode(display=False) as forward:
         out = problem.call(tensors, None)
     work = {"forward": Work(forward.get_total_flops() / 1e9, _gbytes(out, *tensors.values()))}
     if with_backward:
@@ -168,9 +168,9 @@ def _gbytes(*tensors: Tensor) -> float:
 
 def _choose(query: Tensor, backend: str | None) -> tuple[str, dict[str, str]]:
     """The backend that takes a query on its device, and why those before it do not."""
-    chosen = dispatch.choose(query, backend)
-    before = dispatch.LADDER[: dispatch.LADDER.index(chosen)] if backend is None else ()
-    return chosen.NAME, {module.NAME: module.refuses(query) for module in before}
+    chosen = backends.choose(query, backend)
+    before = backends.LADDER[: backends.LADDER.index(chosen)] if backend is None else ()
+    return chosen.NAME, {module.NAME: module.unsupported_reason(query) for module in before}
 
 
 def _choose_for(query: Tensor, gpu, backend: str | None) -> tuple[str, dict[str, str]]:
@@ -179,7 +179,7 @@ def _choose_for(query: Tensor, gpu, backend: str | None) -> tuple[str, dict[str,
         return reference.NAME, {}
     if backend not in (None, cuda.NAME):
         raise ValueError(f"backend {backend!r} cannot take this call: the tensors are on cuda.")
-    reason = refuses_kind(query) or cuda.refuses_capability((gpu.major, gpu.minor))
+    reason = unsupported_input(query) or cuda.unsupported_capability((gpu.major, gpu.minor))
     if reason is None:
         return cuda.NAME, {}
     if backend is not None:
@@ -376,7 +376,7 @@ def _parser() -> Parser:
     parser.add_argument("--backward", "--backprop", action="store_true", help="the backward pass too")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is a GPU)")
-    parser.add_argument("--backend", choices=dispatch.NAMES, help="(default: the fastest that can)")
+    parser.add_argument("--backend", choices=backends.NAMES, help="(default: the fastest that can)")
     parser.add_argument("--dry-run", action="store_true", help="only say which backend, kernels and tiles would run")
     parser.add_argument("--capability", metavar="X.Y", help="with --dry-run: for a GPU of this compute capability")
     parser.add_argument("--repeats", type=_positive, default=20, metavar="N", help="samples (default: 20)")
@@ -486,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         problem, (device, gpu) = read_problem(args), find_device(args)
-        backend = dispatch.requested(args.backend)
+        backend = backends.requested(args.backend)
         found = plan(problem, device, backend, args.backward, gpu)
         rows = [] if args.dry_run else measure(problem, device, backend, found.work, args.repeats)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Times the tiles that a CUDA kernel may take, to see whether natten/backends/cuda_tiles.py chooses well.
+"""Times the tiles that a CUDA kernel may take, to see whether natten/backends/cuda/tiles.py chooses well.
 
     python tools/gpu_tiles.py b128_56x56_h2_d32_k7 b128_14x14_h8_d32_k7 --most 12
     python tools/gpu_tiles.py b128_56x56_h2_d32_k7 --dry-run --capability 9.0
@@ -26,9 +26,9 @@ from benchmarks import ops  # noqa: E402
 from gpu_checks.check import Check, kernels_of  # noqa: E402
 from gpu_checks.operators import operator_calls  # noqa: E402
 
-from natten import cuda_driver  # noqa: E402
 from natten.backends import cuda  # noqa: E402
-from natten.backends.cuda_tiles import KINDS, Tile, tiles_and_costs  # noqa: E402
+from natten.backends.cuda import driver  # noqa: E402
+from natten.backends.cuda.tiles import KINDS, Tile, tiles_and_costs  # noqa: E402
 from natten.profiler import find_gpu  # noqa: E402
 
 
@@ -74,7 +74,7 @@ def compile_all(case: ops.Case, kind: str, tiles: list[Tile], gpu) -> None:
     for tile in tiles:
         with taking(kind, tile):
             kernels |= kernels_of(query, case.axes, case.has_rpb, gpu)
-    cuda_driver.machine_codes(kernels, (gpu.major, gpu.minor))
+    driver.machine_codes(kernels, (gpu.major, gpu.minor))
 
 
 def main(argv: list[str] | None = None) -> int:

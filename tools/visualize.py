@@ -15,10 +15,8 @@ python tools/visualize.py COMMAND --help
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from figures import attention, curves, neighborhood, receptive_field, saliency, token
 from figures.style import save, theme_paths, themed, to_png
 

@@ -11,7 +11,7 @@ from figures.style import THEMES, log_ticks, themed
 from matplotlib.text import Text
 from PIL import Image
 
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints import zoo_entries
 
 
 @pytest.mark.parametrize("name", plot.FIGURES)
@@ -68,8 +68,8 @@ def test_figures_are_written(tmp_path):
 def test_published_results_equal_the_zoo_and_peers_csv():
     figures = {(row.family, row.size): row.figures for row in published.published()}
     assert len(figures) == 4 + 4 + 3 + 6
-    facts = entries()["cascadedmaskrcnn_dinat_s_tiny"].facts
+    facts = zoo_entries()["cascadedmaskrcnn_dinat_s_tiny"].facts
     found = figures["DiNAT_s", "Tiny"]
     assert (found["box_ap"], found["mask_ap"], found["box_macs"]) == (facts["box_ap"], facts["mask_ap"], facts["macs"])
-    assert found["miou"] == entries()["upernet_dinat_s_tiny"].facts["miou"]
+    assert found["miou"] == zoo_entries()["upernet_dinat_s_tiny"].facts["miou"]
     assert figures["Swin", "Base"]["top1"] == 83.5

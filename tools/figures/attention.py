@@ -15,12 +15,13 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from classification.devices import pick_device
-from classification.images import read_image
-from classification.models import add_model_options, class_names, evaluation_transform, preprocessing, requested_model
 from figures.overlay import add_color_scale, mark_token, overlay, to_image
 from figures.style import Theme, image_grid
 from natzoo.attention import attention_layers, layer_inputs, token_weights
+from natzoo.classification.data.datasets import read_image
+from natzoo.classification.data.transforms import evaluation_transform, preprocessing
+from natzoo.classification.device import pick_device
+from natzoo.classification.inference import add_model_options, class_names, requested_model
 
 HELP = "evidence for a prediction, and the attention of the token with the most evidence"
 

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from classification.models import class_names, create_model, preprocessing, restore
+from natzoo.classification.data.transforms import preprocessing
+from natzoo.classification.factory import create_model
+from natzoo.classification.inference import class_names, restore
 
 RANDOM = "random weights"
 

@@ -18,10 +18,10 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from tqdm import tqdm
 
-from classification.options import positive
 from figures.style import Theme, image_grid
 from natten.geometry import Axis, make_axes
 from natten.geometry.drawing import Palette, Part, add_legend, axis_window, draw_parts, parts_of
+from natzoo.classification.options import positive
 
 HELP = "the window of a query, plain, dilated, causal and strided, as PNG or as animated GIF"
 FRAME_MS = 120

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 
 from figures.style import WIDTH, Theme, linear_ticks, log_ticks, open_frame
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints import zoo_entries
 
 PEERS = Path(__file__).resolve().parents[2] / "assets" / "published" / "peers.csv"
 SIZES = ("Mini", "Tiny", "Small", "Base")  # trained on ImageNet-1K only; the Large models were pretrained on more
@@ -44,7 +44,7 @@ def published() -> list[Published]:
         Published(family, size, name, _zoo_figures(name))
         for family, pattern in _FAMILIES.items()
         for size in SIZES
-        if (name := pattern.format(size.lower())) in entries()
+        if (name := pattern.format(size.lower())) in zoo_entries()
     ]
     with PEERS.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -55,8 +55,8 @@ def published() -> list[Published]:
 
 
 def _zoo_figures(backbone: str) -> dict[str, float]:
-    figures = {name: entries()[backbone].facts[name] for name in ("params", "macs", "top1")}
-    for entry in entries().values():
+    figures = {name: zoo_entries()[backbone].facts[name] for name in ("params", "macs", "top1")}
+    for entry in zoo_entries().values():
         facts = entry.facts
         if facts.get("backbone") == backbone and facts.get("model") == "cascade_mask_rcnn":
             figures |= {"box_ap": facts["box_ap"], "mask_ap": facts["mask_ap"], "box_macs": facts["macs"]}

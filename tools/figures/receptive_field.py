@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from classification.devices import pick_device
-from classification.images import read_image
-from classification.models import evaluation_transform
-from classification.options import positive
 from figures.models import LoadedModel, load_model
 from figures.models import add_options as add_model_options
 from figures.style import Theme, image_grid
+from natzoo.classification.data.datasets import read_image
+from natzoo.classification.data.transforms import evaluation_transform
+from natzoo.classification.device import pick_device
+from natzoo.classification.options import positive
 
 HELP = "effective receptive field of the center token of each stage, for several models"
 STAGES = 4  # number of feature maps shown for models that return one per block

@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from classification.devices import pick_device
-from classification.images import read_image
-from classification.models import evaluation_transform
-from classification.options import positive
 from figures.models import LoadedModel, load_model
 from figures.models import add_options as add_model_options
 from figures.style import Theme, image_grid
+from natzoo.classification.data.datasets import read_image
+from natzoo.classification.data.transforms import evaluation_transform
+from natzoo.classification.device import pick_device
+from natzoo.classification.options import positive
 
 HELP = "saliency maps of several models: the pixels that change the score of the predicted class"
 NOISE = 0.1  # standard deviation of the noise, relative to the value range of the input

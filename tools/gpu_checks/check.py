@@ -13,7 +13,7 @@ from torch import Tensor
 
 import natten
 from natten.backends import cuda
-from natten.cuda_driver import Kernel
+from natten.backends.cuda.driver import Kernel
 from natten.geometry import make_axes
 
 

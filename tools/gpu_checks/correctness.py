@@ -7,7 +7,7 @@ import time
 import torch
 
 import natten
-from natten import cuda_driver
+from natten.backends.cuda import driver
 
 from .check import Check, make_inputs, run_step
 from .random_problems import random_problems
@@ -40,7 +40,7 @@ def _first_call(check: Check, what: str) -> None:
         check.synchronize()
         times.append(time.perf_counter() - start)
         if not check.rehearse:
-            cuda_driver._functions.clear()  # the next finds it in the cache
+            driver._functions.clear()  # the next finds it in the cache
     check.row("correctness", what, f"forward {times[0]:.2f} s, kept {times[1] * 1e3:.0f} ms")
 
 

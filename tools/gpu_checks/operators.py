@@ -9,7 +9,7 @@ import torch
 from benchmarks import ops
 from benchmarks.entry import Entry, Setting
 
-from natten import dispatch
+from natten import backends
 
 from .check import PRECISIONS, Check, float32_products, make_inputs
 
@@ -74,7 +74,7 @@ def operator_calls(check: Check, case, dtype: torch.dtype) -> tuple[list[Callabl
     for seed in range(max(2, min(6, -(-2 * L2_BYTES // bytes_of_qkv)))):
         qkv, rpb = make_inputs(check, *shape, dtype, seed, case.has_rpb)
         given = (*qkv.unbind(-3), rpb)
-        module = dispatch.choose(given[0], check.backend)
+        module = backends.choose(given[0], check.backend)
         out, lse = module.attention(*given, case.axes, scale)
         forward.append(lambda module=module, given=given: module.attention(*given, case.axes, scale))
         saved = (torch.randn_like(out), None, *given, out, lse)

@@ -6,7 +6,8 @@ import time
 
 import torch
 
-from natten import cuda_driver, profiler
+from natten import profiler
+from natten.backends.cuda import driver
 from natten.geometry import make_axes
 
 from .check import PRECISIONS, Check, float32_products, kernel_size_of, kernels_of, make_inputs, run_step
@@ -46,7 +47,7 @@ def _compile_ahead(check: Check, cells) -> None:
         return
     start, gpu = time.monotonic(), torch.cuda.get_device_properties(0)
     kernels = _kernels(cells, gpu)
-    cuda_driver.machine_codes(kernels, (gpu.major, gpu.minor))
+    driver.machine_codes(kernels, (gpu.major, gpu.minor))
     check.row("correctness", "compilation", f"{len(kernels)} kernels in {time.monotonic() - start:.0f} s, on all cores")
 
 
