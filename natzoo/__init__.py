@@ -1,4 +1,4 @@
-"""Every Neighborhood Attention Transformer; importing this package registers them all with timm."""
+"""Neighborhood Attention Transformers; importing this package registers all models with timm."""
 
 from natten import __version__
 from natzoo import models
