@@ -1,27 +1,34 @@
 #!/usr/bin/env bash
-# Trains on N GPUs of this machine, or on N of each of several machines.
+# Train on several GPUs of this machine, or of several machines.
 #
-#   bash classification/dist_train.sh N CONFIG [DATA] [options of train.py]
-#   bash classification/dist_train.sh 8 configs/classification/nat_mini.yml IMAGENET --amp bf16
+#   bash classification/dist_train.sh CONFIG GPUS [DATA] [options of train.py]
+#   bash classification/dist_train.sh configs/classification/nat_mini.yml 8 IMAGENET --amp bf16
 #
-#   MAX_RESTARTS=3      start again after a process died, from the last checkpoint: implies --resume
-#   NNODES=4            several machines; the same command on each, with one of them, and a free port, as meeting point:
-#   RDZV_ENDPOINT=host:29500
-#   RDZV_ID=name        tells jobs apart that meet at the same place
-#   PYTHON=python3      the interpreter
+# GPUS is the number of processes per machine, one per GPU. The former order, GPUS CONFIG, also works.
 #
-# SIGTERM, SIGUSR1 and Ctrl-C make the run save and leave, within PET_SHUTDOWN_TIMEOUT seconds (60). The exit status is
-# that of the process that failed first, 2 for a mistake, or 128 + the signal's number.
+# Environment variables:
+#   MAX_RESTARTS=3                Restart from the last checkpoint after a process dies; implies --resume.
+#   NNODES=4                      Number of machines. Run the same command on each of them.
+#   RDZV_ENDPOINT=host:29500      One of the machines and a free port; required if NNODES > 1.
+#   RDZV_ID=name                  Distinguishes jobs that use the same endpoint.
+#   PYTHON=python3                The interpreter.
+#
+# On SIGTERM, SIGUSR1 or Ctrl-C the run saves a checkpoint and exits within PET_SHUTDOWN_TIMEOUT seconds (60). The exit
+# status is that of the first process that failed, 2 for a user error, or 128 + the number of the signal.
 set -euo pipefail
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; }
+is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
 if [ "${1:-}" = --help ]; then
     usage
     exit 0
-elif [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
+elif [ $# -ge 2 ] && is_count "$2"; then
+    config=$1 gpus=$2
+elif [ $# -ge 2 ] && is_count "$1"; then
+    gpus=$1 config=$2
+else
     usage >&2
     exit 2
 fi
-n=$1 config=$2
 shift 2
 python=${PYTHON:-python}
 
@@ -30,28 +37,27 @@ if [ "$restarts" -gt 0 ] && [[ " $* " != *" --resume"* ]]; then
     set -- "$@" --resume
 fi
 if [ -n "${RDZV_ENDPOINT:-}" ]; then
-    meeting=(--nnodes "${NNODES:-1}" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT"
+    rendezvous=(--nnodes "${NNODES:-1}" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT"
         --rdzv-id "${RDZV_ID:-${SLURM_JOB_ID:-natten}}")
 elif [ "${NNODES:-1}" = 1 ]; then
-    meeting=(--standalone)
+    rendezvous=(--standalone)
 else
-    echo "error: NNODES is $NNODES: name one of the machines and a free port, RDZV_ENDPOINT=host:29500." >&2
+    echo "error: NNODES is $NNODES but RDZV_ENDPOINT is not set; set it to one of the machines and a free port, host:29500" >&2
     exit 2
 fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-60}
-where='import importlib.util as util; print(util.find_spec("torch").submodule_search_locations[0])'
-if ! torch=$("$python" -c "$where" 2>/dev/null); then
-    echo "error: $python has no PyTorch: activate the environment that tools/setup.sh made, or set PYTHON." >&2
+find_torch='import importlib.util as util; print(util.find_spec("torch").submodule_search_locations[0])'
+if ! torch=$("$python" -c "$find_torch" 2>/dev/null); then
+    echo "error: $python has no PyTorch; activate the environment created by tools/setup.sh, or set PYTHON" >&2
     exit 2
 fi
-# Older ones do not read the timeout.
 if ! grep -q shutdown-timeout "$torch/distributed/run.py"; then
-    echo "note: torchrun of this PyTorch gives a run 30 seconds to save after a signal, not $PET_SHUTDOWN_TIMEOUT." >&2
+    echo "note: torchrun of this PyTorch ignores PET_SHUTDOWN_TIMEOUT; a run has 30 seconds to save after a signal" >&2
 fi
-# Processes that are started again must not find the addresses of those that died in the store that torchrun keeps.
+# Restarted processes must not find the addresses of dead ones in torchrun's store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec "$python" "$(dirname "$0")/launch.py" "${meeting[@]}" --nproc-per-node "$n" --max-restarts "$restarts" \
+exec "$python" -m natzoo.classification.launch "${rendezvous[@]}" --nproc-per-node "$gpus" --max-restarts "$restarts" \
     "$(dirname "$0")/train.py" "$@" --config "$config"

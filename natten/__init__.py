@@ -4,9 +4,9 @@ Functions: `na1d`, `na2d`, `na3d`, each also with `_qkvpacked`, `_qk` and `_av`;
 Layers: `NeighborhoodAttention1D`, `NeighborhoodAttention2D`, `NeighborhoodAttention3D`.
 """
 
+from natten import backends as _backends
 from natten import compat, context, functional  # noqa: F401  older code finds natten.context there
-from natten import dispatch as _dispatch
-from natten.dispatch import use_backend
+from natten.backends import use_backend
 from natten.functional import *  # noqa: F403
 from natten.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from natten.version import __version__
@@ -20,7 +20,7 @@ __all__ = [
     *functional.__all__,
 ]
 
-_dispatch.obey_environment()
+_backends.read_environment()
 
 
 def __getattr__(name: str):

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natten import dispatch
+from natten import backends
 from natten.backends import reference
+from natten.backends.reference import accumulation_dtype, no_autocast
 from natten.geometry import (
     Axis,
     Margin,
@@ -33,7 +34,7 @@ from natten.geometry import (
 )
 from natten.memo import remember
 from natten.operators import fused_attention
-from natten.precision import accumulation_dtype, apply_autocast, no_autocast
+from natten.precision import apply_autocast
 
 __all__ = ["merge_attentions"]
 
@@ -47,8 +48,8 @@ def attend(
         qkv: (query, key, value), or one packed tensor.
     """
     scale = qkv[0].shape[-1] ** -0.5 if scale is None else float(scale)
-    backend = dispatch.requested(backend)
-    if dispatch.is_plain(backend):
+    backend = backends.requested(backend)
+    if backends.is_plain(backend):
         query, key, value = qkv if len(qkv) == 3 else qkv[0].unbind(-3)
         return reference.attention(query, key, value, rpb, axes, scale)
     return fused_attention(qkv, rpb, axes, scale, backend)

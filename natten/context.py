@@ -5,7 +5,7 @@
 - The rest chose among kernels and tuners that this release does not have. They are without effect on any result: what
   one sets, the questions beside it answer; before that, what they answered in the last release that had them.
   `NATTEN_LOG_LEVEL=DEBUG` tells of each use.
-- Arguments that tuned those kernels, and names of backends, are taken too: each is told of once.
+- Arguments that tuned those kernels are taken too: each is told of once.
 
 Here, as in natten and natten.functional, all switches can be imported.
 """
@@ -202,9 +202,6 @@ TUNING = frozenset(
     )
 )
 
-# Names of backends from 0.20 on; which kernels stand behind one is no part of what it computes.
-BACKENDS = ("blackwell-fna", "cutlass-fna", "flex-fna", "hopper-fna")
-
 
 def ignore_tuning(function: str, given: Iterable[str]) -> None:
     """Lets the arguments of `TUNING` pass, and says once of each that it is without effect.
@@ -216,14 +213,6 @@ def ignore_tuning(function: str, given: Iterable[str]) -> None:
         if name not in TUNING:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
         _tell_once(f"{name}, by which other releases tune their kernels,")
-
-
-def known_backend(name: str | None) -> str | None:
-    """The name, or None in place of a backend of NATTEN 0.20 and later, of which it tells once."""
-    if name not in BACKENDS:
-        return name
-    _tell_once(f"backend={name!r} of other releases")
-    return None
 
 
 def _tell_once(what: str) -> None:

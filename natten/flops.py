@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from natten import operators
-from natten.dispatch import use_backend
+from natten.backends import use_backend
 from natten.geometry import Axis, first_key
 from natten.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 

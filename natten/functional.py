@@ -11,7 +11,7 @@ from math import prod
 
 from torch import Tensor
 
-from natten import dispatch
+from natten import backends
 from natten.backends import reference
 from natten.composition import attend, attend_composed, merge_attentions
 from natten.context import ignore_tuning
@@ -204,8 +204,8 @@ def _make_qk(rank: int) -> Callable[..., Tensor]:
     ) -> Tensor:
         query, key = apply_autocast(query, key)
         axes = _check_qk(rank, query, key, rpb, kernel_size, dilation, is_causal)
-        backend = dispatch.requested(backend)
-        if dispatch.is_plain(backend):
+        backend = backends.requested(backend)
+        if backends.is_plain(backend):
             return reference.query_key(query, key, rpb, axes)
         return query_key(query, key, rpb, axes, backend)
 
@@ -223,8 +223,8 @@ def _make_av(rank: int) -> Callable[..., Tensor]:
     ) -> Tensor:
         attn, value = apply_autocast(attn, value)
         axes = _check_av(rank, attn, value, kernel_size, dilation, is_causal)
-        backend = dispatch.requested(backend)
-        if dispatch.is_plain(backend):
+        backend = backends.requested(backend)
+        if backends.is_plain(backend):
             return reference.weight_value(attn, value, axes)
         return weight_value(attn, value, axes, backend)
 

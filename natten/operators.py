@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from natten import dispatch
+from natten import backends
+from natten.backends.reference import accumulation_dtype
 from natten.geometry import Axis, make_axes
-from natten.precision import accumulation_dtype
 
 # is_causal is a list of int since torch.jit.trace, on whose graphs fvcore counts, takes no list of bool.
 _WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float scale, str? backend"
@@ -82,7 +82,7 @@ _define(
 
 def _forward(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale, backend):
     axes = _axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    return dispatch.choose(query, backend).attention(query, key, value, rpb, axes, scale)
+    return backends.choose(query, backend).attention(query, key, value, rpb, axes, scale)
 
 
 torch.library.impl("natten::attention_forward", "default")(_forward)
@@ -97,7 +97,7 @@ def _backward(
     grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale, backend
 ):
     axes = _axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    grad_qkv, grad_rpb = dispatch.choose(query, backend).attention_backward(
+    grad_qkv, grad_rpb = backends.choose(query, backend).attention_backward(
         grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale
     )
     return grad_qkv, _empty_like_table(None, query) if grad_rpb is None else grad_rpb
@@ -161,7 +161,7 @@ def fused_attention(
     needs_grad = _needs_grad(*qkv, rpb)
     if not needs_grad and not _is_seen(*qkv, rpb):  # straight to the backend: small problems feel every step
         query, key, value = _split(qkv)
-        return dispatch.choose(query, backend).attention(query, key, value, rpb, axes, scale)
+        return backends.choose(query, backend).attention(query, key, value, rpb, axes, scale)
     _, *window = (list(values) for values in zip(*axes, strict=True))
     window = (*window, scale, backend)
     return _FusedAttention.apply(rpb, window, *qkv) if needs_grad else _attend(qkv, rpb, window)
@@ -187,7 +187,7 @@ def _half_axes(heads_first: Tensor, kernel_size, dilation, is_causal):
 @torch.library.impl("natten::query_key_forward", "default")
 def _query_key(query, key, rpb, kernel_size, dilation, is_causal, backend):
     axes = _half_axes(query, kernel_size, dilation, is_causal)
-    return dispatch.choose(query, backend).query_key(query, key, rpb, axes).contiguous()
+    return backends.choose(query, backend).query_key(query, key, rpb, axes).contiguous()
 
 
 @torch.library.register_fake("natten::query_key_forward")
@@ -198,7 +198,7 @@ def _query_key_fake(query, key, rpb, kernel_size, dilation, is_causal, backend):
 @torch.library.impl("natten::query_key_backward", "default")
 def _query_key_backward(grad_attn, query, key, rpb, kernel_size, dilation, is_causal, backend):
     axes = _half_axes(query, kernel_size, dilation, is_causal)
-    grads = dispatch.choose(query, backend).query_key_backward(grad_attn, query, key, rpb, axes)
+    grads = backends.choose(query, backend).query_key_backward(grad_attn, query, key, rpb, axes)
     grad_query, grad_key, grad_rpb = grads
     grad_rpb = _empty_like_table(None, query) if grad_rpb is None else grad_rpb
     return grad_query.contiguous(), grad_key.contiguous(), grad_rpb
@@ -212,7 +212,7 @@ def _query_key_backward_fake(grad_attn, query, key, rpb, kernel_size, dilation, 
 @torch.library.impl("natten::weight_value_forward", "default")
 def _weight_value(attn, value, kernel_size, dilation, is_causal, backend):
     axes = _half_axes(value, kernel_size, dilation, is_causal)
-    return dispatch.choose(value, backend).weight_value(attn, value, axes).contiguous()
+    return backends.choose(value, backend).weight_value(attn, value, axes).contiguous()
 
 
 @torch.library.register_fake("natten::weight_value_forward")
@@ -223,7 +223,7 @@ def _weight_value_fake(attn, value, kernel_size, dilation, is_causal, backend):
 @torch.library.impl("natten::weight_value_backward", "default")
 def _weight_value_backward(grad_out, attn, value, kernel_size, dilation, is_causal, backend):
     axes = _half_axes(value, kernel_size, dilation, is_causal)
-    grads = dispatch.choose(value, backend).weight_value_backward(grad_out, attn, value, axes)
+    grads = backends.choose(value, backend).weight_value_backward(grad_out, attn, value, axes)
     return tuple(grad.contiguous() for grad in grads)
 
 

@@ -32,9 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import natten.flops  # noqa: F401  registers the FLOP formulas with FlopCounterMode
-from natten import dispatch, functional
+from natten import backends, functional
 from natten.backends import cuda, reference
-from natten.backends.compiled import refuses_kind
+from natten.backends.kernels import unsupported_input
 from natten.geometry import WINDOW_PADDINGS, Axis, make_axes, per_axis
 from natten.version import __version__
 
@@ -170,7 +170,7 @@ class _OperatorCalls(TorchDispatchMode):
 def _trace(problem: Problem, with_backward: bool) -> tuple[dict[str, Work], tuple]:
     """Return the minimal work and the arguments of the fused operator, from a run on the meta device."""
     tensors = problem.tensors("meta")
-    with dispatch.use_backend(None), _OperatorCalls() as calls, FlopCounterMode(display=False) as forward:
+    with backends.use_backend(None), _OperatorCalls() as calls, FlopCounterMode(display=False) as forward:
         out = problem.call(tensors, None)
     work = {"forward": Work(forward.get_total_flops() / 1e9, _gbytes(out, *tensors.values()))}
     if with_backward:
@@ -241,9 +241,9 @@ def plan(problem: Problem, device: torch.device, backend: str | None, with_backw
 
 def _choose(query: Tensor, backend: str | None) -> tuple[str, dict[str, str]]:
     """Return the backend for a query on its device, and why the faster ones cannot run it."""
-    chosen = dispatch.choose(query, backend)
-    before = dispatch.LADDER[: dispatch.LADDER.index(chosen)] if backend is None else ()
-    return chosen.NAME, {module.NAME: module.refuses(query) for module in before}
+    chosen = backends.choose(query, backend)
+    before = backends.LADDER[: backends.LADDER.index(chosen)] if backend is None else ()
+    return chosen.NAME, {module.NAME: module.unsupported_reason(query) for module in before}
 
 
 def _choose_for(query: Tensor, gpu, backend: str | None) -> tuple[str, dict[str, str]]:
@@ -252,7 +252,7 @@ def _choose_for(query: Tensor, gpu, backend: str | None) -> tuple[str, dict[str,
         return reference.NAME, {}
     if backend not in (None, cuda.NAME):
         raise ValueError(f"backend {backend!r} cannot run tensors on cuda; use {cuda.NAME!r} or {reference.NAME!r}.")
-    reason = refuses_kind(query) or cuda.refuses_capability((gpu.major, gpu.minor))
+    reason = unsupported_input(query) or cuda.unsupported_capability((gpu.major, gpu.minor))
     if reason is None:
         return cuda.NAME, {}
     if backend is not None:
@@ -623,7 +623,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--backward", "--backprop", action="store_true", help="include the backward pass")
     add("--dtype", choices=DTYPES, default="float32", help="dtype of query, key and value (default: float32)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if available")
-    add("--backend", choices=dispatch.NAMES, help="default: the fastest that supports the problem")
+    add("--backend", choices=backends.NAMES, help="default: the fastest that supports the problem")
     add("--dry-run", action="store_true", help="only print which backend, kernels and tiles would run")
     add("--capability", metavar="X.Y", help="with --dry-run: plan for a GPU of this compute capability")
     add("--repeats", type=_positive, default=20, metavar="N", help="samples per pass (default: 20)")
@@ -740,7 +740,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         problem, (device, gpu) = read_problem(args), find_device(args)
-        backend = dispatch.requested(args.backend)
+        backend = backends.requested(args.backend)
         found = plan(problem, device, backend, args.backward, gpu)
         rows = [] if args.dry_run else measure(problem, device, backend, found.work, args.repeats)
     except ValueError as error:

@@ -17,15 +17,13 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from figures.curves import read_summary
+from figures.style import save, to_png
 from matplotlib.ticker import MaxNLocator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pictures.curves import read_summary
-from pictures.style import save, to_png
-
-from classification.options import read_config
 from natzoo import command_line
 from natzoo.checkpoints import read_checkpoint, weights_of, write_table
+from natzoo.classification.options import read_config
 
 TRAIN = Path(__file__).resolve().parents[1] / "classification" / "train.py"
 COLUMNS = ("recipe", "model", "parameters", "seeds", "top1_mean", "top1_least", "top1_most", "minutes")

@@ -18,22 +18,20 @@ With --backbone, a folder takes --model, and the dilations where the detector ha
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification.models import create_model, model_of, read_with_record
-from classification.options import KeyValues
 from natzoo import command_line
-from natzoo.checkpoints import weights_of, write_weights
+from natzoo.checkpoints import weights_of, write_weights, zoo_entries
 from natzoo.checkpoints.adapt import backbone_prefix, published_names, unwrapped
 from natzoo.checkpoints.download import sha256_of
-from natzoo.checkpoints.record import RECORD
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints.write import RECORD
+from natzoo.classification.factory import create_model
+from natzoo.classification.inference import create_from_checkpoint, read_with_record
+from natzoo.classification.options import KeyValues
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -96,7 +94,7 @@ def convert_classifier(
 ) -> None:
     """Writes a classifier; where its model is known, after a check that the weights are its."""
     weights = published_names(weights)
-    known = entries().get(args.source)
+    known = zoo_entries().get(args.source)
     name = args.model or (known.name if known and known.task == "classification" else None)
     if name is None and RECORD not in checkpoint:
         if not args.target.suffix:
@@ -104,7 +102,9 @@ def convert_classifier(
         write_weights(args.target, weights)
     else:
         classes = len(weights["head.weight"]) if "head.weight" in weights else 0
-        model, record = model_of(checkpoint, str(source), name, {"num_classes": classes, **args.model_kwargs})
+        model, record = create_from_checkpoint(
+            checkpoint, str(source), name, {"num_classes": classes, **args.model_kwargs}
+        )
         if args.target.suffix:
             write_weights(args.target, weights, {**record, "num_classes": model.num_classes})
         else:

@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification.devices import pick_device
-from classification.models import add_model_options, class_names, evaluation_transform, preprocessing, requested_model
 from natzoo import command_line
 from natzoo.checkpoints.write import write_folder
+from natzoo.classification.data.transforms import evaluation_transform, preprocessing
+from natzoo.classification.device import pick_device
+from natzoo.classification.inference import add_model_options, class_names, requested_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 from pathlib import Path
 
 import timm
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import natzoo  # noqa: F401  registers the models
 from natzoo import command_line
 from natzoo.checkpoints import write_table
@@ -63,7 +61,7 @@ def count_anything(what: str, size: tuple[int, int] | None = None) -> Counted:
     if not what.endswith(".py"):
         return count_model(what, size)
     from natzoo.openmmlab.counting import count_config
-    from natzoo.openmmlab.options import read_config
+    from natzoo.openmmlab.runner import read_config
 
     return count_config(read_config(Path(what)), size)
 

@@ -12,6 +12,7 @@ W keys of a window.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 
 import torch
@@ -19,12 +20,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natten.geometry import Axis, AxisTiles, axis_tiles
-from natten.precision import accumulation_dtype, no_autocast
 
 NAME = "reference"
 
 
-def refuses(query: Tensor) -> str | None:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums are accumulated: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def is_autocast(device: str) -> bool:
+    """Return whether autocast is enabled for a device type."""
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch raises for meta
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Return a context that disables autocast on the tensor's device.
+
+    It does nothing where autocast is already off, so that exported graphs have no nested regions.
+    """
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()
+
+
+def unsupported_reason(query: Tensor) -> str | None:
     """Why this backend cannot take a call; the reference takes every one."""
     return None
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from natten import cuda_driver, nvrtc
 from natten.backends import cuda
-from natten.compiler import find_compilers
+from natten.backends.cpu.compiler import find_compilers
+from natten.backends.cuda import driver, nvrtc
 
 HEADER = Path(__file__).parent
 FLAGS = (
@@ -53,7 +53,7 @@ def library(source: Path, definitions: tuple[str, ...]) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def run(source: Path, kernel: cuda_driver.Kernel, blocks: int, parameters: ctypes.Array, seed: int) -> None:
+def run(source: Path, kernel: driver.Kernel, blocks: int, parameters: ctypes.Array, seed: int) -> None:
     """Runs a kernel; threads take turns as `seed` has it.
 
     Raises:
@@ -73,14 +73,14 @@ class Emulator:
 
     def __init__(self, seed: int = 0):
         self.seed = seed
-        self.kernels: list[cuda_driver.Kernel] = []
+        self.kernels: list[driver.Kernel] = []
 
     @property
     def launched(self) -> list[str]:
         """Names of the kernels."""
         return [kernel.name for kernel in self.kernels]
 
-    def launch(self, kernel: cuda_driver.Kernel, blocks: int, parameters: ctypes.Array, device: int | None) -> None:
+    def launch(self, kernel: driver.Kernel, blocks: int, parameters: ctypes.Array, device: int | None) -> None:
         self.kernels.append(kernel)
         self.seed += 1
         run(nvrtc.SOURCES / kernel.source, kernel, blocks, parameters, self.seed)
@@ -104,10 +104,10 @@ def emulated_gpu(
     """Lets backend="cuda" take tensors in ordinary memory, as if on a GPU of that compute capability and size."""
     emulator = Emulator(seed)
     with (
-        mock.patch.object(cuda, "refuses", lambda query: None),
+        mock.patch.object(cuda, "unsupported_reason", lambda query: None),
         mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability, shared_bytes, processors)),
-        mock.patch.object(cuda_driver, "launch", emulator.launch),
-        mock.patch.object(cuda_driver, "prepare", lambda kernels, device: None),
+        mock.patch.object(driver, "launch", emulator.launch),
+        mock.patch.object(driver, "prepare", lambda kernels, device: None),
         mock.patch.object(cuda, "_plan", cuda._plan.__wrapped__),
     ):
         yield emulator

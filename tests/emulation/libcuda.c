@@ -1,4 +1,4 @@
-// Stands in for the driver's library: what natten/cuda_driver.py asks of it, each call told in a line of output.
+// Stands in for the driver's library: what natten/backends/cuda/driver.py asks of it, each call told in a line of output.
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from gpu.problems import PRECISIONS, Machine, float32_products, kernel_size_of, make_inputs, run_step
-from natten import cuda_driver, profiler
+from natten import profiler
 from natten.backends import cuda
+from natten.backends.cuda import driver
 from natten.geometry import make_axes
 
 PROBLEMS = 750  # per precision
@@ -50,7 +51,7 @@ def compile_ahead(dtype: torch.dtype) -> None:
             kernels |= {step.kernel for step in cuda.launches(op, query, make_axes(space, *window), has_rpb, gpu)}
     assert kernels
     if torch.cuda.is_available():
-        cuda_driver.machine_codes(kernels, (gpu.major, gpu.minor))
+        driver.machine_codes(kernels, (gpu.major, gpu.minor))
 
 
 @pytest.mark.limit(90)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classification import train
+from natzoo.classification import train
 
 CLASSES = ("amber", "blue", "crimson")
 

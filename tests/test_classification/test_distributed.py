@@ -20,12 +20,12 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from classification import train
-from classification.interruption import Watch
-from classification.ranks import join
 from natzoo.checkpoints import read_checkpoint
+from natzoo.classification import train
+from natzoo.classification.distributed import init_world
+from natzoo.classification.signals import SignalHandler
 
-SCRIPT = Path(train.__file__).with_name("dist_train.sh")
+SCRIPT = Path(__file__).parents[2] / "classification" / "dist_train.sh"
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def launch(config, data):
     started = []
 
     def start(count, *more, output=subprocess.PIPE, **environment):
-        words = ["bash", str(SCRIPT), str(count), str(config), str(data), *map(str, more)]
+        words = ["bash", str(SCRIPT), str(config), str(count), str(data), *map(str, more)]
         env = {**os.environ, "PYTHON": sys.executable, **environment}
         process = subprocess.Popen(words, env=env, stdout=output, stderr=subprocess.STDOUT, text=True)
         started.append(process)
@@ -179,10 +179,10 @@ def test_the_launcher_takes_options_for_data_and_says_what_an_older_torchrun_lac
         f"--max-restarts 2 {SCRIPT} --synthetic 1000 --resume --config {config}\n".replace("dist_train.sh", "train.py")
     )
     assert done.stderr.count("note: ") == 1
-    assert "gives a run 30 seconds to save after a signal, not 60" in done.stderr
+    assert "PET_SHUTDOWN_TIMEOUT" in done.stderr
     for wrong in (words[:3], [*words[:2], *words[3:], "more"]):
         usage = subprocess.run(wrong, env=env, capture_output=True, text=True)
-        assert (usage.returncode, usage.stderr.startswith("Trains on N GPUs")) == (2, True)
+        assert (usage.returncode, usage.stderr.startswith("Train on several GPUs")) == (2, True)
     assert subprocess.run([*words[:2], "--help"], env=env, capture_output=True).returncode == 0
     env["PYTHON"] = "/nowhere"
     done = subprocess.run(words, env=env, capture_output=True, text=True)
@@ -213,7 +213,10 @@ def test_the_slurm_script_queues_a_job_again_whose_time_was_over(tmp_path, is_st
 def test_all_processes_on_one_gpu_are_refused(monkeypatch):
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(ValueError, match="--device cuda:1 puts all processes on one GPU"), join("cuda:1", Watch()):
+    with (
+        pytest.raises(ValueError, match="--device cuda:1 puts all processes on one GPU"),
+        init_world("cuda:1", SignalHandler()),
+    ):
         pass
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from classification.augmentation import augmentation
-from classification.images import Images, read_image
-from classification.loaders import batches_of, evaluation_loader, training_loader
-from classification.options import parse
-from classification.ranks import Ranks
-from classification.readers import FolderReader, split_place
+from natzoo.classification.data.datasets import Images, read_image
+from natzoo.classification.data.loader import create_evaluation_loader, create_training_loader, iterate_epoch
+from natzoo.classification.data.readers import FolderReader, split_place
+from natzoo.classification.data.transforms import training_transform
+from natzoo.classification.distributed import World
+from natzoo.classification.options import parse
 
 CONFIG = {"input_size": [3, 16, 16], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
@@ -21,14 +21,14 @@ def images_of(folder, classes=None, **kwargs):
     return Images(FolderReader(folder, classes), transform=lambda image: torch.zeros(1), **kwargs)
 
 
-def loader_of(data, workers=0, seed=3, ranks=None):
+def loader_of(data, workers=0, seed=3, world=None):
     args = parse(["--batch-size", "8", "--scale", "0.3", "1", "--reprob", "0.5"])
     args.workers, args.seed = workers, seed
-    return training_loader(args, images_of(data / "train"), CONFIG, ranks or Ranks(), pin=False)
+    return create_training_loader(args, images_of(data / "train"), CONFIG, world or World(), pin=False)
 
 
 def batches(data, epoch, first=0, **kwargs):
-    return [(x.clone(), y.clone()) for x, y in batches_of(loader_of(data, **kwargs), epoch, first)]
+    return [(x.clone(), y.clone()) for x, y in iterate_epoch(loader_of(data, **kwargs), epoch, first)]
 
 
 def are_equal(one, other):
@@ -48,7 +48,7 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(data):
 def test_loading_processes_that_live_on_follow_the_epoch(data):
     loader = loader_of(data, workers=1)
     for epoch in range(3):
-        assert are_equal(list(batches_of(loader, epoch, 0)), batches(data, epoch))
+        assert are_equal(list(iterate_epoch(loader, epoch, 0)), batches(data, epoch))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -59,10 +59,10 @@ def test_an_epoch_can_begin_at_any_batch(data, workers):
 
 def test_processes_take_turns_at_the_batches_of_an_epoch(data):
     alone = batches(data, epoch=1)
-    shares = [batches(data, epoch=1, ranks=Ranks(rank, 2, rank, 2)) for rank in range(2)]
+    shares = [batches(data, epoch=1, world=World(rank, 2, rank, 2)) for rank in range(2)]
     assert [len(share) for share in shares] == [4, 4]
     assert are_equal(alone[:8], [batch for pair in zip(*shares, strict=True) for batch in pair])
-    assert are_equal(shares[1][3:], batches(data, epoch=1, first=3, ranks=Ranks(1, 2, 1, 2)))
+    assert are_equal(shares[1][3:], batches(data, epoch=1, first=3, world=World(1, 2, 1, 2)))
 
 
 def test_an_epoch_shows_every_image_once(data):
@@ -72,12 +72,14 @@ def test_an_epoch_shows_every_image_once(data):
 
 
 def test_evaluation_is_in_order(data):
-    loader = evaluation_loader(images_of(data / "val"), 4, 0, pin=False)
+    loader = create_evaluation_loader(images_of(data / "val"), 4, 0, pin=False)
     assert torch.cat([y for _, y in loader]).tolist() == [0] * 9 + [1] * 9 + [2] * 9
 
 
 def test_processes_share_out_the_evaluation(data):
-    shares = [evaluation_loader(images_of(data / "val"), 4, 0, False, Ranks(rank, 2, rank, 2)) for rank in range(2)]
+    shares = [
+        create_evaluation_loader(images_of(data / "val"), 4, 0, False, World(rank, 2, rank, 2)) for rank in range(2)
+    ]
     counts = [torch.cat([y for _, y in share]).bincount() for share in shares]
     assert [count.sum().item() for count in counts] == [14, 13]
     assert sum(counts).tolist() == [9, 9, 9]
@@ -123,7 +125,7 @@ def test_nothing_readable(tmp_path):
 def test_augmentation_can_take_all_bits_of_a_colour():
     """As RandAugment of the published recipes does at its strongest, which Pillow 13 refuses."""
     args = parse(["--aa", "rand-m10-inc1-n20-p1.0", "--hflip", "0"])
-    transform = augmentation(args, {**CONFIG, "mean": [0.0] * 3, "std": [1.0] * 3})
+    transform = training_transform(args, {**CONFIG, "mean": [0.0] * 3, "std": [1.0] * 3})
     image = Image.fromarray(np.full((16, 16, 3), 200, dtype=np.uint8))
     torch.manual_seed(0)
     random.seed(0)

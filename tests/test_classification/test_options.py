@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from classification.models import create_model
-from classification.options import make_parser, parse
+from natzoo.classification.factory import create_model
+from natzoo.classification.options import make_parser, parse
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yml"))
 

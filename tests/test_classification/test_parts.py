@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from classification import images, train
-from classification.devices import enough_memory, use_tensor_cores
-from classification.parts import build_loss, build_scheduler
+from natzoo.classification import train
+from natzoo.classification.data import datasets
+from natzoo.classification.device import enable_tf32, explain_memory_errors
+from natzoo.classification.factory import create_loss, create_scheduler
 
 STEPS = ("--opt", "momentum", "--lr", "1.0", "--weight-decay", "0", "--sched", "none")
 
@@ -87,16 +88,16 @@ def test_batches_of_the_evaluation(trainer):
 
 def test_smoothing_with_and_without_mixup(tiny):
     x, target = batch()
-    mixup, _ = build_loss(train.parse(tiny("--mixup", "0.8", "--mixup-prob", "0", "--smoothing", "0.3")), 3)
+    mixup, _ = create_loss(train.parse(tiny("--mixup", "0.8", "--mixup-prob", "0", "--smoothing", "0.3")), 3)
     torch.testing.assert_close(mixup(x, target)[1], 0.7 * F.one_hot(target, 3) + 0.1)
-    mixup, loss = build_loss(train.parse(tiny("--smoothing", "0.3")), 3)
+    mixup, loss = create_loss(train.parse(tiny("--smoothing", "0.3")), 3)
     assert mixup is None
     logits = x[:, :, 0, 0]
     torch.testing.assert_close(loss(logits, target), F.cross_entropy(logits, target, label_smoothing=0.3))
 
 
 def test_binary_cross_entropy_with_a_threshold(tiny):
-    _, loss = build_loss(train.parse(tiny("--bce-loss", "--cutmix", "1.0", "--bce-target-thresh", "0.2")), 3)
+    _, loss = create_loss(train.parse(tiny("--bce-loss", "--cutmix", "1.0", "--bce-target-thresh", "0.2")), 3)
     logits, mixed = batch()[0][:2, :, 0, 0], torch.tensor([[0.7, 0.3, 0.0], [0.9, 0.1, 0.0]])
     wanted = F.binary_cross_entropy_with_logits(logits, torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
     torch.testing.assert_close(loss(logits, mixed), wanted)
@@ -116,7 +117,7 @@ def test_binary_cross_entropy_with_a_threshold(tiny):
 def test_schedules(tiny, more, wanted):
     args = train.parse(tiny("--lr", "1", "--min-lr", "0", "--sched", *more, epochs=10))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler, epochs = build_scheduler(args, optimizer, updates_per_epoch=5)
+    scheduler, epochs = create_scheduler(args, optimizer, updates_per_epoch=5)
     found = []
     for epoch in (0, 2, 4, 6, 8):
         if scheduler is not None:
@@ -127,7 +128,7 @@ def test_schedules(tiny, more, wanted):
 
 
 def test_a_schedule_that_timm_passes_over_in_silence_is_named(tiny, monkeypatch):
-    monkeypatch.setattr("classification.parts.create_scheduler_v2", lambda *args, **kwargs: (None, 2))
+    monkeypatch.setattr("natzoo.classification.factory.create_scheduler_v2", lambda *args, **kwargs: (None, 2))
     with pytest.raises(ValueError, match="there is no schedule 'cosin': use cosine"):
         train.main(tiny("--sched", "cosin"))
 
@@ -139,9 +140,9 @@ def test_float32_runs_on_tensor_cores_of_gpus_alone(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     before = torch.get_float32_matmul_precision()
     try:
-        use_tensor_cores(torch.device("cpu"))
+        enable_tf32(torch.device("cpu"))
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == (before, False)
-        use_tensor_cores(torch.device("cuda"))
+        enable_tf32(torch.device("cuda"))
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -154,11 +155,11 @@ def test_a_loading_process_that_was_killed_is_said(tiny, monkeypatch):
         if os.getpid() != main:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(images, "read_image", killed)
+    monkeypatch.setattr(datasets, "read_image", killed)
     with pytest.raises(ValueError, match=r"a process that loads images has died.*fewer --workers.*DataLoader worker"):
         train.main(tiny("--workers", "1"))
     full = "unable to allocate shared memory(shm) for file </torch_12_3>: No space left on device (28)"
-    with pytest.raises(ValueError, match="--shm-size"), enough_memory("nothing"):
+    with pytest.raises(ValueError, match="--shm-size"), explain_memory_errors("nothing"):
         raise RuntimeError(full)
-    with pytest.raises(RuntimeError, match="another"), enough_memory("nothing"):
+    with pytest.raises(RuntimeError, match="another"), explain_memory_errors("nothing"):
         raise RuntimeError("another")

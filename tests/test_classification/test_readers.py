@@ -12,12 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from classification import train, validate
-from classification.images import Images
-from classification.ranks import Ranks
-from classification.readers import FolderReader, HubReader, TarReader, open_reader, read_class_map
-from classification.shards import ShardImages
 from natzoo.checkpoints import read_checkpoint
+from natzoo.classification import train, validate
+from natzoo.classification.data.datasets import Images, ShardDataset
+from natzoo.classification.data.readers import FolderReader, HubReader, TarReader, open_reader, read_class_map
+from natzoo.classification.distributed import World
 
 CLASSES = ["amber", "blue", "crimson"]
 
@@ -262,7 +261,7 @@ def shares(data, split, size, workers, is_training=False, epoch=0):
     pytest.importorskip("webdataset")
     found = []
     for rank in range(size):
-        images = ShardImages(str(data), split, CLASSES, 4, 0, is_training, Ranks(rank, size, rank, size))
+        images = ShardDataset(str(data), split, CLASSES, 4, 0, is_training, World(rank, size, rank, size))
         images.transform = lambda image: torch.tensor(image.getpixel((0, 0)))
         images.prepare(workers)
         images.set_epoch(epoch)

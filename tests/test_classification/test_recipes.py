@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from classification import train
-from classification.models import create_model
-from classification.options import parse
-from classification.parts import build_optimizer
-from natzoo.checkpoints import zoo
+from natzoo.checkpoints import zoo_entries
+from natzoo.classification import train
+from natzoo.classification.factory import create_model, create_optimizer
+from natzoo.classification.options import parse
 
 FOLDER = Path(__file__).parents[2] / "configs" / "classification"
-ZOO = {name: entry.facts for name, entry in zoo.entries().items() if entry.task == "classification"}
+ZOO = {name: entry.facts for name, entry in zoo_entries().items() if entry.task == "classification"}
 TRAINED = [name for name in ZOO if "_21k" not in name]
 
 # What the published training used for every model, where its files said nothing else.
@@ -100,7 +99,7 @@ def test_the_optimizer_of_a_recipe_decays_what_the_published_one_did():
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for wanted, decay_rpb in ((0.05, True), (0.0, False)):
         args.decay_rpb = decay_rpb
-        optimizer = build_optimizer(args, model, 1024)
+        optimizer = create_optimizer(args, model, 1024)
         decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         assert decay["levels.0.blocks.0.attn.rpb"] == wanted
         assert decay["levels.0.blocks.0.attn.qkv.weight"] == 0.05

@@ -9,10 +9,10 @@ import signal
 import pytest
 import torch
 
-from classification import checkpoints as module
-from classification.checkpoints import Checkpoints
-from classification.ranks import Ranks
 from natzoo.checkpoints import read_checkpoint
+from natzoo.classification import checkpoints as module
+from natzoo.classification.checkpoints import CheckpointSaver
+from natzoo.classification.distributed import World
 
 
 def state(version):
@@ -22,7 +22,7 @@ def state(version):
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    made = Checkpoints(tmp_path, keep=0, ranks=Ranks())
+    made = CheckpointSaver(tmp_path, keep=0, world=World())
     made.save_last(state(0))
     return made
 
@@ -132,7 +132,7 @@ def test_two_hundred_crashes_leave_the_old_state_or_the_new_one(checkpoints, mon
 
 
 def test_the_last_epochs_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2, ranks=Ranks())
+    checkpoints = CheckpointSaver(tmp_path, keep=2, world=World())
     for epoch in range(1, 5):
         checkpoints.save_last(state(epoch))
         checkpoints.keep_epoch(epoch)
@@ -142,11 +142,11 @@ def test_the_last_epochs_are_kept(tmp_path):
 
 
 def test_a_run_that_goes_on_from_an_earlier_epoch_keeps_that_and_its_own(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=5, ranks=Ranks())
+    checkpoints = CheckpointSaver(tmp_path, keep=5, world=World())
     for epoch in range(1, 7):
         checkpoints.save_last(state(epoch))
         checkpoints.keep_epoch(epoch)
-    checkpoints = Checkpoints(tmp_path, keep=2, ranks=Ranks())
+    checkpoints = CheckpointSaver(tmp_path, keep=2, world=World())
     checkpoints.save_last(state(33))
     (tmp_path / "epoch-best.pth").write_bytes(b"a file of the user's")
     checkpoints.keep_epoch(3)
@@ -162,7 +162,7 @@ def test_epochs_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch):
     synced, sync = [], module.sync
     monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr(module, "sync", lambda path: (synced.append(path.stat().st_size), sync(path)))
-    checkpoints = Checkpoints(tmp_path, keep=1, ranks=Ranks())
+    checkpoints = CheckpointSaver(tmp_path, keep=1, world=World())
     checkpoints.save_last(state(1))
     checkpoints.keep_epoch(1)
     assert read_checkpoint(tmp_path / "epoch-0001.pth")["version"] == 1
@@ -170,7 +170,7 @@ def test_epochs_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch):
 
 
 def test_one_process_writes(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1, ranks=Ranks(rank=1, size=2))
+    checkpoints = CheckpointSaver(tmp_path, keep=1, world=World(rank=1, size=2))
     checkpoints.save_last(state(1))
     checkpoints.save_best(state(1))
     checkpoints.keep_epoch(1)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from classification import interruption, runlog, train
-from classification.ranks import Ranks
 from natzoo.checkpoints import read_checkpoint, read_weights, write_checkpoint
-from natzoo.models.hierarchy import HierarchicalTransformer
+from natzoo.classification import logger, signals, train
+from natzoo.classification.distributed import World
+from natzoo.models.nat import HierarchicalTransformer
 
-TRAIN = Path(train.__file__)
+TRAIN = Path(__file__).parents[2] / "classification" / "train.py"
 
 
 def rows(folder):
@@ -115,8 +115,7 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(tiny, run_fold
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
-from classification import train
+from natzoo.classification import train
 calls, original = 0, getattr({owner}, {name!r})
 def killed(*args):
     global calls
@@ -141,7 +140,7 @@ def test_killed_and_resumed_it_ends_as_the_unbroken_run(tiny, run_folder, tmp_pa
     train.main(tiny(*more, "--output", tmp_path / "unbroken", epochs=4))
     unbroken = tmp_path / "unbroken" / "tiny"
     owner, name, call = PLACES[place]
-    code = KILLED.format(root=str(TRAIN.parents[1]), owner=owner, name=name, call=call)
+    code = KILLED.format(owner=owner, name=name, call=call)
     done = subprocess.run([sys.executable, "-c", code, *tiny(*more, "--workers", "1", epochs=4)], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert 1 <= read_checkpoint(run_folder / "last.pth")["epoch"] < 4
@@ -183,16 +182,16 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(tiny, run_folder, stop_aft
     assert "Ctrl-C again leaves at once" in output.err
     for environment, second in (({}, signal.SIGINT), ({"RANK": "1"}, signal.SIGTERM)):
         monkeypatch.setattr(os, "environ", environment)
-        monkeypatch.setattr(interruption, "_TWICE_S", 60.0)
-        with interruption.Watch() as watch, pytest.raises(KeyboardInterrupt):
-            watch.heed_ctrl_c()
+        monkeypatch.setattr(signals, "_TWICE_S", 60.0)
+        with signals.SignalHandler() as signal_handler, pytest.raises(KeyboardInterrupt):
+            signal_handler.handle_ctrl_c()
             os.kill(os.getpid(), signal.SIGINT)
             if environment:
                 os.kill(os.getpid(), signal.SIGINT)  # torchrun's, of the same Ctrl-C
-                monkeypatch.setattr(interruption, "_TWICE_S", 0.0)
-            assert watch.received == signal.SIGINT
+                monkeypatch.setattr(signals, "_TWICE_S", 0.0)
+            assert signal_handler.received == signal.SIGINT
             os.kill(os.getpid(), second)
-    with interruption.Watch(), pytest.raises(KeyboardInterrupt):  # nothing is there to be saved yet
+    with signals.SignalHandler(), pytest.raises(KeyboardInterrupt):  # nothing is there to be saved yet
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -207,9 +206,9 @@ def test_what_is_hardly_meant_is_said(tiny, capsys):
 
 def test_saves_between_epochs(tiny, run_folder, monkeypatch):
     saved = []
-    original = train.Checkpoints.save_last
+    original = train.CheckpointSaver.save_last
     monkeypatch.setattr(
-        train.Checkpoints, "save_last", lambda self, state: (saved.append(state["update"]), original(self, state))
+        train.CheckpointSaver, "save_last", lambda self, state: (saved.append(state["update"]), original(self, state))
     )
     train.main(tiny("--save-interval", "4", "--keep-last", "1"))
     assert saved == [4, 8, 0, 4, 8, 0]
@@ -219,9 +218,9 @@ def test_saves_between_epochs(tiny, run_folder, monkeypatch):
 
 @pytest.fixture
 def pair(monkeypatch):
-    """Ranks as the first of two processes sees them, alone: `others` holds what the second one says."""
+    """World as the first of two processes sees them, alone: `others` holds what the second one says."""
 
-    class Pair(Ranks):
+    class Pair(World):
         others = ()
 
         def sum(self, *values):
@@ -521,7 +520,7 @@ def test_a_disk_too_full_for_figures_is_said(tiny, run_folder, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for name in ("flush", "close"):
-        monkeypatch.setattr(runlog.SummaryWriter, name, full)
+        monkeypatch.setattr(logger.SummaryWriter, name, full)
     with pytest.raises(OSError, match="tensorboard could not be written; the checkpoints are unharmed"):
         train.main(tiny(epochs=1))
 

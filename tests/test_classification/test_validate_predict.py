@@ -14,10 +14,11 @@ import timm
 import torch
 from PIL import Image
 
-from classification import evaluation, predict, train, validate
-from classification.ranks import Ranks
-from natzoo.checkpoints import read_checkpoint, write_checkpoint, zoo
-from natzoo.checkpoints.sources import path_in_cache
+from natzoo.checkpoints import path_in_cache, read_checkpoint, write_checkpoint, zoo_entries
+from natzoo.classification import evaluation, predict, train, validate
+from natzoo.classification.distributed import World
+
+SCRIPTS = Path(__file__).parents[2] / "classification"
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def trained(tiny, run_folder):
 
 
 def run(script, *argv):
-    path = Path(train.__file__).with_name(script)
+    path = SCRIPTS / script
     return subprocess.run([sys.executable, str(path), *map(str, argv)], capture_output=True, text=True)
 
 
@@ -113,7 +114,7 @@ def imagenet(data, tmp_path, monkeypatch):
         image.unlink()
     for name in ("nat_isotropic_small", "nat_mini"):
         torch.manual_seed(0)
-        path = path_in_cache(zoo.entries()[name])
+        path = path_in_cache(zoo_entries()[name])
         torch.save(timm.create_model(name).state_dict(), path)
     return [str(data), "--class-map", str(tmp_path / "classes.txt"), "--pretrained", "--workers", "0"]
 
@@ -141,7 +142,7 @@ def test_processes_share_the_images(trained, data):
     path, _ = trained
     alone = validate.main([str(data), "--checkpoint", str(path), "--workers", "0"])
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += [train.__file__.replace("train.py", "validate.py"), str(data), "--checkpoint", str(path)]
+    words += [str(SCRIPTS / "validate.py"), str(data), "--checkpoint", str(path)]
     done = subprocess.run([*words, "--device", "cpu", "--batch-size", "5"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.splitlines() if "[Gloo]" not in line)  # as PyTorch 2.10 prints
@@ -150,9 +151,9 @@ def test_processes_share_the_images(trained, data):
 
 def test_a_signal_ends_the_evaluation(trained, data, tmp_path, monkeypatch, capsys):
     """Between two batches; there is no row of what was not evaluated."""
-    original = evaluation.check_images
+    original = evaluation.check_bad_images
     monkeypatch.setattr(
-        evaluation, "check_images", lambda *args: (os.kill(os.getpid(), signal.SIGUSR1), original(*args))
+        evaluation, "check_bad_images", lambda *args: (os.kill(os.getpid(), signal.SIGUSR1), original(*args))
     )
     argv = [str(data), "--checkpoint", str(trained[0]), "--workers", "0", "--batch-size", "5"]
     with pytest.raises(SystemExit) as left:
@@ -169,7 +170,7 @@ def test_what_one_process_could_not_download_all_leave_out(imagenet, data, monke
     for image in data.rglob("val/*/1.png"):
         image.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(Ranks, "gather", gather)
+        patch.setattr(World, "gather", gather)
         with pytest.raises(ValueError, match="1 of 1 models could not be had: nat_isotropic_small"):
             validate.main([*imagenet, "--models", "nat_iso*small"])
     assert "nat_isotropic_small is left out: node b cannot be reached" in capsys.readouterr().out
@@ -248,7 +249,7 @@ def test_a_reader_that_has_had_enough_is_no_error(trained, data):
     """As in `predict.py ... | head`."""
     path, _ = trained
     pictures = [str(data / "val")] * 100  # whose lines no pipe holds, so that not all are written before it is closed
-    words = [sys.executable, predict.__file__, *pictures, "--checkpoint", str(path)]
+    words = [sys.executable, str(SCRIPTS / "predict.py"), *pictures, "--checkpoint", str(path)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()

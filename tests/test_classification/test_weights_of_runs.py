@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from classification import train
 from natzoo.checkpoints import read_checkpoint, read_weights
+from natzoo.classification import train
 
 SMALL = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3}
 

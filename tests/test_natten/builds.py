@@ -8,7 +8,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from natten import build
+from natten.backends.cpu import build
 
 ABI_CPP = """
 #include "export.h"

@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from natten import build, cache, compiler
+from natten.backends import cache
+from natten.backends.cpu import build, compiler
 from test_natten.builds import EXPORT_H, BuildTestCase
 
 

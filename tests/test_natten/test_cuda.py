@@ -22,9 +22,10 @@ from brute_force import Window
 from emulation.launcher import emulated_gpu, gpu_properties
 
 import natten
-from natten import cuda_driver, dispatch, nvrtc
-from natten.backends import cuda, cuda_tiles
-from natten.backends.compiled import warn
+from natten import backends
+from natten.backends import cuda
+from natten.backends.cuda import driver, nvrtc, tiles
+from natten.backends.kernels import warn_fallback
 from natten.geometry import Axis, first_key, make_axes
 from test_natten import test_goldens
 from test_natten.problems import RANKS, Problem, make_qkv, make_rpb
@@ -57,16 +58,16 @@ def tile_limits(
 ) -> Iterator[None]:
     """Changes how tiles may hold the bias and its gradient in shared memory."""
     with (
-        mock.patch.object(cuda_tiles, "_MAY_HAVE_FRAGMENTS", has_fragments),
-        mock.patch.object(cuda_tiles, "_MOST_TABLE_BYTES", table_bytes),
-        mock.patch.object(cuda_tiles, "_MAY_HAVE_GRADIENT_FRAGMENTS", has_gradient_fragments),
-        mock.patch.object(cuda_tiles, "_MOST_GRADIENT_BYTES", gradient_bytes),
+        mock.patch.object(tiles, "_MAY_HAVE_FRAGMENTS", has_fragments),
+        mock.patch.object(tiles, "_MOST_TABLE_BYTES", table_bytes),
+        mock.patch.object(tiles, "_MAY_HAVE_GRADIENT_FRAGMENTS", has_gradient_fragments),
+        mock.patch.object(tiles, "_MOST_GRADIENT_BYTES", gradient_bytes),
     ):
-        cuda_tiles.choose_tile.cache_clear()
+        tiles.choose_tile.cache_clear()
         try:
             yield
         finally:
-            cuda_tiles.choose_tile.cache_clear()
+            tiles.choose_tile.cache_clear()
 
 
 # Queries, keys, values and the gradient of the result each end where a page begins that nobody may read, or begin so.
@@ -75,7 +76,7 @@ import ctypes, mmap, sys
 import torch
 sys.path.insert(0, sys.argv[1])
 from emulation.launcher import emulated_gpu
-from natten import dispatch
+from natten import backends
 from natten.geometry import make_axes
 
 libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
@@ -98,7 +99,7 @@ for space, kernel_size, dilation in (((5, 20, 20), 5, 1), ((11, 21), 5, 2), ((37
     for at_end in (True, False):
         q, k, v, grad = (guarded((1, *space, 2, 32), at_end) for _ in range(4))
         with emulated_gpu(shared_bytes=40 << 10):
-            module = dispatch.choose(q, "cuda")
+            module = backends.choose(q, "cuda")
             out, lse = module.attention(q, k, v, None, axes, 1.0)
             module.attention_backward(grad, None, q, k, v, None, out, lse, axes, 1.0)
         print("read", flush=True)
@@ -332,31 +333,31 @@ class EmulatedSweepTest(EmulatedTestCase):
 
 
 class RefusalTest(unittest.TestCase):
-    """`refuses` is asked with stand-ins for tensors on devices that are not here."""
+    """`unsupported_reason` is asked with stand-ins for tensors on devices that are not here."""
 
     def setUp(self):
         cuda._lacks.cache_clear()
-        warn.cache_clear()
+        warn_fallback.cache_clear()
         self.addCleanup(cuda._lacks.cache_clear)
-        self.addCleanup(warn.cache_clear)
+        self.addCleanup(warn_fallback.cache_clear)
 
     def query(self, device: str, dtype=torch.float32, dim: int = 32):
         return mock.Mock(device=torch.device(device), dtype=dtype, shape=torch.Size((1, 9, 2, dim)))
 
     def reason(self, query, capability=HOPPER) -> str | None:
         with mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability)):
-            return cuda.refuses(query)
+            return cuda.unsupported_reason(query)
 
     def test_what_it_takes(self):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            with mock.patch.object(nvrtc, "architecture"), mock.patch.object(cuda_driver, "bindings"):
+            with mock.patch.object(nvrtc, "architecture"), mock.patch.object(driver, "bindings"):
                 self.assertIsNone(self.reason(self.query("cuda:0", dtype)))
 
     def test_what_it_does_not_take(self):
         self.assertIn("on cpu", self.reason(self.query("cpu")))
         self.assertIn("float64", self.reason(self.query("cuda:0", torch.float64)))
         for dim in (4, 12, 264):
-            self.assertIn(f"head_dim is {dim}", self.reason(self.query("cuda:0", dim=dim)))
+            self.assertIn(f"head_dim {dim}", self.reason(self.query("cuda:0", dim=dim)))
 
     def test_one_warning_where_the_reference_serves(self):
         cases = {
@@ -390,7 +391,7 @@ class RefusalTest(unittest.TestCase):
             self.assertTrue(str(caught.exception).endswith(f"run pip install {words}"), caught.exception)
 
     def test_it_stands_in_the_ladder_before_the_reference(self):
-        self.assertEqual(dispatch.NAMES, ("cpu", "cuda", "reference"))
+        self.assertEqual(backends.NAMES, ("cpu", "cuda", "reference"))
 
 
 class PlanTest(unittest.TestCase):
@@ -422,8 +423,8 @@ class PlanTest(unittest.TestCase):
             axes = make_axes(space, kernel_size)
             axes = (*(cuda._NO_AXIS,) * (3 - len(axes)), *axes)
             limits = (99 << 10, 163 << 10, 227 << 10)
-            for kind, shared_bytes, item_bytes in itertools.product(cuda_tiles.KINDS, limits, (2, 4)):
-                tile = cuda_tiles.choose_tile(kind, axes, dim, 64, True, 108, shared_bytes, True, item_bytes)
+            for kind, shared_bytes, item_bytes in itertools.product(tiles.KINDS, limits, (2, 4)):
+                tile = tiles.choose_tile(kind, axes, dim, 64, True, 108, shared_bytes, True, item_bytes)
                 self.assertLessEqual(tile.shared_bytes, shared_bytes)
                 self.assertLessEqual(tile.threads, 1024)
 
@@ -452,8 +453,8 @@ class ReachTest(unittest.TestCase):
                         met = sees[s : s + size].any(0).nonzero()
                         low, high = met.min().item(), met.max().item() + 1
                         before, after, most = max(before, s - low), max(after, high - s), max(most, high - low)
-                self.assertEqual(cuda_tiles.farthest(axis, is_inverse, size), (before, after))
-                self.assertEqual(cuda_tiles.widest(axis, is_inverse, size), most)
+                self.assertEqual(tiles.farthest(axis, is_inverse, size), (before, after))
+                self.assertEqual(tiles.widest(axis, is_inverse, size), most)
 
     def test_of_a_long_axis(self):
         for axis, is_inverse, size in itertools.product(self.AXES, (False, True), (8, 48)):
@@ -461,10 +462,10 @@ class ReachTest(unittest.TestCase):
             with self.subTest(axis=axis, is_inverse=is_inverse, size=size):
                 found = []
                 for long in (1, 1 << 20):
-                    cuda_tiles._reaches.cache_clear()
-                    with mock.patch.object(cuda_tiles, "_LONG_AXIS", long):
-                        found.append(set(cuda_tiles._reaches(axis, is_inverse, size)))
-                cuda_tiles._reaches.cache_clear()
+                    tiles._reaches.cache_clear()
+                    with mock.patch.object(tiles, "_LONG_AXIS", long):
+                        found.append(set(tiles._reaches(axis, is_inverse, size)))
+                tiles._reaches.cache_clear()
                 self.assertEqual(*found)
 
 

@@ -25,9 +25,9 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 from emulation.launcher import gpu_properties
 
-from natten import nvrtc
 from natten.backends import cuda
-from natten.cuda_driver import Kernel
+from natten.backends.cuda import nvrtc
+from natten.backends.cuda.driver import Kernel
 from natten.geometry import make_axes
 
 # Maps, heads at batch 128 (of the published models; the rest for what users may ask), head_dim, kernel_size, dilation.

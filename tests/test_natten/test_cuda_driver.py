@@ -15,8 +15,8 @@ from unittest import mock
 
 import torch
 
-from natten import cuda_driver, nvrtc
-from natten.compiler import find_compilers
+from natten.backends.cpu.compiler import find_compilers
+from natten.backends.cuda import driver, nvrtc
 
 EMULATION = Path(__file__).resolve().parents[1] / "emulation"
 
@@ -33,7 +33,7 @@ class LaunchTest(unittest.TestCase):
         self.driver.cuModuleGetFunction.return_value = (0, "function")
         self.code = mock.Mock(return_value=b"code")
         for target, name, stand_in in (
-            (cuda_driver, "bindings", lambda: self.driver),
+            (driver, "bindings", lambda: self.driver),
             (nvrtc, "machine_code", self.code),
             (torch._C, "_cuda_getCurrentRawStream", lambda device: 40 + device),
             (torch.cuda, "is_current_stream_capturing", mock.Mock(return_value=False)),
@@ -42,10 +42,10 @@ class LaunchTest(unittest.TestCase):
             patcher = mock.patch.object(target, name, stand_in, create=True)
             patcher.start()
             self.addCleanup(patcher.stop)
-        cuda_driver._forget()
-        self.addCleanup(cuda_driver._forget)
-        self.kernel = cuda_driver.Kernel("attention.cu", "natten_attention", ("HEAD_DIM=8",), 128, 100 << 10)
-        self.launch = partial(cuda_driver.launch, self.kernel, 5, (ctypes.c_int64 * 4)())
+        driver._forget()
+        self.addCleanup(driver._forget)
+        self.kernel = driver.Kernel("attention.cu", "natten_attention", ("HEAD_DIM=8",), 128, 100 << 10)
+        self.launch = partial(driver.launch, self.kernel, 5, (ctypes.c_int64 * 4)())
 
     def test_each_device_loads_once_and_launches_on_its_current_stream(self):
         for device in (0, 1, 0, 1):
@@ -77,7 +77,7 @@ class LaunchTest(unittest.TestCase):
     def test_kernels_of_a_problem_are_compiled_once_each(self):
         other = self.kernel._replace(name="natten_grad_query")
         for _ in range(2):
-            cuda_driver.prepare([self.kernel, other], 0)
+            driver.prepare([self.kernel, other], 0)
         self.launch(0)
         self.assertEqual((self.code.call_count, self.driver.cuModuleLoadData.call_count), (2, 2))
 
@@ -89,7 +89,7 @@ class LaunchTest(unittest.TestCase):
 
     def test_a_forked_child_forgets(self):
         self.launch(0)
-        cuda_driver._forget()
+        driver._forget()
         self.launch(0)
         self.assertEqual(self.driver.cuModuleLoadData.call_count, 2)
 
@@ -100,10 +100,10 @@ from unittest import mock
 
 import torch
 
-from natten import cuda_driver, nvrtc
+from natten.backends.cuda import driver, nvrtc
 
 parameters = (ctypes.c_int64 * 2)(11, -22)
-kernel = cuda_driver.Kernel("attention.cu", "natten_attention", ("HEAD_DIM=8",), 128, 60000)
+kernel = driver.Kernel("attention.cu", "natten_attention", ("HEAD_DIM=8",), 128, 60000)
 with (
     mock.patch.object(nvrtc, "machine_code", lambda *arguments: bytes.fromhex("7f454c46") + bytes(60)),
     mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0x500 + device, create=True),
@@ -112,7 +112,7 @@ with (
 ):
     for blocks, device in ((1234, 0), (5, 0), (77, 1)):
         try:
-            cuda_driver.launch(kernel, blocks, parameters, device)
+            driver.launch(kernel, blocks, parameters, device)
         except RuntimeError as error:
             print(error, flush=True)
 """

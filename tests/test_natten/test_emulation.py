@@ -10,7 +10,7 @@ import torch
 from emulation import launcher
 from torch import Tensor
 
-from natten.cuda_driver import Kernel
+from natten.backends.cuda.driver import Kernel
 
 PROBE = Path(launcher.__file__).with_name("probe.cu")
 

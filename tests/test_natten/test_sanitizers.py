@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from natten import build
-from natten.compiler import FLAGS, find_compilers
+from natten.backends.cpu import build
+from natten.backends.cpu.compiler import FLAGS, find_compilers
 
 # Runs the tests of test_cpu.py whose names are given, on the library at the path given.
 _RUN = """
 import ctypes, sys, unittest
-from natten import build
+from natten.backends.cpu import build
 
 library = ctypes.CDLL(sys.argv.pop(1))
 build.cpu_library = lambda: library

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "build_wheel.sh"
 USE = """
 import torch
 import natten
-from natten import build
+from natten.backends.cpu import build
 library = build.cpu_library()
 assert library.natten_abi() == build.ABI
 qkv = torch.randn(2, 9, 9, 3, 2, 32, generator=torch.Generator().manual_seed(0))

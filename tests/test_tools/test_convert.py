@@ -15,9 +15,9 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import natzoo.hf
-from classification.models import restore
 from natzoo.checkpoints import read_checkpoint, read_weights, write_checkpoint
 from natzoo.checkpoints.adapt import published_names
+from natzoo.classification.inference import restore
 
 ROOT = Path(__file__).parents[2]
 KWARGS = {"depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "embed_dim": 16}

@@ -9,7 +9,7 @@ from benchmarks import ops, tiles
 from emulation.launcher import emulated_gpu
 
 from natten.backends import cuda
-from natten.backends.cuda_tiles import KINDS
+from natten.backends.cuda.tiles import KINDS
 from natten.profiler import find_gpu
 
 

@@ -12,7 +12,7 @@ import torch
 import natten
 from benchmarks import layers, models, ops
 from benchmarks.entry import Entry, Setting
-from natten import cuda_driver
+from natten.backends.cuda import driver
 
 OURS = {"natten-cpu", "natten-cuda", "nat_tiny"}  # providers that must not fail
 PARTS = ("ops", "layers", "models")
@@ -75,7 +75,7 @@ def first_call_s(device: str) -> tuple[float, float]:
     seconds = []
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, NATTEN_CACHE_DIR=cache):
         for _ in range(2):
-            cuda_driver._functions.clear()  # forgets loaded kernels
+            driver._functions.clear()  # forgets loaded kernels
             started = time.perf_counter()
             with torch.no_grad():
                 natten.na2d_qkvpacked(x, 7, backend="cuda")

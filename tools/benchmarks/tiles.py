@@ -16,9 +16,9 @@ from unittest import mock
 import torch
 
 from benchmarks import ops
-from natten import cuda_driver
 from natten.backends import cuda
-from natten.backends.cuda_tiles import KINDS, Tile, tiles_and_costs
+from natten.backends.cuda import driver
+from natten.backends.cuda.tiles import KINDS, Tile, tiles_and_costs
 from natten.geometry import Axis
 from natten.profiler import Timer, find_gpu, input_sets
 
@@ -103,7 +103,7 @@ def _compile_all(case: ops.Case, kind: str, tiles: list[Tile], gpu) -> None:
         with using(kind, tile):
             for op in ("attention", "attention_backward"):
                 kernels |= {step.kernel for step in cuda.launches(op, query, case.axes, case.has_rpb, gpu)}
-    cuda_driver.machine_codes(kernels, (gpu.major, gpu.minor))
+    driver.machine_codes(kernels, (gpu.major, gpu.minor))
 
 
 def _operator_calls(case: ops.Case) -> tuple[list[Callable[[], object]], list[Callable[[], object]]]:

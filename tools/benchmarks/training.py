@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.entry import positive
-from classification import train
-from classification.options import parse
-from classification.shards import ShardImages
 from natten.profiler import Timer
 from natzoo.checkpoints import write_atomically
+from natzoo.classification import train
+from natzoo.classification.data.datasets import ShardDataset
+from natzoo.classification.options import parse
 
 
 class ReadyTrainer(train.Trainer):
@@ -93,7 +93,7 @@ def measure(trainer: ReadyTrainer, updates: int, rounds: int) -> dict[str, list[
     images = updates * trainer.images_per_update
     trainer.updates_per_epoch = updates
     loader = trainer.train_loader
-    order = loader.dataset if isinstance(loader.dataset, ShardImages) else loader.batch_sampler
+    order = loader.dataset if isinstance(loader.dataset, ShardDataset) else loader.batch_sampler
     order.length = images
     trainer.bar = tqdm(disable=True)
     timers = {
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        args.output, args.resume = folder, None
+        args.work_dir, args.resume = folder, None
         trainer = ReadyTrainer(args)
         try:
             if own.updates > trainer.updates_per_epoch:

@@ -1,4 +1,4 @@
-// The C interface, which natten/backends/cpu.py calls. Every function returns 0, or 1 if memory ran
+// The C interface, which natten/backends/cpu calls. Every function returns 0, or 1 if memory ran
 // out, or 2 if anything else failed.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What a caller passes: one plan a problem, and the addresses of its tensors. Plain C: natten/backends/cpu.py packs it.
+// What a caller passes: one plan a problem, and the addresses of its tensors. Plain C: natten/backends/cpu packs it.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// A problem as a kernel sees it. What the compiler is told (natten/backends/cuda.py): the window of each axis
+// A problem as a kernel sees it. What the compiler is told (natten/backends/cuda): the window of each axis
 // (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM, ELEMENT, HAS_RPB, and HAS_LONG_STEPS, whether so many bytes lie
 // between neighbours of a residue class that 32 such steps may overflow an int. What comes at run time: `Params`.
 //
@@ -10,7 +10,7 @@
 
 namespace natten {
 
-// As _TENSORS in natten/backends/cuda.py.
+// As _TENSORS in natten/backends/cuda.
 enum TensorName {
   QUERY, KEY, VALUE, OUT, LSE, ATTN, GRAD_OUT, GRAD_LSE, GRAD_ATTN, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, DELTA, TENSORS
 };

@@ -4,7 +4,7 @@
 // matrix fragment, the others rows 8 to 15; all of one half have the same place on the first two axes, so that whether
 // a row of columns is in their window is one question for the warp.
 //
-// What the compiler is told besides problem.h (natten/backends/cuda_tiles.py chooses):
+// What the compiler is told besides problem.h (natten/backends/cuda/tiles.py chooses):
 //   TILE_Z, TILE_Y, TILE_X  tokens of a tile
 //   COLUMNS                 tokens of a row of columns in shared memory, a multiple of 8
 //   UNIT_COLUMNS            those of them that a unit looks at, a multiple of 8
