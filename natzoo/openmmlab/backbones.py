@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from natzoo import models
 from natzoo.checkpoints import load_weights, locate, read_weights
-from natzoo.models import dinat_s, nat
-from natzoo.models.layers import to_nchw
+from natzoo.models._layers import to_nchw
+from natzoo.models.nat import DINAT_S_SIZES, DINAT_SIZES, NAT_SIZES
 
 
 class Backbone:
@@ -138,11 +138,11 @@ class Backbone:
 class NAT(Backbone, models.NAT):
     """NAT backbone, or DiNAT if `dilations` are given."""
 
-    archs = nat.SIZES
+    archs: ClassVar = {**NAT_SIZES, **DINAT_SIZES}
 
 
 @MODELS.register_module(name="DiNAT_s")
 class DiNAT_s(Backbone, models.DiNAT_s):
     """DiNAT_s backbone."""
 
-    archs = dinat_s.SIZES
+    archs = DINAT_S_SIZES

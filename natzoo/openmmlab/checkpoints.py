@@ -23,8 +23,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import get_torchvision_models
 
-from natzoo.checkpoints import locate, read_checkpoint, weights_of, write_atomically
-from natzoo.checkpoints.detectors import fit_detector
+from natzoo.checkpoints import fit_detector, locate, read_checkpoint, weights_of, write_atomically
 
 _LOADABLE_PREFIXES = ("", "http://", "https://", "torchvision://", "modelzoo://")
 # Services that no longer answer, or that would unpickle arbitrary objects.

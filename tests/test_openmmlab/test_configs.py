@@ -12,8 +12,7 @@ from mmengine.structures import PixelData
 from runs import ROOT, load_config
 
 import natzoo.openmmlab  # noqa: F401  registers the backbones
-from natzoo.checkpoints.detectors import fit_detector
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints import fit_detector, zoo_entries
 from natzoo.openmmlab.counting import count_config
 from natzoo.openmmlab.data import set_data_root
 
@@ -36,9 +35,9 @@ def zoo_entry(path):
     """Return the published checkpoint of a config."""
     name = path.stem
     if name.startswith("mask2former"):
-        return entries()[name]
+        return zoo_entries()[name]
     network, backbone = re.fullmatch(r"(mask_rcnn|cascade_mask_rcnn|upernet)_(.+)_(?:3x|160k)", name).groups()
-    rows = [e for e in entries().values() if (e.facts.get("model"), e.facts.get("backbone")) == (network, backbone)]
+    rows = [e for e in zoo_entries().values() if (e.facts.get("model"), e.facts.get("backbone")) == (network, backbone)]
     assert len(rows) == 1
     return rows[0]
 
@@ -46,7 +45,7 @@ def zoo_entry(path):
 def test_one_config_per_published_checkpoint():
     tasks = ("detection", "segmentation", "mask2former")
     named = {zoo_entry(path).name for path in PUBLISHED}
-    assert named == {entry.name for entry in entries().values() if entry.task in tasks}
+    assert named == {entry.name for entry in zoo_entries().values() if entry.task in tasks}
     assert len(PUBLISHED) == len(named) == 21 + 13 + 8
 
 
@@ -59,7 +58,7 @@ def test_number_of_parameters_matches_publication(path):
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert millions == pytest.approx(zoo_entry(path).facts["params"], abs=0.5)
     start = cfg.model.backbone.init_cfg.checkpoint
-    assert entries()[start].task == "classification"
+    assert zoo_entries()[start].task == "classification"
     assert zoo_entry(path).facts.get("start", zoo_entry(path).facts.get("backbone", start)) == start
 
 

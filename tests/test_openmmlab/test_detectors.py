@@ -11,8 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from runs import load_config
 
 import natzoo.openmmlab  # noqa: F401  registers the backbones
-from natzoo.checkpoints import read_weights, write_checkpoint
-from natzoo.checkpoints.detectors import fit_detector
+from natzoo.checkpoints import fit_detector, read_weights, write_checkpoint
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {"arch": None, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "embed_dim": 16, "dilations": None}

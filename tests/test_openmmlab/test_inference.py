@@ -7,9 +7,7 @@ from PIL import Image
 from runs import ROOT, load_config
 
 import natzoo.openmmlab  # noqa: F401  before mmdet and mmseg
-from natzoo.checkpoints import locate, write_checkpoint
-from natzoo.checkpoints.sources import path_in_cache
-from natzoo.checkpoints.zoo import find
+from natzoo.checkpoints import find_entry, locate, path_in_cache, write_checkpoint
 
 EXAMPLES = {  # subproject -> small config, and the config and checkpoint of the README
     "detection": ("mask_rcnn", "detection/mask_rcnn_nat_mini_3x", "nat_mini_maskrcnn"),
@@ -54,7 +52,7 @@ def test_published_name(kind, meta, cache, drawn):
     small, _, name = EXAMPLES[kind]
     cfg = load_config(ROOT / "configs" / "quickstart" / f"{small}.py")
     weights = build(kind, cfg).state_dict()
-    write_checkpoint(path_in_cache(find(name)), {**meta, "state_dict": weights} if meta else weights)
+    write_checkpoint(path_in_cache(find_entry(name)), {**meta, "state_dict": weights} if meta else weights)
     model = build(kind, cfg, name)
     assert all(value.equal(weights[key]) for key, value in model.state_dict().items())
     path = next((drawn / "images" / "validation").iterdir())
@@ -69,7 +67,7 @@ def test_published_name(kind, meta, cache, drawn):
 def test_example_of_readme(kind, cache, drawn, tmp_path, monkeypatch):
     _, config, name = EXAMPLES[kind]
     path = ROOT / "configs" / f"{config}.py"
-    write_checkpoint(path_in_cache(find(name)), {"state_dict": build(kind, path).state_dict(), "meta": {}})
+    write_checkpoint(path_in_cache(find_entry(name)), {"state_dict": build(kind, path).state_dict(), "meta": {}})
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     with Image.open(next((drawn / "images" / "validation").iterdir())) as image:
         image.save(tmp_path / "image.jpg")
