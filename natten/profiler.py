@@ -32,11 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import natten.flops  # noqa: F401  registers the FLOP formulas with FlopCounterMode
-from natten import backends, functional
+from natten import __version__, backends, functional
 from natten.backends import cuda, reference
 from natten.backends.kernels import unsupported_input
-from natten.geometry import WINDOW_PADDINGS, Axis, make_axes, per_axis
-from natten.version import __version__
+from natten.checks import WINDOW_PADDINGS, make_axes, per_axis
+from natten.geometry import Axis
 
 __all__ = [
     "GPUS",

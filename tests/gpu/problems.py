@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import natten
-from natten.geometry import make_axes
+from natten.checks import make_axes
 
 
 class Machine(NamedTuple):

@@ -11,7 +11,7 @@ from gpu.problems import PRECISIONS, Machine, float32_products, kernel_size_of, 
 from natten import profiler
 from natten.backends import cuda
 from natten.backends.cuda import driver
-from natten.geometry import make_axes
+from natten.checks import make_axes
 
 PROBLEMS = 750  # per precision
 PATIENCE_S = 25  # after which only the first problem of each kind still runs

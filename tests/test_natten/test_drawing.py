@@ -7,8 +7,9 @@ import pytest
 from brute_force import axis_window as slots_of
 from PIL import Image
 
+from natten.checks import make_axes
 from natten.geometry import __main__ as command
-from natten.geometry import drawing, make_axes
+from natten.geometry import drawing
 from natten.geometry.drawing import Part
 
 

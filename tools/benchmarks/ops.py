@@ -18,7 +18,8 @@ import natten
 from benchmarks import rivals
 from benchmarks.entry import Entry, LeftOut, Setting, Subject, check_providers
 from natten import profiler
-from natten.geometry import Axis, make_axes
+from natten.checks import make_axes
+from natten.geometry import Axis
 from natten.profiler import Work
 
 _MAIN = "b8_56x56_h2_d32_k7"
