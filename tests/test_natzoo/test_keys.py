@@ -80,5 +80,5 @@ def test_names_and_shapes_match_hugging_face(kind):
 def test_unknown_weight_is_named():
     with pytest.raises(ValueError, match=r"wibble\.weight"):
         to_hf({"wibble.weight": torch.zeros(1)}, "nat.")
-    with pytest.raises(ValueError, match=r"levels\.0\.blocks\.0\.gamma1"):
+    with pytest.raises(ValueError, match="gamma1"):
         to_hf({"levels.0.blocks.0.gamma1": torch.zeros(1)}, "nat.")
