@@ -181,9 +181,7 @@ def test_model_from_a_classifier_folder(hub_folder):
 
 def test_backbone_from_a_classifier_folder(hub_folder):
     """The norms of the feature maps are newly initialized."""
-    kind = type(
-        AutoBackbone.from_config(AutoConfig.from_pretrained(hub_folder))
-    )  # AutoBackbone itself does not load folders
+    kind = type(AutoBackbone.from_config(AutoConfig.from_pretrained(hub_folder)))  # AutoBackbone cannot
     backbone, information = kind.from_pretrained(
         hub_folder, out_features=["stem", "stage2", "stage4"], output_loading_info=True
     )
@@ -374,7 +372,7 @@ QUICK = (
     "dinat_s_tiny",
     "dinat_isotropic_small",
     "vitrpb_small",
-)  # the others take seconds each
+)  # the others are slow
 
 
 @pytest.mark.parametrize(
@@ -409,9 +407,7 @@ def test_labels_and_preprocessing_of_a_published_model(tmp_path):
     assert prepared.shape == (1, 3, 384, 384)
     config = timm.data.resolve_data_config(model.pretrained_cfg)
     expected = timm.data.create_transform(**config)(picture)
-    assert (
-        prepared[0] - expected
-    ).abs().max() < 0.05  # torchvision resizes tensors and PIL images slightly differently
+    assert (prepared[0] - expected).abs().max() < 0.05  # torchvision resizes PIL images differently
 
 
 def test_only_complete_classifiers_are_exported():
