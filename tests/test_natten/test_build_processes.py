@@ -104,7 +104,7 @@ class ProcessTest(BuildTestCase):
 
     def test_a_lock_that_is_never_released(self):
         cache.make(self.cache)
-        with cache.lock(self.cache), mock.patch.object(cache, "_PATIENCE_S", 0.2):
+        with cache.lock(self.cache), mock.patch.object(cache, "_LOCK_TIMEOUT_S", 0.2):
             self.assertEqual(self.check_compiles().path.parent, self.cache)
 
     def test_killed(self):

@@ -336,9 +336,9 @@ class RefusalTest(unittest.TestCase):
     """`unsupported_reason` is asked with stand-ins for tensors on devices that are not here."""
 
     def setUp(self):
-        cuda._lacks.cache_clear()
+        cuda._unsupported_device.cache_clear()
         warn_fallback.cache_clear()
-        self.addCleanup(cuda._lacks.cache_clear)
+        self.addCleanup(cuda._unsupported_device.cache_clear)
         self.addCleanup(warn_fallback.cache_clear)
 
     def query(self, device: str, dtype=torch.float32, dim: int = 32):
@@ -366,7 +366,7 @@ class RefusalTest(unittest.TestCase):
             "ROCm": (self.query("cuda:0"), HOPPER, "6.0"),
         }
         for word, (query, capability, hip) in cases.items():
-            cuda._lacks.cache_clear()
+            cuda._unsupported_device.cache_clear()
             with self.subTest(word), mock.patch.object(torch.version, "hip", hip):
                 with self.assertWarnsRegex(RuntimeWarning, word):
                     self.assertIn(word, self.reason(query, capability))

@@ -42,8 +42,8 @@ class LaunchTest(unittest.TestCase):
             patcher = mock.patch.object(target, name, stand_in, create=True)
             patcher.start()
             self.addCleanup(patcher.stop)
-        driver._forget()
-        self.addCleanup(driver._forget)
+        driver._reset()
+        self.addCleanup(driver._reset)
         self.kernel = driver.Kernel("attention.cu", "natten_attention", ("HEAD_DIM=8",), 128, 100 << 10)
         self.launch = partial(driver.launch, self.kernel, 5, (ctypes.c_int64 * 4)())
 
@@ -89,7 +89,7 @@ class LaunchTest(unittest.TestCase):
 
     def test_a_forked_child_forgets(self):
         self.launch(0)
-        driver._forget()
+        driver._reset()
         self.launch(0)
         self.assertEqual(self.driver.cuModuleLoadData.call_count, 2)
 
