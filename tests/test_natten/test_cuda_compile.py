@@ -28,7 +28,7 @@ from emulation.launcher import gpu_properties
 from natten.backends import cuda
 from natten.backends.cuda import nvrtc
 from natten.backends.cuda.driver import Kernel
-from natten.geometry import make_axes
+from natten.checks import make_axes
 
 # Maps, heads at batch 128 (of the published models; the rest for what users may ask), head_dim, kernel_size, dilation.
 TUNED = {
