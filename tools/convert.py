@@ -27,11 +27,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from natzoo import command_line
-from natzoo.checkpoints import weights_of, write_weights
+from natzoo.checkpoints import weights_of, write_weights, zoo_entries
 from natzoo.checkpoints.adapt import backbone_prefix, published_names, unwrapped
 from natzoo.checkpoints.download import sha256_of
-from natzoo.checkpoints.record import RECORD
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints.write import RECORD
 from natzoo.classification.factory import create_model
 from natzoo.classification.inference import create_from_checkpoint, read_with_record
 from natzoo.classification.options import KeyValues
@@ -97,7 +96,7 @@ def convert_classifier(
 ) -> None:
     """Writes a classifier; where its model is known, after a check that the weights are its."""
     weights = published_names(weights)
-    known = entries().get(args.source)
+    known = zoo_entries().get(args.source)
     name = args.model or (known.name if known and known.task == "classification" else None)
     if name is None and RECORD not in checkpoint:
         if not args.target.suffix:

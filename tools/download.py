@@ -19,16 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from natzoo import command_line
-from natzoo.checkpoints import locate, write_atomically
-from natzoo.checkpoints.download import cache_folder, check, recorded_sha256
-from natzoo.checkpoints.sources import path_in_cache
-from natzoo.checkpoints.zoo import entries, find
+from natzoo.checkpoints import cache_folder, find_entry, locate_entry, path_in_cache, write_atomically, zoo_entries
+from natzoo.checkpoints.download import check, recorded_sha256
 
 
 def show(args: argparse.Namespace) -> None:
     """Of each checkpoint its name, whether it is here, what was published of it; below, where it is."""
     print(f"{'name':40} {'task':14} {'here':5} published figures")
-    for entry in entries().values():
+    for entry in zoo_entries().values():
         if args.task in (None, entry.task):
             state = "yes" if path_in_cache(entry).exists() else "no"
             print(f"{entry.name:40} {entry.task:14} {state:5} {_told(entry.facts)}\n{'':4}{entry.url}")
@@ -46,8 +44,8 @@ def _told(facts: dict) -> str:
 
 def get(args: argparse.Namespace) -> None:
     """Downloads what is not here yet; with --out copies it."""
-    for entry in [find(name) for name in dict.fromkeys(args.names)]:
-        path = locate(entry.url)  # not the name, which a file here may have
+    for entry in [find_entry(name) for name in dict.fromkeys(args.names)]:
+        path = locate_entry(entry)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             is_from_hub = path != path_in_cache(entry)  # where each file has the same name
@@ -64,7 +62,7 @@ def verify(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the first that is damaged.
     """
-    chosen = [find(name) for name in args.names] or list(entries().values())
+    chosen = [find_entry(name) for name in args.names] or list(zoo_entries().values())
     here = [entry for entry in chosen if path_in_cache(entry).exists()]
     for entry in chosen if args.names else here:
         path = path_in_cache(entry)
@@ -82,7 +80,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="all published checkpoints")
     listing.add_argument(
-        "--task", choices=dict.fromkeys(entry.task for entry in entries().values()), help="only those of one task"
+        "--task", choices=dict.fromkeys(entry.task for entry in zoo_entries().values()), help="only those of one task"
     )
     listing.set_defaults(run=show)
     getting = commands.add_parser("get", help="download some")

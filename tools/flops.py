@@ -63,7 +63,7 @@ def count_anything(what: str, size: tuple[int, int] | None = None) -> Counted:
     if not what.endswith(".py"):
         return count_model(what, size)
     from natzoo.openmmlab.counting import count_config
-    from natzoo.openmmlab.options import read_config
+    from natzoo.openmmlab.runner import read_config
 
     return count_config(read_config(Path(what)), size)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from natzoo.checkpoints import DownloadError, write_table, zoo
+from natzoo.checkpoints import DownloadError, write_table, zoo_entries
 from natzoo.classification.data.datasets import Images, RealLabelsDataset, gather_bad_images
 from natzoo.classification.data.loader import create_evaluation_loader, create_validation_dataset, uses_shards
 from natzoo.classification.data.readers import read_class_map
@@ -64,7 +64,7 @@ def chosen_models(patterns: list[str]) -> list[str]:
     Raises:
         ValueError: if none does.
     """
-    known = [name for name, entry in zoo.entries().items() if "top1" in entry.facts]
+    known = [name for name, entry in zoo_entries().items() if "top1" in entry.facts]
     chosen = [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     if not chosen:
         raise ValueError(f"no published classifier is named {' or '.join(patterns)}: there are {', '.join(known)}.")
@@ -128,7 +128,7 @@ def validate(args: argparse.Namespace, world: World, signal_handler: SignalHandl
 
 
 def _row(name: str, model: nn.Module, config: dict, result: dict[str, float], is_published: bool) -> dict[str, Any]:
-    known = zoo.entries().get(name.split(".")[0])
+    known = zoo_entries().get(name.split(".")[0])
     published = known.facts.get("top1", "") if known and is_published else ""
     return {
         "model": name,

@@ -12,7 +12,6 @@ except ModuleNotFoundError as error:
     text = "natzoo.hf needs transformers 5: install the extra hf, `bash tools/setup.sh train hf`."
     raise ModuleNotFoundError(text, name="transformers") from error
 
-from natzoo.hf import auto, conversion
 from natzoo.hf.configuration import DinatConfig, NatConfig
 from natzoo.hf.export import from_timm, image_processor
 from natzoo.hf.folders import save_backbone_folder, save_folder
@@ -26,9 +25,9 @@ from natzoo.hf.modeling import (
     NatModel,
     NatPreTrainedModel,
 )
+from natzoo.hf.registration import register
 
-conversion.register()
-auto.register()
+register()
 
 __all__ = [
     "DinatBackbone",

@@ -13,10 +13,10 @@ from transformers.image_utils import PILImageResampling
 
 from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
 from natzoo.hf.modeling import DinatForImageClassification, Encoder, NatForImageClassification
-from natzoo.models import NAT, DiNAT_s, Isotropic
+from natzoo.models import NAT, DiNAT, DiNAT_s, Isotropic
 from natzoo.models.isotropic import BiasedAttention
 
-_LAYOUT_OF = {NAT: "nat", DiNAT_s: "dinat_s", Isotropic: "isotropic"}
+_LAYOUT_OF = {NAT: "nat", DiNAT: "nat", DiNAT_s: "dinat_s", Isotropic: "isotropic"}
 _IMAGENET_CLASSES = 1000
 
 

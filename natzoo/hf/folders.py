@@ -82,7 +82,7 @@ def save_backbone_folder(model: NAT | DiNAT_s, weights: dict[str, Tensor], folde
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """What natzoo.checkpoints.record says of a checkpoint, of a folder; None if it is of neither Nat nor Dinat."""
+    """Return the record of a folder, as `record_of` does for a checkpoint; None for other models."""
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ("nat", "dinat"):
         return None

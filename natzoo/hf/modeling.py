@@ -1,7 +1,7 @@
 """Nat and Dinat as transformers' users know them, of the layers of natzoo.models.
 
 Only the outputs, the places of dropout and the initialisation are Hugging Face's; the names of weights in files too,
-to which natzoo/hf/conversion.py translates.
+to which natzoo/hf/registration.py translates.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers.utils.generic import can_return_tuple
 
 from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
 from natzoo.models import NAT, DiNAT_s, Isotropic
+from natzoo.models._layers import NeighborhoodBlock, check_dilations, run_blocks, to_nchw
 from natzoo.models.isotropic import BiasedAttention, relative_position_index
-from natzoo.models.layers import NeighborhoodBlock, check_dilations, run_blocks, to_nchw
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Outputs

@@ -107,7 +107,7 @@ class AgainstReferenceTest(unittest.TestCase):
         windows = [((300,), 151), ((40, 40), 21), ((20, 20), 20), ((17, 16), (16, 15)), ((6, 9, 20), (3, 5, 13))]
         for (space, kernel_size), is_causal in itertools.product(windows, (False, True)):
             problem = problem_of(len(space), 0)
-            kernel_size = natten.geometry.per_axis(kernel_size, len(space), "kernel_size", int)
+            kernel_size = natten.checks.per_axis(kernel_size, len(space), "kernel_size", int)
             ones = (1,) * len(space)
             window = problem.window._replace(
                 kernel_size=kernel_size, stride=ones, dilation=ones, is_causal=(is_causal,) * len(space)

@@ -26,7 +26,8 @@ from natten import backends
 from natten.backends import cuda
 from natten.backends.cuda import driver, nvrtc, tiles
 from natten.backends.kernels import warn_fallback
-from natten.geometry import Axis, first_key, make_axes
+from natten.checks import make_axes
+from natten.geometry import Axis, first_key
 from test_natten import test_goldens
 from test_natten.problems import RANKS, Problem, make_qkv, make_rpb
 from test_natten.test_cpu import fused, problem_of, to_double, unfused
@@ -77,7 +78,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 from emulation.launcher import emulated_gpu
 from natten import backends
-from natten.geometry import make_axes
+from natten.checks import make_axes
 
 libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
 

@@ -28,7 +28,7 @@ from emulation.launcher import gpu_properties
 from natten.backends import cuda
 from natten.backends.cuda import nvrtc
 from natten.backends.cuda.driver import Kernel
-from natten.geometry import make_axes
+from natten.checks import make_axes
 
 # Map, heads, head_dim, kernel_size and dilation, at batch 128. TUNED: problems of the published models; OTHERS: further
 # problems that users may have.

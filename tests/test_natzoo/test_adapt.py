@@ -14,7 +14,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 from natzoo.checkpoints import load_weights, read_checkpoint, read_weights
-from natzoo.models.layers import init_linear
+from natzoo.models._layers import init_linear
 
 
 def load(model, weights, **kwargs):

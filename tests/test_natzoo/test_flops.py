@@ -8,10 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import natzoo  # noqa: F401  registers the models
 from natten.flops import add_natten_handle, get_flops
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints import zoo_entries
 
 # Billions of MACs for one image at the published resolution; the papers write FLOPs.
-PUBLISHED = {name: e.facts["macs"] for name, e in entries().items() if e.task == "classification" and "macs" in e.facts}
+CLASSIFIERS = {name: entry.facts for name, entry in zoo_entries().items() if entry.task == "classification"}
+PUBLISHED = {name: facts["macs"] for name, facts in CLASSIFIERS.items() if "macs" in facts}
 QUICK = ("nat_mini", "dinat_mini")  # the others take two minutes together
 
 

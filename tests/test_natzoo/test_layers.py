@@ -9,7 +9,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor
 
-from natzoo.models.layers import LeanMlp
+from natzoo.models._layers import LeanMlp
 
 
 def gradients(mlp: Mlp, x: Tensor) -> list[Tensor]:

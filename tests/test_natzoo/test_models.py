@@ -10,7 +10,7 @@ import torch
 from deterministic import fill, image
 from timm.optim import param_groups_layer_decay
 
-from natzoo.models.layers import NeighborhoodBlock
+from natzoo.models._layers import NeighborhoodBlock
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 GOLDEN_MODELS = json.loads((GOLDENS / "models.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from natzoo.checkpoints import DownloadError, locate, sources, write_checkpoint, zoo
+from natzoo.checkpoints import DownloadError, find_entry, locate, path_in_cache, write_checkpoint, zoo_entries
 from natzoo.checkpoints.keys import to_hf
+
+locating = importlib.import_module("natzoo.checkpoints.locate")  # the package exports a function of this name
 
 SMALL = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3}
 
@@ -36,7 +39,7 @@ def downloads(monkeypatch, tmp_path, weights):
         write_checkpoint(tmp_path / path.name, weights)
         return tmp_path / path.name
 
-    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr(locating, "fetch", fetch)
     return asked
 
 
@@ -50,7 +53,7 @@ def assert_loaded(model, weights):
 
 
 def test_the_list_and_the_models_agree():
-    entries = {name: entry for name, entry in zoo.entries().items() if entry.task == "classification"}
+    entries = {name: entry for name, entry in zoo_entries().items() if entry.task == "classification"}
     assert sorted(entries) == sorted(timm.list_models(["nat_*", "dinat_*", "vitrpb_*"]))
     for name, entry in entries.items():
         cfg = timm.get_pretrained_cfg(name)
@@ -60,7 +63,7 @@ def test_the_list_and_the_models_agree():
 
 
 def test_the_list_is_whole():
-    tasks = [entry.task for entry in zoo.entries().values()]
+    tasks = [entry.task for entry in zoo_entries().values()]
     assert {task: tasks.count(task) for task in tasks} == {
         "classification": 25,
         "detection": 21,
@@ -68,7 +71,12 @@ def test_the_list_is_whole():
         "mask2former": 8,
     }
     assert (
-        sum(map(len, filter(lambda rows: isinstance(rows, dict), yaml.safe_load(zoo.LIST.read_text()).values()))) == 67
+        sum(
+            map(
+                len, filter(lambda rows: isinstance(rows, dict), yaml.safe_load(locating.ZOO_FILE.read_text()).values())
+            )
+        )
+        == 67
     )
 
 
@@ -103,18 +111,18 @@ def test_files_of_one_name_from_two_addresses(server, monkeypatch, tmp_path):
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path))
     addresses = [server.url("a/nat_mini.pth"), server.url("b/nat_mini.pth"), server.url("b/nat_mini.pth?version=2")]
     paths = {locate(address) for address in addresses}
-    assert len(paths | {sources.path_in_cache(zoo.find("nat_mini"))}) == 4
+    assert len(paths | {path_in_cache(find_entry("nat_mini"))}) == 4
     assert {path.name for path in paths} == {"nat_mini.pth"}
     assert {locate(address) for address in addresses} == paths
     assert len(server.ranges) == 3
-    published = [sources.path_in_cache(entry) for entry in zoo.entries().values()]
+    published = [path_in_cache(entry) for entry in zoo_entries().values()]
     assert len(set(published)) == len(published)
 
 
 def test_the_address_of_a_published_file_is_as_good_as_its_name(downloads):
-    entry = zoo.find("nat_mini")
+    entry = find_entry("nat_mini")
     assert locate(entry.url) == locate("nat_mini")
-    assert locate(entry.url).name == sources.path_in_cache(entry).name
+    assert locate(entry.url).name == path_in_cache(entry).name
     assert set(downloads) == {entry.url}
 
 
@@ -133,7 +141,7 @@ def test_a_repository_with_either_file(monkeypatch, tmp_path):
         return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(sources, "is_out_of_reach", lambda url: False)
+    monkeypatch.setattr(locating, "is_unreachable", lambda url: False)
     asked, there = [], ["pytorch_model.bin"]
     assert locate("hf-hub:somebody/nat") == tmp_path / "pytorch_model.bin"
     assert asked == [("somebody/nat", name, None) for name in ("model.safetensors", "pytorch_model.bin")]
@@ -155,8 +163,8 @@ def test_the_hub_serves_where_the_site_does_not(monkeypatch, tmp_path, weights):
         save_file({name: value.contiguous() for name, value in to_hf(weights, "nat.").items()}, tmp_path / name)
         return str(tmp_path / name)
 
-    monkeypatch.setattr(sources, "fetch", fetch)
-    monkeypatch.setattr(sources, "is_out_of_reach", lambda url: False)
+    monkeypatch.setattr(locating, "fetch", fetch)
+    monkeypatch.setattr(locating, "is_unreachable", lambda url: False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert_loaded(small(seed=1, pretrained=True), weights)
 
@@ -182,7 +190,7 @@ def test_without_a_network_only_what_the_hub_has_left_here_is_looked_for(monkeyp
         return str(tmp_path / name)
 
     monkeypatch.setattr(socket, "getaddrinfo", nowhere)
-    monkeypatch.setattr(sources, "getproxies", dict)
+    monkeypatch.setattr(locating, "getproxies", dict)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     there = ["pytorch_model.bin"]
     assert locate("hf-hub:somebody/nat") == tmp_path / "pytorch_model.bin"
@@ -191,8 +199,8 @@ def test_without_a_network_only_what_the_hub_has_left_here_is_looked_for(monkeyp
         DownloadError, match=r"on the Hugging Face hub gave none of .* \(huggingface\.co is not to be found\)$"
     ):
         locate("hf-hub:somebody/nat")
-    monkeypatch.setattr(sources, "getproxies", lambda: {"https": "proxy:3128"})
-    assert not sources.is_out_of_reach("https://huggingface.co")
+    monkeypatch.setattr(locating, "getproxies", lambda: {"https": "proxy:3128"})
+    assert not locating.is_unreachable("https://huggingface.co")
 
 
 # ----- models -----
@@ -201,7 +209,7 @@ def test_without_a_network_only_what_the_hub_has_left_here_is_looked_for(monkeyp
 @pytest.mark.parametrize("name", ["nat_mini", "nat_mini.in1k"])
 def test_pretrained(downloads, weights, name):
     assert_loaded(small(name, seed=1, pretrained=True), weights)
-    assert downloads == [zoo.find("nat_mini").url]
+    assert downloads == [find_entry("nat_mini").url]
 
 
 def test_pretrained_from_a_file_and_an_address(downloads, tmp_path, weights):

@@ -9,9 +9,7 @@ import pytest
 import timm
 import torch
 
-from natzoo.checkpoints import write_weights
-from natzoo.checkpoints.sources import path_in_cache
-from natzoo.checkpoints.zoo import entries, find
+from natzoo.checkpoints import find_entry, path_in_cache, write_weights, zoo_entries
 from natzoo.hf import save_folder
 from natzoo.hf.export import make_config
 from test_tools import programs
@@ -51,10 +49,10 @@ def test_page_names_are_unique():
 def write_random_weights(name):
     """Put random weights where the published ones are expected: in the cache, and as the hub's repository."""
     model = timm.create_model(name)
-    path_in_cache(find(name)).parent.mkdir(exist_ok=True)
-    write_weights(path_in_cache(find(name)), model.state_dict())
-    if find(name).hub:
-        save_folder(model, find(name).hub)
+    path_in_cache(find_entry(name)).parent.mkdir(exist_ok=True)
+    write_weights(path_in_cache(find_entry(name)), model.state_dict())
+    if find_entry(name).hub:
+        save_folder(model, find_entry(name).hub)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
@@ -62,7 +60,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "cache"))
     code = "\n".join(blocks(page, "python"))
-    for name, entry in entries().items():
+    for name, entry in zoo_entries().items():
         loaded = rf'"{name}", pretrained=True|locate\("{name}"\)' + (f'|"{entry.hub}"' if entry.hub else "")
         if re.search(loaded, code):
             write_random_weights(name)
@@ -146,10 +144,10 @@ def cells(row):
     return [cell.strip().split(" ")[0] for cell in row.split("|")]
 
 
-@pytest.mark.parametrize("name", entries())
+@pytest.mark.parametrize("name", zoo_entries())
 def test_rows_of_published_files_match_the_zoo(name):
     """Every table row that links a published file states its figures; the model cards have one row for each file."""
-    entry = entries()[name]
+    entry = zoo_entries()[name]
     rows = [row for page in PAGES for row in re.findall(r"^\|.*\|$", page.read_text(), re.M) if f"({entry.url})" in row]
     assert rows
     keys = ("macs", "top1", "box_ap", "mask_ap", "pq", "ap", "miou", "miou_ms")
@@ -174,3 +172,15 @@ def test_architecture_tables_match_the_models(page):
         assert (config.embed_dim, config.mlp_ratio) == (int(channels), int(mlp_ratio))
         assert config.drop_path_rate == pytest.approx(float(drop_path))
         assert config.layer_scale_init_value == (0 if layer_scale == "-" else float(layer_scale))
+
+
+def test_results_of_the_readme_match_the_zoo():
+    rows = re.findall(r"^\| \[(NAT|DiNAT|DiNAT_s)-(\w+)\](.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert rows
+    for family, size, row in rows:
+        name = f"{family}_{size}".lower()
+        shown = re.findall(r"\d+\.\d", row)
+        of_tasks = [name, f"cascadedmaskrcnn_{name}", f"{name}_cascademaskrcnn", f"upernet_{name}", f"{name}_upernet"]
+        facts = [entries()[task].facts for task in of_tasks if task in entries()]
+        keys = ("top1", "box_ap", "mask_ap", "miou")
+        assert shown == [str(facts[0]["macs"]), *(str(f[key]) for f in facts for key in keys if key in f)], name

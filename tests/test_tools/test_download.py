@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import download
@@ -10,9 +11,11 @@ import pytest
 from file_server import CONTENT, SHA256, serve, status, truncated, web_page
 
 from natzoo import command_line
-from natzoo.checkpoints import sources, zoo
+from natzoo.checkpoints import find_entry, zoo_entries
 
-SITE = zoo.LIST.read_text().split("site: ")[1].split("\n")[0]
+zoo = importlib.import_module("natzoo.checkpoints.locate")  # the package exports a function of this name
+
+SITE = zoo.ZOO_FILE.read_text().split("site: ")[1].split("\n")[0]
 
 
 @pytest.fixture
@@ -22,14 +25,14 @@ def site(server, monkeypatch, tmp_path):
     def offline(repository, name, revision=None, local_files_only=False):
         raise ConnectionError("no net")
 
-    (tmp_path / "zoo.yaml").write_text(zoo.LIST.read_text().replace(SITE, server.url("projects/")))
-    monkeypatch.setattr(zoo, "LIST", tmp_path / "zoo.yaml")
+    (tmp_path / "zoo.yaml").write_text(zoo.ZOO_FILE.read_text().replace(SITE, server.url("projects/")))
+    monkeypatch.setattr(zoo, "ZOO_FILE", tmp_path / "zoo.yaml")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    monkeypatch.setattr(sources, "is_out_of_reach", lambda url: False)
+    monkeypatch.setattr(zoo, "is_unreachable", lambda url: False)
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "cache"))
-    zoo.entries.cache_clear()
+    zoo_entries.cache_clear()
     yield server
-    zoo.entries.cache_clear()
+    zoo_entries.cache_clear()
 
 
 @pytest.fixture
@@ -70,9 +73,9 @@ def test_list(run, cache):
     assert code == 0
     heading, *lines = out.splitlines()
     assert heading.split() == ["name", "task", "here", "published", "figures"]
-    assert [line.split()[0] for line in lines[::2]] == list(zoo.entries())
+    assert [line.split()[0] for line in lines[::2]] == list(zoo_entries())
     assert lines[0].endswith("20.0 M parameters, 2.7 G MACs, top1 81.8")
-    assert [line.strip() for line in lines[1::2]] == [entry.url for entry in zoo.entries().values()]
+    assert [line.strip() for line in lines[1::2]] == [entry.url for entry in zoo_entries().values()]
     _, out, _ = run("list", "--task", "mask2former")
     assert len(out.splitlines()) == 1 + 2 * 8
     run("get", "dinat_mini")
@@ -130,7 +133,7 @@ def test_offline(run, cache, site):
     """The line says from where, how much, to where, and that one can do it by hand."""
     site.http.shutdown()
     site.http.server_close()
-    address = zoo.find("nat_mini").url
+    address = find_entry("nat_mini").url
     parts = (f"by hand, download {address} (about 80 MB)", f"put it at {cache / 'nat_mini.pth'}", "refused", "no net")
     assert_refused(run("get", "nat_mini"), *parts)
     assert_refused(run("get", "maskrcnn_dinat_mini"), "(about 160 MB)", cache / "maskrcnn_dinat_mini.pth")
@@ -165,9 +168,9 @@ def test_verify_finds_a_damaged_file(run, cache):
 
 
 def test_a_published_hash_is_what_counts(run, cache, site, tmp_path):
-    text = zoo.LIST.read_text().replace("nat_mini.pth,", f"nat_mini.pth, sha256: {SHA256},", 1)
-    zoo.LIST.write_text(text)
-    zoo.entries.cache_clear()
+    text = zoo.ZOO_FILE.read_text().replace("nat_mini.pth,", f"nat_mini.pth, sha256: {SHA256},", 1)
+    zoo.ZOO_FILE.write_text(text)
+    zoo_entries.cache_clear()
     site.behaviours = [lambda handler: serve(handler, content=bytes(1000))]
     assert_refused(run("get", "nat_mini"), f"instead of {SHA256}")
     cache.joinpath("nat_mini.pth").write_bytes(bytes(1000))  # by hand

@@ -20,8 +20,8 @@ from natten.backends.cuda import driver, nvrtc
 from natten.backends.cuda.driver import Kernel
 from natten.backends.cuda.tiles import Tile, choose_tile
 from natten.backends.kernels import DTYPES, TENSORS, KernelBackend, check_layout, unsupported_input, warn_fallback
-from natten.geometry import Axis, check_rpb
-from natten.memo import remember
+from natten.checks import cached, check_rpb
+from natten.geometry import Axis
 
 NAME = "cuda"
 # The compute capability that the kernels need, and that the kernels with matrix instructions need.
@@ -157,7 +157,7 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     return None if grad_rpb is None else grad_rpb.to(rpb.dtype)
 
 
-@remember
+@cached
 def _plan(
     op: str,
     shaped: Tensor,
