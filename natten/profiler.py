@@ -4,7 +4,7 @@
     python -m natten.profiler --size 56x56 --head-dim 32 --kernel-size 7 --dtype bfloat16 --dry-run --capability 9.0
 
 Work is the least that the problem takes: the products of queries with the keys of their windows (and of what
-natten/composition.py adds around the map), and each tensor moved once a pass. Its limit is the longer of two times: of
+natten/ops.py adds around the map), and each tensor moved once a pass. Its limit is the longer of two times: of
 that arithmetic at the rate of a matrix product of the same dtype, and of a copy that moves as many bytes. Both are
 measured beside it, in turns.
 """
@@ -26,12 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import natten.flops  # noqa: F401  teaches FlopCounterMode
-from natten import backends, functional
+from natten import __version__, backends, functional
 from natten.backends import cuda, reference
 from natten.backends.kernels import unsupported_input
+from natten.checks import WINDOW_PADDINGS, make_axes, per_axis
 from natten.command_line import Parser, causal_axes, numbers
-from natten.geometry import WINDOW_PADDINGS, Axis, make_axes, per_axis
-from natten.version import __version__
+from natten.geometry import Axis
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _WARM_UP_S = 0.3

@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pictures.curves import read_summary
-from pictures.style import save, to_png
+from figures.curves import read_summary
+from figures.style import save, to_png
 
 from natzoo import command_line
 from natzoo.checkpoints import read_checkpoint, weights_of, write_table

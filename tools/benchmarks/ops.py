@@ -19,7 +19,8 @@ import natten
 from benchmarks import rivals
 from benchmarks.entry import Entry, LeftOut, Setting, Subject, check_providers
 from benchmarks.windows import axis_windows
-from natten.geometry import Axis, make_axes
+from natten.checks import make_axes
+from natten.geometry import Axis
 
 _MAIN = "b8_56x56_h2_d32_k7"
 SHAPES = (  # the cheap ones first

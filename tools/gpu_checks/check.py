@@ -14,7 +14,7 @@ from torch import Tensor
 import natten
 from natten.backends import cuda
 from natten.backends.cuda.driver import Kernel
-from natten.geometry import make_axes
+from natten.checks import make_axes
 
 
 class Check:

@@ -8,7 +8,7 @@ import torch
 
 from natten import profiler
 from natten.backends.cuda import driver
-from natten.geometry import make_axes
+from natten.checks import make_axes
 
 from .check import PRECISIONS, Check, float32_products, kernel_size_of, kernels_of, make_inputs, run_step
 
