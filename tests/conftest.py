@@ -31,7 +31,6 @@ def server(monkeypatch):
     from natzoo.checkpoints import download
 
     monkeypatch.setattr(download, "PAUSE_S", 0.01)
-    monkeypatch.setattr(download, "STALL_S", 0.5)
     server = Server()
     yield server
     server.http.shutdown()
