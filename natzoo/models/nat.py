@@ -214,21 +214,21 @@ class HierarchicalTransformer(Classifier):
         self.apply(init_linear)
 
     @property
-    def stages(self) -> nn.ModuleList:
-        """The stages, whatever the family calls them."""
+    def stages(self) -> Any:
+        """The nn.ModuleList of all stages, whatever the family calls it."""
         return getattr(self, self.stages_name)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's parameter groups for layer-wise learning rates: one per block, or per stage if coarse."""
         stage = rf"^{self.stages_name}\.(\d+)"
-        blocks = stage
-        if not coarse:
-            blocks = [
-                (stage + r"\.blocks\.(\d+)", None),
-                (stage + r"\.downsample", (99999,)),  # same group as the block before it
-                (r"^norm", (99999,)),
-            ]
+        if coarse:
+            return {"stem": r"^patch_embed", "blocks": stage}
+        blocks = [
+            (stage + r"\.blocks\.(\d+)", None),
+            (stage + r"\.downsample", (99999,)),  # same group as the block before it
+            (r"^norm", (99999,)),
+        ]
         return {"stem": r"^patch_embed", "blocks": blocks}
 
     @torch.jit.ignore
