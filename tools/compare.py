@@ -3,9 +3,10 @@
     python tools/compare.py SIGN_DIGITS --configs configs/classification/sign_digits_*.yml --seeds 1 2 3
     python tools/compare.py DATA --configs a.yml b.yml --seeds 1 2 3 --output output/compare -- --epochs 10
 
-Complete runs are skipped and interrupted ones resume. Options after `--` are passed to train.py. The output folder gets
-compare.csv, with the best top-1 accuracy of each recipe over the seeds (mean, lowest and highest), and compare.png, with
-the mean accuracy per epoch and its range.
+Complete runs are skipped and interrupted ones resume. Options after `--` are passed to train.py. Two files are written:
+
+- compare.csv: the best top-1 accuracy of each recipe over the seeds (mean, lowest and highest);
+- compare.png: the mean accuracy per epoch, and its range over the seeds.
 """
 
 from __future__ import annotations

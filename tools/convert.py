@@ -1,10 +1,10 @@
 """Convert weights between formats.
 
-    python tools/convert.py nat_mini nat_mini.safetensors                  a published checkpoint
+    python tools/convert.py nat_mini nat_mini.safetensors                  published checkpoint
     python tools/convert.py nat_mini hf/nat_mini                           to a Hugging Face folder
     python tools/convert.py hf/nat_mini nat_mini.pth                       and back
-    python tools/convert.py output/nat/best.pth best.safetensors           a checkpoint of train.py; EMA weights if present
-    python tools/convert.py work_dirs/x/iter_160000.pth published.pth      a detector without its optimizer
+    python tools/convert.py output/nat/best.pth best.safetensors           EMA weights of a training run
+    python tools/convert.py work_dirs/x/iter_160000.pth published.pth      detector, without its optimizer
     python tools/convert.py maskrcnn_dinat_mini dinat_mini.pth --backbone  only its backbone
 
 The source is a name from `tools/download.py list`, a file (.pth, .pth.tar, .pt, .bin, .safetensors, or .pkl of

@@ -86,10 +86,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     getting.add_argument("names", nargs="+", metavar="NAME", help="name as printed by `list`")
     getting.add_argument("--out", type=Path, metavar="DIR", help="folder to copy the files to")
     getting.set_defaults(run=get)
-    verifying = commands.add_parser("verify", help="check downloaded files")
-    verifying.add_argument(
-        "names", nargs="*", metavar="NAME", help="checkpoints to check; all downloaded ones by default"
-    )
+    verifying = commands.add_parser("verify", help="check the hashes of downloaded files")
+    verifying.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to check; all local ones by default")
     verifying.set_defaults(run=verify)
     return parser.parse_args(argv)
 
