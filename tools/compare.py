@@ -17,11 +17,9 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from figures.curves import read_summary
 from figures.style import save, to_png
+from matplotlib.ticker import MaxNLocator
 
 from natzoo import command_line
 from natzoo.checkpoints import read_checkpoint, weights_of, write_table

@@ -18,14 +18,12 @@ With --backbone, a folder takes --model, and the dilations where the detector ha
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from natzoo import command_line
 from natzoo.checkpoints import weights_of, write_weights, zoo_entries
 from natzoo.checkpoints.adapt import backbone_prefix, published_names, unwrapped

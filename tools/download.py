@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from natzoo import command_line
 from natzoo.checkpoints import cache_folder, find_entry, locate_entry, path_in_cache, write_atomically, zoo_entries
 from natzoo.checkpoints.download import check, recorded_sha256

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 from pathlib import Path
 
 import timm
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import natzoo  # noqa: F401  registers the models
 from natzoo import command_line
 from natzoo.checkpoints import write_table
