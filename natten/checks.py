@@ -147,7 +147,7 @@ def check_composed(
     margins: tuple[Margin, ...] = ()
     if window_padding != "shift":
         margins = make_margins(space, check_window(rank, kernel_size, stride, dilation, is_causal), window_padding)
-        space = [margin.before + length + margin.behind for margin, length in zip(margins, space, strict=True)]
+        space = [margin.before + length + margin.after for margin, length in zip(margins, space, strict=True)]
     axes = make_axes(space, kernel_size, stride, dilation, is_causal)
     check_rpb(rpb, axes, query.shape[-2], query.dtype, query.device)
     return axes, margins

@@ -28,7 +28,7 @@ log = logging.getLogger("natten")
 # Unfused attention
 #
 # Up to 0.14.4 the kernel size followed from the shape of the bias table or of the attention weights. The 3-D functions
-# took the first axis apart from the other two. The number of arguments tells the orders apart.
+# took separate arguments for the first axis. The number of arguments identifies the order.
 # ---------------------------------------------------------------------------------------------------------------------
 
 

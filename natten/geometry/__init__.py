@@ -127,12 +127,12 @@ class Margin(NamedTuple):
     """How to pad an axis so that no window of interest is shifted, in tokens.
 
     Attributes:
-        before, behind: number of zero tokens to add at either end.
+        before, after: number of zero tokens to add at either end.
         first, count: first and number of the queries of interest, on the padded axis.
     """
 
     before: int
-    behind: int
+    after: int
     first: int
     count: int
 
