@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from math import prod
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -323,12 +323,13 @@ class _WeightValue(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        return None, None, *_weight_value_backward(grad_out, *ctx.saved_tensors, ctx.axes, ctx.backend)
+        attn, value = ctx.saved_tensors
+        return None, None, *_weight_value_backward(grad_out, attn, value, ctx.axes, ctx.backend)
 
 
 # Function.apply inspects the signature of `forward` in every call; a stored signature saves that time.
 for _function in (_Attention, _QueryKey, _WeightValue):
-    _function.forward.__signature__ = inspect.signature(_function.forward)
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 
 def attend(
@@ -345,7 +346,8 @@ def attend(
     scale = qkv[0].shape[-1] ** -0.5 if scale is None else float(scale)
     backend = backends.requested(backend)
     if backends.is_plain(backend):
-        return reference.attention(*_unpack(qkv), rpb, axes, scale)
+        query, key, value = _unpack(qkv)
+        return reference.attention(query, key, value, rpb, axes, scale)
     if _needs_grad(*qkv, rpb):
         return _Attention.apply(rpb, axes, scale, backend, *qkv)
     return _attention(qkv, rpb, axes, scale, backend)
@@ -445,7 +447,7 @@ def _pad_map(x_BXHd: Tensor, margins: Sequence[Margin]) -> Tensor:
 def _crop_map(x: Tensor, margins: Sequence[Margin]) -> Tensor:
     """Crop a padded map [B, X, H] or [B, X, H, d] to the queries of interest."""
     for dim, margin in enumerate(margins, start=1):
-        x = x.narrow(dim, margin.first, margin.count)
+        x = x.narrow(dim, margin.first, margin.queries)
     return x
 
 

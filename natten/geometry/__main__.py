@@ -47,8 +47,10 @@ def problem(args: argparse.Namespace) -> tuple[Axis, ...]:
     if rank > 3:
         raise ValueError(f"--size has {rank} axes; use 1 to 3")
     causal = parse_causal(args.causal, rank)
-    window = (values[0] if len(values) == 1 else values for values in (args.kernel_size, args.stride, args.dilation))
-    axes = make_axes(args.size, *window, causal)
+    kernel_size, stride, dilation = (
+        values[0] if len(values) == 1 else values for values in (args.kernel_size, args.stride, args.dilation)
+    )
+    axes = make_axes(args.size, kernel_size, stride, dilation, causal)
     for query in filter(None, args.query):
         if len(query) != rank or not all(
             0 <= position < axis.length for position, axis in zip(query, axes, strict=True)
