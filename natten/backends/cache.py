@@ -1,10 +1,10 @@
-"""Where compiled kernels are kept: folders that only this user may write, and files that are whole or not there.
+"""The cache of compiled kernels: private folders, and files that are either complete or absent.
 
-The folders, in order: NATTEN_CACHE_DIR; natten in XDG_CACHE_HOME, or in ~/.cache. Loading a library runs it, so a
-folder that someone else owns or may write is refused.
+The folders are, in order: NATTEN_CACHE_DIR, then `natten` in XDG_CACHE_HOME (default ~/.cache). Loading a library
+executes its code, so a folder that another user owns or can write to is rejected.
 
-A file ends with the SHA-256 of what stands before it, which loaders ignore: loading a truncated library does not fail,
-it kills the process.
+Each file ends with the SHA-256 of its content, which loaders ignore. Without this check, loading a truncated library
+would crash the process instead of raising an error.
 """
 
 from __future__ import annotations
@@ -20,49 +20,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PATIENCE_S = 120  # a stopped process may hold the lock for ever
+_LOCK_TIMEOUT_S = 120  # a suspended process may hold the lock forever
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 log = logging.getLogger("natten")
 
 
 def folders() -> Iterator[Path]:
-    """The folders that may keep compiled kernels, the preferred one first; they need not exist."""
+    """Yield the cache folders, the preferred one first. They need not exist."""
     chosen = os.environ.get("NATTEN_CACHE_DIR")
     if chosen:
         yield Path(os.path.expanduser(chosen)).absolute()
     else:
         log.debug("NATTEN_CACHE_DIR is not set")
     base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    if base.is_absolute():  # else there is no home, or XDG_CACHE_HOME is void as its specification says
+    if base.is_absolute():  # false without a home folder; the XDG specification ignores relative paths
         yield base / "natten"
 
 
 def check(folder: Path) -> None:
-    """Makes sure that a folder, if it exists, belongs to this user alone and may hold code.
+    """Check that a folder, if it exists, belongs to this user alone and can hold executable code.
 
     Raises:
-        OSError: saying what is wrong with it.
+        OSError: with the reason, if it does not.
     """
     try:
         status = folder.stat()
     except FileNotFoundError:
         return
     if not stat.S_ISDIR(status.st_mode):
-        raise OSError("it is not a folder")
+        raise OSError("not a folder")
     if status.st_uid != os.geteuid():
-        raise OSError("it belongs to another user")
+        raise OSError("owned by another user")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError("others may write into it; chmod go-w mends that")
+        raise OSError("writable by other users; run chmod go-w")
     if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
-        raise OSError("its file system is mounted noexec")
+        raise OSError("on a file system mounted noexec")
 
 
 def make(folder: Path) -> None:
-    """Makes a folder and those above it that are missing, each for this user alone (0700).
+    """Create a folder and its missing parents, readable by this user alone (mode 0700).
 
     Raises:
-        OSError: if it cannot be made, or is not fit for code.
+        OSError: if it cannot be created, or is rejected by `check`.
     """
     for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)
@@ -71,16 +71,18 @@ def make(folder: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Lets one process compile at a time. It only saves work: where locks fail or take too long, goes on without.
+    """Let one process at a time compile into a folder.
+
+    The lock only saves work. Where locks are not supported, or after a timeout, the caller continues without it.
 
     Raises:
-        OSError: if the folder cannot be written.
+        OSError: if the folder is not writable.
     """
     import fcntl
 
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        end = time.monotonic() + _PATIENCE_S
+        end = time.monotonic() + _LOCK_TIMEOUT_S
         while time.monotonic() < end:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,13 +94,13 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # for a child forked meanwhile too, which keeps the file open
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # explicitly, because a forked child may still hold the file open
         os.close(descriptor)
 
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A private temporary folder. A forked child leaves it alone."""
+    """Create a private temporary folder and delete it at the end, but not in a forked child."""
     owner, folder = os.getpid(), tempfile.mkdtemp(prefix="natten-")
     try:
         yield Path(folder)
@@ -108,10 +110,10 @@ def scratch() -> Iterator[Path]:
 
 
 def store(file: Path, path: Path) -> None:
-    """Puts a copy of a file at a path of a cache folder, at once as a whole.
+    """Copy a file to a path in a cache folder atomically.
 
     Raises:
-        OSError: if the folder is full or cannot be written; the path is then as before.
+        OSError: if the folder is full or not writable. The path is then unchanged.
     """
     content = file.read_bytes()
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -127,13 +129,13 @@ def store(file: Path, path: Path) -> None:
         raise
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file is there as `store` wrote it."""
+def is_complete(path: Path) -> bool:
+    """Return whether a file exists exactly as `store` wrote it."""
     return read(path) is not None
 
 
 def read(path: Path) -> bytes | None:
-    """What `store` was given; None if the file is not there, or not as it wrote it."""
+    """Return the content that was given to `store`, or None if the file is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import natten
 import natten.flops
 from natten import context
-from natten.composition import merge_attentions
+from natten.ops import merge_attentions
 from test_natten.problems import RANKS, cotangents, function, gradients
 from test_natten.test_errors import RefusalTestCase, qkv_of
 from test_natten.test_random_problems import TOLERANCE, assert_near

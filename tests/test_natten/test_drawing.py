@@ -8,8 +8,9 @@ from brute_force import axis_window as slots_of
 from drawn_text import check_saved_figures
 from PIL import Image
 
+from natten.checks import make_axes
 from natten.geometry import __main__ as command
-from natten.geometry import drawing, make_axes
+from natten.geometry import drawing
 from natten.geometry.drawing import Part
 
 

@@ -89,9 +89,8 @@ def test_trainable_parameters_get_gradients(make, out_indices):
     sum(x.sum() for x in model(image((64, 64)))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad is (parameter.grad is not None), name
-    assert (
-        f"{model.stages_name}.3.blocks.0.mlp.fc1.weight" in model.state_dict()
-    )  # kept in the state dict, as in the published files
+    # Published files contain the layers after the last map too.
+    assert f"{model.stages_name}.3.blocks.0.mlp.fc1.weight" in model.state_dict()
 
 
 @pytest.mark.parametrize("make", [NAT, DiNAT_s])
@@ -135,7 +134,7 @@ def test_gradient_checkpointing_keeps_gradients():
 
 @pytest.fixture
 def classifier(tmp_path):
-    """A checkpoint of a small classifier with random weights, and its weights."""
+    """Path and weights of a checkpoint of a small classifier with random weights."""
     model = timm.create_model("nat_mini", **SMALL, num_classes=5)
     for parameter in model.parameters():
         parameter.data.normal_()

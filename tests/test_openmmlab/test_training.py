@@ -162,7 +162,8 @@ def test_resumed_run_equals_uninterrupted_run(drawn, tmp_path, workers, resume):
     train_segmenter(config, *two, "--resume", "--cfg-options", "train_cfg.max_iters=2")
     meta = read_checkpoint(parts / "iter_2.pth")["meta"]
     assert meta["iter"] == 2
-    time.sleep(1)  # mmengine names log folders by the second
+    while (parts / time.strftime("%Y%m%d_%H%M%S")).exists():  # mmengine names log folders by the second
+        time.sleep(0.05)
     np.random.seed(1)
     train_segmenter(config, *two, *resume)
     train_segmenter(config, "--data", drawn, "--work-dir", str(whole), "--seed", meta["seed"])
@@ -179,7 +180,7 @@ def test_killed_run_can_be_resumed(drawn, tmp_path):
     options = ["--data", drawn, "--work-dir", folder, "--cfg-options", "train_cfg.max_iters=30"]
     command = [sys.executable, str(ROOT / "segmentation" / "train.py"), config, *options[:4], "--resume", *options[4:]]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while not (folder / "iter_6.pth").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read().decode()[-2000:]

@@ -172,3 +172,15 @@ def test_architecture_tables_match_the_models(page):
         assert (config.embed_dim, config.mlp_ratio) == (int(channels), int(mlp_ratio))
         assert config.drop_path_rate == pytest.approx(float(drop_path))
         assert config.layer_scale_init_value == (0 if layer_scale == "-" else float(layer_scale))
+
+
+def test_results_of_the_readme_match_the_zoo():
+    rows = re.findall(r"^\| \[(NAT|DiNAT|DiNAT_s)-(\w+)\](.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert rows
+    for family, size, row in rows:
+        name = f"{family}_{size}".lower()
+        shown = re.findall(r"\d+\.\d", row)
+        of_tasks = [name, f"cascadedmaskrcnn_{name}", f"{name}_cascademaskrcnn", f"upernet_{name}", f"{name}_upernet"]
+        facts = [zoo_entries()[task].facts for task in of_tasks if task in zoo_entries()]
+        keys = ("top1", "box_ap", "mask_ap", "miou")
+        assert shown == [str(facts[0]["macs"]), *(str(f[key]) for f in facts for key in keys if key in f)], name

@@ -19,7 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from figures.style import Theme, image_grid
-from natten.geometry import Axis, make_axes
+from natten.checks import make_axes
+from natten.geometry import Axis
 from natten.geometry.drawing import Palette, Part, add_legend, axis_window, draw_parts, parts_of, settle_layout
 from natzoo.classification.options import positive
 

@@ -26,8 +26,8 @@ from natten.backends.kernels import (
     warn_fallback,
     with_contiguous_rows,
 )
-from natten.geometry import Axis, check_rpb
-from natten.memo import remember
+from natten.checks import cached, check_rpb
+from natten.geometry import Axis
 
 NAME = "cpu"
 
@@ -97,7 +97,7 @@ def _function(library: ctypes.CDLL, op: str) -> Callable[..., int]:
     return function
 
 
-@remember
+@cached
 def _plan(
     shaped: Tensor, axes: tuple[Axis, ...], scale: float, rpb: Tensor | None, names: tuple, *tensors: Tensor | None
 ) -> bytes:

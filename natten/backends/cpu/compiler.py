@@ -1,8 +1,9 @@
-"""Turns a folder of C++ sources into a shared library: which compilers are there, with which flags, on whose threads.
+"""Compile a folder of C++ sources into a shared library: find compilers, choose flags, share PyTorch's OpenMP.
 
-OpenMP code runs on the runtime that PyTorch has loaded, whatever its name: two runtimes in a process mean two pools of
-threads that fight for the cores. So a library is linked against none, and finds its symbols in PyTorch's when it is
-loaded. Where PyTorch has none that the compiler's code could call, the sources are compiled without OpenMP.
+OpenMP code must run on the OpenMP runtime that PyTorch has loaded. A second runtime would bring a second thread pool,
+and both would compete for the cores. The library is therefore linked against no runtime, and its symbols resolve to
+PyTorch's when it is loaded. If PyTorch has no runtime that the compiler's code can call, the sources are compiled
+without OpenMP.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ log = logging.getLogger("natten")
 
 
 class CompileError(Exception):
-    """The compiler failed; the text is its first line about an error."""
+    """The compiler failed. The message is the first line of its output that reports an error."""
 
 
 class Compiler(NamedTuple):
-    """A C++ compiler: the command with its path, and all that `--version` prints."""
+    """A C++ compiler: its command, with the full path, and the output of `--version`."""
 
     command: tuple[str, ...]
     version: str
@@ -45,7 +46,7 @@ class Compiler(NamedTuple):
 
 
 def find_compilers() -> list[Compiler]:
-    """The compilers of this machine in the order to try: $CXX, c++, g++, clang++."""
+    """Return the compilers of this machine in the order of preference: $CXX, c++, g++, clang++."""
     found = []
     for name in ("CXX", "c++", "g++", "clang++"):
         text = os.environ.get("CXX", "") if name == "CXX" else name
@@ -54,17 +55,17 @@ def find_compilers() -> list[Compiler]:
             if not command:
                 log.debug("CXX is not set")
                 continue
-            found.append(_ask_version(command))
+            found.append(_query_version(command))
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             level = logging.WARNING if name == "CXX" else logging.DEBUG
-            log.log(level, "%s is no compiler that runs: %s", f"CXX={text}" if name == "CXX" else name, error)
+            log.log(level, "%s is not a working compiler: %s", f"CXX={text}" if name == "CXX" else name, error)
     return list(dict.fromkeys(found))
 
 
-def _ask_version(command: Sequence[str]) -> Compiler:
+def _query_version(command: Sequence[str]) -> Compiler:
     path = shutil.which(command[0])
     if path is None:
-        raise FileNotFoundError("there is no such program")
+        raise FileNotFoundError("program not found")
     command = (path, *command[1:])
     version = _run([*command, "--version"], timeout=60).stdout.strip()
     if not version:
@@ -73,25 +74,25 @@ def _ask_version(command: Sequence[str]) -> Compiler:
 
 
 def compile_library(compiler: Compiler, sources: Path, target: Path, cpu: str = NATIVE) -> None:
-    """Compiles every *.cpp of a folder and links them into a shared library; objects are left beside it.
+    """Compile every *.cpp of a folder and link them into a shared library. Object files stay next to it.
 
     Args:
-        sources: the folder, whose headers lie in it too.
+        sources: folder with the sources and their headers.
         target: path of the library, in an existing folder.
-        cpu: the flag that names the CPU, such as "-march=x86-64-v3".
+        cpu: the flag that selects the CPU, such as "-march=x86-64-v3".
 
     Raises:
-        CompileError: if the compiler fails, also without OpenMP.
+        CompileError: if the compiler fails both with and without OpenMP.
     """
     for threads in (("-fopenmp", "-pthread"), ("-pthread",)):
-        if "-fopenmp" in threads and not has_openmp_of(compiler):
-            log.debug("PyTorch's OpenMP does not serve %s: the CPU kernels use threads of their own", compiler)
+        if "-fopenmp" in threads and not supports_openmp(compiler):
+            log.debug("PyTorch's OpenMP does not support %s; the CPU kernels start their own threads", compiler)
             continue
         try:
             _compile_and_link(compiler, sources, target, [*FLAGS, cpu, *threads])
             return
         except subprocess.CalledProcessError as error:
-            reason = _first_error_line(error.stderr) or f"it ended with status {error.returncode}"
+            reason = _first_error_line(error.stderr) or f"exit status {error.returncode}"
         except (OSError, subprocess.SubprocessError) as error:
             reason = str(error)
         log.debug("%s %s failed: %s", shlex.join(compiler.command), " ".join(threads), reason)
@@ -106,7 +107,7 @@ def _compile_and_link(compiler: Compiler, sources: Path, target: Path, flags: Se
 
     with ThreadPoolExecutor(_PROCESSES) as pool:
         objects = list(pool.map(to_object, sorted(sources.glob("*.cpp"))))
-    _run([*compiler.command, "-shared", "-pthread", *objects, "-o", target])  # without -fopenmp: no runtime is linked
+    _run([*compiler.command, "-shared", "-pthread", *objects, "-o", target])  # no -fopenmp, which would link a runtime
 
 
 def _run(command: Sequence[str | Path], timeout: float = _TIMEOUT_S) -> subprocess.CompletedProcess[str]:
@@ -127,7 +128,7 @@ def _first_error_line(text: str) -> str | None:
 
 
 class _SymbolInfo(ctypes.Structure):
-    """What dladdr tells of an address (struct Dl_info)."""
+    """The result of dladdr (struct Dl_info)."""
 
     _fields_ = (
         ("file", ctypes.c_char_p),
@@ -139,10 +140,11 @@ class _SymbolInfo(ctypes.Structure):
 
 @functools.cache
 def share_openmp() -> ctypes.CDLL | None:
-    """PyTorch's OpenMP runtime, from now on visible to every library that is loaded; None if PyTorch has none."""
+    """Make PyTorch's OpenMP runtime visible to all libraries loaded later. Return it, or None if PyTorch has none."""
     info = _SymbolInfo()
     try:
-        symbol = ctypes.CDLL(torch._C.__file__).omp_get_max_threads  # of the first library below that has it
+        # The lookup finds the runtime whatever its file name is.
+        symbol = ctypes.CDLL(torch._C.__file__).omp_get_max_threads
         if not ctypes.CDLL(None).dladdr(ctypes.cast(symbol, ctypes.c_void_p), ctypes.byref(info)):
             return None
         return ctypes.CDLL(os.fsdecode(info.file), mode=ctypes.RTLD_GLOBAL)
@@ -150,7 +152,7 @@ def share_openmp() -> ctypes.CDLL | None:
         return None
 
 
-def has_openmp_of(compiler: Compiler) -> bool:
-    """Whether PyTorch's runtime has what this compiler's -fopenmp calls."""
+def supports_openmp(compiler: Compiler) -> bool:
+    """Return whether PyTorch's runtime has the functions that this compiler's -fopenmp calls."""
     entry = "__kmpc_fork_call" if "clang" in compiler.version else "GOMP_parallel"
     return hasattr(share_openmp(), entry)

@@ -1,7 +1,7 @@
-"""The cuda backend: fused kernels in CUDA C++ (natten/csrc/cuda), compiled by NVRTC at the first call that needs them.
+"""The cuda backend: kernels in CUDA C++ (natten/csrc/cuda), compiled by NVRTC when a call first needs them.
 
-Python makes a plan of each problem: which kernels to launch, on how many blocks, and all their parameters but the
-tensors' addresses. Plans are kept. Inputs must be finite, as for the reference.
+Each problem has a plan: which kernels to launch, with how many blocks, and all their parameters except the addresses of
+tensors. Plans are cached. Inputs must be finite, as for the reference backend.
 """
 
 from __future__ import annotations
@@ -20,45 +20,47 @@ from natten.backends.cuda import driver, nvrtc
 from natten.backends.cuda.driver import Kernel
 from natten.backends.cuda.tiles import Tile, choose_tile
 from natten.backends.kernels import DTYPES, TENSORS, KernelBackend, check_layout, unsupported_input, warn_fallback
-from natten.geometry import Axis, check_rpb
-from natten.memo import remember
+from natten.checks import cached, check_rpb
+from natten.geometry import Axis
 
 NAME = "cuda"
+# The compute capability that the kernels need, and that the kernels with matrix instructions need.
 LEAST_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
-_TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out times grad_out of each query, which backward begins with
+_TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out * grad_out per query, an intermediate result of backward
 _VIEW_WORDS = 6
-_PARAMS = Struct(f"={len(_TENSORS) * _VIEW_WORDS}q 3q 3i 3i 3i 3i 3i f")  # as Params there
-_TABLES = _VIEW_WORDS * len(_TENSORS)  # where rpb, partial_rpb and grad_rpb stand
-_TFLOAT = 3  # as in instructions.h: float32 rounded for matrix instructions
+_PARAMS = Struct(f"={len(_TENSORS) * _VIEW_WORDS}q 3q 3i 3i 3i 3i 3i f")  # `Params` in problem.h
+_TABLES = _VIEW_WORDS * len(_TENSORS)  # index of rpb; partial_rpb and grad_rpb follow
+_TFLOAT = 3  # ELEMENT of Tfloat in instructions.h: float32 that matrix instructions round to TF32
 _NO_AXIS = Axis(1, 1, 1, 1, False)
 
-_GROUP_THREADS = 128  # as THREADS in groups.h
-_SUM_THREADS, _SUM_ENTRIES = 1024, 32  # as in sum_parts.cu
-_WAVES = 2  # of blocks that sum up the gradient of tables
-_RESIDENT_GROUPS = 8  # blocks of a plain kernel that a multiprocessor holds, about
+_GROUP_THREADS = 128  # THREADS in groups.h
+_SUM_THREADS, _SUM_ENTRIES = 1024, 32  # threads and table entries per block in sum_parts.cu
+_WAVES = 2  # waves of blocks that sum the gradient of the bias table
+_RESIDENT_GROUPS = 8  # approximate number of blocks of a kernel in groups.h that fit on a multiprocessor
 _MOST_PARTIAL_BYTES = 64 << 20
 _LEAST_SCALE = 1e-30
-_MOST_SHORT_STEP = 2**31 // 32 - 1  # bytes from a token to the next of its residue class; kernels go 32 at a time
+# Largest distance in bytes between neighbors in a residue class for which 32 such steps fit into an int.
+_MOST_SHORT_STEP = 2**31 // 32 - 1
 
 
 def unsupported_reason(query: Tensor) -> str | None:
-    """Why this backend cannot take a call with such a query (or value), or None if it can."""
+    """Return why this backend cannot run a call with such a query (or value), or None if it can."""
     device = query.device
     if device.type == "mps":
-        return warn_fallback(f"there are no kernels for {device.type}")
+        return warn_fallback(f"there are no kernels for {device.type} devices")
     if device.type != "cuda":
         return f"the tensors are on {device}"
     reason = unsupported_input(query)
     if reason is not None:
         return reason
-    reason = _lacks(device.index)
+    reason = _unsupported_device(device.index)
     return reason if reason is None else warn_fallback(reason)
 
 
 @cache
-def _lacks(device: int) -> str | None:
-    """Why no kernel can run on a device, or None if one can."""
+def _unsupported_device(device: int) -> str | None:
+    """Return why kernels cannot run on a device, or None if they can."""
     if torch.version.hip:
         return "there are no kernels for ROCm"
     gpu = _properties(device)
@@ -70,15 +72,15 @@ def _lacks(device: int) -> str | None:
         nvrtc.architecture(capability)
         driver.bindings()
     except (nvrtc.Unavailable, ImportError) as error:
-        return str(error).removesuffix(".")
+        return str(error)
     return None
 
 
 def unsupported_capability(capability: tuple[int, int]) -> str | None:
-    """Why there are no kernels for a GPU of that compute capability, or None if there are."""
+    """Return why there are no kernels for GPUs of a compute capability, or None if there are."""
     if capability >= LEAST_CAPABILITY:
         return None
-    return f"the GPU has compute capability {capability[0]}.{capability[1]}, but the kernels need 7.5"
+    return f"the GPU has compute capability {capability[0]}.{capability[1]}; the kernels need 7.5 or higher"
 
 
 _properties = cache(torch.cuda.get_device_properties)
@@ -90,7 +92,7 @@ def may_round_float32() -> bool:
 
 
 def _with_aligned_rows(x: Tensor) -> Tensor:
-    """The tensor, or a copy, whose rows are contiguous and begin at multiples of 16 bytes."""
+    """Return the tensor, or a copy, with rows that are contiguous and aligned to 16 bytes."""
     items = 16 // x.element_size()
     *strides, last = x.stride()
     if last == 1 and x.data_ptr() % 16 == 0 and not any(stride % items for stride in strides):
@@ -104,7 +106,7 @@ def _with_aligned_rows(x: Tensor) -> Tensor:
 
 
 class Step(NamedTuple):
-    """One launch: a kernel, its blocks, and its parameters but for addresses."""
+    """One launch: a kernel, the number of blocks, and the parameters with empty addresses."""
 
     kernel: Kernel
     blocks: int
@@ -112,14 +114,23 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The launches of a problem, and how many floats they need for the parts of rpb's gradient."""
+    """The launches of a problem.
+
+    Attributes:
+        steps: the launches, in order.
+        partial: number of floats in the workspace for partial gradients of rpb.
+    """
 
     steps: tuple[Step, ...]
     partial: int
 
 
 def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor | None) -> Tensor | None:
-    """Launches the kernels of a op of problem on heads-last tensors; returns rpb's gradient if it has one."""
+    """Launch the kernels of one op; see `KernelBackend` for the arguments.
+
+    Returns:
+        The gradient of rpb, or None if the op has none.
+    """
     shaped = tensors["QUERY"] if "QUERY" in tensors else tensors["VALUE"]
     if op == "attention_backward":
         tensors["DELTA"] = torch.empty_like(tensors["LSE"], memory_format=torch.contiguous_format)
@@ -133,20 +144,20 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
         grad_rpb = make(rpb.shape, dtype=torch.float32)
         partial = grad_rpb.new_empty(plan.partial)
     addresses = [(_VIEW_WORDS * _TENSORS.index(name), x.data_ptr()) for name, x in tensors.items() if x is not None]
-    for place, x in enumerate((table, partial, grad_rpb), start=_TABLES):
+    for index, x in enumerate((table, partial, grad_rpb), start=_TABLES):
         if x is not None:
-            addresses.append((place, x.data_ptr()))
+            addresses.append((index, x.data_ptr()))
     if len(plan.steps) > 1:
         driver.prepare([step.kernel for step in plan.steps], shaped.device.index)
     for step in plan.steps:
         parameters = (ctypes.c_int64 * (_PARAMS.size // 8)).from_buffer_copy(step.parameters)
-        for place, address in addresses:
-            parameters[place] = address
+        for index, address in addresses:
+            parameters[index] = address
         driver.launch(step.kernel, step.blocks, parameters, shaped.device.index)
     return None if grad_rpb is None else grad_rpb.to(rpb.dtype)
 
 
-@remember
+@cached
 def _plan(
     op: str,
     shaped: Tensor,
@@ -158,10 +169,10 @@ def _plan(
     names: tuple[str, ...],
     *tensors: Tensor | None,
 ) -> Plan:
-    """The plan for the named tensors, on a map whose query or value is `shaped`.
+    """Return the plan of a problem whose query (or value) is `shaped`, for the named tensors.
 
     Raises:
-        ValueError: if one does not go with that: an operator called past the public functions, which check first.
+        ValueError: if a tensor does not match `shaped`.
     """
     check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
     given = dict(zip(names, tensors, strict=True))
@@ -176,12 +187,15 @@ def _plan(
 
 
 def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) -> tuple[Step, ...]:
-    """What would be launched for a problem on a GPU that need not be here.
+    """Return the launches of a problem on a GPU, which need not be present.
 
     Args:
         op: "attention" or "attention_backward".
-        shaped: a query of the problem, heads last, on any device.
-        gpu: has `major`, `minor`, `multi_processor_count` and `shared_memory_per_block_optin`, as torch names them.
+        shaped: a heads-last query, on any device.
+        axes: the axes of the problem.
+        has_rpb: whether the problem has a bias.
+        gpu: an object with the attributes `major`, `minor`, `multi_processor_count` and
+            `shared_memory_per_block_optin` of `torch.cuda.get_device_properties`.
     """
     is_ordered = torch.are_deterministic_algorithms_enabled()
     planner = _Planner(shaped, axes, 1.0, has_rpb, is_ordered, may_round_float32(), {}, gpu)
@@ -191,7 +205,7 @@ def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) 
 
 
 class _Planner:
-    """Adds up the launches of a problem: one method for each op."""
+    """Collects the launches of a problem. It has one method per op."""
 
     def __init__(self, shaped: Tensor, axes, scale, has_rpb: bool, is_ordered: bool, is_rounded: bool, tensors, gpu):
         self.axes = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
@@ -218,7 +232,7 @@ class _Planner:
             words += (0, *strides)
         return tuple(words)
 
-    # Kinds
+    # Ops
 
     def attention(self) -> None:
         tile = self._tile("forward")
@@ -263,9 +277,12 @@ class _Planner:
     # Launches
 
     def _tile(self, kind: str) -> Tile | None:
-        """The tile of a kernel with matrix instructions; None if there is none for the dtype, scale, GPU and window."""
+        """Return the tile of a kernel with matrix instructions.
+
+        Returns None if there is no such kernel for the dtype, scale, GPU and window.
+        """
         gpu = self.gpu
-        is_divisor = _LEAST_SCALE < self.scale < 1 / _LEAST_SCALE  # bias is divided by it
+        is_divisor = _LEAST_SCALE < self.scale < 1 / _LEAST_SCALE  # kernels divide the bias by the scale
         if self.tiled_element == 0 or not is_divisor or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
             return None
         return choose_tile(
@@ -285,17 +302,18 @@ class _Planner:
         return 1, 1, _GROUP_THREADS // lanes
 
     def _cuts(self, size: Sequence[int]) -> list[int]:
-        """Pieces of these sizes into which a residue class is cut, along each axis."""
+        """Return the number of pieces of a given size per residue class, along each axis."""
         return [-(-axis.length // (axis.dilation * q)) for axis, q in zip(self.axes, size, strict=True)]
 
     def _pieces(self, size: Sequence[int]) -> int:
-        """Pieces into which the residue classes of one head, over all images, are cut."""
+        """Return the number of pieces of a given size per head, over all images and residue classes."""
         return self.batch * prod(self._cuts(size)) * prod(axis.dilation for axis in self.axes)
 
     def _parts(self, size: Sequence[int], resident: int = _RESIDENT_GROUPS) -> int:
-        """How many blocks share a head's pieces where each sums up a gradient of its table.
+        """Return how many blocks share the pieces of a head if each sums a partial gradient of the bias table.
 
-        A few waves of blocks, `resident` a multiprocessor: with fewer all wait for the last; each more starts anew.
+        The blocks make up a few waves, with `resident` blocks per multiprocessor. With fewer blocks, most of the GPU
+        waits for the slowest one. Each further block costs another partial table.
         """
         most = max(1, _MOST_PARTIAL_BYTES // (4 * self.table * self.heads))
         return min(self._pieces(size), most, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
@@ -315,13 +333,19 @@ class _Planner:
         self._add(kernel, (1, 1, 1), parts, blocks=-(-self.table // _SUM_ENTRIES) * self.heads)
 
     def _add(self, kernel: Kernel, size, parts: int | None, slices: int = 1, blocks: int | None = None) -> None:
-        """A launch over pieces of a size; `parts`: how many blocks share a head's, if not one for each piece."""
+        """Add a launch over the pieces of a given size.
+
+        Args:
+            parts: number of blocks that share the pieces of a head; by default one block per piece.
+            slices: number of blocks that share head_dim.
+            blocks: total number of blocks, if it does not follow from the other arguments.
+        """
         pieces = self._pieces(size)
         parts = pieces if parts is None else parts
         blocks = parts * slices * self.heads if blocks is None else blocks
         if max(blocks, pieces) >= 2**31:
             raise ValueError(
-                f"the problem takes {max(blocks, pieces)} blocks, but a GPU takes fewer than 2**31: split the batch."
+                f"query needs {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31; split the batch."
             )
         classes = [divmod(axis.length, axis.dilation) for axis in self.axes]
         parameters = _PARAMS.pack(
@@ -347,7 +371,7 @@ class _Planner:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What natten/dispatch.py asks for
+# The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
 _backend = KernelBackend(launch, _with_aligned_rows)

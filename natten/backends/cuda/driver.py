@@ -1,6 +1,6 @@
-"""CUDA kernels as Python calls them: loaded into a device once, launched on PyTorch's current stream.
+"""Load CUDA kernels once per device, and launch them on PyTorch's current stream.
 
-Nothing here runs before the first launch. Nothing waits for the device, and nothing is allocated on it.
+The driver is not touched before the first launch. No function here waits for the device or allocates memory on it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import torch
 
 from natten.backends.cuda import nvrtc
 
-_DEFAULT_SHARED_BYTES = 48 << 10  # what a block may have unasked
+_DEFAULT_SHARED_BYTES = 48 << 10  # the shared memory that a block may use without setting an attribute
 
 
 class Kernel(NamedTuple):
-    """A kernel to be.
+    """A kernel: its source, definitions and launch configuration.
 
     Attributes:
-        source: file of natten/csrc/cuda.
-        name: of the function.
+        source: name of a file in natten/csrc/cuda.
+        name: name of the function.
         definitions: macros, as "NAME=VALUE".
-        threads: of a block.
-        shared_bytes: dynamic shared memory of a block.
+        threads: threads per block.
+        shared_bytes: dynamic shared memory per block.
     """
 
     source: str
@@ -40,18 +40,21 @@ class Kernel(NamedTuple):
 
 @functools.cache
 def bindings():
-    """The module cuda.bindings.driver."""
+    """Return the module cuda.bindings.driver."""
     from cuda.bindings import driver
 
     return driver
 
 
 def launch(kernel: Kernel, blocks: int, parameters: ctypes.Array, device: int) -> None:
-    """Enqueues a kernel with one parameter, a structure, on the current stream of a device.
+    """Enqueue a kernel on the current stream of a device.
+
+    Args:
+        parameters: the kernel's only parameter, a structure.
 
     Raises:
-        RuntimeError: if the kernel must be compiled or loaded while a CUDA graph is captured, or the driver fails.
-        nvrtc.Unavailable: if it cannot be compiled.
+        RuntimeError: if the driver fails, or if a CUDA graph is being captured and the kernel is not loaded yet.
+        nvrtc.Unavailable: if the kernel cannot be compiled.
     """
     driver = bindings()
     addresses = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
@@ -66,7 +69,7 @@ def launch(kernel: Kernel, blocks: int, parameters: ctypes.Array, device: int) -
 
 
 def prepare(kernels: Sequence[Kernel], device: int) -> None:
-    """Compiles all kernels of a problem at a time that are not loaded yet, rather than one after another.
+    """Compile and load the kernels of a problem in parallel, except those that are loaded already.
 
     Raises:
         nvrtc.Unavailable: if one cannot be compiled.
@@ -81,7 +84,7 @@ def prepare(kernels: Sequence[Kernel], device: int) -> None:
 
 
 def machine_codes(kernels: Iterable[Kernel], capability: tuple[int, int]) -> list[bytes]:
-    """What the driver loads for kernels, kept or compiled now, on all cores.
+    """Return the machine code of several kernels, from the cache or compiled now, in parallel.
 
     Raises:
         nvrtc.Unavailable: if one cannot be compiled.
@@ -94,12 +97,12 @@ def _check(result: tuple):
     status, *values = result
     if int(status):
         _, text = bindings().cuGetErrorString(status)
-        raise RuntimeError(f"the CUDA driver failed: {(text or b'').decode() or status.name}.")
+        raise RuntimeError(f"the CUDA driver failed: {(text or b'').decode() or status.name}")
     return values[0] if values else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Modules, one for each kernel and device
+# Loaded functions, one per kernel and device
 # ---------------------------------------------------------------------------------------------------------------------
 
 _functions: dict[tuple[int, Kernel], object] = {}
@@ -109,8 +112,8 @@ _lock = threading.Lock()
 def _load(kernel: Kernel, device: int, code: bytes | None = None):
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a CUDA kernel of natten must be compiled or loaded, which cannot be captured in a graph: run once before "
-            "capture, with the same shapes and dtypes."
+            "CUDA graph capture cannot compile or load a kernel of natten; before the capture, run the model once with "
+            "the same shapes and dtypes."
         )
     with _lock:
         found = _functions.get((device, kernel))
@@ -124,14 +127,15 @@ def _load(kernel: Kernel, device: int, code: bytes | None = None):
                 attributes = bindings().CUfunction_attribute
                 limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _check(bindings().cuFuncSetAttribute(found, limit, kernel.shared_bytes))
+                # Percent of the L1 cache to use as shared memory, so that several blocks fit on a multiprocessor.
                 carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-                _check(bindings().cuFuncSetAttribute(found, carveout, 100))  # percent: several blocks beside each other
+                _check(bindings().cuFuncSetAttribute(found, carveout, 100))
             _functions[device, kernel] = found
         return found
 
 
-def _forget() -> None:
-    """A forked child has another lock, and none of its parent's modules."""
+def _reset() -> None:
+    """Forget all loaded modules. A forked child cannot use those of its parent, nor a lock that was held."""
     global _lock
     _lock = threading.Lock()
     _functions.clear()
@@ -139,7 +143,7 @@ def _forget() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_reset)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,12 +153,12 @@ if hasattr(os, "register_at_fork"):
 
 @functools.cache
 def _primary_context(device: int):
-    """The context that PyTorch uses too."""
+    """Return the context that PyTorch uses too."""
     return _check(bindings().cuDevicePrimaryCtxRetain(_check(bindings().cuDeviceGet(device))))
 
 
 class _Context:
-    """Makes a device's context current; a thread of autograd may have none yet, or another device's."""
+    """Make a device's context current. Autograd threads may have no context, or that of another device."""
 
     __slots__ = ("context", "is_pushed")
 

@@ -1,7 +1,8 @@
-"""CUDA C++ to machine code: compiled by NVRTC, which PyTorch brings along, once for a GPU architecture, and kept.
+"""Compile CUDA C++ to machine code with NVRTC, which PyTorch's CUDA wheels include, and cache the result.
 
-The code is kept where the CPU kernels are (natten/cache.py), under a name that is a hash of all sources, the options
-and NVRTC's version. It does not depend on the version of Python or PyTorch.
+Code is compiled once per set of definitions and GPU architecture. It is stored in the cache of the CPU kernels
+(natten/backends/cache.py), under a hash of all sources, the options and the version of NVRTC. It does not depend on the
+version of Python or PyTorch.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ log = logging.getLogger("natten")
 
 
 class Unavailable(RuntimeError):
-    """NVRTC is not there, or cannot compile; the text says in one sentence why, and what to do."""
+    """NVRTC is missing or cannot compile. The message says why and what to do."""
 
 
 @functools.cache
 def bindings():
-    """The module cuda.bindings.nvrtc.
+    """Return the module cuda.bindings.nvrtc.
 
     Raises:
-        Unavailable: if it or the library behind it is missing.
+        Unavailable: if the module, or the library that it loads, is missing.
     """
     try:
         from cuda.bindings import nvrtc
@@ -40,24 +41,24 @@ def bindings():
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError, OSError) as error:
         text = " ".join(str(error).split())
-        raise Unavailable(f"NVRTC cannot be used ({text}): run {_installation()}") from error
+        raise Unavailable(f"NVRTC is not available ({text}); run {_install_command()}") from error
     return nvrtc
 
 
-def _installation() -> str:
-    """What brings the bindings; their major version must be that of the CUDA libraries that PyTorch brings."""
+def _install_command() -> str:
+    """Return the command that installs the bindings with the major version of PyTorch's CUDA libraries."""
     major = (torch.version.cuda or "").partition(".")[0]
     return f'pip install "cuda-bindings=={major}.*"' if major else "pip install cuda-bindings"
 
 
 @functools.cache
 def version() -> tuple[int, int]:
-    """NVRTC's version."""
+    """Return the version of NVRTC."""
     return tuple(_check(bindings().nvrtcVersion()))
 
 
 def _check(result: tuple):
-    """What a function of NVRTC returns besides its status: nothing, one value or several."""
+    """Return the values of an NVRTC call without its status: none, one value or a tuple."""
     status, *values = result
     if int(status):
         raise Unavailable(f"NVRTC failed with {status.name}")
@@ -65,15 +66,15 @@ def _check(result: tuple):
 
 
 def machine_code(source: str, definitions: Sequence[str], capability: tuple[int, int]) -> bytes:
-    """What the driver loads for a GPU of that compute capability: kept, or compiled now and kept.
+    """Return the code that the driver loads on GPUs of a compute capability, from the cache or compiled now.
 
     Args:
         source: name of a file in natten/csrc/cuda.
         definitions: macros, as "NAME=VALUE".
-        capability: such as (9, 0).
+        capability: the compute capability, such as (9, 0).
 
     Raises:
-        Unavailable: if there is no NVRTC, or if it fails.
+        Unavailable: if NVRTC is missing or fails.
     """
     options = (*FLAGS, architecture(capability), *(f"--define-macro={text}" for text in definitions))
     name = f"natten_{Path(source).stem}-{_key(source, options)}.cubin"
@@ -81,38 +82,41 @@ def machine_code(source: str, definitions: Sequence[str], capability: tuple[int,
         try:
             cache.check(folder)
             code = cache.read(folder / name)
-            return _compile_and_keep(source, options, folder / name) if code is None else code
+            return _compile_into(source, options, folder / name) if code is None else code
         except OSError as error:
-            log.warning("%s cannot keep CUDA kernels: %s", folder, error.strerror or error)
+            log.warning("%s cannot hold CUDA kernels: %s", folder, error.strerror or error)
     return compile_source(source, options)
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """The option that names a GPU: its machine code, or code that the driver translates where NVRTC is the older."""
+    """Return the option that selects the architecture of a GPU.
+
+    This is machine code for the GPU itself, or for a GPU that is newer than NVRTC, PTX code that the driver translates.
+    """
     known = _check(bindings().nvrtcGetSupportedArchs())
     number = 10 * capability[0] + capability[1]
     if number in known:
         return f"--gpu-architecture=sm_{number}"
     older = [arch for arch in known if arch < number]
     if not older:
-        raise Unavailable(f"this NVRTC does not know GPUs of compute capability {capability[0]}.{capability[1]}")
+        raise Unavailable(f"this version of NVRTC does not support compute capability {capability[0]}.{capability[1]}")
     return f"--gpu-architecture=compute_{max(older)}"
 
 
 def _key(source: str, options: Sequence[str]) -> str:
     key = hashlib.sha256()
-    for part in (_content_of_sources(), source.encode(), " ".join(options).encode(), str(version()).encode()):
+    for part in (_hash_of_sources(), source.encode(), " ".join(options).encode(), str(version()).encode()):
         key.update(hashlib.sha256(part).digest())
     return key.hexdigest()[:24]
 
 
 @functools.cache
-def _content_of_sources() -> bytes:
+def _hash_of_sources() -> bytes:
     return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sorted(SOURCES.iterdir()))
 
 
-def _compile_and_keep(source: str, options: Sequence[str], path: Path) -> bytes:
-    # Without a lock: compiling takes about a second, and several threads compile the kernels of a problem at a time.
+def _compile_into(source: str, options: Sequence[str], path: Path) -> bytes:
+    # No lock: compiling takes about a second, and several threads compile the kernels of one problem in parallel.
     cache.make(path.parent)
     code = compile_source(source, options)
     with cache.scratch() as folder:
@@ -122,7 +126,7 @@ def _compile_and_keep(source: str, options: Sequence[str], path: Path) -> bytes:
 
 
 def compile_source(source: str, options: Sequence[str]) -> bytes:
-    """Machine code of a file in natten/csrc/cuda.
+    """Compile a file of natten/csrc/cuda to machine code, or to PTX if the options select a `compute_` architecture.
 
     Raises:
         Unavailable: with NVRTC's first error, if it fails.
@@ -135,7 +139,7 @@ def compile_source(source: str, options: Sequence[str]) -> bytes:
         arguments = [option.encode() for option in (*options, f"--include-path={SOURCES}")]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise Unavailable(f"NVRTC could not compile {source}: {_first_error(nvrtc, program)}")
+            raise Unavailable(f"NVRTC cannot compile {source}: {_first_error(nvrtc, program)}")
         if any("=sm_" in option for option in options):
             code = bytes(_check(nvrtc.nvrtcGetCUBINSize(program)))
             _check(nvrtc.nvrtcGetCUBIN(program, code))

@@ -1,5 +1,5 @@
-// The two halves of attention and their gradients, for callers who want the weights themselves: logits of each query with
-// the keys of its window, and sums of values by given weights.
+// Unfused attention and its gradients, for callers that need the attention weights: query_key computes the logits of each
+// query with the keys of its window, weight_value the sums of values with given weights.
 #include <algorithm>
 #include <limits>
 
@@ -8,11 +8,12 @@
 
 namespace natten {
 
-// What the four operators share: weights of a visit here, and windows of weights in memory, in row-major order of keys.
+// Base class of the four operators. It converts between the weights of a visit and windows of weights in memory, which
+// contain keys in row-major order.
 template <class Map>
-class Half {
+class Unfused {
  public:
-  Half(const Call& call, Map& map, Scratch& scratch)
+  Unfused(const Call& call, Map& map, Scratch& scratch)
       : plan_(*call.plan), call_(call), functions_(row_functions(plan_.dtype)),
         weights_(map.weights(scratch.take_zeros(map.weights_size()))) {
     for (const Axis& axis : plan_.axis) slots_ *= axis.kernel_size;
@@ -27,7 +28,7 @@ class Half {
   const RowFunctions functions_;
   Map* map_ = nullptr;
   Rows weights_;
-  float* window_;  // of one query
+  float* window_;  // the window of one query
   int slots_ = 1;
   float ones_[MAX_ROWS][W];
 
@@ -55,7 +56,7 @@ class Half {
       }
   }
 
-  // Gives every slot a value, which those of causal windows that lie before the map keep.
+  // Fills all slots with a value. Slots of causal windows before the map keep it.
   void fill(const Block& block, const View& to, float value) {
     bool is_causal = false;
     for (const Axis& axis : plan_.axis) is_causal |= axis.is_causal;
@@ -68,11 +69,12 @@ class Half {
 };
 
 template <class Map>
-class QueryKey : Half<Map> {
+class QueryKey : Unfused<Map> {
  public:
   static Needs needs() { return {{true, false}, {false, false}, {false, false}}; }
 
-  QueryKey(const Call& call, Map& map, Scratch& scratch) : Half<Map>(call, map, scratch), query_(scratch, call.plan->dim) {}
+  QueryKey(const Call& call, Map& map, Scratch& scratch)
+      : Unfused<Map>(call, map, scratch), query_(scratch, call.plan->dim) {}
 
   void start(Map& map, const Submap& submap) {
     this->map_ = &map;
@@ -95,12 +97,13 @@ class QueryKey : Half<Map> {
 };
 
 template <class Map>
-class QueryKeyBackward : Half<Map> {
+class QueryKeyBackward : Unfused<Map> {
  public:
   static Needs needs() { return {{false, false}, {true, false}, {true, false}}; }
 
   QueryKeyBackward(const Call& call, Map& map, Scratch& scratch)
-      : Half<Map>(call, map, scratch), query_(scratch, call.plan->dim, false), grad_query_(scratch, call.plan->dim, false) {}
+      : Unfused<Map>(call, map, scratch), query_(scratch, call.plan->dim, false),
+        grad_query_(scratch, call.plan->dim, false) {}
 
   void start(Map& map, const Submap& submap) {
     this->map_ = &map;
@@ -127,12 +130,12 @@ class QueryKeyBackward : Half<Map> {
 };
 
 template <class Map>
-class WeightValue : Half<Map> {
+class WeightValue : Unfused<Map> {
  public:
   static Needs needs() { return {{false, false}, {false, true}, {false, false}}; }
 
   WeightValue(const Call& call, Map& map, Scratch& scratch)
-      : Half<Map>(call, map, scratch), out_(scratch, call.plan->dim, false) {}
+      : Unfused<Map>(call, map, scratch), out_(scratch, call.plan->dim, false) {}
 
   void start(Map& map, const Submap& submap) {
     this->map_ = &map;
@@ -155,12 +158,12 @@ class WeightValue : Half<Map> {
 };
 
 template <class Map>
-class WeightValueBackward : Half<Map> {
+class WeightValueBackward : Unfused<Map> {
  public:
   static Needs needs() { return {{false, true}, {false, false}, {false, true}}; }
 
   WeightValueBackward(const Call& call, Map& map, Scratch& scratch)
-      : Half<Map>(call, map, scratch), grad_out_(scratch, call.plan->dim),
+      : Unfused<Map>(call, map, scratch), grad_out_(scratch, call.plan->dim),
         grad_weights_(map.weights(scratch.take_zeros(map.weights_size()))) {}
 
   void start(Map& map, const Submap& submap) {

@@ -1,15 +1,14 @@
-// The two halves of attention and their gradients, heads-first: three ways of walking over windows serve all.
+// Unfused attention (query_key and weight_value) and its gradients. Three loops over windows implement all kernels.
 #include "groups.h"
 
 namespace natten {
 
-// Index of a slot in a window.
+// Row-major index of a slot in a window.
 __device__ inline int slot_index(int slot_z, int slot_y, int slot_x) {
   return (slot_z * KERNEL_Y + slot_y) * KERNEL_X + slot_x;
 }
 
-// to[query][slot] = the product of a row of `left` at the query and one of `right` at the key, plus bias; `outside` in
-// slots before the map.
+// to[query][slot] = left[query] * right[key], summed over head_dim, plus the bias; `outside` in slots before the map.
 __device__ inline void dot_windows(const Params& p, TensorName left, TensorName right, TensorName to, float outside,
                                    const Token& token) {
   const Submap& map = token.map;
@@ -29,7 +28,7 @@ __device__ inline void dot_windows(const Params& p, TensorName left, TensorName 
   }
 }
 
-// to[query] = sum over keys of weights[query][slot] times rows[key].
+// to[query] = sum over keys of weights[query][slot] * rows[key].
 __device__ inline void sum_windows(const Params& p, TensorName weights, TensorName rows, TensorName to,
                                    const Token& token) {
   const Submap& map = token.map;
@@ -47,7 +46,7 @@ __device__ inline void sum_windows(const Params& p, TensorName weights, TensorNa
   if (token.is_there) sum.store(Rows<Storage>(p, to, map).at(token.z, token.y, token.x), 1.f);
 }
 
-// to[key] = sum over the queries that see it of weights[query][slot] times rows[query].
+// to[key] = sum over queries whose window contains the key of weights[query][slot] * rows[query].
 __device__ inline void sum_inverse(const Params& p, TensorName weights, TensorName rows, TensorName to,
                                    const Token& token) {
   const Submap& map = token.map;
@@ -67,7 +66,7 @@ __device__ inline void sum_inverse(const Params& p, TensorName weights, TensorNa
   if (token.is_there) sum.store(Rows<Storage>(p, to, map).at(token.z, token.y, token.x), 1.f);
 }
 
-// Sums the gradients of logits, [query][slot], that each entry of the table received.
+// Sums the gradients of logits [query][slot] per entry of the bias table.
 __device__ inline void sum_bias(const Params& p, const Token& token, TableGradient& table) {
   const Submap& map = token.map;
   const Rows<const Storage> slots(p, GRAD_ATTN, map);
@@ -83,19 +82,19 @@ __device__ inline void sum_bias(const Params& p, const Token& token, TableGradie
 
 }  // namespace natten
 
-#define HALF_KERNEL(name, ...)                                                                   \
+#define UNFUSED_KERNEL(name, ...)                                                                \
   NATTEN_KERNEL(name, natten::THREADS) {                                                         \
     using namespace natten;                                                                      \
     Token token;                                                                                 \
     if (token.locate(p, blockIdx.x / p.heads, blockIdx.x % p.heads)) __VA_ARGS__;                \
   }
 
-HALF_KERNEL(natten_query_key, dot_windows(p, QUERY, KEY, ATTN, -__uint_as_float(0x7f800000), token))
-HALF_KERNEL(natten_query_key_grad_query, sum_windows(p, GRAD_ATTN, KEY, GRAD_QUERY, token))
-HALF_KERNEL(natten_query_key_grad_key, sum_inverse(p, GRAD_ATTN, QUERY, GRAD_KEY, token))
-HALF_KERNEL(natten_weight_value, sum_windows(p, ATTN, VALUE, OUT, token))
-HALF_KERNEL(natten_weight_value_grad_weight, dot_windows(p, GRAD_OUT, VALUE, GRAD_ATTN, 0.f, token))
-HALF_KERNEL(natten_weight_value_grad_value, sum_inverse(p, ATTN, GRAD_OUT, GRAD_VALUE, token))
+UNFUSED_KERNEL(natten_query_key, dot_windows(p, QUERY, KEY, ATTN, -__uint_as_float(0x7f800000), token))
+UNFUSED_KERNEL(natten_query_key_grad_query, sum_windows(p, GRAD_ATTN, KEY, GRAD_QUERY, token))
+UNFUSED_KERNEL(natten_query_key_grad_key, sum_inverse(p, GRAD_ATTN, QUERY, GRAD_KEY, token))
+UNFUSED_KERNEL(natten_weight_value, sum_windows(p, ATTN, VALUE, OUT, token))
+UNFUSED_KERNEL(natten_weight_value_grad_weight, dot_windows(p, GRAD_OUT, VALUE, GRAD_ATTN, 0.f, token))
+UNFUSED_KERNEL(natten_weight_value_grad_value, sum_inverse(p, ATTN, GRAD_OUT, GRAD_VALUE, token))
 
 NATTEN_KERNEL(natten_query_key_grad_rpb, natten::THREADS) {
   using namespace natten;

@@ -1,16 +1,16 @@
-"""Time the training loop against its parts: what do data, checks and logs cost beside the arithmetic?
+"""Time the training loop against its parts, to see what data loading, checks and logging cost.
 
-    python tools/benchmark_training.py --synthetic 4096 --config configs/classification/nat_mini.yml --batch-size 64
-    python tools/benchmark_training.py DATA --config configs/quickstart/nat.yml --updates 30 --out training.csv
+    python tools/benchmark.py training --synthetic 4096 --config configs/classification/nat_mini.yml --batch-size 64
+    python tools/benchmark.py training DATA --config configs/quickstart/nat.yml --updates 30 --out training.csv
 
-Four loops over as many images, in turns, round after round; the table gives the median of each:
+Four loops over the same number of images run in turns; the table shows the median of each:
 
-- loader: the loading and augmenting of batches alone;
-- step: forward, loss, backward, clipping and optimizer on one batch that is there already, and nothing else;
-- loop: train.py's own loop on that batch;
+- loader: loading and augmenting batches only;
+- step: forward, loss, backward, clipping and optimizer on one batch that is already loaded;
+- loop: the loop of train.py on that batch;
 - loop and loader: train.py as it runs.
 
-The other options are those of train.py. Times depend on the machine; read them side by side.
+All other options are those of train.py.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,16 +26,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from natzoo import command_line
+from benchmarks.entry import positive
+from natten.profiler import Timer
 from natzoo.checkpoints import write_atomically
 from natzoo.classification import train
 from natzoo.classification.data.datasets import ShardDataset
-from natzoo.classification.options import parse, positive
+from natzoo.classification.options import parse
 
 
 class ReadyTrainer(train.Trainer):
-    """A Trainer that sees one batch again and again, or what its loader gives."""
+    """A Trainer that can repeat one batch instead of reading its loader."""
 
     ready: tuple[Tensor, Tensor] | None = None
 
@@ -46,7 +44,7 @@ class ReadyTrainer(train.Trainer):
 
 
 def bare_steps(trainer: train.Trainer, batch: tuple[Tensor, Tensor], steps: int) -> None:
-    """The arithmetic of `steps` batches, and nothing else."""
+    """Run the arithmetic of `steps` batches, and nothing else."""
     args, model, optimizer = trainer.args, trainer.model, trainer.optimizer
     x_BCHW, target_B = (part.to(trainer.device) for part in batch)
     if trainer.mixup is not None:
@@ -66,7 +64,7 @@ def bare_steps(trainer: train.Trainer, batch: tuple[Tensor, Tensor], steps: int)
 
 
 def loops(trainer: ReadyTrainer, updates: int) -> dict[str, Callable[[], None]]:
-    """What is timed, by name; each for as many updates."""
+    """Return the loops to time by name, each of the same number of updates."""
     steps = updates * trainer.args.grad_accum
     batch = next(trainer.batches())
 
@@ -88,9 +86,9 @@ def loops(trainer: ReadyTrainer, updates: int) -> dict[str, Callable[[], None]]:
 
 
 def measure(trainer: ReadyTrainer, updates: int, rounds: int) -> dict[str, list[float]]:
-    """Images a second of each loop in each round, after one round that does not count.
+    """Return the images per second of each loop in each round, after one round that does not count.
 
-    An epoch ends with the last image that a loop sees, so that none is loaded while the next loop is timed.
+    The epoch is shortened to the images of a loop, so that no images are loaded while the next loop is timed.
     """
     images = updates * trainer.images_per_update
     trainer.updates_per_epoch = updates
@@ -98,21 +96,18 @@ def measure(trainer: ReadyTrainer, updates: int, rounds: int) -> dict[str, list[
     order = loader.dataset if isinstance(loader.dataset, ShardDataset) else loader.batch_sampler
     order.length = images
     trainer.bar = tqdm(disable=True)
-    rates: dict[str, list[float]] = {}
-    timed = loops(trainer, updates)
-    for number in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
-        for name, function in timed.items():
-            start = time.perf_counter()
-            function()
-            if trainer.device.type == "cuda":
-                torch.cuda.synchronize(trainer.device)
-            if number > 0:
-                rates.setdefault(name, []).append(images / (time.perf_counter() - start))
-    return rates
+    timers = {
+        name: Timer(loop, trainer.device, use_graph=False, context=torch.enable_grad)
+        for name, loop in loops(trainer, updates).items()
+    }
+    for _ in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
+        for timer in timers.values():
+            timer.sample()
+    return {name: [1e3 * images / ms for ms in timer.samples_ms[1:]] for name, timer in timers.items()}
 
 
 def table(rates: dict[str, list[float]]) -> list[tuple[str, str, str]]:
-    """Rows of loop, images a second, and percent of the bare step of the same round; medians over the rounds."""
+    """Return rows of loop, images per second, and percent of the bare step in the same round; medians over rounds."""
     rows = [("loop", "images/s", "% of step")]
     for name, values in rates.items():
         shares = [100 * value / step for value, step in zip(values, rates["step"], strict=True)]
@@ -120,11 +115,16 @@ def table(rates: dict[str, list[float]]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="and all options of train.py")
-    parser.add_argument("--updates", type=positive, default=20, help="updates of a loop")
-    parser.add_argument("--rounds", type=positive, default=5, help="times that each loop is timed")
-    parser.add_argument("--out", type=Path, metavar="CSV", help="table to write")
+def main(argv: list[str]) -> None:
+    """Run the subcommand `training`."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--updates", type=positive, default=20, help="updates per loop (default: 20)")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed runs of each loop (default: 5)")
+    parser.add_argument("--out", type=Path, metavar="CSV", help="file to write the table to")
     own, rest = parser.parse_known_args(argv)
     args = parse(rest)
     if args.threads:
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             if own.updates > trainer.updates_per_epoch:
                 raise ValueError(
-                    f"--updates {own.updates} is more than an epoch's {trainer.updates_per_epoch}: lower it."
+                    f"--updates {own.updates} exceeds the {trainer.updates_per_epoch} updates of an epoch."
                 )
             print(trainer.describe())
             rows = table(measure(trainer, own.updates, own.rounds))
@@ -146,7 +146,3 @@ def main(argv: list[str] | None = None) -> None:
     if own.out:
         text = "".join(",".join(row) + "\n" for row in rows)
         write_atomically(own.out, lambda file: file.write(text.encode()))
-
-
-if __name__ == "__main__":
-    command_line.run(main)
