@@ -88,8 +88,7 @@ _default: str | None = os.environ.get("NATTEN_BACKEND") or None
 def use_backend(name: str | None) -> Iterator[None]:
     """Set the default backend, in all threads, for the duration of a ``with`` block.
 
-    Calls that name a backend themselves are not affected. The environment variable NATTEN_BACKEND sets the default of the
-    process.
+    Calls that pass `backend` are not affected. The environment variable NATTEN_BACKEND sets the default for a process.
 
     Args:
         name: "reference", "cpu" or "cuda"; None selects the fastest backend that supports each call.
