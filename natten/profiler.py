@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
@@ -243,7 +244,7 @@ def _choose(query: Tensor, backend: str | None) -> tuple[str, dict[str, str]]:
     """Return the backend for a query on its device, and why the faster ones cannot run it."""
     chosen = backends.choose(query, backend)
     before = backends.LADDER[: backends.LADDER.index(chosen)] if backend is None else ()
-    return chosen.NAME, {module.NAME: module.unsupported_reason(query) for module in before}
+    return chosen.NAME, {module.NAME: module.unsupported_reason(query) or "" for module in before}
 
 
 def _choose_for(query: Tensor, gpu, backend: str | None) -> tuple[str, dict[str, str]]:
@@ -333,7 +334,7 @@ class Timer:
         self.use_graph = use_graph and device.type == "cuda"
         self.samples_ms: list[float] = []
         self._repeats = 1
-        self._run = self._run_eagerly
+        self._run: Callable[[], object] = self._run_eagerly
 
     def warm_up(self) -> float:
         """Run for a while and choose the number of calls per sample; return the milliseconds of one call."""
@@ -598,7 +599,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0],
         epilog="Sizes, kernel sizes, strides and dilations take one value, or one per axis: 56x56, 56,56 or 56 56.",
     )
-    per_axis_values = {"type": _numbers, "nargs": "+", "metavar": "N"}
+    per_axis_values: dict[str, Any] = {"type": _numbers, "nargs": "+", "metavar": "N"}
     add = parser.add_argument
     add("-i", "--size", **per_axis_values, required=True, help="tokens along each axis, for instance 56x56")
     add("-b", "--batch", type=_positive, default=1, metavar="N", help="batch size (default: 1)")
@@ -637,14 +638,14 @@ def read_problem(args: argparse.Namespace) -> Problem:
     Raises:
         ValueError: if --size or --causal is invalid.
     """
-    window = {name: sum(getattr(args, name), ()) for name in ("size", "kernel_size", "stride", "dilation")}
+    window = {name: tuple(chain(*getattr(args, name))) for name in ("size", "kernel_size", "stride", "dilation")}
     space = window.pop("size")
     rank = len(space)
     if rank > 3 or min(space) < 1:
         raise ValueError(f"--size {'x'.join(map(str, space))} must be 1 to 3 positive numbers.")
     if args.causal and not set(args.causal) <= set(range(rank)):
         raise ValueError(f"--causal {args.causal} names an axis that --size lacks; use axes 0 to {rank - 1}.")
-    arguments = {name: values[0] if len(values) == 1 else values for name, values in window.items()}
+    arguments: dict[str, Any] = {name: values[0] if len(values) == 1 else values for name, values in window.items()}
     arguments["is_causal"] = tuple(
         args.causal is not None and (not args.causal or axis in args.causal) for axis in range(rank)
     )

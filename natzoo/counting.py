@@ -66,7 +66,7 @@ def count(model: nn.Module, run: Callable[[], Any]) -> list[Layer]:
         run: function that runs the model, or parts of it, on one image.
     """
     modules = dict(model.named_modules())
-    called: dict[str, list[int]] = {}
+    called: dict[str, list[tuple[int, int]]] = {}
     # Entered first, so that it sees the operators that FlopCounterMode decomposes.
     activations, macs = _Activations(), FlopCounterMode(display=False)
     with ExitStack() as stack:
@@ -89,11 +89,12 @@ def _totals(macs: FlopCounterMode, activations: _Activations) -> tuple[int, int]
 
 def _hooks(module: nn.Module, calls: list[tuple[int, int]], totals: Callable[[], tuple[int, int]]) -> list:
     """Append the increase of the totals during each call of a module to `calls`."""
-    started = []
+    started: list[tuple[int, int]] = []
 
     def after(*_):
         before = started.pop()
-        calls.append(tuple(now - then for now, then in zip(totals(), before, strict=True)))
+        now = totals()
+        calls.append((now[0] - before[0], now[1] - before[1]))
 
     return [module.register_forward_pre_hook(lambda *_: started.append(totals())), module.register_forward_hook(after)]
 

@@ -189,7 +189,7 @@ def _adapt_bias_tables(weights: dict[str, Tensor], own: dict[str, Tensor], notes
         if name.endswith(_POSITION_INDEX):
             weights[name] = new
         elif name.endswith("rpb") and old.shape != new.shape and old.dim() == 3 and old.shape[0] == new.shape[0]:
-            weights[name] = resize_rpb(old, tuple(new.shape[1:]))
+            weights[name] = resize_rpb(old, (new.shape[1], new.shape[2]))
             sizes.add((*old.shape[1:], *new.shape[1:]))
     for a, b, c, d in sorted(sizes):
         notes.append(f"resized the relative position bias from {a}x{b} to {c}x{d}")

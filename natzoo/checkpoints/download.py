@@ -124,7 +124,7 @@ def _download(urls: Sequence[str], path: Path, sha256: str | None, size: int) ->
             _forget(path)
             failures.append(f"{url}: the file has sha256 {found} instead of {sha256}")
             continue
-        write_atomically(_sibling(path, ".sha256"), lambda file, found=found: file.write(f"{found}\n".encode()))
+        _write_text(_sibling(path, ".sha256"), f"{found}\n")
         os.replace(partial, path)
         _forget(path)
         return
@@ -242,8 +242,7 @@ def _resumable(url: str, partial: Path, origin: Path) -> tuple[int, str]:
 def _write_origin(response: HTTPResponse, url: str, origin: Path) -> None:
     etag = response.headers.get("ETag", "")
     validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
-    known = json.dumps({"url": url, "validator": validator})
-    write_atomically(origin, lambda file: file.write(known.encode()))
+    _write_text(origin, json.dumps({"url": url, "validator": validator}))
 
 
 def _forget(path: Path) -> None:
@@ -254,6 +253,10 @@ def _forget(path: Path) -> None:
 def _open_without_links(path: str | os.PathLike, flags: int) -> int:
     """Open a file for `open`, but do not follow symbolic links."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _sibling(path: Path, suffix: str) -> Path:

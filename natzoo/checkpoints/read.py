@@ -14,9 +14,10 @@ import re
 import struct
 from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from zipfile import ZipFile
 
 import numpy as np
@@ -97,8 +98,9 @@ def weights_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str,
     """
     # Call the methods of dict itself: a pickle may hide them behind attributes of an OrderedDict.
     for wrapper in _WRAPPERS:
-        if isinstance(dict.get(checkpoint, wrapper), dict):
-            checkpoint = dict.get(checkpoint, wrapper)
+        wrapped = dict.get(checkpoint, wrapper)
+        if isinstance(wrapped, dict):
+            checkpoint = wrapped
             break
     entries = dict.items(checkpoint)
     weights = {name: value for name, value in entries if isinstance(name, str) and isinstance(value, Tensor)}
@@ -167,6 +169,10 @@ def _read_plain_pickle(path: Path) -> Any:
 class _PlainUnpickler(pickle._Unpickler):
     """Restricted unpickler, based on the one in Python: the one in C allocates as large a memo as the file claims."""
 
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+
     def __init__(self, file: mmap.mmap):
         super().__init__(file, encoding="latin1")  # detectron2's first weights were written by Python 2
 
@@ -185,7 +191,7 @@ class _PlainUnpickler(pickle._Unpickler):
         if type(target) is OrderedDict:
             self.stack.pop()
         elif isinstance(target, (_Array, _Dtype)):
-            super().load_build()
+            super().load_build()  # type: ignore[misc]
         else:
             raise pickle.UnpicklingError(f"it sets attributes of a {type(target).__name__}")
 
@@ -194,7 +200,7 @@ class _PlainUnpickler(pickle._Unpickler):
         (length,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(length)))
 
-    dispatch: ClassVar = {
+    dispatch: ClassVar[dict[int, Any]] = {
         **pickle._Unpickler.dispatch,
         pickle.BUILD[0]: load_build,
         pickle.BYTEARRAY8[0]: load_bytearray8,
@@ -230,7 +236,7 @@ class _Dtype:
         return np.dtype(self.order + self.code)
 
 
-def _make_array(content: bytes | str | list, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
+def _make_array(content: bytes | str | list, dtype: _Dtype, shape: tuple, order: Literal["C", "F"]) -> np.ndarray:
     """Check the arguments and create an array."""
     content = content.encode("latin1") if isinstance(content, str) else content  # protocols 0 to 2 may write text
     if not (
@@ -256,7 +262,7 @@ def _reconstruct(kind: type, shape: tuple, code: bytes) -> _Array:
     return _Array()
 
 
-def _frombuffer(content: bytes, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
+def _frombuffer(content: bytes, dtype: _Dtype, shape: tuple, order: Literal["C", "F"]) -> np.ndarray:
     """Create an array, in protocol 5."""
     return _make_array(content, dtype, shape, order)
 

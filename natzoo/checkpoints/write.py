@@ -31,7 +31,7 @@ _REFUSED_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Write a file under a temporary name in the same folder, sync it to disk, and rename it.
 
     The temporary name is fixed, so that the next write overwrites the remains of a killed process. Each file may have

@@ -46,7 +46,7 @@ def _cfg(name: str, first_conv: str, reduction: int) -> dict[str, Any]:
 
 def build(
     model_cls: type[nn.Module], variant: str, pretrained: bool, default_out_indices: Sequence[int], **kwargs: Any
-) -> nn.Module:
+) -> Any:
     """Build a registered model, or its feature extractor if `features_only` is in kwargs.
 
     Args:

@@ -102,6 +102,9 @@ class NeighborhoodBlock(nn.Module):
         attn: attention layer to use instead, [B, H, W, dim] -> [B, H, W, dim].
     """
 
+    gamma1: nn.Parameter | None
+    gamma2: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,
@@ -144,11 +147,18 @@ def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
 class Classifier(nn.Module):
     """Base class of all models: pooling, dropout and a linear classifier, and timm's interface to them.
 
-    A subclass calls `init_classifier` at the end of its constructor, and its `forward_features` returns a normalized
-    feature map [B, H, W, num_features].
+    A subclass sets the attributes below, calls `init_classifier` at the end of its constructor, and implements
+    `forward_features`.
+
+    Attributes:
+        num_features: channels of the final feature map.
+        patch_embed: embeds images, ending with a norm.
+        norm: final norm.
     """
 
     num_features: int
+    patch_embed: Any
+    norm: nn.Module
     output_fmt = "NHWC"
 
     def init_classifier(self, num_classes: int, global_pool: str, drop_rate: float, **dd: Any) -> None:
@@ -193,6 +203,10 @@ class Classifier(nn.Module):
         global_pool = self.global_pool if global_pool is None else global_pool
         self.init_classifier(num_classes, global_pool, self.head_drop.p, device=weight.device, dtype=weight.dtype)
         self.head.apply(init_linear)
+
+    def forward_features(self, x_BCHW: Tensor) -> Tensor:
+        """Compute the final, normalized feature map [B, H, W, num_features]."""
+        raise NotImplementedError
 
     def forward_head(self, x_BHWC: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits [B, num_classes] from the final feature map; with `pre_logits`, the pooled features."""

@@ -12,7 +12,7 @@ Shape suffixes: B batch, C channels, H height, W width, h heads, d channels per 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import trunc_normal_
@@ -93,7 +93,7 @@ class BiasedAttention(nn.Module):
         height, width = map(int, x_BHWC.shape[1:3])  # torch.jit.trace turns sizes into tensors
         qkv_BHW3hd = self._project(x_BHWC)
         x_BHWhd = natten.na2d_qkvpacked(qkv_BHW3hd, (height, width), rpb=self.bias(height, width))
-        return self.proj_drop(self.proj(x_BHWhd.flatten(-2)))
+        return self.proj_drop(self.proj(cast(Tensor, x_BHWhd).flatten(-2)))
 
 
 def relative_position_index(height: int, width: int, device=None) -> Tensor:
@@ -158,8 +158,8 @@ class Isotropic(Classifier):
         self.num_features = embed_dim
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(in_chans, embed_dim, PATCH_SIZE, **dd)
-        sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-        map_size = tuple(-(-side // PATCH_SIZE) for side in sides)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        map_size = (-(-height // PATCH_SIZE), -(-width // PATCH_SIZE))
         self.layers = nn.Sequential()
         (rates,) = drop_path_rates(drop_path_rate, [depth])
         for index in range(depth):

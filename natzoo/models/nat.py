@@ -122,7 +122,7 @@ class Stage(nn.Module):
 
 
 class HierarchicalTransformer(Classifier):
-    """Base class of NAT, DiNAT and DiNAT_s: four stages, each at half the resolution of the previous one.
+    """Base class of NAT, DiNAT and DiNAT_s: stages of blocks, each at half the resolution of the previous one.
 
     Input: images [B, in_chans, H, W] of any size. Output: logits [B, num_classes].
 
@@ -149,7 +149,7 @@ class HierarchicalTransformer(Classifier):
     Subclasses define:
         tokenizer_cls: module class for [B, in_chans, H, W] -> [B, H/4, W/4, embed_dim], sizes rounded up.
         downsampler_cls: module class for [B, H, W, C] -> [B, H/2, W/2, 2C], sizes rounded up.
-        stages_name: attribute that holds the stages, as in the names of the published weights.
+        stages_name: name of the attribute with the stages, as in the published weights.
     """
 
     tokenizer_cls: type[nn.Module]
@@ -214,21 +214,21 @@ class HierarchicalTransformer(Classifier):
         self.apply(init_linear)
 
     @property
-    def stages(self) -> nn.ModuleList:
-        """The stages, whatever the family calls them."""
+    def stages(self) -> Any:
+        """The nn.ModuleList of all stages, whatever the family calls it."""
         return getattr(self, self.stages_name)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's parameter groups for layer-wise learning rates: one per block, or per stage if coarse."""
         stage = rf"^{self.stages_name}\.(\d+)"
-        blocks = stage
-        if not coarse:
-            blocks = [
-                (stage + r"\.blocks\.(\d+)", None),
-                (stage + r"\.downsample", (99999,)),  # same group as the block before it
-                (r"^norm", (99999,)),
-            ]
+        if coarse:
+            return {"stem": r"^patch_embed", "blocks": stage}
+        blocks = [
+            (stage + r"\.blocks\.(\d+)", None),
+            (stage + r"\.downsample", (99999,)),  # same group as the block before it
+            (r"^norm", (99999,)),
+        ]
         return {"stem": r"^patch_embed", "blocks": blocks}
 
     @torch.jit.ignore
@@ -300,10 +300,11 @@ class NAT(HierarchicalTransformer):
     tokenizer_cls = ConvTokenizer
     downsampler_cls = ConvDownsampler
     stages_name = "levels"
+    levels: nn.ModuleList
 
 
 class DiNAT(NAT):
-    """Dilated Neighborhood Attention Transformer: a NAT that is meant to be used with `dilations`."""
+    """Dilated Neighborhood Attention Transformer: NAT with the argument `dilations`."""
 
 
 class DiNAT_s(HierarchicalTransformer):
@@ -312,6 +313,7 @@ class DiNAT_s(HierarchicalTransformer):
     tokenizer_cls = PatchEmbed
     downsampler_cls = PatchMerging
     stages_name = "layers"
+    layers: nn.ModuleList
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ class Backbone:
         with_cp: Save memory by recomputing blocks in the backward pass (gradient checkpointing).
         pretrained: Shorthand for `init_cfg=dict(type="Pretrained", checkpoint=pretrained)`.
         init_cfg: Weight initialization, as everywhere in mmengine. For "Pretrained", the checkpoint is anything that
-            natzoo.checkpoints.locate accepts: a published name, a path, a URL or "hf-hub:OWNER/NAME". It may hold a
-            classifier, or a detector or segmenter, of which the backbone is loaded.
+            natzoo.checkpoints.locate accepts: a published name, a path, a URL or "hf-hub:OWNER/NAME". From a
+            detector or segmenter, only the backbone is loaded.
         sizes: Other constructor arguments of the model: depths, num_heads, embed_dim, kernel_size, dilations,
             drop_path_rate, ...
 

@@ -29,9 +29,9 @@ _SOURCES = {
     "shapes": "written by `python tools/make_data.py shapes data/shapes`",
 }
 
-# The heads whose num_classes must equal the number of classes in the dataset ...
+# Heads whose num_classes must equal the number of classes in the dataset, ...
 _HEADS = ("bbox_head", "mask_head", "decode_head")
-# ... unless the model has one of these modules, with which num_classes has another meaning.
+# ... unless the model has one of these modules, which give num_classes another meaning.
 _EXEMPTING_MODULES = ("semantic_head", "panoptic_fusion_head", "language_model")
 
 

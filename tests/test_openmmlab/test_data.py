@@ -106,6 +106,17 @@ def test_script_exits_with_status_2_on_error(script):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("folder", ["detection", "segmentation"])
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [("dist_train.sh", ["x.py"]), ("dist_train.sh", ["8", "x.py"]), ("dist_test.sh", ["x.py", "8"])],
+)
+def test_launcher_prints_usage(folder, script, arguments):
+    done = subprocess.run(["bash", ROOT / folder / script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{folder}/{script} CONFIG" in done.stderr
+
+
 # ----- checkpoints -----
 
 

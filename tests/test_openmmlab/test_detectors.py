@@ -112,7 +112,7 @@ def assert_loads(model, weights, path, **kwargs):
     ],
 )
 def test_checkpoints_of_mmdet_2_and_mmseg_0(config, expected, tmp_path):
-    """Current releases kept the names of the old ones, of which `expected` lists some."""
+    """Current releases use the same names. `expected` lists some of them."""
     model = small(config)
     weights = random_weights(model)
     assert expected <= weights.keys()

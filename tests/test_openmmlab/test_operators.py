@@ -132,7 +132,7 @@ def bilinear(map_CHW, y, x):
 def roi_align(maps, rois, size, scale, samples, aligned):
     """Average samples x samples points in each of size x size cells."""
     rows = []
-    for picture, *corners in rois.tolist():
+    for index, *corners in rois.tolist():
         x1, y1, x2, y2 = (value * scale - 0.5 * aligned for value in corners)
         width, height = (x2 - x1, y2 - y1) if aligned else (max(x2 - x1, 1.0), max(y2 - y1, 1.0))
         per_cell = [samples or math.ceil(side / size) for side in (height, width)]
@@ -141,7 +141,7 @@ def roi_align(maps, rois, size, scale, samples, aligned):
             for column in range(size):
                 ys = [y1 + height / size * (row + (i + 0.5) / per_cell[0]) for i in range(per_cell[0])]
                 xs = [x1 + width / size * (column + (i + 0.5) / per_cell[1]) for i in range(per_cell[1])]
-                points = [bilinear(maps[int(picture)], y, x) for y in ys for x in xs]
+                points = [bilinear(maps[int(index)], y, x) for y in ys for x in xs]
                 cells.append(torch.stack(points).mean(0))
         rows.append(torch.stack(cells, 1).unflatten(1, (size, size)))
     return torch.stack(rows)

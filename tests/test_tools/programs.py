@@ -64,7 +64,7 @@ def _check_python(arguments: list[str]) -> None:
         return
     script, *rest = arguments
     assert (ROOT / script).is_file(), f"{script} does not exist"
-    if rest:
+    if rest and "--help" not in rest:
         _parse(lambda: runpy.run_path(str(ROOT / script), run_name="__main__"), rest, (ROOT / script).parent)
 
 

@@ -181,6 +181,6 @@ def test_results_of_the_readme_match_the_zoo():
         name = f"{family}_{size}".lower()
         shown = re.findall(r"\d+\.\d", row)
         of_tasks = [name, f"cascadedmaskrcnn_{name}", f"{name}_cascademaskrcnn", f"upernet_{name}", f"{name}_upernet"]
-        facts = [entries()[task].facts for task in of_tasks if task in entries()]
+        facts = [zoo_entries()[task].facts for task in of_tasks if task in zoo_entries()]
         keys = ("top1", "box_ap", "mask_ap", "miou")
         assert shown == [str(facts[0]["macs"]), *(str(f[key]) for f in facts for key in keys if key in f)], name

@@ -33,20 +33,7 @@ def recipe(tmp_path):
 
 def test_the_training_loop_is_timed_against_its_parts(recipe, tmp_path, monkeypatch):
     out = tmp_path / "training.csv"
-    options = [
-        "--config",
-        str(recipe),
-        "--synthetic",
-        "32",
-        "--num-classes",
-        "3",
-        "--grad-accum",
-        "2",
-        "--updates",
-        "2",
-        "--rounds",
-        "2",
-    ]
+    options = f"--config {recipe} --synthetic 32 --num-classes 3 --grad-accum 2 --updates 2 --rounds 2".split()
     measure, epochs = training.measure, []
     monkeypatch.setattr(
         training,
