@@ -35,7 +35,7 @@ def unsupported_input(query: Tensor) -> str | None:
 def warn_fallback(reason: str) -> str:
     """Warn, once per reason, that calls fall back to the reference backend. Return the reason."""
     warnings.warn(
-        f"natten falls back to plain PyTorch, which is several times slower: {reason}", RuntimeWarning, stacklevel=2
+        f"natten falls back to plain PyTorch, which is several times slower: {reason}.", RuntimeWarning, stacklevel=2
     )
     return reason
 
@@ -59,7 +59,7 @@ def check_layout(name: str, x: Tensor, shaped: Tensor, axes: Sequence[Axis]) -> 
     if (x.dtype, x.shape, x.device) != (dtype, expected, shaped.device):
         raise ValueError(
             f"{name.lower()} is {x.dtype} of heads-last shape {tuple(x.shape)} on {x.device}; "
-            f"expected {dtype} of shape {tuple(expected)} on {shaped.device}"
+            f"expected {dtype} of shape {tuple(expected)} on {shaped.device}."
         )
 
 

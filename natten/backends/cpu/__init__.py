@@ -82,10 +82,10 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     addresses = _ADDRESSES.pack(*[_address(tensors.get(name)) for name in TENSORS])
     status = _function(build.cpu_library(), op)(plan, addresses, _address(table), _address(grad_rpb), _threads())
     if status == 1:
-        raise MemoryError(f"natten's CPU kernels ran out of memory on tensors of shape {tuple(shaped.shape)}")
+        raise MemoryError(f"natten's CPU kernels ran out of memory on tensors of shape {tuple(shaped.shape)}.")
     if status:
         raise RuntimeError(
-            f"natten's CPU kernels failed on tensors of shape {tuple(shaped.shape)}; use backend='reference'"
+            f"natten's CPU kernels failed on tensors of shape {tuple(shaped.shape)}; use backend='reference'."
         )
     return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)
 
