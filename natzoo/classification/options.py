@@ -119,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--layer-decay", **number, help="layer-wise learning-rate decay factor")
     group.add_argument("--clip-grad", **number, default=5.0, help="maximum gradient norm; 0 disables clipping")
     group.add_argument("--batch-size", **count, default=128, help="batch size per GPU")
-    group.add_argument("--grad-accum", **count, default=1, help="batches per update and GPU (gradient accumulation)")
+    group.add_argument("--grad-accum", **count, default=1, help="gradient accumulation: batches per update")
     group.add_argument(
         "--skip-nonfinite", **count_or_0, default=3, help="stop after more than N updates in a row without finite loss"
     )
@@ -222,11 +222,13 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        is_shown = action.option_strings and action.default not in (None, False, "", argparse.SUPPRESS)
-        if not is_shown or action.default == {} or "default:" in text:
+        default = action.default
+        is_empty = default is None or default is False or default in ("", {}, argparse.SUPPRESS)
+        if is_empty or not action.option_strings or "default:" in text:
             return text
-        value = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
-        return f"{text} (default: {value})"
+        values = default if isinstance(default, list) else [default]
+        shown = " ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
+        return f"{text} (default: {shown})"
 
 
 def positive(text: str) -> int:

@@ -142,7 +142,7 @@ def test_signal_saves_and_one_process_resumes_the_run(launch, config, data, tmp_
     run.wait(timeout=600)
     output = terminal.close()
     assert run.returncode == 128 + signal.SIGUSR1
-    assert output.count("SIGUSR1") == 1, output
+    assert output.count("Stopped by SIGUSR1") == 1, output
     assert "Traceback" not in output
     assert len(re.findall(r"\rEpoch 1/300: +0%\|.*\| 0/2700 ", output)) == 1  # one bar starts
     assert re.search(r"\rEpoch 1/300: .*\| [1-9]\d*/2700 .*update.*, loss=\d\.\d+, lr=", output)
@@ -203,7 +203,7 @@ def test_launcher_command_lines(config, tmp_path):
 def test_slurm_script_requeues_a_job_out_of_time(tmp_path, is_stopped):
     readme = SCRIPT.with_name("README.md").read_text()
     (script,) = re.findall(r"```bash\n(#!/bin/bash.*?)```", readme, re.DOTALL)
-    until_stopped = 'trap "echo saved; exit 1" USR1; echo begun; sleep 600 & wait'
+    until_stopped = 'trap "echo saved; kill \\$!; exit 1" USR1; echo begun; sleep 600 & wait'
     for name, body in {
         "srun": f'test "$SRUN_CPUS_PER_TASK" = 64; {until_stopped if is_stopped else "echo begun"}',
         "scontrol": 'echo "$@"',

@@ -24,7 +24,7 @@ def images_of(folder, classes=None, **kwargs):
 def loader_of(data, workers=0, seed=3, world=None):
     args = parse(["--batch-size", "8", "--scale", "0.3", "1", "--reprob", "0.5"])
     args.workers, args.seed = workers, seed
-    return create_training_loader(args, images_of(data / "train"), CONFIG, world or World(), pin=False)
+    return create_training_loader(args, images_of(data / "train"), CONFIG, world or World(), pin_memory=False)
 
 
 def batches(data, epoch, first=0, **kwargs):
@@ -72,7 +72,7 @@ def test_epoch_has_every_image_once(data):
 
 
 def test_evaluation_is_in_order(data):
-    loader = create_evaluation_loader(images_of(data / "val"), 4, 0, pin=False)
+    loader = create_evaluation_loader(images_of(data / "val"), 4, 0, pin_memory=False)
     assert torch.cat([y for _, y in loader]).tolist() == [0] * 9 + [1] * 9 + [2] * 9
 
 

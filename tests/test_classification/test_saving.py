@@ -5,14 +5,17 @@ import os
 import random
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
-from natzoo.checkpoints import read_checkpoint
+from natzoo.checkpoints import read_checkpoint, write_checkpoint
 from natzoo.classification import checkpoints as module
+from natzoo.classification import train
 from natzoo.classification.checkpoints import CheckpointSaver
 from natzoo.classification.distributed import World
+from natzoo.classification.options import parse
 
 
 def state(version):
@@ -175,3 +178,72 @@ def test_only_the_main_process_writes(tmp_path):
     checkpoints.save_best(state(1))
     checkpoints.keep_epoch(1)
     assert not list(tmp_path.iterdir())
+
+
+# Options of checkpoints written before --work-dir existed.
+OLD_OPTIONS = (
+    *("data", "config", "dataset", "input_key", "target_key", "train_split", "val_split", "class_map", "synthetic"),
+    *("workers", "skip_bad_images", "model", "model_kwargs", "num_classes", "img_size", "drop_path", "pretrained"),
+    *("initial_checkpoint", "opt", "lr", "lr_base_size", "weight_decay", "decay_rpb", "momentum", "opt_eps"),
+    *("opt_betas", "layer_decay", "clip_grad", "batch_size", "grad_accum", "skip_nonfinite", "epochs", "sched"),
+    *("warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "decay_epochs", "decay_milestones", "decay_rate"),
+    *("scale", "ratio", "hflip", "vflip", "color_jitter", "aa", "train_interpolation", "reprob", "remode", "recount"),
+    *("mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "smoothing", "bce_loss", "bce_target_thresh", "crop_pct"),
+    *("interpolation", "mean", "std", "val_batch_size", "model_ema", "model_ema_decay", "output", "experiment"),
+    *("resume", "save_interval", "keep_last", "seed", "device", "threads", "amp", "channels_last"),
+    *("grad_checkpointing", "compile", "log_interval"),
+)
+
+
+def test_checkpoint_of_an_earlier_version_resumes(tiny, run_folder, capsys):
+    """Its options, the keys of its state and of its meters are those of the earlier version."""
+    trainer = train.Trainer(train.parse(tiny(epochs=1)))
+    optimizer = trainer.optimizer.state_dict()
+    old = {
+        "model": trainer.model.state_dict(),
+        "model_ema": None,
+        "record": trainer.record,
+        "epoch": 0,
+        "best": 40.0,
+        "best_epoch": 1,
+        "update": 5,
+        "totals": {"loss": 5.5, "losses": 5, "norm": 10.0, "norms": 5, "seconds": 1.5},
+        "skipped": 0,
+        "optimizer": optimizer,
+        "scaler": {},
+        "options": {key: vars(trainer.args)[key] for key in OLD_OPTIONS},
+        "processes": 1,
+        "images": {"number of training images": 72},
+    }
+    write_checkpoint(run_folder / "last.pth", old)
+    capsys.readouterr()
+    train.main(tiny("--resume", epochs=1))
+    output = capsys.readouterr().out
+    assert "(epoch 0, update 5)" in output
+    assert "Resuming with" not in output  # no option differs
+    state = read_checkpoint(run_folder / "last.pth")
+    assert (state["epoch"], state["update"]) == (1, 0)
+    assert state.keys() == old.keys()
+    assert state["options"].keys() == {*OLD_OPTIONS, "work_dir"}
+    assert state["totals"].keys() == old["totals"].keys()
+
+
+def test_names_of_the_run_folder(tmp_path):
+    """--work-dir, and --output with --experiment; the command line overrides a file, the last option wins."""
+    config = tmp_path / "recipe.yml"
+    config.write_text("model: nat_mini\n")
+    old, new = tmp_path / "old.yml", tmp_path / "new.yml"
+    old.write_text("output: runs\nexperiment: a\n")
+    new.write_text("work_dir: runs/b\n")
+    for argv, folder in (
+        ([], "output/nat_tiny"),
+        (["-c", config], "output/recipe"),
+        (["--output", "runs"], "runs/nat_tiny"),
+        (["--output", "runs", "--experiment", "a"], "runs/a"),
+        (["--work-dir", "runs/b"], "runs/b"),
+        (["-c", old], "runs/a"),
+        (["-c", old, "--work-dir", "c"], "c"),
+        (["-c", new], "runs/b"),
+        (["-c", new, "--output", "runs", "--experiment", "a"], "runs/a"),
+    ):
+        assert module.run_folder(parse([str(word) for word in argv])) == Path(folder), argv

@@ -228,7 +228,7 @@ def pair(monkeypatch):
         def gather(self, value):
             return [*self.others, value]
 
-        def parallel(self, model, device):
+        def data_parallel(self, model, device):
             return model
 
     return Pair
