@@ -60,8 +60,8 @@ def _run_openmmlab(module: str, project: str, argv: Sequence[str] | None) -> Non
     from natzoo import command_line
 
     def main() -> None:
-        options = _import("natzoo.openmmlab.options", "openmmlab")
-        _import(f"natzoo.openmmlab.{module}", "openmmlab").main(getattr(options, project), argv)
+        runner = _import("natzoo.openmmlab.runner", "openmmlab")
+        _import(f"natzoo.openmmlab.{module}", "openmmlab").main(getattr(runner, project), argv)
 
     command_line.run(main)
 

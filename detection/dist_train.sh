@@ -1,7 +1,21 @@
 #!/usr/bin/env bash
-# detection/dist_train.sh CONFIG PROCESSES [OPTIONS OF train.py...]     one process a GPU, or on a CPU over Gloo
+# Train on several GPUs of this machine, or with several processes on its CPUs.
+#
+#   bash detection/dist_train.sh CONFIG GPUS [options of train.py]
+#   bash detection/dist_train.sh configs/detection/mask_rcnn_nat_mini_3x.py 8 --resume
+#
+# GPUS is the number of processes, one per GPU.
+#
+# Environment variables:
+#   PORT=29500        The port at which the processes meet; a free port if unset.
+#   PYTHON=python3    The interpreter.
 set -euo pipefail
-config=${1:?config} processes=${2:?number of processes}
+if [ $# -lt 2 ] || ! [[ $2 =~ ^[1-9][0-9]*$ ]]; then
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0" >&2
+    exit 2
+fi
+config=$1 gpus=$2
 shift 2
-arguments=("$config" "$@")
-exec "${PYTHON:-python}" -m torch.distributed.run "${PORT:+--master_port=}${PORT:---standalone}" --nproc_per_node="$processes" "$(dirname "$0")/train.py" "${arguments[@]}"
+if [ -n "${PORT:-}" ]; then rendezvous=(--master-port "$PORT"); else rendezvous=(--standalone); fi
+exec "${PYTHON:-python}" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus" \
+    "$(dirname "$0")/train.py" "$config" "$@"

@@ -1,28 +1,10 @@
-"""Evaluate a detector: a checkpoint of train.py, or a published one.
+"""Evaluate a detector; the same as the console command natzoo-detection-test.
 
+python detection/test.py configs/detection/mask_rcnn_nat_mini_3x.py nat_mini_maskrcnn
 python detection/test.py configs/quickstart/mask_rcnn.py output/mask_rcnn/CHECKPOINT.pth --show-dir output/detected
 """
 
-from __future__ import annotations
-
-import os
-
-# Before torch starts its threads: beside loading processes, threads that wait by spinning cost more than they save.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from natzoo import command_line
-
-
-def main(argv: list[str] | None = None):
-    from natzoo.openmmlab.options import DETECTION
-    from natzoo.openmmlab.test import main as test
-
-    return test(DETECTION, argv)
-
+from natzoo_commands import detection_test
 
 if __name__ == "__main__":
-    command_line.run(main)
+    detection_test()

@@ -1,29 +1,10 @@
-"""Train a detector from a config.
+"""Train a detector; the same as the console command natzoo-detection-train.
 
 python detection/train.py configs/quickstart/mask_rcnn.py
 python detection/train.py configs/quickstart/mask_rcnn.py --resume
 """
 
-from __future__ import annotations
-
-import os
-
-# Before torch starts its threads: beside loading processes, threads that wait by spinning cost more than they save.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from natzoo import command_line
-
-
-def main(argv: list[str] | None = None):
-    from natzoo.openmmlab.options import DETECTION
-    from natzoo.openmmlab.train import main as train
-
-    return train(DETECTION, argv)
-
+from natzoo_commands import detection_train
 
 if __name__ == "__main__":
-    command_line.run(main)
+    detection_train()

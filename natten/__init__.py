@@ -4,25 +4,51 @@ Functions: `na1d`, `na2d`, `na3d`, each also with `_qkvpacked`, `_qk` and `_av`;
 Layers: `NeighborhoodAttention1D`, `NeighborhoodAttention2D`, `NeighborhoodAttention3D`.
 """
 
-from natten import compat, context, functional  # noqa: F401  older code finds natten.context there
-from natten import dispatch as _dispatch
-from natten.dispatch import use_backend
-from natten.functional import *  # noqa: F403
+import sys as _sys
+
+from natten import backends as _backends
+from natten import compat as _compat
+from natten import context, functional  # noqa: F401  older code uses natten.context without importing it
+from natten.backends import use_backend
+from natten.functional import (
+    merge_attentions,
+    na1d,
+    na1d_av,
+    na1d_qk,
+    na1d_qkvpacked,
+    na2d,
+    na2d_av,
+    na2d_qk,
+    na2d_qkvpacked,
+    na3d,
+    na3d_av,
+    na3d_qk,
+    na3d_qkvpacked,
+)
 from natten.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
-from natten.version import __version__
+
+__version__ = "1.0.0"
 
 __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "__version__",
+    "merge_attentions",
+    "na1d",
+    "na1d_av",
+    "na1d_qk",
+    "na1d_qkvpacked",
+    "na2d",
+    "na2d_av",
+    "na2d_qk",
+    "na2d_qkvpacked",
+    "na3d",
+    "na3d_av",
+    "na3d_qk",
+    "na3d_qkvpacked",
     "use_backend",
-    *functional.__all__,
 ]
 
-_dispatch.obey_environment()
-
-
-def __getattr__(name: str):
-    """Names of older releases, such as `natten.has_cuda`; see natten/compat.py."""
-    return compat.old_name(__name__, name)
+_backends.read_environment()
+_compat.install(_sys.modules[__name__])

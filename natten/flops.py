@@ -1,16 +1,19 @@
-"""How much arithmetic neighborhood attention takes: for fvcore, and for torch.utils.flop_counter.FlopCounterMode.
+"""Count the arithmetic of neighborhood attention, for fvcore and torch.utils.flop_counter.FlopCounterMode.
 
-Two units. A MAC is one multiplication with its addition, and makes two FLOPs. fvcore counts MACs and calls them flops,
-as papers on vision do, those on NAT and DiNAT among them; FlopCounterMode counts FLOPs.
+A MAC is one multiplication and one addition, which are two FLOPs. fvcore counts MACs and calls them flops, like the NAT
+and DiNAT papers. FlopCounterMode counts FLOPs.
 
-With P the pairs of a query and a key of its window, summed over batch and heads, and d the head_dim, a forward pass
-takes 2 P d MACs (query times key, weight times value) and a backward pass 5 P d: the logits once more, and the
-gradients of weights, value, query and key, as torch counts its own attention. P is counted exactly: prod(kernel_size)
-keys a query, fewer in causal windows. Softmax, scale and masks count nothing. Adding the relative position bias counts
-P for fvcore, entry "rpb", as the published figures have it, and nothing for FlopCounterMode, which counts no addition.
+Let P be the number of pairs of a query and a key of its window, summed over batch and heads, and d the head_dim.
+- The forward pass takes 2 P d MACs: query times key, and weight times value.
+- The backward pass takes 5 P d MACs: the logits again, and the gradients of weights, value, query and key. This is how
+  torch counts its own attention.
+- P is exact: prod(kernel_size) keys per query, fewer in causal windows.
+- Softmax, scale and masks are not counted.
+- Adding the relative position bias counts P MACs in fvcore (entry "rpb"), as in the published figures. FlopCounterMode
+  does not count additions.
 
-Importing this module is what makes FlopCounterMode know the formulas: do so before the mode is made. `import natten`
-does not, since torch.utils.flop_counter takes a third of a second to import. Only `get_flops` needs fvcore.
+FlopCounterMode counts neighborhood attention only if this module was imported before the mode was created. `import
+natten` does not import it, because importing torch.utils.flop_counter takes 0.3 s. Only `get_flops` requires fvcore.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from natten import operators
-from natten.dispatch import use_backend
+from natten import ops
+from natten.backends import use_backend
 from natten.geometry import Axis, first_key
 from natten.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 
@@ -35,7 +38,7 @@ __all__ = ["add_natten_handle", "get_flops"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What each operator computes
+# Work of each operator
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -43,9 +46,9 @@ class _Work(NamedTuple):
     """The work of an operator.
 
     Attributes:
-        products: multiplications of head_dim numbers that each pair of query and key takes.
-        tensor: an argument that has the shape of a map, head_dim last.
-        space: where its spatial axes are.
+        products: number of products of head_dim numbers for each pair of query and key.
+        tensor: name of an argument with the shape of the map, head_dim last.
+        space: its spatial axes.
     """
 
     products: int
@@ -55,8 +58,7 @@ class _Work(NamedTuple):
 
 _HEADS_LAST, _HEADS_FIRST = slice(1, -2), slice(2, -1)
 
-# By name in torch.ops.natten. Arguments are found by name: kernel_size, dilation, is_causal, and stride and rpb if any.
-_WORK = {
+_WORK = {  # by name in torch.ops.natten
     "attention_forward": _Work(2, "query", _HEADS_LAST),
     "attention_backward": _Work(5, "query", _HEADS_LAST),
     "query_key_forward": _Work(1, "query", _HEADS_FIRST),
@@ -67,10 +69,10 @@ _WORK = {
 
 
 def _count(operator: str, arguments: dict[str, Any]) -> tuple[int, int]:
-    """MACs in matrix products of one call, and pairs of query and key over batch and heads.
+    """Return the MACs in matrix products of one call, and its pairs of query and key over batch and heads.
 
     Args:
-        arguments: by name, with shapes in place of tensors.
+        arguments: the operator's arguments by name, with shapes instead of tensors.
     """
     products, tensor, where = _WORK[operator]
     *maps, head_dim = arguments[tensor]
@@ -82,10 +84,10 @@ def _count(operator: str, arguments: dict[str, Any]) -> tuple[int, int]:
 
 
 def _axis_pairs(axis: Axis) -> int:
-    """Pairs of a query and a key of its window along one axis."""
+    """Return the number of pairs of a query and a key of its window along one axis."""
     if not axis.is_causal:
         return axis.length * axis.kernel_size
-    with _disable_current_modes():  # where a counter looks on, tensors may be fake
+    with _disable_current_modes():  # a counter may run in a mode that makes tensors fake
         position = torch.arange(int(axis.length), device="cpu")
         residue, s = position % axis.dilation, position // axis.dilation
         n = (axis.length - residue + axis.dilation - 1) // axis.dilation
@@ -93,7 +95,7 @@ def _axis_pairs(axis: Axis) -> int:
 
 
 def _by_name(operator: str, arguments: Sequence[Any]) -> dict[str, Any]:
-    """Positional arguments by the names that the operator's schema gives them."""
+    """Return positional arguments by their names in the schema of the operator."""
     schema = getattr(torch.ops.natten, operator).default._schema
     return {argument.name: value for argument, value in zip(schema.arguments, arguments, strict=False)}
 
@@ -104,7 +106,7 @@ def _by_name(operator: str, arguments: Sequence[Any]) -> dict[str, Any]:
 
 
 def _register(operator: str) -> None:
-    """Tells torch the FLOPs of an operator, once."""
+    """Register the FLOP formula of an operator, once per process."""
 
     def flops(*args, out_shape=None, **kwargs) -> int:
         macs, _ = _count(operator, _by_name(operator, args) | kwargs)
@@ -120,21 +122,23 @@ for _operator in _WORK:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# fvcore, which counts on the graph of torch.jit.trace
+# fvcore, which counts in the graph of torch.jit.trace
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def get_flops(model: nn.Module, input: Tensor | Sequence[Tensor], disable_warnings: bool = False) -> int:
-    """MACs of a model's forward pass by fvcore's rules, the "flops" of the papers; whole batch.
+    """Count the MACs of a model's forward pass with fvcore: the "flops" of the papers.
 
-    The published figures are those of a model in eval mode and one image. Attention is counted by its windows, also
-    where a layer or `use_backend` asks for plain PyTorch.
+    Published figures are for a model in eval mode and a single image. Attention is counted by its windows, even if a
+    layer or `use_backend` selects the reference backend.
 
     Args:
-        model: runs once, in the mode it is in.
-        input: what it takes, a tensor or a tuple of tensors. Their numbers do not matter, but they must not be on the
-            meta device, on which fvcore cannot trace.
-        disable_warnings: keep fvcore from logging which operators it does not count and which modules did not run.
+        model: the model; it runs once, in its current mode.
+        input: its input, a tensor or a tuple of tensors. Values do not matter, but fvcore cannot trace the meta device.
+        disable_warnings: suppress fvcore's warnings about uncounted operators and unused modules.
+
+    Returns:
+        MACs of the whole batch.
 
     Raises:
         ImportError: if fvcore is not installed.
@@ -142,26 +146,26 @@ def get_flops(model: nn.Module, input: Tensor | Sequence[Tensor], disable_warnin
     try:
         from fvcore.nn import FlopCountAnalysis
     except ModuleNotFoundError as error:
-        raise ImportError("get_flops needs fvcore, which is not installed: run `pip install fvcore`.") from error
+        raise ImportError("fvcore is not installed; run `pip install fvcore`.") from error
     counter = add_natten_handle(FlopCountAnalysis(model, input))
     if disable_warnings:
         counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    with _through_operators(model):
+    with _fastest_backend(model):
         return int(counter.total())
 
 
 def add_natten_handle(flop_counter):
-    """Teaches an fvcore FlopCountAnalysis to count neighborhood attention, in MACs; returns it.
+    """Make an fvcore FlopCountAnalysis count neighborhood attention in MACs, and return it.
 
-    Its `by_operator()` has the matrix products as "attention_forward" and the bias as "rpb". It sees calls that go
-    through the operators, all but those for which `backend="reference"` asks for plain PyTorch.
+    Its `by_operator()` reports matrix products as "attention_forward" and the bias as "rpb". Calls with
+    backend="reference" are counted by fvcore itself, as the PyTorch operations that they run.
     """
     return flop_counter.set_op_handle(**_HANDLES)
 
 
 @contextmanager
-def _through_operators(model: nn.Module) -> Iterator[None]:
-    """Lets no layer run as plain PyTorch, whose tiles take more than their windows need."""
+def _fastest_backend(model: nn.Module) -> Iterator[None]:
+    """Keep layers from running on the reference backend, whose tiles compute more than their windows require."""
     layers = (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D)
     previous = {layer: layer.backend for layer in model.modules() if isinstance(layer, layers)}
     try:
@@ -175,18 +179,18 @@ def _through_operators(model: nn.Module) -> Iterator[None]:
 
 
 def _macs(operator: str, arguments: dict[str, Any]) -> Counter[str]:
-    """One call as fvcore wants it: MACs by kind."""
+    """Return the MACs of one call by kind, as fvcore expects them."""
     macs, pairs = _count(operator, arguments)
     return Counter({operator: macs} if arguments.get("rpb") is None else {operator: macs, "rpb": pairs})
 
 
 def _operator_handle(operator: str) -> Callable[[list, list], Counter[str]]:
-    """Counts one call of an operator."""
+    """Return an fvcore handle that counts one call of an operator."""
     return lambda inputs, outputs: _macs(operator, _by_name(operator, [_argument(value) for value in inputs]))
 
 
 def _argument(value) -> Any:
-    """What a value of the graph was: the shape of a tensor, a list, or the value of a constant."""
+    """Return the shape of a tensor of the graph, or the value of a list or constant."""
     if value.isCompleteTensor():
         return value.type().sizes()
     if value.node().kind() == "prim::ListConstruct":
@@ -195,7 +199,7 @@ def _argument(value) -> Any:
 
 
 def _function_handle(inputs: list, outputs: list) -> Counter[str]:
-    """Counts the operators that an autograd function ran, of which the graph has one node with a graph of its own."""
+    """Count the operators in the subgraph of an autograd function."""
     total = Counter()
     for node in outputs[0].node().g("Subgraph").nodes():
         if node.kind() in _HANDLES:
@@ -206,6 +210,6 @@ def _function_handle(inputs: list, outputs: list) -> Counter[str]:
 _HANDLES = {f"natten::{operator}": _operator_handle(operator) for operator in _WORK}
 _HANDLES |= {
     f"prim::PythonOp.{name}": _function_handle
-    for name, value in vars(operators).items()
+    for name, value in vars(ops).items()
     if isinstance(value, type) and issubclass(value, torch.autograd.Function)
 }

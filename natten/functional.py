@@ -1,36 +1,49 @@
-"""Neighborhood attention as functions: fused (`na1d`, `na2d`, `na3d`), on packed qkv, and as two halves (`_qk`, `_av`).
+"""Neighborhood attention as functions.
 
-Each kind is written once and made for the three ranks; natten/geometry states the exact semantics. Papers:
-Neighborhood Attention Transformer, section 3 (arXiv:2204.07143); with dilation, DiNAT, section 3 (arXiv:2209.15001).
+- `na1d`, `na2d`, `na3d`: fused attention on query, key and value, heads-last [B, *space, heads, head_dim].
+- `na*_qkvpacked`: the same on one packed tensor [B, *space, 3, heads, head_dim].
+- `na*_qk`, `na*_av`: unfused attention, heads-first [B, heads, *space, head_dim], for access to the attention weights.
+- `merge_attentions`: merges attentions of the same queries to several sets of keys.
+
+The exact semantics are specified in natten/geometry. Papers: Neighborhood Attention Transformer, section 3
+(arXiv:2204.07143); with dilation, DiNAT, section 3 (arXiv:2209.15001).
+
+Notation in shapes: L, H, W, D are the lengths of the map's axes in tokens, K is kernel_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import prod
+from typing import Any
 
 from torch import Tensor
 
-from natten import dispatch
-from natten.backends import reference
-from natten.composition import attend, attend_composed, merge_attentions
-from natten.context import ignore_tuning
-from natten.geometry import (
-    Axis,
+from natten import ops
+from natten.checks import (
     BoolOrTuple,
     IntOrTuple,
-    check_rpb,
-    check_same_shape,
-    check_tensors,
-    make_axes,
+    check_av,
+    check_fused,
+    check_packed,
+    check_packing,
+    check_qk,
+    ignore_tuning,
 )
-from natten.memo import remember
-from natten.operators import query_key, weight_value
-from natten.precision import apply_autocast
+from natten.ops import merge_attentions
 
 __all__ = [
-    *(f"na{rank}d{suffix}" for rank in (1, 2, 3) for suffix in ("", "_qkvpacked", "_qk", "_av")),
     "merge_attentions",
+    "na1d",
+    "na1d_av",
+    "na1d_qk",
+    "na1d_qkvpacked",
+    "na2d",
+    "na2d_av",
+    "na2d_qk",
+    "na2d_qkvpacked",
+    "na3d",
+    "na3d_av",
+    "na3d_qk",
+    "na3d_qkvpacked",
 ]
 
 
@@ -39,257 +52,461 @@ __all__ = [
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _make_fused(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-    def fused(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kernel_size: IntOrTuple,
-        stride: IntOrTuple = 1,
-        dilation: IntOrTuple = 1,
-        is_causal: BoolOrTuple = False,
-        scale: float | None = None,
-        rpb: Tensor | None = None,
-        return_lse: bool = False,
-        backend: str | None = None,
-        *,
-        additional_keys: Tensor | None = None,
-        additional_values: Tensor | None = None,
-        window_padding: str = "shift",
-        **tuning,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if tuning:
-            ignore_tuning(fused.__name__, tuning)
-        window, additional = (kernel_size, stride, dilation, is_causal), (additional_keys, additional_values)
-        if query.shape == key.shape == value.shape and _is_basic(*additional, window_padding):
-            qkv = query, key, value = apply_autocast(query, key, value)
-            axes = _check_fused(rank, query, key, value, rpb, *window)
-            results = attend(qkv, axes, rpb, scale, backend)
-        else:
-            qkv = query, key, value
-            results = attend_composed(rank, qkv, window, rpb, scale, backend, additional, window_padding)
-        return results if return_lse else results[0]
-
-    return _publish(fused, rank, "", _FUSED_DOC, inputs=_FUSED_INPUTS, ignored=_IGNORED)
-
-
-def _make_packed(rank: int) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-    def packed(
-        qkv: Tensor,
-        kernel_size: IntOrTuple,
-        stride: IntOrTuple = 1,
-        dilation: IntOrTuple = 1,
-        is_causal: BoolOrTuple = False,
-        scale: float | None = None,
-        rpb: Tensor | None = None,
-        return_lse: bool = False,
-        backend: str | None = None,
-        *,
-        additional_keys: Tensor | None = None,
-        additional_values: Tensor | None = None,
-        window_padding: str = "shift",
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        window, additional = (kernel_size, stride, dilation, is_causal), (additional_keys, additional_values)
-        if _is_basic(*additional, window_padding):
-            (qkv,) = apply_autocast(qkv)
-            axes = _check_packed(rank, qkv, rpb, *window)
-            results = attend((qkv,), axes, rpb, scale, backend)
-        else:
-            _check_packing(rank, qkv)
-            results = attend_composed(rank, qkv.unbind(-3), window, rpb, scale, backend, additional, window_padding)
-        return results if return_lse else results[0]
-
-    return _publish(packed, rank, "_qkvpacked", _FUSED_DOC, inputs=_PACKED_INPUTS, ignored="")
-
-
-def _is_basic(additional_keys: Tensor | None, additional_values: Tensor | None, window_padding: str) -> bool:
-    """Whether the operators take the call as it is; if not, natten/composition.py puts it together."""
-    return additional_keys is None and additional_values is None and window_padding == "shift"
-
-
-_FUSED_DOC = """Neighborhood attention over {rank} {axes}: each token attends to the window around itself.
+def na1d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    *,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    window_padding: str = "shift",
+    **tuning: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute 1-D neighborhood attention: each token attends to the window around it.
 
     Args:
-        {inputs}.
-        kernel_size: tokens a window has, at least 2; this and the next three are one value or one an axis.
-        stride: queries that share one window, at most kernel_size.
-        dilation: distance between the tokens of a window; kernel_size * dilation must not exceed the axis.
-        is_causal: whether a window ends at its query instead of being centred on it.
-        scale: factor on query times key, head_dim ** -0.5 of the query unless given.
-        rpb: relative position bias {rpb}, added to the scaled logits; float32 or of the query's dtype.
+        query, key, value: [B, L, heads, head_dim].
+        rpb: relative position bias [heads, 2K-1].
+        kernel_size, stride, dilation, is_causal, scale, return_lse, backend, additional_keys, additional_values,
+            window_padding, **tuning: see `na2d`.
+
+    Returns:
+        [B, L, heads, head_dim]; with return_lse also the logsumexp [B, L, heads]. See `na2d`.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    window, additional = (kernel_size, stride, dilation, is_causal), (additional_keys, additional_values)
+    return _fused(1, query, key, value, window, scale, rpb, return_lse, backend, additional, window_padding, tuning)
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    *,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    window_padding: str = "shift",
+    **tuning: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute 2-D neighborhood attention: each token attends to the window around it.
+
+    Args:
+        query, key, value: [B, H, W, heads, head_dim], with any strides. Key and value may have fewer heads, if their
+            number divides the number of query heads; value may have a different head_dim.
+        kernel_size: window size in tokens, at least 2. This and the next three arguments take a single value or one
+            per axis.
+        stride: number of consecutive queries that share a window, at most kernel_size.
+        dilation: distance between neighboring tokens of a window; kernel_size * dilation must not exceed the axis.
+        is_causal: whether the window ends at its query instead of being centered on it.
+        scale: factor on the logits; default: head_dim ** -0.5 of the query.
+        rpb: relative position bias [heads, 2K-1, 2K-1], added to the scaled logits; float32 or the query's dtype.
         return_lse: also return the logsumexp of the logits.
-        backend: "reference", "cpu" or "cuda"; None takes the fastest that can.
-        additional_keys, additional_values: [B, N, key's heads, head_dim], N tokens that each query attends to beside
-            its window, with no bias. They are held against all queries at once: memory for tokens x N logits.
-        window_padding: what a window does that would reach over the map's border. "shift": it is moved, the default;
-            "zeros": it stays, and keys outside are zero vectors, which take their share of the softmax, with their
-            bias; kernel_size * dilation may exceed the axis. "valid": such queries are left out, and each axis comes
-            out (kernel_size - 1) * dilation shorter. The latter two for stride 1.{ignored}
+        backend: "reference", "cpu" or "cuda"; None selects the fastest that supports the call.
+        additional_keys, additional_values: N tokens [B, N, key heads, head_dim] that all queries attend to in addition
+            to their window, without bias. Needs memory for tokens x N logits.
+        window_padding: how windows that would cross the border of the map are handled.
+            "shift" (default): they are shifted into the map.
+            "zeros": they are not shifted; keys outside are zero vectors, which take part in the softmax, with bias.
+            kernel_size * dilation may exceed the axis.
+            "valid": their queries are dropped; each axis of the output is (kernel_size - 1) * dilation shorter.
+            "zeros" and "valid" require stride 1.
+        **tuning: arguments that tune the kernels of other NATTEN releases (listed in natten/checks.py); ignored.
 
     Returns:
-        [B, {space}, heads, head_dim] in the query's dtype, contiguous, of the query's heads and the value's head_dim;
-        with return_lse also [B, {space}, heads] in float32 (float64 for a float64 query). Both can be differentiated
-        once; twice with backend="reference".
+        [B, H, W, heads, head_dim] in the query's dtype, contiguous, with the query's heads and the value's head_dim.
+        With return_lse also the logsumexp [B, H, W, heads] in float32 (float64 for a float64 query). Both are
+        differentiable once; twice with backend="reference".
 
     Raises:
-        ValueError: naming the argument, and the axis, that does not fit.
+        ValueError: naming the argument that does not fit.
     """
-
-_FUSED_INPUTS = (
-    "query, key, value: [B, {space}, heads, head_dim], of any strides; key and value may have fewer\n"
-    "            heads, of which query's are a multiple, and value another head_dim"
-)
-_PACKED_INPUTS = "qkv: [B, {space}, 3, heads, head_dim]; backward makes one gradient"
-_IGNORED = """
-        **tuning: arguments by which other releases tune their kernels (see NATTEN.md), taken and without effect."""
-
-_AXIS_NAMES = {1: "L", 2: "H, W", 3: "D, H, W"}
+    window, additional = (kernel_size, stride, dilation, is_causal), (additional_keys, additional_values)
+    return _fused(2, query, key, value, window, scale, rpb, return_lse, backend, additional, window_padding, tuning)
 
 
-def _publish(function: Callable, rank: int, suffix: str, doc: str, inputs: str = "", ignored: str = "") -> Callable:
-    """Gives a function made for one rank its public name and docstring."""
-    function.__name__ = function.__qualname__ = f"na{rank}d{suffix}"
-    space = _AXIS_NAMES[rank]
-    function.__doc__ = doc.format(
-        rank=rank,
-        axes="axis" if rank == 1 else "axes",
-        inputs=inputs.format(space=space),
-        ignored=ignored,
-        space=space,
-        rpb="[heads" + ", 2K-1" * rank + "]",
-    )
-    return function
+def na3d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    *,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    window_padding: str = "shift",
+    **tuning: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute 3-D neighborhood attention: each token attends to the window around it.
+
+    Args:
+        query, key, value: [B, D, H, W, heads, head_dim].
+        rpb: relative position bias [heads, 2K-1, 2K-1, 2K-1].
+        kernel_size, stride, dilation, is_causal, scale, return_lse, backend, additional_keys, additional_values,
+            window_padding, **tuning: see `na2d`.
+
+    Returns:
+        [B, D, H, W, heads, head_dim]; with return_lse also the logsumexp [B, D, H, W, heads]. See `na2d`.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    window, additional = (kernel_size, stride, dilation, is_causal), (additional_keys, additional_values)
+    return _fused(3, query, key, value, window, scale, rpb, return_lse, backend, additional, window_padding, tuning)
 
 
-@remember
-def _check_fused(rank, query, key, value, rpb, kernel_size, stride, dilation, is_causal) -> tuple[Axis, ...]:
-    check_tensors(rank, query=query, key=key, value=value)
-    axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    check_rpb(rpb, axes, query.shape[-2], query.dtype, query.device)
-    return axes
+def _fused(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: tuple,
+    scale: float | None,
+    rpb: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+    additional: tuple[Tensor | None, Tensor | None],
+    window_padding: str,
+    tuning: dict[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
+    if tuning:
+        ignore_tuning(f"na{rank}d", tuning)
+    if query.shape == key.shape == value.shape and _is_native(additional, window_padding):
+        query, key, value = ops.apply_autocast(query, key, value)
+        axes = check_fused(rank, query, key, value, rpb, *window)
+        results = ops.attend((query, key, value), rpb, axes, scale, backend)
+    else:
+        qkv = query, key, value
+        results = ops.attend_composed(rank, qkv, window, rpb, scale, backend, additional, window_padding)
+    return results if return_lse else results[0]
 
 
-@remember
-def _check_packed(rank, qkv, rpb, kernel_size, stride, dilation, is_causal) -> tuple[Axis, ...]:
-    _check_packing(rank, qkv)
-    query = qkv.select(-3, 0)
-    check_tensors(rank, qkv=query)
-    axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    check_rpb(rpb, axes, query.shape[-2], query.dtype, query.device)
-    return axes
+def _is_native(additional: tuple[Tensor | None, Tensor | None], window_padding: str) -> bool:
+    """Return whether the backends support these features natively; otherwise natten/ops.py composes them."""
+    return additional[0] is None and additional[1] is None and window_padding == "shift"
 
 
-def _check_packing(rank: int, qkv: Tensor) -> None:
-    if qkv.dim() != rank + 4 or qkv.shape[-3] != 3:
-        raise ValueError(
-            f"qkv has shape {tuple(qkv.shape)}, but must have {rank + 4} dimensions: batch, {rank} spatial axes, "
-            "3 (query, key and value), heads and head_dim."
-        )
+def na1d_qkvpacked(
+    qkv: Tensor,
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    *,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    window_padding: str = "shift",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `na1d` of a packed tensor. The backward pass writes a single packed gradient.
+
+    Args:
+        qkv: query, key and value as one tensor [B, L, 3, heads, head_dim].
+        rpb: relative position bias [heads, 2K-1].
+        kernel_size, stride, dilation, is_causal, scale, return_lse, backend, additional_keys, additional_values,
+            window_padding: see `na2d`.
+
+    Returns:
+        [B, L, heads, head_dim]; with return_lse also the logsumexp [B, L, heads]. See `na2d`.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    window, additional = (kernel_size, stride, dilation, is_causal), (additional_keys, additional_values)
+    return _packed(1, qkv, window, scale, rpb, return_lse, backend, additional, window_padding)
+
+
+def na2d_qkvpacked(
+    qkv: Tensor,
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    *,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    window_padding: str = "shift",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `na2d` of a packed tensor. The backward pass writes a single packed gradient.
+
+    Args:
+        qkv: query, key and value as one tensor [B, H, W, 3, heads, head_dim].
+        rpb: relative position bias [heads, 2K-1, 2K-1].
+        kernel_size, stride, dilation, is_causal, scale, return_lse, backend, additional_keys, additional_values,
+            window_padding: see `na2d`.
+
+    Returns:
+        [B, H, W, heads, head_dim]; with return_lse also the logsumexp [B, H, W, heads]. See `na2d`.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    window, additional = (kernel_size, stride, dilation, is_causal), (additional_keys, additional_values)
+    return _packed(2, qkv, window, scale, rpb, return_lse, backend, additional, window_padding)
+
+
+def na3d_qkvpacked(
+    qkv: Tensor,
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    *,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    window_padding: str = "shift",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `na3d` of a packed tensor. The backward pass writes a single packed gradient.
+
+    Args:
+        qkv: query, key and value as one tensor [B, D, H, W, 3, heads, head_dim].
+        rpb: relative position bias [heads, 2K-1, 2K-1, 2K-1].
+        kernel_size, stride, dilation, is_causal, scale, return_lse, backend, additional_keys, additional_values,
+            window_padding: see `na2d`.
+
+    Returns:
+        [B, D, H, W, heads, head_dim]; with return_lse also the logsumexp [B, D, H, W, heads]. See `na2d`.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    window, additional = (kernel_size, stride, dilation, is_causal), (additional_keys, additional_values)
+    return _packed(3, qkv, window, scale, rpb, return_lse, backend, additional, window_padding)
+
+
+def _packed(
+    rank: int,
+    qkv: Tensor,
+    window: tuple,
+    scale: float | None,
+    rpb: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+    additional: tuple[Tensor | None, Tensor | None],
+    window_padding: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if _is_native(additional, window_padding):
+        (qkv,) = ops.apply_autocast(qkv)
+        axes = check_packed(rank, qkv, rpb, *window)
+        results = ops.attend((qkv,), rpb, axes, scale, backend)
+    else:
+        check_packing(rank, qkv)
+        results = ops.attend_composed(rank, qkv.unbind(-3), window, rpb, scale, backend, additional, window_padding)
+    return results if return_lse else results[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two halves, heads-first: where the attention weights themselves are needed
+# Unfused: logits, and sums of values weighted by attention weights
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _make_qk(rank: int) -> Callable[..., Tensor]:
-    def qk(
-        query: Tensor,
-        key: Tensor,
-        kernel_size: IntOrTuple,
-        dilation: IntOrTuple = 1,
-        is_causal: BoolOrTuple = False,
-        rpb: Tensor | None = None,
-        backend: str | None = None,
-    ) -> Tensor:
-        query, key = apply_autocast(query, key)
-        axes = _check_qk(rank, query, key, rpb, kernel_size, dilation, is_causal)
-        backend = dispatch.requested(backend)
-        if dispatch.is_plain(backend):
-            return reference.query_key(query, key, rpb, axes)
-        return query_key(query, key, rpb, axes, backend)
-
-    return _publish(qk, rank, "_qk", _QK_DOC)
-
-
-def _make_av(rank: int) -> Callable[..., Tensor]:
-    def av(
-        attn: Tensor,
-        value: Tensor,
-        kernel_size: IntOrTuple,
-        dilation: IntOrTuple = 1,
-        is_causal: BoolOrTuple = False,
-        backend: str | None = None,
-    ) -> Tensor:
-        attn, value = apply_autocast(attn, value)
-        axes = _check_av(rank, attn, value, kernel_size, dilation, is_causal)
-        backend = dispatch.requested(backend)
-        if dispatch.is_plain(backend):
-            return reference.weight_value(attn, value, axes)
-        return weight_value(attn, value, axes, backend)
-
-    return _publish(av, rank, "_av", _AV_DOC)
-
-
-@remember
-def _check_qk(rank, query, key, rpb, kernel_size, dilation, is_causal) -> tuple[Axis, ...]:
-    check_tensors(rank, query=query, key=key)
-    check_same_shape(query=query, key=key)
-    axes = make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
-    check_rpb(rpb, axes, query.shape[1], query.dtype, query.device)
-    return axes
-
-
-@remember
-def _check_av(rank, attn, value, kernel_size, dilation, is_causal) -> tuple[Axis, ...]:
-    check_tensors(rank, attn=attn, value=value)
-    axes = make_axes(value.shape[2:-1], kernel_size, 1, dilation, is_causal)
-    expected = (*value.shape[:-1], prod([axis.kernel_size for axis in axes]))
-    if attn.shape != expected:
-        raise ValueError(f"attn has shape {tuple(attn.shape)}, but this value and kernel_size need {tuple(expected)}.")
-    return axes
-
-
-_QK_DOC = """Logits of each query with the keys of its window, not scaled: scale the query first.
+def na1d_qk(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    rpb: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute the unscaled logits of each query with the keys of its window.
 
     Args:
-        query, key: [B, heads, {space}, head_dim].
-        kernel_size, dilation, is_causal: one value or one an axis, as for the fused function.
-        rpb: relative position bias {rpb}, added as it is; float32 or of the query's dtype.
-        backend: "reference", "cpu" or "cuda"; None takes the fastest that can.
+        query, key: [B, heads, L, head_dim].
+        rpb: relative position bias [heads, 2K-1].
+        kernel_size, dilation, is_causal, backend: see `na2d`.
 
     Returns:
-        [B, heads, {space}, W] in the query's dtype; W is the product of kernel_size, the window's keys in row-major
-        order. Slots of a causal window that lie before the map are -inf.
+        [B, heads, L, K]. See `na2d_qk`.
 
     Raises:
-        ValueError: naming the argument, and the axis, that does not fit.
+        ValueError: naming the argument that does not fit.
     """
+    return _qk(1, query, key, kernel_size, dilation, is_causal, rpb, backend)
 
-_AV_DOC = """Sum over each window of attention weight times value.
+
+def na2d_qk(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    rpb: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute the unscaled logits of each query with the keys of its window. Scale the query first.
 
     Args:
-        attn: weights [B, heads, {space}, W], W the product of kernel_size; slots before the map are ignored.
-        value: [B, heads, {space}, head_dim].
-        kernel_size, dilation, is_causal: one value or one an axis, as for the fused function.
-        backend: "reference", "cpu" or "cuda"; None takes the fastest that can.
+        query, key: [B, heads, H, W, head_dim].
+        rpb: relative position bias [heads, 2K-1, 2K-1], added to the logits; float32 or the query's dtype.
+        kernel_size, dilation, is_causal, backend: see `na2d`.
 
     Returns:
-        [B, heads, {space}, head_dim] in the value's dtype.
+        [B, heads, H, W, K*K] in the query's dtype, with the keys of a window in row-major order. Entries of a causal
+        window that lie before the map are -inf.
 
     Raises:
-        ValueError: naming the argument, and the axis, that does not fit.
+        ValueError: naming the argument that does not fit.
     """
+    return _qk(2, query, key, kernel_size, dilation, is_causal, rpb, backend)
 
 
-na1d, na2d, na3d = (_make_fused(rank) for rank in (1, 2, 3))
-na1d_qkvpacked, na2d_qkvpacked, na3d_qkvpacked = (_make_packed(rank) for rank in (1, 2, 3))
-na1d_qk, na2d_qk, na3d_qk = (_make_qk(rank) for rank in (1, 2, 3))
-na1d_av, na2d_av, na3d_av = (_make_av(rank) for rank in (1, 2, 3))
+def na3d_qk(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    rpb: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute the unscaled logits of each query with the keys of its window.
+
+    Args:
+        query, key: [B, heads, D, H, W, head_dim].
+        rpb: relative position bias [heads, 2K-1, 2K-1, 2K-1].
+        kernel_size, dilation, is_causal, backend: see `na2d`.
+
+    Returns:
+        [B, heads, D, H, W, K*K*K]. See `na2d_qk`.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    return _qk(3, query, key, kernel_size, dilation, is_causal, rpb, backend)
 
 
-def __getattr__(name: str) -> Callable:
-    """Names of older releases, which natten/compat.py defines on top of this module."""
-    from natten import compat
+def _qk(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple,
+    is_causal: BoolOrTuple,
+    rpb: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    query, key = ops.apply_autocast(query, key)
+    axes = check_qk(rank, query, key, rpb, kernel_size, dilation, is_causal)
+    return ops.query_key(query, key, rpb, axes, backend)
 
-    return compat.old_name(__name__, name)
+
+def na1d_av(
+    attn: Tensor,
+    value: Tensor,
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute the sum of the values of each window, weighted by attention weights.
+
+    Args:
+        attn: attention weights [B, heads, L, K], as `na1d_qk` orders them.
+        value: [B, heads, L, head_dim].
+        kernel_size, dilation, is_causal, backend: see `na2d`.
+
+    Returns:
+        [B, heads, L, head_dim]. See `na2d_av`.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    return _av(1, attn, value, kernel_size, dilation, is_causal, backend)
+
+
+def na2d_av(
+    attn: Tensor,
+    value: Tensor,
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute the sum of the values of each window, weighted by attention weights.
+
+    Args:
+        attn: attention weights [B, heads, H, W, K*K], as `na2d_qk` orders them. Entries of a causal window that lie
+            before the map are ignored.
+        value: [B, heads, H, W, head_dim].
+        kernel_size, dilation, is_causal, backend: see `na2d`.
+
+    Returns:
+        [B, heads, H, W, head_dim] in the value's dtype.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    return _av(2, attn, value, kernel_size, dilation, is_causal, backend)
+
+
+def na3d_av(
+    attn: Tensor,
+    value: Tensor,
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute the sum of the values of each window, weighted by attention weights.
+
+    Args:
+        attn: attention weights [B, heads, D, H, W, K*K*K], as `na3d_qk` orders them.
+        value: [B, heads, D, H, W, head_dim].
+        kernel_size, dilation, is_causal, backend: see `na2d`.
+
+    Returns:
+        [B, heads, D, H, W, head_dim]. See `na2d_av`.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    return _av(3, attn, value, kernel_size, dilation, is_causal, backend)
+
+
+def _av(
+    rank: int,
+    attn: Tensor,
+    value: Tensor,
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple,
+    is_causal: BoolOrTuple,
+    backend: str | None,
+) -> Tensor:
+    attn, value = ops.apply_autocast(attn, value)
+    axes = check_av(rank, attn, value, kernel_size, dilation, is_causal)
+    return ops.weight_value(attn, value, axes, backend)

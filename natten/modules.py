@@ -1,52 +1,40 @@
-"""Neighborhood attention as layers: qkv projection, attention with relative position bias, output projection."""
+"""Neighborhood attention as layers: qkv projection, attention with relative position bias, output projection.
+
+Shape suffixes: B batch, X the spatial axes, C channels, H heads, d head_dim, W keys per window.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natten import functional
-from natten.geometry import BoolOrTuple, IntOrTuple, check_window, check_window_padding, padding
+from natten.checks import (
+    BoolOrTuple,
+    IntOrTuple,
+    check_heads,
+    check_layer_input,
+    check_layer_options,
+    check_window,
+)
+from natten.geometry import padding
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
 
-_DOC = """Multi-head neighborhood attention over {rank} {axes} (arXiv:2204.07143, section 3; dilated: arXiv:2209.15001).
-
-    Takes and returns [B, {space}, dim]. Maps of any size: where an axis is shorter than kernel_size * dilation, zeros
-    are appended to it before the qkv projection and cropped before the output projection; they are not masked. With
-    window_padding "valid" each axis comes out (kernel_size - 1) * dilation shorter instead.
-    Parameters: qkv.weight [3 dim, dim], qkv.bias, rpb {rpb}, proj.weight [dim, dim], proj.bias.
-
-    Args:
-        dim: channels, a multiple of num_heads.
-        num_heads: attention heads.
-        kernel_size: tokens a window has on each axis, at least 2; this and the next three are one value or one an axis.
-        dilation: distance between the tokens of a window; None means 1.
-        stride: queries that share one window, at most kernel_size.
-        is_causal: whether a window ends at its query.
-        rel_pos_bias: whether to learn a relative position bias, rpb; on unless `embed_dim` is used. `bias` is the same.
-        qkv_bias: whether the qkv projection has a bias.
-        qk_scale: factor on query times key, head_dim ** -0.5 unless given.
-        attn_drop: dropout rate on the attention weights; above 0 they are held in memory during training.
-        proj_drop: dropout rate on the output.
-        window_padding: what a window does that would reach over the border, "shift", "zeros" or "valid" as for
-            na{rank}d; the latter two without stride and attn_drop.
-        embed_dim: another name of dim, with the meaning that NATTEN 0.20 gave it: no rpb unless asked for.
-        backend: "reference", "cpu" or "cuda"; None takes the fastest that can.
-
-    Raises:
-        ValueError: naming the argument that does not fit.
-    """
-
-
 class _NeighborhoodAttention(nn.Module):
-    """What the layers of the three ranks share; `_DOC` describes them."""
+    """Base class of the layers. Subclasses set the rank and the functions that compute attention."""
 
     rank: int
+    _attention: Callable[..., Any]
+    _query_key: Callable[..., Tensor]
+    _weight_value: Callable[..., Tensor]
+
+    rpb: nn.Parameter | None
 
     def __init__(
         self,
@@ -66,28 +54,22 @@ class _NeighborhoodAttention(nn.Module):
         window_padding: str = "shift",
         embed_dim: int | None = None,
         backend: str | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if (dim is None) == (embed_dim is None):
-            raise ValueError("give either dim or embed_dim, which are two names of the number of channels.")
-        if num_heads is None or kernel_size is None:
-            raise ValueError("num_heads and kernel_size must be given.")
-        has_rpb = _merge_bias(rel_pos_bias, bias, default=embed_dim is None)
+        has_rpb = _has_rpb(rel_pos_bias, bias, default=embed_dim is None)
+        if dim is not None and embed_dim is not None:
+            raise ValueError("embed_dim is another name of dim; give only one of them.")
         dim = embed_dim if dim is None else dim
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"num_heads is {num_heads}, which does not divide dim {dim}: the order of arguments is (dim, "
-                "num_heads, kernel_size); NATTEN up to 0.14.4 had (dim, kernel_size, num_heads)."
-            )
+        if dim is None or num_heads is None or kernel_size is None:
+            raise ValueError("dim, num_heads and kernel_size are required.")
+        check_heads(
+            dim, num_heads, "(dim, num_heads, kernel_size); in NATTEN up to 0.14.4: (dim, kernel_size, num_heads)"
+        )
         window = check_window(self.rank, kernel_size, stride, 1 if dilation is None else dilation, is_causal)
         self.kernel_size, self.stride, self.dilation, self.is_causal = window
-        if attn_drop > 0 and any(s > 1 for s in self.stride):
-            raise ValueError(f"attn_drop is {attn_drop}, but with a stride attention weights are not available: use 0.")
-        check_window_padding(window_padding)
-        if window_padding != "shift" and (attn_drop > 0 or any(s > 1 for s in self.stride)):
-            raise ValueError(f"window_padding is {window_padding!r}, which takes neither a stride nor attn_drop.")
+        check_layer_options(self.stride, attn_drop, window_padding)
         self.window_padding = window_padding
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
@@ -106,74 +88,71 @@ class _NeighborhoodAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises the bias table; the projections keep torch's own initialisation."""
+        """Initialize the bias table; the projections keep the default initialization of nn.Linear."""
         if self.rpb is not None:
             nn.init.trunc_normal_(self.rpb, std=0.02, a=-2.0, b=2.0)
 
     def forward(self, x_BXC: Tensor) -> Tensor:
         space = x_BXC.shape[1:-1]
-        qkv = self._project(x_BXC)
-        out_BXHd = self._attend_with_dropout(qkv) if self.training and self.attn_drop.p > 0 else self._attend(qkv)
+        qkv_BX3Hd = self._project(x_BXC)
+        if self.training and self.attn_drop.p > 0:
+            out_BXHd = self._attend_with_dropout(qkv_BX3Hd)
+        else:
+            out_BXHd = self._attend(qkv_BX3Hd)
         x_BXC = out_BXHd.flatten(-2)
         if self.window_padding == "shift":
             x_BXC = self._crop(x_BXC, space)
         return self.proj_drop(self.proj(x_BXC))
 
     def attention_weights(self, x_BXC: Tensor) -> Tensor:
-        """What `forward` weighs values by: [B, num_heads, X, W], W the product of kernel_size, row-major.
+        """Compute the attention weights that `forward` uses, before dropout.
 
-        X is the padded map. Weights are before dropout.
+        Returns:
+            [B, num_heads, X, W]. X is the padded map. W is the product of kernel_size, with keys in row-major order.
 
         Raises:
-            ValueError: with a stride, which has no weights per query, and where windows are not moved.
+            ValueError: if the layer has a stride or a window_padding other than "shift".
         """
         if any(stride > 1 for stride in self.stride):
-            raise ValueError(f"attention weights are not available with a stride, here {self.stride}.")
+            raise ValueError(f"stride = {self.stride}: attention weights require stride 1.")
         if self.window_padding != "shift":
-            raise ValueError(f"attention weights are not available with window_padding={self.window_padding!r}.")
+            raise ValueError(f"window_padding = {self.window_padding!r}: attention weights require 'shift'.")
         return self._weights(self._project(x_BXC))
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        function = getattr(functional, f"na{self.rank}d_qkvpacked")
+    def _attend(self, qkv_BX3Hd: Tensor) -> Tensor:
         window = self.kernel_size, self.stride, self.dilation, self.is_causal
-        options = {"scale": self.scale, "rpb": self.rpb, "backend": self.backend}
-        return function(qkv, *window, **options, window_padding=self.window_padding)
-
-    def _attend_with_dropout(self, qkv: Tensor) -> Tensor:
-        weight_value = getattr(functional, f"na{self.rank}d_av")
-        weights_BHXW = self.attn_drop(self._weights(qkv))
-        v_BHXd = qkv.select(-3, 2).movedim(-2, 1)
-        out_BHXd = weight_value(
-            weights_BHXW.to(v_BHXd.dtype), v_BHXd, self.kernel_size, self.dilation, self.is_causal, backend=self.backend
+        return self._attention(
+            qkv_BX3Hd,
+            *window,
+            scale=self.scale,
+            rpb=self.rpb,
+            backend=self.backend,
+            window_padding=self.window_padding,
         )
+
+    def _attend_with_dropout(self, qkv_BX3Hd: Tensor) -> Tensor:
+        weights_BHXW = self.attn_drop(self._weights(qkv_BX3Hd))
+        v_BHXd = qkv_BX3Hd.select(-3, 2).movedim(-2, 1)
+        window = self.kernel_size, self.dilation, self.is_causal
+        out_BHXd = self._weight_value(weights_BHXW.to(v_BHXd.dtype), v_BHXd, *window, backend=self.backend)
         return out_BHXd.movedim(1, -2)
 
-    def _weights(self, qkv: Tensor) -> Tensor:
-        query_key = getattr(functional, f"na{self.rank}d_qk")
-        q_BHXd, k_BHXd = (qkv.select(-3, part).movedim(-2, 1) for part in (0, 1))
+    def _weights(self, qkv_BX3Hd: Tensor) -> Tensor:
+        q_BHXd, k_BHXd = (qkv_BX3Hd.select(-3, part).movedim(-2, 1) for part in (0, 1))
         window = self.kernel_size, self.dilation, self.is_causal
-        logits_BHXW = query_key(q_BHXd * self.scale, k_BHXd, *window, rpb=self.rpb, backend=self.backend)
+        logits_BHXW = self._query_key(q_BHXd * self.scale, k_BHXd, *window, rpb=self.rpb, backend=self.backend)
         return logits_BHXW.softmax(-1)
 
     def _project(self, x_BXC: Tensor) -> Tensor:
-        """Packed query, key and value [B, X, 3, heads, head_dim] of the padded map."""
-        if x_BXC.dim() != self.rank + 2:
-            raise ValueError(
-                f"input has shape {tuple(x_BXC.shape)}, but {type(self).__name__} takes {self.rank + 2} dimensions: "
-                f"batch, {self.rank} spatial axes and channels."
-            )
-        if x_BXC.shape[-1] != self.qkv.in_features:
-            raise ValueError(
-                f"input has {x_BXC.shape[-1]} channels on its last axis, but this layer has dim "
-                f"{self.qkv.in_features}: it takes channels last."
-            )
+        """Return the packed query, key and value [B, X, 3, H, d] of the padded map."""
+        check_layer_input(x_BXC, self.rank, self.qkv.in_features)
         return self.qkv(self._pad(x_BXC)).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _pad(self, x_BXC: Tensor) -> Tensor:
         missing = padding(x_BXC.shape[1:-1], self.kernel_size, self.dilation)
         if self.window_padding != "shift" or not any(missing):
             return x_BXC
-        # F.pad wants the last axis first, and both ends of each.
+        # F.pad takes the last axis first, and both ends of each.
         return F.pad(x_BXC, (0, 0, *(end for amount in reversed(missing) for end in (0, amount))))
 
     def _crop(self, x_BXC: Tensor, space: Sequence[int]) -> Tensor:
@@ -194,26 +173,76 @@ class _NeighborhoodAttention(nn.Module):
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, {text}, rel_pos_bias={self.rpb is not None}"
 
 
-def _merge_bias(rel_pos_bias: bool | None, bias: bool | None, default: bool) -> bool:
-    """One answer from two names of the same switch."""
+class NeighborhoodAttention1D(_NeighborhoodAttention):
+    """Multi-head neighborhood attention over one axis: [B, L, dim] -> [B, L, dim].
+
+    Parameters: qkv.weight [3 dim, dim], qkv.bias, rpb [num_heads, 2K-1], proj.weight [dim, dim], proj.bias.
+    Arguments and padding are those of `NeighborhoodAttention2D`.
+    """
+
+    rank = 1
+    _attention = staticmethod(functional.na1d_qkvpacked)
+    _query_key = staticmethod(functional.na1d_qk)
+    _weight_value = staticmethod(functional.na1d_av)
+
+
+class NeighborhoodAttention2D(_NeighborhoodAttention):
+    """Multi-head neighborhood attention over two axes: [B, H, W, dim] -> [B, H, W, dim].
+
+    See section 3 of arXiv:2204.07143; with dilation, section 3 of arXiv:2209.15001.
+
+    Maps may have any size. Where an axis is shorter than kernel_size * dilation, the layer appends zeros before the qkv
+    projection, attends to them like to other tokens, and crops them before the output projection. With window_padding
+    "valid", each axis of the output is (kernel_size - 1) * dilation shorter instead.
+
+    Parameters: qkv.weight [3 dim, dim], qkv.bias, rpb [num_heads, 2K-1, 2K-1], proj.weight [dim, dim], proj.bias.
+
+    Args:
+        dim: number of channels, a multiple of num_heads.
+        num_heads: number of attention heads.
+        kernel_size: window size in tokens, at least 2. This, dilation, stride and is_causal take a single value or one
+            per axis.
+        dilation: distance between neighboring tokens of a window; None means 1.
+        stride: number of consecutive queries that share a window, at most kernel_size.
+        is_causal: whether the window ends at its query instead of being centered on it.
+        rel_pos_bias: whether to learn a relative position bias, `rpb`. Default: True, or False with `embed_dim`.
+        bias: another name of rel_pos_bias.
+        qkv_bias: whether the qkv projection has a bias.
+        qk_scale: factor on the logits; default: head_dim ** -0.5.
+        attn_drop: dropout rate on the attention weights; above 0, training stores all attention weights.
+        proj_drop: dropout rate on the output.
+        window_padding: how windows that would cross the border are handled: "shift", "zeros" or "valid" as in `na2d`.
+            "zeros" and "valid" support neither stride nor attn_drop.
+        embed_dim: another name of dim, from NATTEN 0.20, where rpb is off by default.
+        backend: "reference", "cpu" or "cuda"; None selects the fastest that supports the call.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+
+    rank = 2
+    _attention = staticmethod(functional.na2d_qkvpacked)
+    _query_key = staticmethod(functional.na2d_qk)
+    _weight_value = staticmethod(functional.na2d_av)
+
+
+class NeighborhoodAttention3D(_NeighborhoodAttention):
+    """Multi-head neighborhood attention over three axes: [B, D, H, W, dim] -> [B, D, H, W, dim].
+
+    Parameters: qkv.weight [3 dim, dim], qkv.bias, rpb [num_heads, 2K-1, 2K-1, 2K-1], proj.weight [dim, dim], proj.bias.
+    Arguments and padding are those of `NeighborhoodAttention2D`.
+    """
+
+    rank = 3
+    _attention = staticmethod(functional.na3d_qkvpacked)
+    _query_key = staticmethod(functional.na3d_qk)
+    _weight_value = staticmethod(functional.na3d_av)
+
+
+def _has_rpb(rel_pos_bias: bool | None, bias: bool | None, default: bool) -> bool:
+    """Return the value of rel_pos_bias, which is also called bias."""
     if rel_pos_bias is not None and bias is not None and rel_pos_bias != bias:
-        raise ValueError("bias and rel_pos_bias are two names of one switch, but are given different values.")
+        raise ValueError("bias is another name of rel_pos_bias, but their values differ; give only one of them.")
     given = rel_pos_bias if rel_pos_bias is not None else bias
     return default if given is None else given
-
-
-def _make(rank: int) -> type[_NeighborhoodAttention]:
-    doc = _DOC.format(
-        rank=rank,
-        axes="axis" if rank == 1 else "axes",
-        space={1: "L", 2: "H, W", 3: "D, H, W"}[rank],
-        rpb="[num_heads" + ", 2K-1" * rank + "]",
-    )
-    return type(
-        f"NeighborhoodAttention{rank}D",
-        (_NeighborhoodAttention,),
-        {"rank": rank, "__doc__": doc, "__module__": __name__},
-    )
-
-
-NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D = map(_make, (1, 2, 3))

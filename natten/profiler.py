@@ -1,12 +1,17 @@
-"""Times a problem of neighborhood attention, or says which kernels would serve it.
+"""Time a neighborhood attention problem, or print which backend and kernels would run it.
 
     python -m natten.profiler --size 56x56 --batch 8 --heads 2 --head-dim 32 --kernel-size 7 --rpb --backward
     python -m natten.profiler --size 56x56 --head-dim 32 --kernel-size 7 --dtype bfloat16 --dry-run --capability 9.0
 
-Work is the least that the problem takes: the products of queries with the keys of their windows (and of what
-natten/composition.py adds around the map), and each tensor moved once a pass. Its limit is the longer of two times: of
-that arithmetic at the rate of a matrix product of the same dtype, and of a copy that moves as many bytes. Both are
-measured beside it, in turns.
+This module and tools/benchmark.py measure with the same three definitions, which live here:
+
+- `minimal_work`: the arithmetic and the memory traffic that a pass cannot avoid;
+- `Limits`: how fast this machine multiplies large matrices and copies large tensors;
+- `Timer`, with `schedule`: samples of a call, taken in turns with the calls it is compared with.
+
+"Percent of limit" is the shortest possible time of a pass over its measured time. The shortest possible time is the
+longer of two: the minimal arithmetic at the rate of the matrix product, and the minimal traffic at the rate of the
+copy. Small problems that fit into a CPU's cache can exceed 100 percent, since the copy does not fit.
 """
 
 from __future__ import annotations
@@ -16,30 +21,50 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import natten.flops  # noqa: F401  teaches FlopCounterMode
-from natten import dispatch, functional
+import natten.flops  # noqa: F401  registers the FLOP formulas with FlopCounterMode
+from natten import __version__, backends, functional
 from natten.backends import cuda, reference
-from natten.backends.compiled import refuses_kind
-from natten.command_line import Parser, causal_axes, numbers
-from natten.geometry import WINDOW_PADDINGS, Axis, make_axes, per_axis
-from natten.version import __version__
+from natten.backends.kernels import unsupported_input
+from natten.checks import WINDOW_PADDINGS, make_axes, per_axis
+from natten.geometry import Axis
+
+__all__ = [
+    "GPUS",
+    "Limits",
+    "Plan",
+    "Problem",
+    "Timer",
+    "Work",
+    "find_gpu",
+    "main",
+    "measure",
+    "minimal_work",
+    "plan",
+    "schedule",
+]
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-_WARM_UP_S = 0.3
-_SAMPLE_S = 0.02  # shorter calls are repeated within a sample until it takes this long
-_GEMM_SIDE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices whose product is the limit of arithmetic
 
-# By compute capability a GPU that has it: name, multiprocessors, KiB of shared memory that a block may have.
-_GPUS = {
+SAMPLE_MS = 20.0  # shorter calls are repeated within a sample until the sample takes this long
+WARM_UP_S = 0.3
+MIN_SAMPLES = 3
+MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is the limit of arithmetic
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # of the copied tensor; larger than any cache
+_MAX_INPUT_SETS = 6
+
+# Example GPUs by compute capability: name, multiprocessors, KiB of shared memory available to a block.
+GPUS = {
     (7, 0): ("V100", 80, 96),
     (7, 5): ("T4", 40, 64),
     (8, 0): ("A100", 108, 163),
@@ -51,8 +76,26 @@ _GPUS = {
 }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems and their minimal work
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class Problem(NamedTuple):
-    """A call of na1d, na2d or na3d: its shapes, and the rest of its arguments."""
+    """A call of na1d, na2d or na3d.
+
+    Attributes:
+        batch: number of maps.
+        space: tokens along each axis.
+        heads: heads of the query.
+        kv_heads: heads of key and value.
+        head_dim: channels per head of query and key.
+        value_dim: channels per head of the value.
+        additional: number of additional keys and values.
+        dtype: dtype of query, key and value; the bias is float32.
+        has_rpb: whether there is a relative position bias.
+        arguments: the remaining keyword arguments of the function.
+    """
 
     batch: int
     space: tuple[int, ...]
@@ -66,57 +109,54 @@ class Problem(NamedTuple):
     arguments: dict[str, Any]
 
     def tensors(self, device: torch.device | str) -> dict[str, Tensor]:
-        """Random tensors by the names of the function's arguments; they take gradients."""
+        """Return random tensors that require gradients, keyed by argument name."""
         maps = {"query": (self.heads, self.head_dim), "key": (self.kv_heads, self.head_dim)}
         maps["value"] = self.kv_heads, self.value_dim
         shapes = {name: (self.batch, *self.space, *last) for name, last in maps.items()}
         if self.additional:
             for name in ("key", "value"):
                 shapes[f"additional_{name}s"] = self.batch, self.additional, *maps[name]
-        made = {name: torch.randn(shape, device=device).to(self.dtype) for name, shape in shapes.items()}
+        tensors = {name: torch.randn(shape, device=device).to(self.dtype) for name, shape in shapes.items()}
         if self.has_rpb:
             sizes = (2 * k - 1 for k in per_axis(self.arguments["kernel_size"], len(self.space), "", int))
-            made["rpb"] = torch.randn(self.heads, *sizes, device=device)
-        return {name: x.requires_grad_() for name, x in made.items()}
+            tensors["rpb"] = torch.randn(self.heads, *sizes, device=device)
+        return {name: x.requires_grad_() for name, x in tensors.items()}
 
     def call(self, tensors: dict[str, Tensor], backend: str | None) -> Tensor:
+        """Run the forward pass."""
         return getattr(functional, f"na{len(self.space)}d")(**tensors, **self.arguments, backend=backend)
 
 
 class Work(NamedTuple):
-    """What a pass takes at least: 1e9 floating-point operations, 1e9 bytes."""
+    """Minimal work of a pass.
+
+    Attributes:
+        gflop: floating-point operations in 1e9.
+        gbytes: bytes read or written in 1e9.
+    """
 
     gflop: float
     gbytes: float
 
+    def plus(self, other: Work) -> Work:
+        return Work(self.gflop + other.gflop, self.gbytes + other.gbytes)
 
-class Plan(NamedTuple):
-    """What would run.
 
-    Attributes:
-        backend: the backend's name.
-        reasons: why those before it in the ladder cannot take the call.
-        shape: the query as the backend gets it.
-        axes: the axes as the backend gets them.
-        work: of each pass.
-        kernels: of the cuda backend, in order; empty for others.
+def minimal_work(problem: Problem, with_backward: bool = True) -> dict[str, Work]:
+    """Return the minimal work of each pass, "forward" and "backward". Nothing is computed.
+
+    Arithmetic: the products of queries with the keys of their windows and of weights with values; the backward pass
+    computes the logits again. Causal windows are counted exactly. Traffic: each tensor is read or written once per
+    pass.
+
+    Raises:
+        ValueError: if the arguments of the problem are invalid.
     """
-
-    backend: str
-    reasons: dict[str, str]
-    shape: tuple[int, ...]
-    axes: tuple[Axis, ...]
-    work: dict[str, Work]
-    kernels: list[dict[str, Any]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What would run
-# ---------------------------------------------------------------------------------------------------------------------
+    return _trace(problem, with_backward)[0]
 
 
 class _OperatorCalls(TorchDispatchMode):
-    """Notes the arguments of fused attention: the problem as the backend gets it."""
+    """Records the arguments of the fused attention operator, as the backend receives them."""
 
     def __init__(self):
         super().__init__()
@@ -128,25 +168,63 @@ class _OperatorCalls(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def plan(problem: Problem, device: torch.device, backend: str | None, with_backward: bool, gpu=None) -> Plan:
-    """Which backend would take a problem, and what it would do; nothing is computed.
-
-    Args:
-        gpu: properties of a GPU that need not be here, in place of `device`; see natten.backends.cuda.launches.
-
-    Raises:
-        ValueError: if there is no such problem, or the backend asked for cannot take it.
-    """
+def _trace(problem: Problem, with_backward: bool) -> tuple[dict[str, Work], tuple]:
+    """Return the minimal work and the arguments of the fused operator, from a run on the meta device."""
     tensors = problem.tensors("meta")
-    with dispatch.use_backend(None), _OperatorCalls() as calls, FlopCounterMode(display=False) as forward:
+    with backends.use_backend(None), _OperatorCalls() as calls, FlopCounterMode(display=False) as forward:
         out = problem.call(tensors, None)
     work = {"forward": Work(forward.get_total_flops() / 1e9, _gbytes(out, *tensors.values()))}
     if with_backward:
         with FlopCounterMode(display=False) as backward:
             out.sum().backward()
-        moved = _gbytes(out, out, *tensors.values(), *tensors.values())
-        work["backward"] = Work(backward.get_total_flops() / 1e9, moved)
-    query, _, _, rpb, *window = calls.arguments[0]
+        traffic = _gbytes(out, out, *tensors.values(), *tensors.values())
+        work["backward"] = Work(backward.get_total_flops() / 1e9, traffic)
+    return work, calls.arguments[0]
+
+
+def _gbytes(*tensors: Tensor) -> float:
+    return sum(x.numel() * x.element_size() for x in tensors) / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What would run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What would run.
+
+    Attributes:
+        backend: name of the backend.
+        reasons: why the faster backends cannot run the call, by name.
+        shape: shape of the query as the backend receives it.
+        axes: the axes as the backend receives them.
+        work: minimal work of each pass.
+        kernels: launches of the cuda backend in order; empty for other backends.
+    """
+
+    backend: str
+    reasons: dict[str, str]
+    shape: tuple[int, ...]
+    axes: tuple[Axis, ...]
+    work: dict[str, Work]
+    kernels: list[dict[str, Any]]
+
+
+def plan(problem: Problem, device: torch.device, backend: str | None, with_backward: bool, gpu=None) -> Plan:
+    """Return which backend would run a problem, and how. Nothing is computed.
+
+    Args:
+        problem: the call.
+        device: where the tensors would be.
+        backend: name of a backend, or None for the fastest.
+        with_backward: whether to include the backward pass.
+        gpu: properties of a GPU that replaces `device` and need not exist here; see `natten.backends.cuda.launches`.
+
+    Raises:
+        ValueError: if the arguments of the problem are invalid, or `backend` cannot run it.
+    """
+    work, (query, _, _, rpb, *window) = _trace(problem, with_backward)
     kernel_size, stride, dilation, is_causal = window[:4]
     axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, [bool(causal) for causal in is_causal])
 
@@ -157,38 +235,34 @@ def plan(problem: Problem, device: torch.device, backend: str | None, with_backw
         name, reasons = _choose_for(query, gpu, backend)
     kernels = []
     if name == cuda.NAME:
-        kinds = ("attention", "attention_backward")[: len(work)]
-        kernels = [_describe(step) for kind in kinds for step in cuda.launches(kind, query, axes, rpb is not None, gpu)]
+        ops = ("attention", "attention_backward")[: len(work)]
+        kernels = [_describe(step) for op in ops for step in cuda.launches(op, query, axes, rpb is not None, gpu)]
     return Plan(name, reasons, tuple(query.shape), axes, work, kernels)
 
 
-def _gbytes(*tensors: Tensor) -> float:
-    return sum(x.numel() * x.element_size() for x in tensors) / 1e9
-
-
 def _choose(query: Tensor, backend: str | None) -> tuple[str, dict[str, str]]:
-    """The backend that takes a query on its device, and why those before it do not."""
-    chosen = dispatch.choose(query, backend)
-    before = dispatch.LADDER[: dispatch.LADDER.index(chosen)] if backend is None else ()
-    return chosen.NAME, {module.NAME: module.refuses(query) for module in before}
+    """Return the backend for a query on its device, and why the faster ones cannot run it."""
+    chosen = backends.choose(query, backend)
+    before = backends.LADDER[: backends.LADDER.index(chosen)] if backend is None else ()
+    return chosen.NAME, {module.NAME: module.unsupported_reason(query) or "" for module in before}
 
 
 def _choose_for(query: Tensor, gpu, backend: str | None) -> tuple[str, dict[str, str]]:
-    """The same on a GPU that is not here."""
+    """Do the same for a GPU that is described only by its properties."""
     if backend == reference.NAME:
         return reference.NAME, {}
     if backend not in (None, cuda.NAME):
-        raise ValueError(f"backend {backend!r} cannot take this call: the tensors are on cuda.")
-    reason = refuses_kind(query) or cuda.refuses_capability((gpu.major, gpu.minor))
+        raise ValueError(f"backend {backend!r} cannot run tensors on cuda; use {cuda.NAME!r} or {reference.NAME!r}.")
+    reason = unsupported_input(query) or cuda.unsupported_capability((gpu.major, gpu.minor))
     if reason is None:
         return cuda.NAME, {}
     if backend is not None:
-        raise ValueError(f"backend {backend!r} cannot take this call: {reason}.")
+        raise ValueError(f"backend {backend!r} cannot run this problem: {reason}.")
     return reference.NAME, {cuda.NAME: reason}
 
 
 def _describe(step: cuda.Step) -> dict[str, Any]:
-    """A launch in words: its tile is queries (or keys) on each axis, against so many columns a row."""
+    """Return a launch as plain values. A tile has `tile` tokens per axis and `columns` columns per row."""
     words = dict(definition.split("=") for definition in step.kernel.definitions)
     described = {
         "kernel": step.kernel.name.removeprefix("natten_"),
@@ -205,15 +279,15 @@ def _describe(step: cuda.Step) -> dict[str, Any]:
 
 
 def find_gpu(capability: str) -> SimpleNamespace:
-    """Properties of a GPU of that compute capability, for instance "9.0".
+    """Return the properties of a GPU of a compute capability, for instance "9.0".
 
     Raises:
-        ValueError: if none is known.
+        ValueError: if no GPU of that capability is listed.
     """
-    known = {f"{major}.{minor}": (major, minor) for major, minor in _GPUS}
+    known = {f"{major}.{minor}": (major, minor) for major, minor in GPUS}
     if capability not in known:
-        raise ValueError(f"--capability is {capability!r}, but must be one of {', '.join(known)}.")
-    (major, minor), (name, processors, kib) = known[capability], _GPUS[known[capability]]
+        raise ValueError(f"--capability {capability!r} is unknown; use one of {', '.join(known)}.")
+    (major, minor), (name, processors, kib) = known[capability], GPUS[known[capability]]
     return SimpleNamespace(
         name=name,
         major=major,
@@ -228,70 +302,239 @@ def find_gpu(capability: str) -> SimpleNamespace:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Timer:
-    """Times a call again and again."""
+class Timer:
+    """Takes samples of the time of a call.
 
-    def __init__(self, call: Callable[[], object], device: torch.device):
-        self.call, self.device, self.number = call, device, 1
+    Short calls are repeated within a sample until the sample takes 20 ms. On a GPU, a sample is timed by CUDA events
+    around replays of a CUDA graph, so that neither Python nor launches count. Calls that a graph cannot capture are
+    made one by one.
+
+    Args:
+        call: the call to time.
+        device: where it runs.
+        others: equal calls with other inputs. All are made in turn, so that inputs do not stay in a GPU's cache.
+        threads: number of PyTorch's CPU threads during the call; None leaves it as it is.
+        context: returns the context manager in which the calls are made, for instance `torch.no_grad`.
+        use_graph: whether to try a CUDA graph.
+
+    Attributes:
+        samples_ms: milliseconds per call, one number per sample.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[], object],
+        device: torch.device,
+        others: Sequence[Callable[[], object]] = (),
+        threads: int | None = None,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+        use_graph: bool = True,
+    ):
+        self.calls, self.device, self.threads, self.context = (call, *others), device, threads, context
+        self.use_graph = use_graph and device.type == "cuda"
         self.samples_ms: list[float] = []
+        self._repeats = 1
+        self._run: Callable[[], object] = self._run_eagerly
 
-    def warm_up(self) -> None:
-        """Runs for a while, and finds how many calls make a sample."""
-        self._elapsed_s()
+    def warm_up(self) -> float:
+        """Run for a while and choose the number of calls per sample; return the milliseconds of one call."""
+        self._set_threads()
+        self._elapsed_ms()
+        if self.use_graph:
+            self._run = self._capture() or self._run_eagerly
         started = time.perf_counter()
-        while (took := self._elapsed_s()) < _SAMPLE_S or time.perf_counter() - started < _WARM_UP_S:
-            self.number = max(self.number, min(2 * self.number, int(_SAMPLE_S * self.number / took) + 1))
+        while True:
+            took = self._elapsed_ms()
+            if took >= SAMPLE_MS and time.perf_counter() - started >= WARM_UP_S:
+                return took / (self._repeats * len(self.calls))
+            needed = int(SAMPLE_MS * self._repeats / max(took, 1e-6)) + 1
+            self._repeats = max(self._repeats, min(2 * self._repeats, needed))
 
     def sample(self) -> None:
-        self.samples_ms.append(1e3 * self._elapsed_s() / self.number)
+        """Take one sample."""
+        if self._set_threads():
+            self._run_once()  # starts the threads
+        self.samples_ms.append(self._elapsed_ms() / (self._repeats * len(self.calls)))
 
     def percentile(self, percent: int) -> float:
+        """Return a percentile of the samples, in milliseconds per call."""
         return torch.tensor(self.samples_ms, dtype=torch.float64).quantile(percent / 100).item()
 
-    def _elapsed_s(self) -> float:
-        self._wait()
-        started = time.perf_counter()
-        for _ in range(self.number):
-            self.call()
-        self._wait()
-        return time.perf_counter() - started
+    def median_ms(self, samples: int = 15) -> float:
+        """Warm up, take samples and return their median."""
+        self.warm_up()
+        for _ in range(samples):
+            self.sample()
+        return self.percentile(50)
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
+    def _set_threads(self) -> bool:
+        """Set the number of threads; return whether it changed."""
+        if self.threads is None or self.threads == torch.get_num_threads():
+            return False
+        torch.set_num_threads(self.threads)
+        return True
+
+    def _run_eagerly(self) -> None:
+        for call in self.calls:
+            call()
+
+    def _run_once(self) -> None:
+        with self.context():
+            self._run()
+
+    def _elapsed_ms(self) -> float:
+        with self.context():
+            if self.device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                for _ in range(self._repeats):
+                    self._run()
+                end.record()
+                end.synchronize()
+                return start.elapsed_time(end)
+            started = time.perf_counter()
+            for _ in range(self._repeats):
+                self._run()
+            return (time.perf_counter() - started) * 1e3
+
+    def _capture(self) -> Callable[[], object] | None:
+        """Return the replay of a CUDA graph of all calls, or None if they cannot be captured."""
+        try:
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                self._run_once()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._run_once()
+            graph.replay()
             torch.cuda.synchronize(self.device)
+            return graph.replay
+        except RuntimeError:
+            torch.cuda.synchronize(self.device)
+            return None
+
+
+def schedule(timers: Sequence[Timer], rounds: int, patience_s: float | None = None) -> list[Timer]:
+    """Warm up timers and return them in the order in which to sample them.
+
+    They take turns, round after round, so that a disturbance meets all of them alike. The order rotates, so that no
+    timer always follows the same one.
+
+    Args:
+        timers: what to compare.
+        rounds: samples of each.
+        patience_s: a call that takes longer, in seconds, takes part in proportionally fewer rounds, at least 3.
+    """
+    turns = {}
+    for timer in timers:
+        call_s, count = timer.warm_up() / 1e3, rounds
+        if patience_s is not None and call_s > patience_s:
+            count = min(rounds, max(MIN_SAMPLES, round(rounds * patience_s / call_s)))
+        turns[timer] = {turn * rounds // count for turn in range(count)}
+    ordered = []
+    for turn in range(rounds):
+        shift = turn % len(timers)
+        ordered += [timer for timer in (*timers[shift:], *timers[:shift]) if turn in turns[timer]]
+    return ordered
+
+
+class Limits:
+    """The limits of the machine, measured like everything else: a large matrix product and a large copy.
+
+    On a CPU the product is in float32, in which the CPU kernels compute 16-bit types as well; on a GPU it is in the
+    dtype of the problem.
+
+    Args:
+        dtype: dtype of the problem.
+        device: where it runs.
+        threads, context: as for `Timer`.
+
+    Attributes:
+        timers: the two timers, to be sampled before the rates are read.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        threads: int | None = None,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.side = MATRIX_SIDE.get(device.type, MATRIX_SIDE["cuda"])
+        self.bytes = COPY_BYTES.get(device.type, COPY_BYTES["cuda"])
+        kind = self.product_dtype(dtype, device)
+        a, b, out = (torch.randn(self.side, self.side, device=device).to(kind) for _ in range(3))
+        source, target = (torch.ones(self.bytes, dtype=torch.uint8, device=device) for _ in range(2))
+        self.timers = (
+            Timer(lambda: torch.mm(a, b, out=out), device, threads=threads, context=context),
+            Timer(lambda: target.copy_(source), device, threads=threads, context=context),
+        )
+
+    @staticmethod
+    def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """Return the dtype of the matrix product that limits a problem of this dtype."""
+        return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 else dtype
+
+    @property
+    def matmul_gflops(self) -> float:
+        """Rate of the matrix product, in 1e9 floating-point operations per second."""
+        return 2e-6 * self.side**3 / self.timers[0].percentile(50)
+
+    @property
+    def copy_gb_s(self) -> float:
+        """Bytes that the copy reads and writes, in 1e9 per second."""
+        return 2e-6 * self.bytes / self.timers[1].percentile(50)
+
+    def percent(self, work: Work, ms: float) -> float:
+        """Return the shortest possible time of some work as a percentage of the measured one."""
+        return 1e5 * max(work.gflop / self.matmul_gflops, work.gbytes / self.copy_gb_s) / ms
+
+
+def input_sets(gbytes: float, device: torch.device) -> int:
+    """Return how many sets of inputs of that size exceed a GPU's L2 cache, at most 6; 1 on a CPU."""
+    if device.type != "cuda":
+        return 1
+    cache_gbytes = torch.cuda.get_device_properties(device).L2_cache_size / 1e9
+    return max(1, min(_MAX_INPUT_SETS, int(2 * cache_gbytes / max(gbytes, 1e-9)) + 1))
 
 
 def measure(
     problem: Problem, device: torch.device, backend: str | None, work: dict[str, Work], repeats: int
 ) -> list[dict[str, float | str]]:
-    """Times each pass, and the machine's limits in the same rounds.
+    """Time each pass of a problem, and the limits of the machine in the same rounds.
+
+    Args:
+        problem: the call.
+        device: where to run it.
+        backend: name of a backend, or None for the fastest.
+        work: minimal work by pass, from `minimal_work`; its keys are the passes to time.
+        repeats: number of samples.
 
     Returns:
-        For each pass its name, `ms` (median), `ms_p20`, `ms_p80`, `gflops` and `gb_s` (of the least work, in 1e9 a
-        second), `matmul_gflops` and `copy_gb_s` (the machine's) and `percent_of_limit`.
+        One row per pass: its name as `pass`, `ms` (median), `ms_p20`, `ms_p80`, `gflops` and `gb_s` (minimal work in
+        1e9 per second), `matmul_gflops` and `copy_gb_s` (the limits), and `percent_of_limit`.
 
     Raises:
         ValueError: if the tensors do not fit into memory.
     """
     try:
-        tensors = problem.tensors(device)
-        calls = _passes(problem, tensors, backend, "backward" in work)
-        timers = {name: _Timer(call, device) for name, call in calls.items()}
-        limits = {"matmul": _Timer(_matmul(problem.dtype, device), device)}
-        limits |= {name: _Timer(_copy(work[name].gbytes, device), device) for name in timers}
-        everyone = [*timers.values(), *limits.values()]
-        for timer in everyone:
-            timer.warm_up()
-        for _ in range(repeats):
-            for timer in everyone:
-                timer.sample()
+        count = input_sets(work["forward"].gbytes, device)
+        passes = [_passes(problem, problem.tensors(device), backend, "backward" in work) for _ in range(count)]
+        timers = {}
+        for name in passes[0]:
+            call, *others = (calls[name] for calls in passes)
+            # Backward kernels run on the stream of their forward pass, which is not the one that a graph captures.
+            timers[name] = Timer(call, device, others, use_graph=name == "forward")
+        limits = Limits(problem.dtype, device)
+        for timer in schedule([*timers.values(), *limits.timers], repeats):
+            timer.sample()
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(error):
-            raise ValueError(f"the problem does not fit into the memory of {device}: make it smaller.") from error
+            raise ValueError(f"--size or --batch is too large for the memory of {device}; reduce it.") from error
         raise
-    side = _GEMM_SIDE[device.type]
-    matmul_gflops = 2e-6 * side**3 / limits["matmul"].percentile(50)
-    return [_row(name, timer, work[name], matmul_gflops, limits[name]) for name, timer in timers.items()]
+    return [_row(name, timer, work[name], limits) for name, timer in timers.items()]
 
 
 def _passes(
@@ -308,21 +551,8 @@ def _passes(
     return {"forward": forward, "backward": backward}
 
 
-def _matmul(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    side = _GEMM_SIDE[device.type]
-    a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
-    return lambda: torch.mm(a, b, out=out)
-
-
-def _copy(gbytes: float, device: torch.device) -> Callable[[], object]:
-    """A copy that reads and writes that many bytes together."""
-    source, target = (torch.ones(int(gbytes * 1e9 / 2) + 1, dtype=torch.uint8, device=device) for _ in range(2))
-    return lambda: target.copy_(source)
-
-
-def _row(name: str, timer: _Timer, work: Work, matmul_gflops: float, copy: _Timer) -> dict[str, float | str]:
+def _row(name: str, timer: Timer, work: Work, limits: Limits) -> dict[str, float | str]:
     ms = timer.percentile(50)
-    limit_ms = max(1e3 * work.gflop / matmul_gflops, copy.percentile(50))
     return {
         "pass": name,
         "ms": ms,
@@ -330,9 +560,9 @@ def _row(name: str, timer: _Timer, work: Work, matmul_gflops: float, copy: _Time
         "ms_p80": timer.percentile(80),
         "gflops": 1e3 * work.gflop / ms,
         "gb_s": 1e3 * work.gbytes / ms,
-        "matmul_gflops": matmul_gflops,
-        "copy_gb_s": 1e3 * work.gbytes / copy.percentile(50),
-        "percent_of_limit": 100 * limit_ms / ms,
+        "matmul_gflops": limits.matmul_gflops,
+        "copy_gb_s": limits.copy_gb_s,
+        "percent_of_limit": limits.percent(work, ms),
     }
 
 
@@ -341,63 +571,85 @@ def _row(name: str, timer: _Timer, work: Work, matmul_gflops: float, copy: _Time
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def _positive(text: str) -> int:
-    if int(text) < 1:
+    value = int(text)
+    if value < 1:
         raise ValueError
-    return int(text)
+    return value
 
 
-_positive.__name__ = "positive number"  # which argparse shows
+def _numbers(text: str) -> tuple[int, ...]:
+    """Parse one number, or one per axis such as "56x56"."""
+    return tuple(int(word) for word in text.replace("x", ",").split(","))
 
 
-def _parser() -> Parser:
-    description = __doc__.split("\n\n")[0]
-    parser = Parser(prog="python -m natten.profiler", description=description)
-    window = {"type": numbers, "nargs": "+", "metavar": "N"}
-    parser.add_argument("-i", "--size", **window, required=True, help="tokens of the map, such as 56x56")
-    parser.add_argument("-b", "--batch", type=_positive, default=1, metavar="N", help="images (default: 1)")
-    parser.add_argument("-n", "--heads", type=_positive, default=1, metavar="N", help="heads of the query (default: 1)")
-    parser.add_argument(
-        "--kv-heads", "--heads-kv", type=_positive, metavar="N", help="heads of key and value, if fewer"
+_positive.__name__, _numbers.__name__ = "positive number", "number or numbers such as 12x12"  # argparse prints these
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m natten.profiler",
+        description=__doc__.split("\n\n")[0],
+        epilog="Sizes, kernel sizes, strides and dilations take one value, or one per axis: 56x56, 56,56 or 56 56.",
     )
-    parser.add_argument("-d", "--head-dim", type=_positive, default=64, metavar="N", help="head_dim (default: 64)")
-    parser.add_argument("--value-dim", "--dim-value", type=_positive, metavar="N", help="head_dim of value, if another")
-    parser.add_argument("-w", "--kernel-size", **window, required=True, help="tokens that a window has on each axis")
-    parser.add_argument("-s", "--stride", **window, default=[(1,)], help="queries that share a window")
-    parser.add_argument("--dilation", **window, default=[(1,)], help="distance between the tokens of a window")
-    parser.add_argument(
-        "-c", "--causal", type=int, nargs="*", metavar="AXIS", help="causal axes, from 0; all of them unless named"
+    per_axis_values: dict[str, Any] = {"type": _numbers, "nargs": "+", "metavar": "N"}
+    add = parser.add_argument
+    add("-i", "--size", **per_axis_values, required=True, help="tokens along each axis, for instance 56x56")
+    add("-b", "--batch", type=_positive, default=1, metavar="N", help="batch size (default: 1)")
+    add("-n", "--heads", type=_positive, default=1, metavar="N", help="query heads (default: 1)")
+    add("--kv-heads", "--heads-kv", type=_positive, metavar="N", help="key and value heads (default: --heads)")
+    add("-d", "--head-dim", type=_positive, default=64, metavar="N", help="channels per head (default: 64)")
+    add("--value-dim", "--dim-value", type=_positive, metavar="N", help="value channels per head (default: --head-dim)")
+    add("-w", "--kernel-size", **per_axis_values, required=True, help="window size")
+    add("-s", "--stride", **per_axis_values, default=[(1,)], help="queries per window (default: 1)")
+    add("--dilation", **per_axis_values, default=[(1,)], help="step between tokens of a window (default: 1)")
+    add(
+        "-c",
+        "--causal",
+        type=int,
+        nargs="*",
+        metavar="AXIS",
+        help="causal axes, counted from 0 (default: none; all if no axis follows)",
     )
-    parser.add_argument(
-        "--window-padding", choices=WINDOW_PADDINGS, default="shift", help="at borders (default: shift)"
-    )
-    parser.add_argument("--additional", "--add-kv", type=_positive, default=0, metavar="N", help="additional tokens")
-    parser.add_argument("--rpb", action="store_true", help="with relative position bias, in float32")
-    parser.add_argument("--backward", "--backprop", action="store_true", help="the backward pass too")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is a GPU)")
-    parser.add_argument("--backend", choices=dispatch.NAMES, help="(default: the fastest that can)")
-    parser.add_argument("--dry-run", action="store_true", help="only say which backend, kernels and tiles would run")
-    parser.add_argument("--capability", metavar="X.Y", help="with --dry-run: for a GPU of this compute capability")
-    parser.add_argument("--repeats", type=_positive, default=20, metavar="N", help="samples (default: 20)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add("--window-padding", choices=WINDOW_PADDINGS, default="shift", help="windows at borders (default: shift)")
+    add("--additional", "--add-kv", type=_positive, default=0, metavar="N", help="additional keys and values")
+    add("--rpb", action="store_true", help="add a relative position bias, in float32")
+    add("--backward", "--backprop", action="store_true", help="include the backward pass")
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of query, key and value (default: float32)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if available")
+    add("--backend", choices=backends.NAMES, help="default: the fastest that supports the problem")
+    add("--dry-run", action="store_true", help="only print which backend, kernels and tiles would run")
+    add("--capability", metavar="X.Y", help="with --dry-run: plan for a GPU of this compute capability")
+    add("--repeats", type=_positive, default=20, metavar="N", help="samples per pass (default: 20)")
+    add("--json", action="store_true", help="print JSON")
     return parser
 
 
 def read_problem(args: argparse.Namespace) -> Problem:
-    """The problem that the options describe; natten checks it when it is planned.
+    """Return the problem that the options describe. It is validated when it is planned.
 
     Raises:
-        ValueError: if the map has no axis, or more than three, or a causal axis is none of its own.
+        ValueError: if --size or --causal is invalid.
     """
-    window = {name: sum(getattr(args, name), ()) for name in ("size", "kernel_size", "stride", "dilation")}
+    window = {name: tuple(chain(*getattr(args, name))) for name in ("size", "kernel_size", "stride", "dilation")}
     space = window.pop("size")
     rank = len(space)
     if rank > 3 or min(space) < 1:
-        raise ValueError(f"--size is {'x'.join(map(str, space))}, but must be 1 to 3 positive numbers.")
-    causal = causal_axes(args.causal, rank)
-    arguments = {name: values[0] if len(values) == 1 else values for name, values in window.items()}
-    arguments |= {"is_causal": causal, "window_padding": args.window_padding}
+        raise ValueError(f"--size {'x'.join(map(str, space))} must be 1 to 3 positive numbers.")
+    if args.causal and not set(args.causal) <= set(range(rank)):
+        raise ValueError(f"--causal {args.causal} names an axis that --size lacks; use axes 0 to {rank - 1}.")
+    arguments: dict[str, Any] = {name: values[0] if len(values) == 1 else values for name, values in window.items()}
+    arguments["is_causal"] = tuple(
+        args.causal is not None and (not args.causal or axis in args.causal) for axis in range(rank)
+    )
+    arguments["window_padding"] = args.window_padding
     return Problem(
         batch=args.batch,
         space=space,
@@ -413,37 +665,39 @@ def read_problem(args: argparse.Namespace) -> Problem:
 
 
 def find_device(args: argparse.Namespace) -> tuple[torch.device, SimpleNamespace | None]:
-    """Where to run, and for a dry run the GPU that is asked for in its place.
+    """Return where to run and, for a dry run with --capability, the GPU to plan for.
 
     Raises:
-        ValueError: if there is no such device here, or --capability is of no use.
+        ValueError: if the device is missing, or --capability does not apply.
     """
     has_gpu = torch.cuda.is_available()
     name = args.device or ("cuda" if has_gpu or args.capability else "cpu")
     if args.capability and (name != "cuda" or not args.dry_run):
-        raise ValueError("--capability goes with --dry-run, and not with --device cpu.")
+        raise ValueError("--capability requires --dry-run and excludes --device cpu.")
     if name == "cuda" and not has_gpu and not args.capability:
-        raise ValueError("there is no CUDA device here: use --device cpu, or --dry-run with --capability, such as 9.0.")
+        raise ValueError("--device cuda is not available; use --device cpu, or --dry-run with --capability 9.0.")
     return torch.device(name), find_gpu(args.capability) if args.capability else None
 
 
 def report(problem: Problem, where: str, found: Plan, rows: Sequence[dict]) -> Iterator[str]:
-    """The lines of a report for people."""
-    shape = "x".join(map(str, found.shape[1:-2])), found.shape[-2], found.shape[-1]
-    yield f"{found.backend} takes a map of {{}} with {{}} heads of {{}}, {problem.dtype}, on {where}".format(*shape)
+    """Yield the lines of the printed report."""
+    size = "x".join(map(str, found.shape[1:-2]))
+    heads, dim = found.shape[-2:]
+    dtype = str(problem.dtype).removeprefix("torch.")
+    yield f"backend {found.backend}: map {size}, heads {heads}, head_dim {dim}, {dtype}, on {where}"
     for name, reason in found.reasons.items():
         yield f"not {name}: {reason}"
     if found.kernels:
         yield from _table(found.kernels, {})
-    if not rows:
+    if rows:
+        yield from _table(rows, {"ms": ".3f", "ms_p20": ".3f", "ms_p80": ".3f"})
+    else:
         for name, work in found.work.items():
-            yield f"{name}: at least {work.gflop:.4g} GFLOP, {1e3 * work.gbytes:.4g} MB"
-        return
-    yield from _table(rows, {"ms": ".3f", "ms_p20": ".3f", "ms_p80": ".3f"})
+            yield f"minimal work, {name}: {work.gflop:.4g} GFLOP, {1e3 * work.gbytes:.4g} MB"
 
 
 def _table(rows: Sequence[dict], formats: dict[str, str]) -> Iterator[str]:
-    """Lines of aligned columns; floats as `formats` has them, with one digit unless it does."""
+    """Yield lines of aligned columns. Floats have one decimal unless `formats` says otherwise."""
     names = list(dict.fromkeys(name for row in rows for name in row))
 
     def show(name: str, value: Any) -> str:
@@ -457,9 +711,9 @@ def _table(rows: Sequence[dict], formats: dict[str, str]) -> Iterator[str]:
 
 
 def _to_json(problem: Problem, where: str, found: Plan, rows: Sequence[dict]) -> str:
-    problem_json = problem._asdict() | {"dtype": str(problem.dtype).removeprefix("torch.")}
-    told = {
-        "problem": problem_json | problem_json.pop("arguments"),
+    described = problem._asdict() | {"dtype": str(problem.dtype).removeprefix("torch.")}
+    content = {
+        "problem": described | described.pop("arguments"),
         "device": where,
         "natten": __version__,
         "torch": torch.__version__,
@@ -470,28 +724,29 @@ def _to_json(problem: Problem, where: str, found: Plan, rows: Sequence[dict]) ->
         "kernels": found.kernels,
         "passes": rows,
     }
-    return json.dumps(told, indent=1)
+    return json.dumps(content, indent=1)
 
 
-def _name_device(device: torch.device, gpu: SimpleNamespace | None) -> str:
+def _device_name(device: torch.device, gpu: SimpleNamespace | None) -> str:
     if gpu is not None:
-        return f"a GPU of compute capability {gpu.major}.{gpu.minor}, such as {gpu.name}"
+        return f"a GPU of compute capability {gpu.major}.{gpu.minor} ({gpu.name})"
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
         problem, (device, gpu) = read_problem(args), find_device(args)
-        backend = dispatch.requested(args.backend)
+        backend = backends.requested(args.backend)
         found = plan(problem, device, backend, args.backward, gpu)
         rows = [] if args.dry_run else measure(problem, device, backend, found.work, args.repeats)
     except ValueError as error:
         parser.error(str(error))
-    where = _name_device(device, gpu)
+    where = _device_name(device, gpu)
     print(_to_json(problem, where, found, rows) if args.json else "\n".join(report(problem, where, found, rows)))
 
 

@@ -1,6 +1,6 @@
-"""Every Neighborhood Attention Transformer; importing this package registers them all with timm."""
+"""Neighborhood Attention Transformers; importing this package registers all models with timm."""
 
-from natten.version import __version__
+from natten import __version__
 from natzoo import models
 
 __all__ = ["__version__", "models"]

@@ -1,10 +1,10 @@
-"""What the tokens of a model attend to.
+"""Extract attention weights from the models of natzoo.
 
     layers = attention_layers(model)
     tokens = layer_inputs(model, x_1CHW, layers)
     weights_hHW = token_weights(layers[0].module, tokens[0], row=20, column=30)
 
-Serves NAT, DiNAT, DiNAT_s, the isotropic models and ViT-rpb.
+Shape suffixes: 1 a batch of one, C channels, H height, W width, h heads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ Attention = NeighborhoodAttention2D | BiasedAttention
 
 
 class Layer(NamedTuple):
-    """An attention layer of a model; stage and number count from 1, the number within its stage."""
+    """An attention layer of a model.
+
+    Attributes:
+        stage: number of its stage, from 1.
+        number: its number within the stage, from 1.
+        module: the layer.
+    """
 
     stage: int
     number: int
@@ -33,11 +39,12 @@ class Layer(NamedTuple):
 
     @property
     def title(self) -> str:
+        """Position and kind, for captions."""
         return f"stage {self.stage}, layer {self.number}: {self.kind}"
 
     @property
     def kind(self) -> str:
-        """NA, DiNA (dilated) or full attention, with its window."""
+        """NA, DiNA (dilated) or full attention, with window and dilation."""
         if isinstance(self.module, BiasedAttention):
             return "full attention"
         window = "x".join(map(str, self.module.kernel_size))
@@ -46,10 +53,10 @@ class Layer(NamedTuple):
 
 
 def attention_layers(model: nn.Module) -> list[Layer]:
-    """The attention layers of a model, from its input to its output; isotropic models are one stage.
+    """Return the attention layers of a model in order; isotropic models have one stage.
 
     Raises:
-        ValueError: if it has none that can be looked at.
+        ValueError: if the model has no neighborhood attention or biased full attention.
     """
     layers: list[Layer] = []
     for name, module in model.named_modules():
@@ -60,16 +67,22 @@ def attention_layers(model: nn.Module) -> list[Layer]:
         number = layers[-1].number + 1 if layers and layers[-1].stage == stage else 1
         layers.append(Layer(stage, number, module))
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no neighborhood attention to look at.")
+        raise ValueError(f"{type(model).__name__} has no neighborhood attention layers.")
     return layers
 
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, x_1CHW: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
-    """The tokens [1, H, W, C] that each of the layers takes for one picture."""
-    seen: dict[int, Tensor] = {}
+    """Run a model on one image and return the input [1, H, W, C] of each layer.
+
+    Args:
+        model: the model.
+        x_1CHW: the image, preprocessed.
+        layers: attention layers of the model.
+    """
+    inputs: dict[int, Tensor] = {}
     hooks = [
-        layer.module.register_forward_pre_hook(lambda _, inputs, index=index: seen.update({index: inputs[0]}))
+        layer.module.register_forward_pre_hook(lambda _, args, index=index: inputs.update({index: args[0]}))
         for index, layer in enumerate(layers)
     ]
     try:
@@ -77,22 +90,37 @@ def layer_inputs(model: nn.Module, x_1CHW: Tensor, layers: Sequence[Layer]) -> l
     finally:
         for hook in hooks:
             hook.remove()
-    return [seen[index] for index in range(len(layers))]
+    return [inputs[index] for index in range(len(layers))]
 
 
-def token_at(point: Sequence[float], picture: Sequence[int], grid: Sequence[int]) -> tuple[int, int]:
-    """Row and column of the token that covers a pixel (row, column) of a picture [height, width], on a map [H, W]."""
+def token_at(pixel: Sequence[float], image_size: Sequence[int], map_size: Sequence[int]) -> tuple[int, int]:
+    """Return the token that covers a pixel.
+
+    Args:
+        pixel: row and column; clamped to the image.
+        image_size: height and width in pixels.
+        map_size: height and width in tokens.
+
+    Returns:
+        Row and column of the token.
+    """
     row, column = (
         min(max(int(at * tokens / pixels), 0), tokens - 1)
-        for at, pixels, tokens in zip(point, picture, grid, strict=True)
+        for at, pixels, tokens in zip(pixel, image_size, map_size, strict=True)
     )
     return row, column
 
 
 def token_weights(attention: Attention, x_1HWC: Tensor, row: int, column: int) -> Tensor:
-    """The weight that one token gives to each token of the map, [heads, H, W].
+    """Compute the attention weights of one token for all tokens of the map, [heads, H, W].
 
-    The weights of a head sum to 1, or to less where a map smaller than the window is padded: padding takes its part.
+    Args:
+        attention: the layer.
+        x_1HWC: input of the layer.
+        row, column: position of the token.
+
+    Returns:
+        Weights that sum to 1 per head, or to less if the map is smaller than the window: the rest goes to padding.
     """
     height, width = x_1HWC.shape[1:3]
     with torch.no_grad():
@@ -101,7 +129,7 @@ def token_weights(attention: Attention, x_1HWC: Tensor, row: int, column: int) -
         return weights[0, :, row, column].unflatten(-1, (height, width))
     value = weights.new_zeros(*weights.shape[:-1], 1, requires_grad=True)
     with torch.enable_grad():
-        # The output is linear in the values, so its gradient holds the weights, each at its key.
+        # The output is linear in the values, so its gradient with respect to them is the attention weights.
         out = na2d_av(weights, value, attention.kernel_size, attention.dilation, attention.is_causal)
         (received,) = torch.autograd.grad(out[0, :, row, column].sum(), value)
     return received[0, :, :height, :width, 0]

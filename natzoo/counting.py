@@ -1,8 +1,8 @@
-"""What a model takes for one picture: parameters, MACs and activations, in all and of each of its layers.
+"""Count parameters, MACs and activations of a model and of each of its layers.
 
-A MAC is a multiplication with its addition, of matrix products, convolutions and attention, as
-torch.utils.flop_counter counts them. Activations are the numbers that these put out (as in arXiv:2003.13678, where they
-tell the time that a network takes better than MACs do); norms, activation functions and sums put out none.
+MACs are multiply-adds in matrix products, convolutions and attention, as counted by torch.utils.flop_counter.
+Activations are the output elements of the same operators, as in arXiv:2003.13678, where they predict the run time of a
+network better than MACs do. Norms, activation functions and additions count neither.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from torch import nn, no_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-import natten.flops  # noqa: F401  teaches the counter neighborhood attention
+import natten.flops  # noqa: F401  registers the formulas of neighborhood attention
 
 
 class Layer(NamedTuple):
-    """A module of a model, with all that it holds.
+    """Counts of a module including its submodules.
 
     Attributes:
-        name: its path, as `named_modules` has it; empty for the model itself.
-        kind: the name of its class.
-        parameters: how many numbers it learns.
-        macs, activations: of all its calls in one run.
+        name: path of the module, as in `named_modules`; empty for the model itself.
+        kind: class name.
+        parameters: number of parameters.
+        macs: multiply-adds of all its calls in one run.
+        activations: output elements of all its calls in one run.
     """
 
     name: str
@@ -36,11 +37,12 @@ class Layer(NamedTuple):
 
     @property
     def depth(self) -> int:
+        """Nesting level, 0 for the model itself."""
         return self.name.count(".") + 1 if self.name else 0
 
 
 class _Activations(TorchDispatchMode):
-    """Counts the numbers that come out of operators whose FLOPs are known."""
+    """Count the output elements of operators that have a FLOP formula."""
 
     def __init__(self):
         super().__init__()
@@ -49,23 +51,23 @@ class _Activations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
-            first = out[0] if isinstance(out, (tuple, list)) else out  # attention returns its logsumexp too
+            first = out[0] if isinstance(out, (tuple, list)) else out  # attention also returns logsumexp
             self.total += first.numel()
         return out
 
 
 def count(model: nn.Module, run: Callable[[], Any]) -> list[Layer]:
-    """The model, and each of its modules in their order.
+    """Count the model and each of its modules, in order.
 
-    A module that is never called itself, such as a list of blocks, has the sum of those that it holds.
+    A module that is never called itself, such as a list of blocks, has the sum of its children's counts.
 
     Args:
-        model: on the meta device nothing is computed but shapes.
-        run: runs the model on one picture; it may call parts of it.
+        model: the model; on the meta device only shapes are computed.
+        run: function that runs the model, or parts of it, on one image.
     """
     modules = dict(model.named_modules())
-    called: dict[str, list[int]] = {}
-    # Opened first, so that it sees what the other one takes operators apart into.
+    called: dict[str, list[tuple[int, int]]] = {}
+    # Entered first, so that it sees the operators that FlopCounterMode decomposes.
     activations, macs = _Activations(), FlopCounterMode(display=False)
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -73,10 +75,10 @@ def count(model: nn.Module, run: Callable[[], Any]) -> list[Layer]:
                 stack.callback(hook.remove)
         with no_grad(), activations, macs:
             run()
-        everything = _totals(macs, activations)
+        total = _totals(macs, activations)
     layers = []
     for name, module in modules.items():
-        figures = everything if not name else _figures(name, modules, called)
+        figures = total if not name else _figures(name, modules, called)
         layers.append(Layer(name, type(module).__name__, sum(p.numel() for p in module.parameters()), *figures))
     return layers
 
@@ -86,18 +88,19 @@ def _totals(macs: FlopCounterMode, activations: _Activations) -> tuple[int, int]
 
 
 def _hooks(module: nn.Module, calls: list[tuple[int, int]], totals: Callable[[], tuple[int, int]]) -> list:
-    """Lets a module note in `calls` by how much the totals grow in each of its calls."""
-    started = []
+    """Append the increase of the totals during each call of a module to `calls`."""
+    started: list[tuple[int, int]] = []
 
     def after(*_):
         before = started.pop()
-        calls.append(tuple(now - then for now, then in zip(totals(), before, strict=True)))
+        now = totals()
+        calls.append((now[0] - before[0], now[1] - before[1]))
 
     return [module.register_forward_pre_hook(lambda *_: started.append(totals())), module.register_forward_hook(after)]
 
 
 def _figures(name: str, modules: dict[str, nn.Module], called: dict[str, list]) -> tuple[int, int]:
-    """MACs and activations of a module: of its calls, or else of its children."""
+    """Return the MACs and activations of a module: the sum over its calls, or over its children if never called."""
     if not called[name]:
         children = [f"{name}.{child}" for child, _ in modules[name].named_children()]
         calls = [_figures(child, modules, called) for child in children if child in modules]

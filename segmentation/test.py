@@ -1,28 +1,10 @@
-"""Evaluate a segmenter: a checkpoint of train.py, or a published one.
+"""Evaluate a segmentation model; the same as the console command natzoo-segmentation-test.
 
+python segmentation/test.py configs/segmentation/upernet_nat_mini_160k.py nat_mini_upernet
 python segmentation/test.py configs/quickstart/upernet.py output/upernet/CHECKPOINT.pth --show-dir output/segmented
 """
 
-from __future__ import annotations
-
-import os
-
-# Before torch starts its threads: beside loading processes, threads that wait by spinning cost more than they save.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from natzoo import command_line
-
-
-def main(argv: list[str] | None = None):
-    from natzoo.openmmlab.options import SEGMENTATION
-    from natzoo.openmmlab.test import main as test
-
-    return test(SEGMENTATION, argv)
-
+from natzoo_commands import segmentation_test
 
 if __name__ == "__main__":
-    command_line.run(main)
+    segmentation_test()

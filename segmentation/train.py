@@ -1,29 +1,10 @@
-"""Train a segmenter from a config.
+"""Train a segmentation model; the same as the console command natzoo-segmentation-train.
 
 python segmentation/train.py configs/quickstart/upernet.py
 python segmentation/train.py configs/quickstart/upernet.py --resume
 """
 
-from __future__ import annotations
-
-import os
-
-# Before torch starts its threads: beside loading processes, threads that wait by spinning cost more than they save.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from natzoo import command_line
-
-
-def main(argv: list[str] | None = None):
-    from natzoo.openmmlab.options import SEGMENTATION
-    from natzoo.openmmlab.train import main as train
-
-    return train(SEGMENTATION, argv)
-
+from natzoo_commands import segmentation_train
 
 if __name__ == "__main__":
-    command_line.run(main)
+    segmentation_train()

@@ -1,4 +1,4 @@
-"""Makes the helpers in this folder and the scripts importable from every test, and lends a server of files."""
+"""Options and fixtures of all tests."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # the helper modules in this folder, and the scripts of the project
 
 
 def pytest_report_header():
@@ -15,15 +15,22 @@ def pytest_report_header():
     return openmmlab_extra.description()
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
 @pytest.fixture
 def server(monkeypatch):
-    """A `file_server.Server`, to which downloads come without patience."""
+    """Start a `file_server.Server`; downloads from it retry without delay."""
     from file_server import Server
 
     from natzoo.checkpoints import download
 
     monkeypatch.setattr(download, "PAUSE_S", 0.01)
-    monkeypatch.setattr(download, "STALL_S", 0.5)
     server = Server()
     yield server
     server.http.shutdown()

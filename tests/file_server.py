@@ -1,4 +1,4 @@
-"""A server of files on this machine that misbehaves in every way that servers do."""
+"""A local file server that can misbehave: broken, stalled and wrong responses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import http.server
 import random
 import ssl
 import threading
-import time
 from collections.abc import Callable
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -15,7 +14,13 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server:
-    """Serves CONTENT at every address; `behaviours` are taken one a request, then requests are served well."""
+    """Serve CONTENT at every path.
+
+    Attributes:
+        behaviours: handlers for the next requests, one per request; further requests are served correctly.
+        ranges: the Range header of each request so far.
+        etag: validator of the current version of the file.
+    """
 
     def __init__(self, encryption: ssl.SSLContext | None = None):
         self.behaviours: list[Callable[[http.server.BaseHTTPRequestHandler], None]] = []
@@ -45,7 +50,7 @@ class Server:
 
 
 def serve(handler, content=CONTENT, sent=None, accepts_ranges=True):
-    """A good answer; of `content` only the first `sent` bytes of what is asked for."""
+    """Send the requested part of `content`, but at most `sent` bytes of it."""
     state = handler.server_state
     wanted = handler.headers.get("Range")
     offset = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
@@ -63,27 +68,32 @@ def serve(handler, content=CONTENT, sent=None, accepts_ranges=True):
 
 
 def truncated(handler):
-    """The first third."""
+    """Send the first third."""
     serve(handler, sent=100_000)
 
 
 def status(code: int):
-    """An answer without a file."""
+    """Return a handler that sends a status without content."""
     return lambda handler: handler.send_error(code)
 
 
 def stalled(handler):
-    """A beginning, and then nothing for a while."""
+    """Send the first bytes, then nothing until the client disconnects."""
     handler.send_response(200)
     handler.send_header("Content-Length", str(len(CONTENT)))
     handler.end_headers()
     handler.wfile.write(CONTENT[:1000])
     handler.wfile.flush()
-    time.sleep(1.5)
+    wait_for_disconnect(handler)
+
+
+def wait_for_disconnect(handler):
+    """Send nothing until the client disconnects."""
+    handler.connection.recv(1)
 
 
 def web_page(handler):
-    """As where one has to sign in."""
+    """Send HTML, like a login page."""
     handler.send_response(200)
     handler.send_header("Content-Type", "text/html; charset=utf-8")
     handler.end_headers()

@@ -1,4 +1,4 @@
-"""Whether the extra `openmmlab` is there, and pictures to try its configs on."""
+"""Whether the extra `openmmlab` is installed, and which images its tests use."""
 
 import importlib.util
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 MISSING = [name for name in ("mmengine", "mmcv", "mmdet", "mmseg") if importlib.util.find_spec(name) is None]
 
-# Where photographs in COCO's and ADE20K's layouts are: coco_ccby/ and coco_ade/. Without them drawn shapes serve.
+# Folder with photographs in the layouts of COCO (coco_ccby/) and ADE20K (coco_ade/). Without it, drawn shapes are used.
 PHOTOGRAPHS = Path(os.environ.get("NATTEN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -15,7 +15,9 @@ def has_photographs() -> bool:
 
 
 def description() -> str:
-    """A line for the head of a run of tests."""
+    """Return a line for the header of a test run."""
     if MISSING:
-        return f"openmmlab: tests/test_openmmlab is left out, since {', '.join(MISSING)} is not installed"
-    return f"openmmlab: configs are tried on {f'photographs of {PHOTOGRAPHS}' if has_photographs() else 'drawn shapes'}"
+        return f"openmmlab: tests/test_openmmlab is not collected because {', '.join(MISSING)} is not installed"
+    return (
+        f"openmmlab: configs are tested on {f'photographs in {PHOTOGRAPHS}' if has_photographs() else 'drawn shapes'}"
+    )

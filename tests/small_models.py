@@ -1,4 +1,4 @@
-"""A small model of each family, made by its registered name."""
+"""A small model of each family, by registered name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = {
 
 
 def small(name: str = "nat_mini", seed: int = 0, **kwargs) -> nn.Module:
-    """A model with random numbers in all parameters."""
+    """Create a model with random values in all parameters."""
     torch.manual_seed(seed)
     model = timm.create_model(name, **{**SMALL[name], **kwargs}).eval()
     for parameter in model.parameters():
@@ -34,7 +34,7 @@ def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Same names, shapes and numbers, to the last bit."""
+    """Check for the same names and bit-identical tensors."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name

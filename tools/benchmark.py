@@ -1,57 +1,57 @@
-"""Time neighborhood attention against what else there is, and against what the machine can do.
+"""Measure neighborhood attention against other implementations and against the limits of this machine.
 
     python tools/benchmark.py ops --out assets/benchmarks/ops.csv
     python tools/benchmark.py layers
     python tools/benchmark.py models
     python tools/benchmark.py ops --case b8_56x56_h2_d32_k7 --provider natten-cpu gather
     python tools/benchmark.py ops --list
+    python tools/benchmark.py gpu
+    python tools/benchmark.py tiles b128_56x56_h2_d32_k7 --dry-run --capability 9.0
+    python tools/benchmark.py training --help
 
-What is compared is timed in turns, round after round, together with a matrix product and a large copy; a row gives
-percentiles over the rounds. "% GEMM" is the least work of the operator (4 B H N K d floating-point operations forward,
-14 forward and backward, K keys a query) over the time, as a part of the float32 rate of the matrix product;
-"% floor" is the time that this work at that rate or the least traffic at the copy's rate takes, whichever is longer,
-over the time. Left out of the times: compiling, the making of masks and indices that a program can keep, and the
-fetching of memory that the call before gave back.
-Before it is timed, each result of an operator is compared with the reference.
+Compared implementations are timed in turns, round after round, together with a large matrix product and a large copy.
+The table shows the median, the 20th and 80th percentile, and two percentages, as natten/profiler.py defines them:
+"% matmul" is the rate of the minimal arithmetic over that of the matrix product, "% limit" the shortest possible time
+on this machine over the measured time. Compilation and the construction of reusable masks and indices do not count.
+Results of the operator are compared with the reference before they are timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import layers, models, ops
-from benchmarks.entry import DTYPES, Entry, Setting
-from benchmarks.memory import keep_freed_memory, peak_mb, peak_mb_in_fresh_process
+from benchmarks.entry import DTYPES, Entry, Setting, positive
+from benchmarks.memory import gpu_peak_mb, keep_freed_memory, peak_mb, peak_mb_in_new_process
 from benchmarks.report import Row, format_table, make_row, write_csv
 from benchmarks.timing import time_group
+from tqdm import tqdm
 
 from natzoo import command_line
 
 KINDS = {"ops": ops, "layers": layers, "models": models}
 _HELP = {
-    "ops": "the operator, by every implementation",
-    "layers": "the attention layer against timm's WindowAttention, with peak memory",
-    "models": "whole models against timm's, with peak memory",
+    "ops": "time the operator",
+    "layers": "time the attention layer and timm's WindowAttention, with peak memory",
+    "models": "time whole models, with peak memory",
 }
 _ROUNDS = {"ops": 25, "layers": 25, "models": 10}
 _PATIENCE_S = {"ops": 0.3, "layers": 0.3, "models": 4.0}
+_GPU_ROUNDS = 15
 
 
 def run(args: argparse.Namespace) -> None:
-    """Times all groups asked for; the CSV is complete up to the last group at any time.
+    """Time the requested groups. The CSV is rewritten after each group.
 
     Raises:
-        ValueError: on unknown names, or if nothing could be timed.
+        ValueError: if a name is unknown, or nothing could be timed.
     """
     module = KINDS[args.kind]
-    if args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a folder: name the table to write in it.")
+    _check_out(args.out)
     keep_freed_memory()
     groups = args.case or module.GROUPS
     plans = [module.plan(group, args.provider, setting_of(args)) for group in dict.fromkeys(groups)]
@@ -62,20 +62,61 @@ def run(args: argparse.Namespace) -> None:
         if rows:
             write_csv(args.out, rows)
     if not rows:
-        raise ValueError("nothing could be timed: all that was asked for was left out, for the reasons above.")
+        raise ValueError("--case and --provider leave nothing to time; the reasons are printed above.")
     print(format_table(rows))
     print(f"wrote {args.out}")
 
 
+def run_gpu(args: argparse.Namespace) -> int:
+    """Time the fixed set of measurements for a GPU; return 1 if a measurement of natten failed.
+
+    Raises:
+        ValueError: if a part is unknown, or there is no GPU.
+    """
+    from benchmarks import gpu
+
+    _check_out(args.out)
+    unknown = set(args.parts) - set(gpu.PARTS)
+    if unknown:
+        raise ValueError(f"PART {min(unknown)!r} is unknown; use {', '.join(gpu.PARTS)}.")
+    if not args.rehearse and not torch.cuda.is_available():
+        raise ValueError("gpu needs a CUDA device; --rehearse runs tiny shapes on the CPU.")
+    device, end = "cpu" if args.rehearse else "cuda:0", time.monotonic() + args.seconds
+    if not args.rehearse:
+        compiled, cached = gpu.first_call_s(device)
+        print(f"first call: {compiled:.2f} s; from the kernel cache: {cached * 1e3:.0f} ms")
+    rows: list[Row] = []
+    failed = False
+    for part in args.parts or gpu.PARTS:
+        for entries in gpu.plan(part, device, args.rehearse):
+            if time.monotonic() + gpu.GROUP_SECONDS[part] > end:
+                print(f"skipped: {part} {entries[0].group}: --seconds {args.seconds:g} are over", file=sys.stderr)
+                continue
+            done = run_group(entries, args.repeats, _PATIENCE_S[part], f"{part} {entries[0].group}")
+            failed |= sum(row["provider"] in gpu.OURS for row in done) < sum(e.provider in gpu.OURS for e in entries)
+            rows += done
+            if rows:
+                write_csv(args.out, rows)
+            if not args.rehearse:
+                torch.cuda.empty_cache()
+    if rows:
+        print(format_table(rows))
+        print(f"wrote {args.out}")
+    return int(failed)
+
+
 def run_group(entries: list[Entry], rounds: int, patience_s: float, title: str) -> list[Row]:
-    """Times one group, then measures memory where that is of interest."""
+    """Time one group and, for layers and models, measure peak memory."""
     kind = entries[0].kind
     timings = time_group(entries, KINDS[kind].make, rounds, patience_s, title, leave_out)
-    peaks = dict.fromkeys(timings)
+    peaks: dict[Entry, float | None] = dict.fromkeys(timings)
     if kind != "ops":
         for entry in tqdm(timings, desc=f"{title}, memory", unit="process", disable=None):
             try:
-                peaks[entry] = peak_mb_in_fresh_process(entry, __file__)
+                if entry.device.type == "cuda":
+                    peaks[entry] = gpu_peak_mb(entry, timings[entry].subject)
+                else:
+                    peaks[entry] = peak_mb_in_new_process(entry, __file__)
             except RuntimeError as error:
                 leave_out(entry, str(error))
     return [make_row(entry, timing, peaks[entry]) for entry, timing in timings.items()]
@@ -86,72 +127,104 @@ def leave_out(entry: Entry, reason: str) -> None:
 
 
 def show_memory(args: argparse.Namespace) -> None:
-    """Prints the peak memory of one call, in this process."""
+    """Print the peak memory of one call in this process."""
     entry = Entry(args.of, args.case, args.case, args.provider, args.pass_name, setting_of(args))
     if entry not in KINDS[args.of].plan(args.case, [args.provider], setting_of(args)):
-        raise ValueError(f"{args.of} has no pass {args.pass_name!r} for case {args.case!r}.")
+        raise ValueError(f"pass {args.pass_name!r} does not exist for {args.of} {args.case}.")
     print(f"peak memory {peak_mb(entry, KINDS[args.of].make):.1f} MB")
 
 
 def show_list(kind: str) -> None:
+    """Print the cases and providers of a kind."""
     print("cases:", *KINDS[kind].GROUPS, sep="\n  ")
     print("providers:", *KINDS[kind].PROVIDERS, sep="\n  ")
     print(KINDS[kind].__doc__.strip().split("\n\n")[-1])
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
-    """Raises ValueError if the device is not one that works here."""
+    """Return the setting that the options describe.
+
+    Raises:
+        ValueError: if the device is not available, or does not support the dtype.
+    """
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {args.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {args.device!r} is not available: {str(error).splitlines()[0]}") from error
+    if args.dtype == "tf32" and args.device == "cpu":
+        raise ValueError("--dtype tf32 requires a GPU.")
     return Setting(args.dtype, args.threads, args.device)
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def _check_out(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; name a file.")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="kind", required=True)
     setting = argparse.ArgumentParser(add_help=False)
-    setting.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-    setting.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads of PyTorch")
-    setting.add_argument("--device", default="cpu", help="cpu, or cuda as torch.device reads it")
+    setting.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="dtype (tf32: rounded float32 products)")
+    setting.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads of PyTorch")
+    setting.add_argument("--device", default="cpu", help="cpu, or a GPU such as cuda or cuda:1")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    folder = Path("output", "benchmarks")
     for kind, text in _HELP.items():
-        command = commands.add_parser(
-            kind, help=text, parents=[setting], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        command.add_argument("--case", nargs="+", metavar="NAME", help="all of --list unless given")
-        command.add_argument("--provider", nargs="+", metavar="NAME", help="all of --list unless given")
-        command.add_argument("--repeats", type=positive, default=_ROUNDS[kind], help="rounds, and samples of each")
+        command = commands.add_parser(kind, help=text, description=text, parents=[setting], formatter_class=formatter)
+        command.add_argument("--case", nargs="+", metavar="NAME", help="cases to run; all of --list by default")
         command.add_argument(
-            "--patience",
-            type=float,
-            default=_PATIENCE_S[kind],
-            metavar="SECONDS",
-            help="calls that take longer are sampled in fewer rounds, at least 3",
+            "--provider", nargs="+", metavar="NAME", help="implementations; all for the device by default"
         )
-        out = Path("output", "benchmarks", f"{kind}.csv")
-        command.add_argument("--out", type=Path, default=out, metavar="CSV", help="table to write")
-        command.add_argument("--list", action="store_true", help="show cases and providers, and time nothing")
-    memory = commands.add_parser("memory", help="peak memory of one call, as the others measure it", parents=[setting])
-    memory.add_argument("of", choices=KINDS, help="what kind of call")
-    memory.add_argument("case")
-    memory.add_argument("provider")
+        command.add_argument("--repeats", type=positive, default=_ROUNDS[kind], help="rounds, each with one sample")
+        patience = "calls slower than this run in fewer rounds, at least 3"
+        command.add_argument("--patience", type=float, default=_PATIENCE_S[kind], metavar="SECONDS", help=patience)
+        command.add_argument("--out", type=Path, default=folder / f"{kind}.csv", metavar="CSV", help="table to write")
+        command.add_argument("--list", action="store_true", help="list cases and providers and exit")
+    text = "print the peak memory of one call"
+    memory = commands.add_parser("memory", help=text, description=text, parents=[setting], formatter_class=formatter)
+    memory.add_argument("of", choices=KINDS, help="kind of call")
+    memory.add_argument("case", help="a case of that kind")
+    memory.add_argument("provider", help="a provider of that kind")
     memory.add_argument("pass_name", metavar="pass", help="forward, forward+backward, inference or step")
+    text = "time operator, layer and nat_tiny on a GPU, in about 6 minutes"
+    gpu = commands.add_parser("gpu", help=text, description=text, formatter_class=formatter)
+    gpu.add_argument("parts", nargs="*", metavar="PART", default=[], help="ops, layers or models; all by default")
+    gpu.add_argument("--seconds", type=float, default=360.0, help="time limit; later groups are skipped")
+    gpu.add_argument("--repeats", type=positive, default=_GPU_ROUNDS, help="rounds, each with one sample")
+    gpu.add_argument("--out", type=Path, default=folder / "gpu.csv", metavar="CSV", help="table to write")
+    gpu.add_argument(
+        "--rehearse", action="store_true", help="run tiny shapes on the CPU, to check that everything runs"
+    )
+    text = "time the tiles that a CUDA kernel could use"
+    tiles = commands.add_parser("tiles", help=text, description=text, formatter_class=formatter)
+    tiles.add_argument("shapes", nargs="+", metavar="SHAPE", help="for instance b128_56x56_h2_d32_k7")
+    tiles.add_argument("--most", type=positive, default=10, metavar="N", help="tiles per kernel")
+    tiles.add_argument("--dry-run", action="store_true", help="list the tiles without timing them; needs no GPU")
+    tiles.add_argument(
+        "--capability", default="9.0", metavar="X.Y", help="with --dry-run: compute capability of the GPU"
+    )
+    commands.add_parser("training", help="time the training loop against its parts", add_help=False)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["training"]:  # takes all options of train.py, which that parses
+        from benchmarks import training
+
+        training.main(argv[1:])
+        return
     args = parse(argv)
     if args.kind == "memory":
         show_memory(args)
+    elif args.kind == "gpu":
+        sys.exit(run_gpu(args))
+    elif args.kind == "tiles":
+        from benchmarks import tiles
+
+        tiles.run(args.shapes, args.most, args.dry_run, args.capability)
     elif args.list:
         show_list(args.kind)
     else:

@@ -1,11 +1,12 @@
-"""Train several recipes with several seeds, and compare them: one table, one plot.
+"""Train several recipes with several seeds and compare their accuracy in a table and a plot.
 
     python tools/compare.py SIGN_DIGITS --configs configs/classification/sign_digits_*.yml --seeds 1 2 3
     python tools/compare.py DATA --configs a.yml b.yml --seeds 1 2 3 --output output/compare -- --epochs 10
 
-Runs that are complete are not run again, and a broken one goes on; what follows `--` goes to train.py. Writes
-compare.csv and compare.png into the output folder: of each recipe the mean over the seeds of the best top-1 accuracy,
-and its curve, with a band from the least to the most.
+Complete runs are skipped and interrupted ones resume. Options after `--` are passed to train.py. Two files are written:
+
+- compare.csv: the best top-1 accuracy of each recipe over the seeds (mean, lowest and highest);
+- compare.png: the mean accuracy per epoch, and its range over the seeds.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from figures.curves import read_summary
+from figures.style import save, to_png
 from matplotlib.ticker import MaxNLocator
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pictures.curves import read_summary
-from pictures.style import save, to_png
 
 from natzoo import command_line
 from natzoo.checkpoints import read_checkpoint, weights_of, write_table
@@ -32,21 +31,21 @@ COLUMNS = ("recipe", "model", "parameters", "seeds", "top1_mean", "top1_least", 
 
 
 def train(data: str, config: Path, seed: int, output: Path, more: list[str]) -> Path:
-    """Trains one recipe with one seed, or what is left of it, and returns the run's folder.
+    """Train a recipe with a seed, or resume its run, and return the folder of the run.
 
     Raises:
-        ValueError: if train.py failed; it has said why.
+        ValueError: if train.py failed.
     """
-    name = f"{config.stem}-{seed}"
+    folder = output / f"{config.stem}-{seed}"
     words = [sys.executable, str(TRAIN), data, "--config", str(config), "--seed", str(seed), "--resume"]
-    done = subprocess.run([*words, "--output", str(output), "--experiment", name, *more])
+    done = subprocess.run([*words, "--work-dir", str(folder), *more])
     if done.returncode != 0:
-        raise ValueError(f"{name} was not trained to its end: see above.")
-    return output / name
+        raise ValueError(f"{folder} is incomplete: train.py failed with the message above.")
+    return folder
 
 
 def summarize(config: Path, folders: list[Path]) -> dict[str, str]:
-    """The row of a recipe."""
+    """Return the row of a recipe."""
     runs = [read_summary(folder) for folder in folders]
     best = [max(run["top1"]) for run in runs]
     checkpoint = read_checkpoint(folders[0] / "best.pth")
@@ -64,7 +63,7 @@ def summarize(config: Path, folders: list[Path]) -> dict[str, str]:
 
 
 def draw(runs: dict[str, list[Path]]) -> plt.Figure:
-    """Top-1 accuracy over the epochs, the mean of the seeds and the band between them, by recipe."""
+    """Draw the mean top-1 accuracy per epoch of each recipe, and its range over the seeds."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for index, (name, folders) in enumerate(runs.items()):
         curves = [read_summary(folder)["top1"] for folder in folders]
@@ -81,21 +80,27 @@ def draw(runs: dict[str, list[Path]]) -> plt.Figure:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="Train several recipes with several seeds, and compare them.",
-        epilog="What follows -- goes to train.py.",
+        description=__doc__.split("\n\n")[0], epilog="Options after -- are passed to train.py."
     )
-    parser.add_argument("data", help="folder that holds train/ and val/")
-    parser.add_argument("--configs", type=Path, nargs="+", required=True, help="recipes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds")
-    parser.add_argument("--output", type=Path, default=Path("output/compare"), help="folder of the runs and the tables")
+    parser.add_argument("data", help="folder with train/ and val/")
+    parser.add_argument("--configs", type=Path, nargs="+", required=True, help="recipes (YAML files)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output/compare"),
+        help="folder for runs, table and plot (default: output/compare)",
+    )
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     args, more = parser.parse_args(words[:end]), words[end + 1 :]
 
-    configs = [config for config in args.configs if "model" in read_config(config)]  # not those that others build on
+    configs = [
+        config for config in args.configs if "model" in read_config(config)
+    ]  # files without a model are bases of others
     runs: dict[str, list[Path]] = {config.stem: [] for config in configs}
     rows: dict[str, dict[str, str]] = {}
-    for seed in args.seeds:  # so that there is something of each to compare early
+    for seed in args.seeds:  # all recipes have a result early
         for config in configs:
             runs[config.stem].append(train(args.data, config, seed, args.output, more))
             rows[config.stem] = summarize(config, runs[config.stem])

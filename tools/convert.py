@@ -1,37 +1,36 @@
-"""Weights from one form to another.
+"""Convert weights between formats.
 
-    python tools/convert.py nat_mini nat_mini.safetensors                  a published checkpoint, by its name
-    python tools/convert.py nat_mini hf/nat_mini                           as a folder of Hugging Face
+    python tools/convert.py nat_mini nat_mini.safetensors                  published checkpoint
+    python tools/convert.py nat_mini hf/nat_mini                           to a Hugging Face folder
     python tools/convert.py hf/nat_mini nat_mini.pth                       and back
-    python tools/convert.py output/nat/best.pth best.safetensors           what train.py wrote, averaged if it is
-    python tools/convert.py work_dirs/x/iter_160000.pth published.pth      a detector, without its optimizer
-    python tools/convert.py maskrcnn_dinat_mini dinat_mini.pth --backbone  its backbone alone
+    python tools/convert.py output/nat/best.pth best.safetensors           EMA weights of a training run
+    python tools/convert.py work_dirs/x/iter_160000.pth published.pth      detector, without its optimizer
+    python tools/convert.py maskrcnn_dinat_mini dinat_mini.pth --backbone  only its backbone
 
-The source is a name that `tools/download.py list` shows, a file (.pth, .pth.tar, .pt, .bin, .safetensors, detectron2's
-.pkl), a folder, a URL, or hf-hub:OWNER/NAME. The target's ending tells its form; without one it is a folder of Hugging
-Face. Names of weights become the published ones; of a detector or segmenter all parts keep theirs.
+The source is a name from `tools/download.py list`, a file (.pth, .pth.tar, .pt, .bin, .safetensors, or .pkl of
+detectron2), a Hugging Face folder, a URL, or hf-hub:OWNER/NAME. The suffix of the target selects its format; a target
+without a suffix is a Hugging Face folder. Weights get their published names; those of detectors and segmenters keep
+their names.
 
-With --backbone, a folder takes --model, and the dilations where the detector has others than that classifier:
+To write a backbone as a Hugging Face folder, pass --backbone and --model, and the dilations if they differ from those
+of the classifier:
     --model dinat_mini --model-kwargs "dilations=[[1,28,1],[1,7,1,14],[1,3,1,5,1,7],[1,3,1,3,1]]"
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from natzoo import command_line
-from natzoo.checkpoints import weights_of, write_weights
+from natzoo.checkpoints import weights_of, write_weights, zoo_entries
 from natzoo.checkpoints.adapt import backbone_prefix, published_names, unwrapped
 from natzoo.checkpoints.download import sha256_of
-from natzoo.checkpoints.record import RECORD
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints.write import RECORD
 from natzoo.classification.factory import create_model
 from natzoo.classification.inference import create_from_checkpoint, read_with_record
 from natzoo.classification.options import KeyValues
@@ -40,21 +39,23 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="name, file, folder, URL or hf-hub:OWNER/NAME")
-    parser.add_argument("target", type=Path, help="new file, or without an ending a new folder of Hugging Face")
-    parser.add_argument("--model", help="registered name of the classifier, where the source does not tell")
-    parser.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, help="KEY=VALUE for --model")
-    parser.add_argument("--backbone", action="store_true", help="of a detector or segmenter, take the backbone alone")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights; the source's own unless given")
+    parser.add_argument("target", type=Path, help="file or Hugging Face folder to create")
+    parser.add_argument("--model", help="registered model name, if the source does not record it")
+    parser.add_argument(
+        "--model-kwargs", nargs="*", default={}, action=KeyValues, help="KEY=VALUE arguments of --model"
+    )
+    parser.add_argument("--backbone", action="store_true", help="convert only the backbone of a detector or segmenter")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: unchanged)")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse()
     if args.target.is_file():
-        raise ValueError(f"{args.target} exists already: choose another name.")
+        raise ValueError(f"{args.target} already exists; choose another name.")
     checkpoint, source = read_with_record(args.source)
     weights = unwrapped(weights_of(checkpoint, source))
     if args.dtype:
@@ -68,11 +69,11 @@ def main() -> None:
 
 
 def convert_backbone(args: argparse.Namespace, weights: dict[str, Tensor]) -> None:
-    """Writes a detector's backbone."""
+    """Write the backbone of a detector or segmenter."""
     if args.target.suffix:
         write_weights(args.target, weights)
     elif args.model is None:
-        raise ValueError(f"{args.source} does not say which model its backbone is: name it with --model.")
+        raise ValueError(f"{args.source} does not record the model of its backbone; pass --model.")
     else:
         from natzoo.hf import save_backbone_folder
 
@@ -83,10 +84,10 @@ def convert_backbone(args: argparse.Namespace, weights: dict[str, Tensor]) -> No
 
 
 def convert_detector(args: argparse.Namespace, weights: dict[str, Tensor]) -> None:
-    """Writes all of a detector or segmenter, the weights alone."""
+    """Write all weights of a detector or segmenter, without optimizer and training state."""
     if args.model or not args.target.suffix:
         raise ValueError(
-            f"{args.source} is a detector or segmenter: take a file as target and no --model, or --backbone."
+            f"{args.source} is a detector or segmenter; pass a file as target and omit --model, or pass --backbone."
         )
     write_weights(args.target, weights)
     report(args.target, weights)
@@ -95,13 +96,13 @@ def convert_detector(args: argparse.Namespace, weights: dict[str, Tensor]) -> No
 def convert_classifier(
     args: argparse.Namespace, checkpoint: dict[str, Any], weights: dict[str, Tensor], source: Path
 ) -> None:
-    """Writes a classifier; where its model is known, after a check that the weights are its."""
+    """Write a classifier, after checking its weights against its model if that is known."""
     weights = published_names(weights)
-    known = entries().get(args.source)
+    known = zoo_entries().get(args.source)
     name = args.model or (known.name if known and known.task == "classification" else None)
     if name is None and RECORD not in checkpoint:
         if not args.target.suffix:
-            raise ValueError(f"{source} does not say which classifier it is of: name it with --model.")
+            raise ValueError(f"{source} does not record its model; pass --model.")
         write_weights(args.target, weights)
     else:
         classes = len(weights["head.weight"]) if "head.weight" in weights else 0
@@ -120,10 +121,11 @@ def convert_classifier(
 
 
 def report(target: Path, weights: dict[str, Tensor]) -> None:
+    """Print what was written."""
     path = target if target.suffix else target / "model.safetensors"
     millions = sum(x.numel() for x in weights.values()) / 1e6
     dtypes = ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()}))
-    print(f"{path}: {len(weights)} weights, {millions:.1f} million numbers, {dtypes}, sha256 {sha256_of(path)}")
+    print(f"{path}: {len(weights)} tensors, {millions:.1f} M parameters, {dtypes}, sha256 {sha256_of(path)}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,25 @@
-"""Parameters, MACs, FLOPs and activations: of registered models, and of configs for detection and segmentation.
+"""Count parameters, MACs, FLOPs and activations of registered models and of detection and segmentation configs.
 
     python tools/flops.py nat_mini dinat_large_384 swin_tiny_patch4_window7_224
     python tools/flops.py configs/detection/mask_rcnn_nat_mini_3x.py configs/segmentation/upernet_nat_*.py
     python tools/flops.py dinat_tiny --size 512 512
     python tools/flops.py nat_mini --per-layer 4 --csv layers.csv
 
-For one picture of the size that the published figures are for, or of --size. A MAC is a multiplication with its
-addition, of matrix products, convolutions and attention, and makes two FLOPs; papers call a MAC a FLOP. Activations are
-the numbers that these put out. Nothing is computed but shapes, so it takes seconds; Mask2Former, which looks at its
-masks on the way, takes a minute.
+The counts are for one image of the size of the published figures, or of --size. A MAC is one multiplication and one
+addition, or two FLOPs; papers often call MACs FLOPs. MACs of matrix products, convolutions and attention are counted,
+and activations are the numbers that these output. Models run on the meta device, which takes seconds, except
+Mask2Former, whose masks must be computed: it takes a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 from pathlib import Path
 
 import timm
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import natzoo  # noqa: F401  registers the models
 from natzoo import command_line
 from natzoo.checkpoints import write_table
@@ -32,15 +30,22 @@ Counted = tuple[list[Layer], tuple[int, int]]
 
 
 def count_model(name: str, size: tuple[int, int] | None = None) -> Counted:
-    """A registered model and its modules with what they take, and the height and width that this is for.
+    """Count a registered model and its modules.
+
+    Args:
+        name: name of the model.
+        size: height and width of the image in pixels; the model's default if None.
+
+    Returns:
+        The counts, with the whole model first, and the height and width.
 
     Raises:
-        ValueError: if timm knows no such model, or it does not take pictures of that size.
+        ValueError: if the model is unknown, or does not support images of that size.
     """
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f": did you mean {nearest[0]!r}?" if nearest else "."
-        raise ValueError(f"{name!r} is neither a config (.py) nor a model that timm knows{hint}")
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+        raise ValueError(f"{name!r} is neither a config (.py) nor a registered model{hint}")
     with torch.device("meta"):
         model = _create(name, size)
         size = size or model.default_cfg["input_size"][1:]
@@ -48,22 +53,22 @@ def count_model(name: str, size: tuple[int, int] | None = None) -> Counted:
     try:
         return count(model, lambda: model(image)), size
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"{name} does not take a picture of {size[0]} x {size[1]}: {error}") from error
+        raise ValueError(f"{name} does not support images of {size[0]} x {size[1]}: {error}") from error
 
 
 def _create(name: str, size: tuple[int, int] | None) -> torch.nn.Module:
-    """Models made for one size must be told of another."""
+    """Create a model, passing the image size to models that have a fixed one."""
     if size and timm.get_pretrained_cfg(name).fixed_input_size:
         return timm.create_model(name, img_size=size).eval()
     return timm.create_model(name).eval()
 
 
 def count_anything(what: str, size: tuple[int, int] | None = None) -> Counted:
-    """The same of a model's name or a config's path."""
+    """Count a registered model or a config (.py); see `count_model`."""
     if not what.endswith(".py"):
         return count_model(what, size)
     from natzoo.openmmlab.counting import count_config
-    from natzoo.openmmlab.options import read_config
+    from natzoo.openmmlab.runner import read_config
 
     return count_config(read_config(Path(what)), size)
 
@@ -77,8 +82,8 @@ def format_row(name: str, size: str, layer: Layer) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", help="registered names or paths of configs")
-    parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the picture, in pixels")
+    parser.add_argument("what", nargs="+", help="registered model names or config files")
+    parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="image size in pixels")
     parser.add_argument(
         "--per-layer",
         nargs="?",
@@ -86,9 +91,9 @@ def main(argv: list[str] | None = None) -> None:
         const=2,
         default=0,
         metavar="DEPTH",
-        help="modules too, so deep; 2 unless given",
+        help="also print modules down to this depth (default: 2)",
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="table to write, in plain numbers")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="file to write the exact counts to")
     args = parser.parse_args(argv)
     titles = ("parameters", "MACs", "FLOPs", "activations")
     print(f"{'model':<44} {'height x width':>14} " + " ".join(f"{title:>12}" for title in titles))

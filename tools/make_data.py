@@ -1,14 +1,15 @@
-"""Write a small data set that needs no download, as folders of images.
+"""Write a small data set as folders of images, without a download.
 
     python tools/make_data.py digits data/digits
     python tools/make_data.py shapes data/shapes
 
-digits: scikit-learn's digits, 1797 real scans of handwritten digits (UCI, CC BY 4.0), 8x8 enlarged to 32x32,
-written as train/<0..9>/*.png (1437) and val/<0..9>/*.png (360): every fifth scan.
+digits: 1797 scans of handwritten digits from scikit-learn (UCI, CC BY 4.0), enlarged from 8x8 to 32x32 pixels, as
+train/<0..9>/*.png (1437) and val/<0..9>/*.png (every fifth scan, 360).
 
-shapes: circles, squares and triangles on noise, drawn here, 128x128, for detection and segmentation: the pictures as
-images/{training,validation}/*.png (192 and 32); the instances as instances_{training,validation}.json in COCO's format,
-with polygons; the classes of pixels as annotations/{training,validation}/*.png in ADE20K's layout, 1 being background.
+shapes: generated images of circles, squares and triangles on noise, 128x128 pixels, for detection and segmentation:
+- images/{training,validation}/*.png (192 and 32);
+- instances_{training,validation}.json: instances with polygons, in COCO's format;
+- annotations/{training,validation}/*.png: class of each pixel, in ADE20K's layout; 1 is the background.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from natzoo import command_line
 from natzoo.checkpoints.write import write_folder
 
@@ -32,13 +31,14 @@ _VAL_EVERY = 5
 _SIDE = 32
 
 _SHAPES = ("circle", "square", "triangle")
-_COLORS = ((190, 70, 70), (70, 170, 70), (80, 90, 200))  # each kind's, more or less: learned before its form is
+_COLORS = ((190, 70, 70), (70, 170, 70), (80, 90, 200))  # typical color of each shape, which is learned before its form
 _COLOR_RANGE = 70
 _SHAPES_SIDE = 128
 _SHAPES_COUNTS = {"training": 192, "validation": 32}
 
 
 def make_digits(folder: Path) -> None:
+    """Write the digits."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -55,19 +55,20 @@ def make_digits(folder: Path) -> None:
 
 
 def make_shapes(folder: Path) -> None:
+    """Write the shapes."""
     write_folder(folder, _write_shapes)
 
 
 def _write_shapes(root: Path) -> None:
-    draws = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for split, count in _SHAPES_COUNTS.items():
         coco = {"images": [], "annotations": [], "categories": _categories()}
-        for kind in ("images", "annotations"):
-            (root / kind / split).mkdir(parents=True)
+        for name in ("images", "annotations"):
+            (root / name / split).mkdir(parents=True)
         for index in tqdm(range(count), desc=f"shapes, {split}", unit="image", disable=None):
-            picture, labels, shapes = draw_shapes(draws)
+            image, labels, shapes = draw_shapes(rng)
             name = f"{index:04d}.png"
-            picture.save(root / "images" / split / name)
+            image.save(root / "images" / split / name)
             labels.save(root / "annotations" / split / name)
             coco["images"].append({"id": index, "file_name": name, "width": _SHAPES_SIDE, "height": _SHAPES_SIDE})
             coco["annotations"] += [
@@ -81,36 +82,36 @@ def _categories() -> list[dict[str, Any]]:
     return [{"id": number, "name": name} for number, name in enumerate(_SHAPES, start=1)]
 
 
-def draw_shapes(draws: np.random.Generator) -> tuple[Image.Image, Image.Image, list[dict[str, Any]]]:
-    """A picture of a few shapes apart from each other, its classes of pixels, its instances as COCO has them."""
-    noise = draws.normal(draws.uniform(60, 190), 25, (_SHAPES_SIDE, _SHAPES_SIDE, 3)).clip(0, 255)
-    picture = Image.fromarray(noise.astype(np.uint8))
-    labels = Image.new("L", picture.size, 1)
+def draw_shapes(rng: np.random.Generator) -> tuple[Image.Image, Image.Image, list[dict[str, Any]]]:
+    """Draw a few separate shapes; return the image, the class of each pixel, and the instances in COCO's format."""
+    noise = rng.normal(rng.uniform(60, 190), 25, (_SHAPES_SIDE, _SHAPES_SIDE, 3)).clip(0, 255)
+    image = Image.fromarray(noise.astype(np.uint8))
+    labels = Image.new("L", image.size, 1)
     shapes, taken = [], []
-    for _ in range(draws.integers(4, 25)):
-        radius = draws.uniform(9, 22)
-        x, y = draws.uniform(radius + 1, _SHAPES_SIDE - radius - 1, 2)
-        if any(math.dist((x, y), place) < radius + other + 2 for *place, other in taken):
+    for _ in range(rng.integers(4, 25)):
+        radius = rng.uniform(9, 22)
+        x, y = rng.uniform(radius + 1, _SHAPES_SIDE - radius - 1, 2)
+        if any(math.dist((x, y), center) < radius + other + 2 for *center, other in taken):
             continue
         taken.append((x, y, radius))
-        kind = int(draws.integers(len(_SHAPES)))
-        corners = _corners(kind, x, y, radius, draws.uniform(0, 2 * math.pi))
-        color = draws.uniform(-_COLOR_RANGE, _COLOR_RANGE, 3) + _COLORS[kind]
-        ImageDraw.Draw(picture).polygon(corners, fill=tuple(color.clip(0, 255).astype(int).tolist()))
-        ImageDraw.Draw(labels).polygon(corners, fill=kind + 2)
-        shapes.append({"category_id": kind + 1, **_polygon(corners)})
-    return picture, labels, shapes
+        shape = int(rng.integers(len(_SHAPES)))
+        corners = _corners(shape, x, y, radius, rng.uniform(0, 2 * math.pi))
+        color = rng.uniform(-_COLOR_RANGE, _COLOR_RANGE, 3) + _COLORS[shape]
+        ImageDraw.Draw(image).polygon(corners, fill=tuple(color.clip(0, 255).astype(int).tolist()))
+        ImageDraw.Draw(labels).polygon(corners, fill=shape + 2)
+        shapes.append({"category_id": shape + 1, **_polygon(corners)})
+    return image, labels, shapes
 
 
-def _corners(kind: int, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
-    """Corners of a regular polygon; a circle has many."""
-    count = {"circle": 40, "square": 4, "triangle": 3}[_SHAPES[kind]]
+def _corners(shape: int, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
+    """Return the corners of a regular polygon; a circle has 40."""
+    count = {"circle": 40, "square": 4, "triangle": 3}[_SHAPES[shape]]
     angles = (turn + 2 * math.pi * corner / count for corner in range(count))
     return [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles]
 
 
 def _polygon(corners: list[tuple[float, float]]) -> dict[str, Any]:
-    """A polygon as COCO has it, its box [x, y, width, height], and its area by the shoelace formula."""
+    """Return a polygon in COCO's format, with its box [x, y, width, height] and its area by the shoelace formula."""
     xs, ys = zip(*corners, strict=True)
     shifted = [*corners[1:], corners[0]]
     area = abs(sum(x * next_y - next_x * y for (x, y), (next_x, next_y) in zip(corners, shifted, strict=True))) / 2
@@ -126,11 +127,11 @@ _MAKERS = {"digits": make_digits, "shapes": make_shapes}
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=_MAKERS, help="which data set")
-    parser.add_argument("folder", type=Path, help="where to write it")
+    parser.add_argument("name", choices=_MAKERS, help="data set to write")
+    parser.add_argument("folder", type=Path, help="new folder to write to")
     args = parser.parse_args(argv)
     if args.folder.exists():
-        print(f"{args.folder} is there already; nothing was written")
+        print(f"{args.folder} already exists; nothing was written")
         return
     _MAKERS[args.name](args.folder)
     print(f"wrote {args.folder}")

@@ -1,24 +1,21 @@
-"""Draw the pictures of the pages: diagrams, published figures, and what assets/benchmarks holds.
+"""Draw the figures of the pages: diagrams, published results, and the measurements in assets/benchmarks.
 
-    python tools/plot.py                                    all of them again, into assets
+    python tools/plot.py                                    all figures, into assets
     python tools/plot.py nat/compute dinat/radar            some of them
-    python tools/plot.py natten/kernels --out output/plots  elsewhere
+    python tools/plot.py natten/kernels --out output/plots  into another folder
 
-Each is written as NAME_light.png and NAME_dark.png. A picture itself says whether its figures were published or
+Each figure is written as NAME_light.png and NAME_dark.png. Its last line states whether the results were published or
 measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pictures.style import places, save, themed, to_png
-from plots import diagrams, measured, published
-from plots.style import COLOURS, DPI, THEMES, settings
+from figures import diagrams, measured, published
+from figures.style import PAGE_COLORS, PAGE_DPI, save, theme_paths, themed, to_png
 from tqdm import tqdm
 
 from natzoo import command_line
@@ -26,7 +23,7 @@ from natzoo import command_line
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _NAT = ("NAT", "Swin", "ConvNeXt")
 _ALL = ("DiNAT", "DiNAT_s", "NAT", "Swin", "ConvNeXt")
-PICTURES = {
+FIGURES = {
     "nat/intro": diagrams.draw_nat_intro,
     "nat/architecture": partial(diagrams.draw_architecture, name="nat_mini"),
     "nat/compute": partial(published.draw_compute, families=_NAT),
@@ -47,23 +44,21 @@ PICTURES = {
 
 
 def draw(name: str, folder: Path) -> None:
-    """Writes a picture in both themes."""
-    for theme, path in places(folder / f"{name}.png", "both").items():
-        with themed(theme, **settings(THEMES[theme])):
-            save(to_png(PICTURES[name](THEMES[theme]), DPI, COLOURS), path)
+    """Write a figure in both themes."""
+    for theme_name, path in theme_paths(folder / f"{name}.png", "both").items():
+        with themed(theme_name) as theme:
+            save(to_png(FIGURES[name](theme), PAGE_DPI, PAGE_COLORS), path)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"pictures; all unless given: {', '.join(PICTURES)}")
-    parser.add_argument(
-        "--out", type=Path, default=ASSETS, metavar="FOLDER", help="where to write; assets unless given"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"figures (default: all): {', '.join(FIGURES)}")
+    parser.add_argument("--out", type=Path, default=ASSETS, metavar="FOLDER", help="output folder (default: assets)")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.names if name not in PICTURES]
-    if unknown:
-        raise ValueError(f"there is no picture {unknown[0]!r}: name some of {', '.join(PICTURES)}.")
-    for name in tqdm(args.names or PICTURES, desc="pictures", unit="picture", disable=None):
+    for name in args.names:
+        if name not in FIGURES:
+            raise ValueError(f"NAME {name!r} is unknown; choose from {', '.join(FIGURES)}.")
+    for name in tqdm(args.names or FIGURES, desc="figures", unit="figure", disable=None):
         draw(name, args.out)
 
 

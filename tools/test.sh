@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs every check: lint, format, tests.
-#   bash tools/test.sh [--all] [PYTEST ARGUMENTS...]     --all: the tests marked slow too
-# Files of tests run side by side, a process a core and four at most, each computing on one thread; -n 0: one by one.
+# Set up .venv and run every check: lint, format, types, tests.
+#   bash tools/test.sh [--all] [PYTEST ARGUMENTS...]     --all: include the tests marked slow
+# Test files run in parallel, with one process per core, at most four, and one thread each. Disable this with -n 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+step() { printf '\n== %s\n' "$*"; }
 
 marker=(-m "not slow")
 if [ "${1:-}" = "--all" ]; then
@@ -11,9 +12,17 @@ if [ "${1:-}" = "--all" ]; then
     shift
 fi
 
+step "setup: install the project with the extras dev and openmmlab"
 bash tools/setup.sh dev openmmlab
 venv=${VENV:-.venv}
+
+step "lint: ruff check"
 "$venv/bin/ruff" check .
+
+step "format: ruff format --check"
 "$venv/bin/ruff" format --check .
+
 export OMP_NUM_THREADS=1
-exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "${marker[@]}" "$@"
+pytest=("$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "${marker[@]}" "$@")
+step "tests: ${pytest[*]}"
+exec "${pytest[@]}"

@@ -1,25 +1,24 @@
-"""Pictures of runs, of what networks attend to, and of neighborhood attention itself.
+"""Plot training runs, attention maps, saliency maps, receptive fields and neighborhood attention itself.
 
     python tools/visualize.py curves output/nat output/dinat --out curves.png
-    python tools/visualize.py attention picture.png ... --checkpoint output/nat/best.pth --out attention.png
-    python tools/visualize.py token picture.png --checkpoint output/dinat/best.pth --point 12,20 --out layers.png
-    python tools/visualize.py token picture.png --checkpoint output/dinat/best.pth --stage 1 --out heads.png
+    python tools/visualize.py attention image.png ... --checkpoint output/nat/best.pth --out attention.png
+    python tools/visualize.py token image.png --checkpoint output/dinat/best.pth --point 12,20 --out layers.png
+    python tools/visualize.py token image.png --checkpoint output/dinat/best.pth --stage 1 --out heads.png
     python tools/visualize.py salient *.jpg --models vit_base_patch16_224 nat_base --pretrained --out salient.png
     python tools/visualize.py receptive-field --models nat_mini dinat_mini --out fields.png
     python tools/visualize.py neighborhood --out neighborhood.gif --theme both
 
---theme both writes NAME_light and NAME_dark. Each command tells its options: python tools/visualize.py COMMAND --help
+With --theme both, two files are written: NAME_light and NAME_dark. For the options of a command, run
+python tools/visualize.py COMMAND --help
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pictures import attention, curves, neighborhood, receptive_field, salient, token
-from pictures.style import places, save, themed, to_png
+from figures import attention, curves, neighborhood, receptive_field, saliency, token
+from figures.style import save, theme_paths, themed, to_png
 
 from natzoo import command_line
 
@@ -27,7 +26,7 @@ COMMANDS = {
     "curves": curves,
     "attention": attention,
     "token": token,
-    "salient": salient,
+    "salient": saliency,
     "receptive-field": receptive_field,
     "neighborhood": neighborhood,
 }
@@ -37,14 +36,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.__doc__, allow_abbrev=False)
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         module.add_options(command)
-        command.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write")
-        command.add_argument("--theme", choices=("light", "dark", "both"), default="light", help="colours of the page")
+        command.add_argument("--out", type=Path, required=True, metavar="FILE", help="output file")
+        command.add_argument("--theme", choices=("light", "dark", "both"), default="light", help="color theme")
     args = parser.parse_args(argv)
     draw = COMMANDS[args.command].prepare(args)
-    for theme, path in places(args.out, args.theme).items():
-        with themed(theme):
+    for name, path in theme_paths(args.out, args.theme).items():
+        with themed(name) as theme:
             drawn = draw(theme)
             content = drawn if isinstance(drawn, bytes) else to_png(drawn)
         save(content, path)

@@ -1,4 +1,4 @@
-# Runs of minutes on two cores: AdamW, one process beside the run that loads pictures. A config adds how long.
+# Short training runs on two CPU cores: AdamW and one data-loading worker. A config adds the number of iterations.
 train_cfg = dict(type="IterBasedTrainLoop")
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

@@ -1,8 +1,8 @@
-# Mask R-CNN with NAT-Mini learns four pictures by heart: a check that all works, from annotations to masks.
-# For any folder in COCO's layout: python detection/train.py THIS --data FOLDER
+# Overfit Mask R-CNN with NAT-Mini on four images, to check the whole chain from annotations to masks:
+# python detection/train.py configs/detection/coco_overfit_mask_rcnn_nat_mini.py --data COCO_DIR
 _base_ = "./mask_rcnn_nat_mini_3x.py"
 
-# Few proposals, for seconds an iteration on two cores.
+# Few proposals, so that an iteration takes seconds on two cores.
 model = dict(
     backbone=dict(drop_path_rate=0.0, init_cfg=None),
     train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))),
@@ -10,12 +10,12 @@ model = dict(
 )
 load, annotations = dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True, with_mask=True)
 resize = dict(type="Resize", scale=(320, 320), keep_ratio=True)
-four = [1, 3, 7, 14]  # of a small part of COCO, pictures without tiny objects
+four = [1, 3, 7, 14]  # images without tiny objects, in a small subset of COCO
 pack = dict(
     type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "instances")
 )
 train_pipeline = [load, annotations, resize, pack]
-test_pipeline = [load, resize, annotations, pack]  # found and true boxes meet at the pictures' own size
+test_pipeline = [load, resize, annotations, pack]  # compare boxes at the original size
 train_dataloader = dict(
     batch_size=2,
     num_workers=1,
@@ -23,7 +23,7 @@ train_dataloader = dict(
     batch_sampler=None,
     dataset=dict(indices=four, pipeline=train_pipeline),
 )
-# The same four pictures, taken through the same filter of those without objects.
+# The same four images: indices count after the same filter for images without objects.
 val_dataloader = dict(
     num_workers=1,
     dataset=dict(

@@ -1,4 +1,4 @@
-# A small Mask R-CNN for the shapes that `python tools/make_data.py shapes data/shapes` draws: minutes on two cores.
+# A small Mask R-CNN for the images of `python tools/make_data.py shapes data/shapes`; trains in minutes on two cores.
 _base_ = "../detection/nuclei_mask_rcnn_nat.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# A small UPerNet for the shapes that `python tools/make_data.py shapes data/shapes` draws: minutes on two cores.
+# A small UPerNet for the images of `python tools/make_data.py shapes data/shapes`; trains in minutes on two cores.
 _base_ = "../segmentation/_base_/upernet_small.py"
 
 model = dict(

@@ -1,5 +1,5 @@
 # Mask2Former, DiNAT-Large, ADE20K semantic: 220 M parameters, 518 GMACs (arXiv:2209.15001).
-# Published: mIoU 58.1 with several scales and flips.
+# Published: mIoU 58.1 (multi-scale).
 _base_ = [
     "./_base_/mask2former.py",
     "mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py",
@@ -37,7 +37,7 @@ val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 sizes = [(4480, side) for side in (320, 480, 640, 800, 960, 1120)]
-# Of the base's pipeline for --tta the sizes alone differ.
+# Replace only the scales in the base's pipeline for --tta.
 _base_.tta_pipeline[1].transforms[0] = [dict(type="Resize", scale=size, keep_ratio=True) for size in sizes]
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.custom_keys))
 default_hooks, visualizer = _base_.two_checkpoints, _base_.tensorboard

@@ -1,5 +1,5 @@
 # Mask2Former, DiNAT-Large, Cityscapes semantic: 220 M parameters, 509 GMACs (arXiv:2209.15001).
-# Published: mIoU 84.5 with several scales and flips.
+# Published: mIoU 84.5 (multi-scale).
 _base_ = [
     "./_base_/mask2former.py",
     "mmseg::mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024.py",
@@ -12,7 +12,7 @@ model = dict(
 )
 
 sizes = [(4096, side) for side in (512, 768, 1024, 1280, 1536, 1792)]
-# Of the base's pipeline for --tta the sizes alone differ.
+# Replace only the scales in the base's pipeline for --tta.
 _base_.tta_pipeline[1].transforms[0] = [dict(type="Resize", scale=size, keep_ratio=True) for size in sizes]
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.custom_keys))
 default_hooks, visualizer = _base_.two_checkpoints, _base_.tensorboard

@@ -1,4 +1,4 @@
-# A small UPerNet for nuclei in microscope pictures: 128 to learn from, minutes on two cores.
+# A small UPerNet for nuclei in microscope images, trained on 128 images in minutes on two cores.
 _base_ = "./_base_/upernet_small.py"
 
 model = dict(
@@ -9,7 +9,7 @@ data_root = "data/nuclei"
 metainfo = dict(classes=["background", "nucleus"], palette=[[0, 0, 0], [255, 160, 0]])
 nuclei = dict(data_root=data_root, metainfo=metainfo, img_suffix=".png")
 load, annotations = dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", reduce_zero_label=True)
-brighten = dict(type="AdjustGamma", gamma=2.0)  # many nuclei have a tenth of the brightness that pixels can have
+brighten = dict(type="AdjustGamma", gamma=2.0)  # many nuclei are dark
 train_pipeline = [
     load,
     annotations,
@@ -17,10 +17,10 @@ train_pipeline = [
     dict(type="RandomResize", scale=(384, 384), ratio_range=(0.75, 1.5), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(256, 256)),
     dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
-    dict(type="PhotoMetricDistortion", brightness_delta=16, hue_delta=4),  # a stain's colour tells what it stained
+    dict(type="PhotoMetricDistortion", brightness_delta=16, hue_delta=4),  # keep the hue of the stain
     dict(type="PackSegInputs"),
 ]
-# Annotations are loaded after the picture is resized: they are compared at its own size.
+# Annotations are loaded after resizing, so predictions are compared at the original size.
 test_pipeline = [
     load,
     brighten,

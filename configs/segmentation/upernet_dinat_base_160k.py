@@ -1,5 +1,5 @@
 # UPerNet, DiNAT-Base: 123 M parameters, 1137 GMACs at 2048x512 (arXiv:2209.15001).
-# Published: ADE20K validation mIoU 49.6, with several scales and flips 50.4.
+# Published: ADE20K validation mIoU 49.6, multi-scale 50.4.
 _base_ = ["./_base_/upernet.py", "./_base_/ade20k_160k.py"]
 
 model = dict(

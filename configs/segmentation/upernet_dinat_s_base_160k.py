@@ -1,5 +1,5 @@
 # UPerNet, DiNAT_s-Base: 121 M parameters, 1173 GMACs at 2048x512 (arXiv:2209.15001).
-# Published: ADE20K validation mIoU 49.4, with several scales and flips 50.2.
+# Published: ADE20K validation mIoU 49.4, multi-scale 50.2.
 _base_ = ["./_base_/upernet.py", "./_base_/ade20k_160k.py"]
 
 model = dict(

@@ -1,6 +1,6 @@
 # UPerNet, DiNAT_s-Large: 234 M parameters, 2466 GMACs at 2560x640 (arXiv:2209.15001).
-# Published: ADE20K validation mIoU 53.4, with several scales and flips 54.6.
-# Crops of 640x640 as in the paper; the configuration published beside it left them at 512x512.
+# Published: ADE20K validation mIoU 53.4, multi-scale 54.6.
+# Crops of 640x640, as in the paper; the configuration published with the code uses 512x512.
 _base_ = ["./_base_/upernet.py", "./_base_/ade20k_640_160k.py"]
 
 model = dict(

@@ -1,5 +1,5 @@
 # UPerNet, DiNAT_s-Small: 81 M parameters, 1030 GMACs at 2048x512 (arXiv:2209.15001).
-# Published: ADE20K validation mIoU 48.6, with several scales and flips 49.9.
+# Published: ADE20K validation mIoU 48.6, multi-scale 49.9.
 _base_ = ["./_base_/upernet.py", "./_base_/ade20k_160k.py"]
 
 model = dict(

@@ -1,5 +1,5 @@
 # UPerNet, DiNAT_s-Tiny: 60 M parameters, 941 GMACs at 2048x512 (arXiv:2209.15001).
-# Published: ADE20K validation mIoU 46.0, with several scales and flips 47.4.
+# Published: ADE20K validation mIoU 46.0, multi-scale 47.4.
 _base_ = ["./_base_/upernet.py", "./_base_/ade20k_160k.py"]
 
 model = dict(

@@ -1,5 +1,5 @@
 # UPerNet, DiNAT-Tiny: 58 M parameters, 934 GMACs at 2048x512 (arXiv:2209.15001).
-# Published: ADE20K validation mIoU 47.8, with several scales and flips 48.8.
+# Published: ADE20K validation mIoU 47.8, multi-scale 48.8.
 _base_ = ["./_base_/upernet.py", "./_base_/ade20k_160k.py"]
 
 model = dict(

@@ -1,5 +1,5 @@
 # UPerNet, NAT-Base: 123 M parameters, 1137 GMACs at 2048x512 (arXiv:2204.07143).
-# Published: ADE20K validation mIoU 48.5, with several scales and flips 49.7.
+# Published: ADE20K validation mIoU 48.5, multi-scale 49.7.
 _base_ = ["./_base_/upernet.py", "./_base_/ade20k_160k.py"]
 
 model = dict(

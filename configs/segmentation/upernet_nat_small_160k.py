@@ -1,5 +1,5 @@
 # UPerNet, NAT-Small: 82 M parameters, 1010 GMACs at 2048x512 (arXiv:2204.07143).
-# Published: ADE20K validation mIoU 48.0, with several scales and flips 49.5.
+# Published: ADE20K validation mIoU 48.0, multi-scale 49.5.
 _base_ = ["./_base_/upernet.py", "./_base_/ade20k_160k.py"]
 
 model = dict(

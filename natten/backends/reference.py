@@ -1,17 +1,18 @@
 """The reference backend: neighborhood attention in plain PyTorch, on any device, in any dtype, for any rank.
 
-Queries are taken in tiles (`geometry.axis_tiles`). Within a tile this is ordinary attention: each query meets each of
-the tile's keys, with a bias that is -inf where the key is outside the query's window. With tiles of one query it is the
-definition to the letter, and the maps of attention weights are made so; longer tiles compute the same numbers with
-matrix products. Memory is linear in tokens x window. Inputs must be finite: a NaN reaches every query of its tile.
+Queries are processed in tiles (`geometry.axis_tiles`). Within a tile this is ordinary attention between all queries and
+all keys of the tile, with a bias of -inf where a key is outside the window of a query. With one query per tile, this is
+the definition itself, and unfused attention works like that. Larger tiles compute the same values with larger matrix
+products. Memory is linear in tokens x window. Inputs must be finite: a NaN spreads to every query of its tile.
 
-Shape suffixes: B batch, X the spatial axes, H heads, d head dim; T tiles of all axes, Q queries and K keys of a tile,
-W keys of a window.
+Shape suffixes: B batch, X the spatial axes, H heads, d head_dim, T tiles (of all axes), Q queries per tile, K keys per
+tile, W keys per window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 
 import torch
@@ -19,14 +20,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natten.geometry import Axis, AxisTiles, axis_tiles
-from natten.precision import accumulation_dtype, no_autocast
 
 NAME = "reference"
 
 
-def refuses(query: Tensor) -> str | None:
-    """Why this backend cannot take a call; the reference takes every one."""
+def unsupported_reason(query: Tensor) -> str | None:
+    """Return None, since the reference backend supports every call."""
     return None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums are accumulated: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def is_autocast(device: str) -> bool:
+    """Return whether autocast is enabled for a device type."""
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch raises for meta
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Return a context that disables autocast on the tensor's device.
+
+    It does nothing where autocast is already off, so that exported graphs have no nested regions.
+    """
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +56,10 @@ def refuses(query: Tensor) -> str | None:
 def attention(
     q_BXHd: Tensor, k_BXHd: Tensor, v_BXHd: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output in the query's dtype and logsumexp of the logits [B, X, H] in the accumulation dtype; differentiable."""
+    """Return the output in the query's dtype, and the logsumexp of the logits [B, X, H] in the accumulation dtype.
+
+    Both are differentiable.
+    """
     with no_autocast(q_BXHd):
         tiles = _tiles(axes, q_BXHd.device)
         *_, v_BTHKd, logits_BTHQK = _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles, scale)
@@ -61,7 +83,7 @@ def attention_backward(
     axes: Sequence[Axis],
     scale: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `attention` from its inputs and outputs alone: [B, X, 3, H, d] for q, k and v, and rpb's."""
+    """Return the gradients of query, key and value as one tensor [B, X, 3, H, d], and that of rpb."""
     with no_autocast(q_BXHd):
         tiles = _tiles(axes, q_BXHd.device)
         q_BTHQd, k_BTHKd, v_BTHKd, logits_BTHQK = _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles, scale)
@@ -74,7 +96,7 @@ def attention_backward(
         grad_out_BTHQd = _to_tiles(grad_out_BXHd, queries)
         delta_BTHQ1 = _to_tiles(delta_BXH.unsqueeze(-1), queries)
         lse_BTHQ1 = _to_tiles(lse_BXH.unsqueeze(-1), queries)
-        # A repeated query must not count twice: no weight on any key.
+        # A repeated query must not count twice; a logsumexp of inf gives it zero weights.
         lse_BTHQ1 = lse_BTHQ1.masked_fill(_is_repeat(tiles), float("inf"))
 
         weight_BTHQK = logits_BTHQK.sub_(lse_BTHQ1).exp_()
@@ -91,14 +113,14 @@ def attention_backward(
 
 
 def _tiles(axes: Sequence[Axis], device: torch.device) -> list[AxisTiles]:
-    """Tiles of K queries, which see 2K - 1 keys on an axis; up to 2.5 K tokens of a residue class are one tile."""
+    """Return tiles of K queries per axis, which see 2K - 1 keys. A residue class of up to 2.5 K tokens is one tile."""
     longest = [-(-axis.length // axis.dilation) for axis in axes]
     sizes = [n if 2 * n <= 5 * axis.kernel_size else axis.kernel_size for axis, n in zip(axes, longest, strict=True)]
     return [axis_tiles(axis, size, device) for axis, size in zip(axes, sizes, strict=True)]
 
 
 def _is_repeat(tiles: Sequence[AxisTiles]) -> Tensor:
-    """Whether a query of a tile is a repetition on any axis, [T, 1, Q, 1]."""
+    """Return whether a query of a tile is a repetition on any axis, [T, 1, Q, 1]."""
     is_repeat_TQ = tiles[0].is_repeat_TQ
     for axis in tiles[1:]:
         is_repeat = is_repeat_TQ[:, None, :, None] | axis.is_repeat_TQ[None, :, None, :]
@@ -107,7 +129,7 @@ def _is_repeat(tiles: Sequence[AxisTiles]) -> Tensor:
 
 
 def _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles: list[AxisTiles], scale: float) -> tuple[Tensor, ...]:
-    """The scaled query, key and value in tiles and the logits between them, in the accumulation dtype."""
+    """Return the scaled query, the key and the value in tiles, and the logits, in the accumulation dtype."""
     dtype = accumulation_dtype(q_BXHd.dtype)
     keys = [axis.key_TK for axis in tiles]
     q_BTHQd = _to_tiles(q_BXHd.to(dtype) * scale, [axis.query_TQ for axis in tiles])
@@ -118,17 +140,20 @@ def _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles: list[AxisTiles], scale: float) -
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention weights apart from values
+# Unfused attention
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def query_key(q_BHXd: Tensor, k_BHXd: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
-    """Unscaled logits [B, H, X, W], keys of a window in row-major order, -inf where a causal window leaves the map."""
+    """Return the unscaled logits [B, H, X, W], with the keys of a window in row-major order.
+
+    Slots of a causal window before the map are -inf.
+    """
     with no_autocast(q_BHXd):
         tiles = _windows(axes, q_BHXd)
         q_BTH1d, k_BTHWd = _to_windows(q_BHXd, tiles, "query_TQ"), _to_windows(k_BHXd, tiles, "key_TK")
         bias_TH1W = _bias(rpb, tiles, q_BTH1d.dtype)
-        # Filled, so that these slots are constant to autograd too.
+        # Filled after the sum, so that autograd treats these slots as constants.
         logits_BTH1W = (q_BTH1d @ k_BTHWd.mT + bias_TH1W).masked_fill(bias_TH1W.isinf(), float("-inf"))
         return _from_windows(logits_BTH1W, tiles, q_BHXd.dtype)
 
@@ -136,7 +161,7 @@ def query_key(q_BHXd: Tensor, k_BHXd: Tensor, rpb: Tensor | None, axes: Sequence
 def query_key_backward(
     grad_BHXW: Tensor, q_BHXd: Tensor, k_BHXd: Tensor, rpb: Tensor | None, axes: Sequence[Axis]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `query_key` for query, key and rpb."""
+    """Return the gradients of query, key and rpb."""
     with no_autocast(q_BHXd):
         tiles = _windows(axes, q_BHXd)
         q_BTH1d, k_BTHWd = _to_windows(q_BHXd, tiles, "query_TQ"), _to_windows(k_BHXd, tiles, "key_TK")
@@ -149,7 +174,10 @@ def query_key_backward(
 
 
 def weight_value(weight_BHXW: Tensor, v_BHXd: Tensor, axes: Sequence[Axis]) -> Tensor:
-    """Sum over each window of weight times value, [B, H, X, d]; slots of a causal window before the map are ignored."""
+    """Return the sums of weight times value over each window, [B, H, X, d].
+
+    Slots of a causal window before the map are ignored.
+    """
     with no_autocast(v_BHXd):
         tiles = _windows(axes, v_BHXd)
         weight_BTH1W = _to_windows(weight_BHXW, tiles, "query_TQ").masked_fill(_is_outside(tiles), 0.0)
@@ -159,7 +187,7 @@ def weight_value(weight_BHXW: Tensor, v_BHXd: Tensor, axes: Sequence[Axis]) -> T
 def weight_value_backward(
     grad_BHXd: Tensor, weight_BHXW: Tensor, v_BHXd: Tensor, axes: Sequence[Axis]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `weight_value` for the weights and the value."""
+    """Return the gradients of the weights and the value."""
     with no_autocast(v_BHXd):
         tiles = _windows(axes, v_BHXd)
         is_void = _is_outside(tiles) | _is_repeat(tiles)
@@ -171,17 +199,21 @@ def weight_value_backward(
 
 
 def _windows(axes: Sequence[Axis], x: Tensor) -> list[AxisTiles]:
-    """Tiles of one query each, which have exactly the keys of its window."""
+    """Return tiles of one query, which contain exactly the keys of its window."""
     return [axis_tiles(axis, 1, x.device) for axis in axes]
 
 
 def _is_outside(tiles: Sequence[AxisTiles]) -> Tensor:
-    """Which slots of a causal window lie before the map, [T, 1, 1, W]."""
+    """Return which slots of a causal window are before the map, [T, 1, 1, W]."""
     return _bias(None, tiles, torch.float32).isinf()
 
 
 def _to_windows(x_BHXd: Tensor, tiles: Sequence[AxisTiles], positions: str) -> Tensor:
-    """[B, T, H, 1 or W, d] in the accumulation dtype; `positions` is the field of the tiles that says where."""
+    """Return x in windows [B, T, H, 1 or W, d], in the accumulation dtype.
+
+    Args:
+        positions: the field of `AxisTiles` with the positions to gather.
+    """
     x_BXHd = x_BHXd.movedim(1, -2).to(accumulation_dtype(x_BHXd.dtype))
     return _to_tiles(x_BXHd, [getattr(axis, positions) for axis in tiles])
 
@@ -202,7 +234,7 @@ def _add_windows(x_BTHWd: Tensor, tiles: Sequence[AxisTiles], like_BHXd: Tensor)
 
 
 def _to_tiles(x_BXHd: Tensor, positions: Sequence[Tensor]) -> Tensor:
-    """Takes from each axis the given positions [tiles, items]: [B, X, H, d] -> [B, T, H, items, d]."""
+    """Gather the given positions [tiles, items] of each axis: [B, X, H, d] -> [B, T, H, items, d]."""
     rank = len(positions)
     batch, heads, dim = x_BXHd.shape[0], x_BXHd.shape[-2], x_BXHd.shape[-1]
     for axis, position in enumerate(positions, start=1):
@@ -213,7 +245,7 @@ def _to_tiles(x_BXHd: Tensor, positions: Sequence[Tensor]) -> Tensor:
 
 
 def _from_tiles(x_BTHQd: Tensor, tiles: Sequence[AxisTiles]) -> Tensor:
-    """The queries of all tiles, each once, back in their places: [B, T, H, Q, d] -> [B, X, H, d]."""
+    """Return the queries of all tiles in the order of the map, without repetitions: [B, T, H, Q, d] -> [B, X, H, d]."""
     x = _join_tiles(x_BTHQd, [axis.query_TQ for axis in tiles])
     for dim, axis in enumerate(tiles, start=1):
         x = x.index_select(dim, axis.place_L)
@@ -221,7 +253,7 @@ def _from_tiles(x_BTHQd: Tensor, tiles: Sequence[AxisTiles]) -> Tensor:
 
 
 def _add_tiles(x_BTHKd: Tensor, positions: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """Sums what the tiles hold for each position, the adjoint of `_to_tiles`: [B, T, H, K, d] -> [B, X, H, d]."""
+    """Sum the values of all tiles per position, the adjoint of `_to_tiles`: [B, T, H, K, d] -> [B, X, H, d]."""
     x = _join_tiles(x_BTHKd, positions)
     for dim, position in enumerate(positions, start=1):
         total = x.new_zeros(*x.shape[:dim], shape[dim], *x.shape[dim + 1 :])
@@ -230,7 +262,7 @@ def _add_tiles(x_BTHKd: Tensor, positions: Sequence[Tensor], shape: Sequence[int
 
 
 def _join_tiles(x_BTHQd: Tensor, positions: Sequence[Tensor]) -> Tensor:
-    """[B, T, H, items, d] -> [B, tiles x items of each axis, H, d]."""
+    """Reshape [B, T, H, items, d] to [B, tiles x items of each axis, H, d]."""
     rank = len(positions)
     batch, _, heads, _, dim = x_BTHQd.shape
     x = x_BTHQd.reshape(batch, *(p.shape[0] for p in positions), heads, *(p.shape[1] for p in positions), dim)
@@ -245,7 +277,7 @@ def _join_tiles(x_BTHQd: Tensor, positions: Sequence[Tensor]) -> Tensor:
 
 
 def _bias(rpb: Tensor | None, tiles: Sequence[AxisTiles], dtype: torch.dtype) -> Tensor:
-    """The bias of each pair [T, H, Q, K] (H is 1 without rpb), -inf where the key is outside the window."""
+    """Return the bias of each pair [T, H, Q, K], -inf where the key is outside the window; H is 1 without rpb."""
     rank = len(tiles)
     if rpb is None:
         table = torch.zeros((1, *(axis.outside for axis in tiles)), dtype=dtype, device=tiles[0].key_TK.device)
@@ -261,7 +293,7 @@ def _bias(rpb: Tensor | None, tiles: Sequence[AxisTiles], dtype: torch.dtype) ->
 
 
 def _add_bias(grad_THQK: Tensor, tiles: Sequence[AxisTiles], rpb: Tensor) -> Tensor:
-    """Sums what each entry of the table received, the adjoint of `_bias`: [T, H, Q, K] -> rpb's shape and dtype."""
+    """Sum the gradient of each table entry, the adjoint of `_bias`: [T, H, Q, K] -> rpb's shape and dtype."""
     rank, heads = len(tiles), rpb.shape[0]
     order = _pair_order(rank)
     sizes = (heads, *(size for axis in tiles for size in axis.bias_TQK.shape))
@@ -275,6 +307,6 @@ def _add_bias(grad_THQK: Tensor, tiles: Sequence[AxisTiles], rpb: Tensor) -> Ten
 
 
 def _pair_order(rank: int) -> tuple[int, ...]:
-    """Dimensions [H, then tiles, queries, keys of each axis] put in the order [tiles.., H, queries.., keys..]."""
+    """Return the permutation from [H, tiles, queries, keys of each axis] to [tiles.., H, queries.., keys..]."""
     tiles, queries, keys = (range(first, 3 * rank + 1, 3) for first in (1, 2, 3))
     return (*tiles, 0, *queries, *keys)

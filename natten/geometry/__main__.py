@@ -1,10 +1,10 @@
-"""Draws the windows of a problem, as text and, with --out, as a picture.
+"""Print the windows of a problem as text, and with --out draw them as a picture.
 
     python -m natten.geometry --size 12x12 --kernel-size 5 --dilation 2 --query 3,4
     python -m natten.geometry --size 16 --kernel-size 6 --stride 3 --causal
     python -m natten.geometry --size 4x8x8 --kernel-size 3x5x5 --causal 0 --query 2,4,4 --query 3,0,0 --out windows.png
 
-Sizes are one number, or one an axis: 1 to 3 axes. A 1-D problem is drawn with a row for each query.
+Sizes are a single number or one per axis, for 1 to 3 axes. A 1-D problem is drawn with one row per query.
 """
 
 from __future__ import annotations
@@ -14,20 +14,39 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from natten.command_line import Parser, causal_axes, numbers
-from natten.geometry import Axis, drawing, make_axes
+from natten.checks import make_axes
+from natten.geometry import Axis, drawing
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Parse a single number, or one per axis, such as "7" or "56x56"."""
+    try:
+        return tuple(int(word) for word in text.replace("x", ",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or numbers such as 12x12") from None
+
+
+def parse_causal(axes: Sequence[int] | None, rank: int) -> tuple[bool, ...]:
+    """Return which axes are causal for the option ``--causal [AXIS ...]``: without axes, all of them.
+
+    Raises:
+        ValueError: if it names an axis that does not exist.
+    """
+    if axes and not set(axes) <= set(range(rank)):
+        raise ValueError(f"--causal names axes {axes}, but --size has axes 0 to {rank - 1}")
+    return tuple(axes is not None and (not axes or axis in axes) for axis in range(rank))
 
 
 def problem(args: argparse.Namespace) -> tuple[Axis, ...]:
-    """The axes that the options ask for.
+    """Return the axes that the options describe.
 
     Raises:
-        ValueError: where they make no problem.
+        ValueError: if they are invalid.
     """
     rank = len(args.size)
     if rank > 3:
-        raise ValueError(f"--size has {rank} axes, but neighborhood attention has 1 to 3.")
-    causal = causal_axes(args.causal, rank)
+        raise ValueError(f"--size has {rank} axes; use 1 to 3")
+    causal = parse_causal(args.causal, rank)
     window = (values[0] if len(values) == 1 else values for values in (args.kernel_size, args.stride, args.dilation))
     axes = make_axes(args.size, *window, causal)
     for query in filter(None, args.query):
@@ -35,12 +54,12 @@ def problem(args: argparse.Namespace) -> tuple[Axis, ...]:
             0 <= position < axis.length for position, axis in zip(query, axes, strict=True)
         ):
             shown = ",".join(map(str, query)), "x".join(map(str, args.size))
-            raise ValueError("--query {} is no token of a map of {} tokens, counted from 0.".format(*shown))
+            raise ValueError("--query {} is not a token of a {} map; positions start at 0".format(*shown))
     return axes
 
 
 def write(figure, path: Path) -> None:
-    """Writes a figure by way of a temporary file, so that what was there is only replaced by a whole picture."""
+    """Write a figure to a temporary file and rename it, so that an existing picture is only replaced by a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
     try:
@@ -51,19 +70,19 @@ def write(figure, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog="python -m natten.geometry", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=numbers, required=True, help="tokens, such as 12x12")
-    parser.add_argument("--kernel-size", type=numbers, required=True, help="tokens a window has")
-    parser.add_argument("--stride", type=numbers, default=(1,), help="queries that share a window")
-    parser.add_argument("--dilation", type=numbers, default=(1,), help="distance between the tokens of a window")
-    parser.add_argument("--causal", type=int, nargs="*", metavar="AXIS", help="causal axes; all of them unless named")
+    parser.add_argument("--size", type=parse_numbers, required=True, help="map size in tokens, such as 12x12")
+    parser.add_argument("--kernel-size", type=parse_numbers, required=True, help="window size in tokens")
+    parser.add_argument("--stride", type=parse_numbers, default=(1,), help="number of queries that share a window")
+    parser.add_argument("--dilation", type=parse_numbers, default=(1,), help="distance between tokens of a window")
+    parser.add_argument("--causal", type=int, nargs="*", metavar="AXIS", help="causal axes; default: all axes")
     parser.add_argument(
-        "--query", type=numbers, action="append", help="token to draw the window of, such as 3,4; may be repeated"
+        "--query", type=parse_numbers, action="append", help="query whose window is drawn, such as 3,4; repeatable"
     )
     parser.add_argument("--out", type=Path, metavar="PNG", help="picture to write")
-    parser.add_argument("--theme", choices=drawing.PALETTES, default="light", help="colours of the picture")
+    parser.add_argument("--theme", choices=drawing.PALETTES, default="light", help="color theme of the picture")
     args = parser.parse_args(argv)
     args.query = args.query or [None]
     try:

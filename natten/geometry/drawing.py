@@ -1,4 +1,4 @@
-"""The windows of a problem, as text and as pictures; those alone need matplotlib."""
+"""Draw the windows of a problem, as text and as figures. Only the figures require matplotlib."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from natten.geometry import Axis, axis_tiles
 
 
 class Part(IntEnum):
-    """What a token is to a query."""
+    """Role of a token for a query."""
 
     OTHER = 0
-    SAME_CLASS = 1  # where there is dilation: of the query's residue class on each axis, so that it could be seen
-    SHARES = 2  # a query that a stride gives the same window, but no key: later, on a causal axis
-    KEY = 3  # in the query's window
-    KEY_SHARES = 4  # both
+    SAME_CLASS = 1  # with dilation: in the query's residue class, but outside its window
+    SHARES = 2  # with stride: in the query's stride group, but not a key (causal axes only)
+    KEY = 3
+    KEY_SHARES = 4  # with stride: key in the query's stride group
     QUERY = 5
 
 
 SYMBOLS = ".:o#@Q"
 MEANINGS = (
     "outside the window",
-    "outside the window, but of the query's residue class",
-    "query that shares the window, not a key",
-    "key: in the query's window",
-    "key and query that shares the window",
+    "outside the window, same residue class",
+    "same stride group, not a key",
+    "key",
+    "key, same stride group",
     "query",
 )
 
 
 class Palette(NamedTuple):
-    """Colours of a theme: of the page, of writing, and of each `Part`."""
+    """Colors of a theme: background, text, and one per `Part`."""
 
     page: str
     ink: str
@@ -49,12 +49,12 @@ PALETTES = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which token plays which part
+# Roles of the tokens
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def axis_window(axis: Axis, position: int) -> tuple[list[int], list[int]]:
-    """The keys that a query sees along an axis, and the entry of the bias table that each of them takes."""
+    """Return the keys of a query along an axis, and the bias table entry of each key."""
     tiles = axis_tiles(axis, 1)
     tile = tiles.place_L[position]
     is_key = tiles.bias_TQK[tile, 0] != tiles.outside
@@ -62,7 +62,7 @@ def axis_window(axis: Axis, position: int) -> tuple[list[int], list[int]]:
 
 
 def parts_of(axes: Sequence[Axis], query: Sequence[int]) -> Tensor:
-    """The `Part` of each token of the map, int64 [*space]."""
+    """Return the `Part` of each token of the map for a query, int64 [*space]."""
     pairs = list(zip(axes, query, strict=True))
     is_key = _box(axes, [axis_window(axis, position)[0] for axis, position in pairs])
     parts = torch.full(is_key.shape, Part.OTHER)
@@ -70,14 +70,14 @@ def parts_of(axes: Sequence[Axis], query: Sequence[int]) -> Tensor:
         parts[_box(axes, [_residue_class(axis, position) for axis, position in pairs])] = Part.SAME_CLASS
     parts[is_key] = Part.KEY
     if any(axis.stride > 1 for axis in axes):
-        shares = _box(axes, [_group(axis, position) for axis, position in pairs])
+        shares = _box(axes, [_stride_group(axis, position) for axis, position in pairs])
         parts[shares] = torch.where(is_key, Part.KEY_SHARES, Part.SHARES)[shares]
     parts[tuple(query)] = Part.QUERY
     return parts
 
 
 def _box(axes: Sequence[Axis], positions: Sequence[Sequence[int]]) -> Tensor:
-    """Where a map has these positions on all axes, bool [*space]."""
+    """Return a mask of the product of positions, bool [*space]."""
     box = torch.zeros([axis.length for axis in axes], dtype=torch.bool)
     box[torch.meshgrid(*map(torch.tensor, positions), indexing="ij")] = True
     return box
@@ -87,26 +87,32 @@ def _residue_class(axis: Axis, position: int) -> range:
     return range(position % axis.dilation, axis.length, axis.dilation)
 
 
-def _group(axis: Axis, position: int) -> list[int]:
-    """The queries that a stride gives the same window, `position` among them."""
+def _stride_group(axis: Axis, position: int) -> list[int]:
+    """Return the queries that share a window because of the stride, including `position`."""
     number = position // axis.dilation // axis.stride
     return [p for p in _residue_class(axis, position) if p // axis.dilation // axis.stride == number]
 
 
-def middle(axes: Sequence[Axis]) -> tuple[int, ...]:
-    """The token in the middle of a map."""
+def center(axes: Sequence[Axis]) -> tuple[int, ...]:
+    """Return the token at the center of a map."""
     return tuple(axis.length // 2 for axis in axes)
 
 
 def planes(axes: Sequence[Axis], query: Sequence[int] | None) -> list[tuple[str, Tensor]]:
-    """A problem as titled maps of `Part`s [rows, columns].
+    """Split a problem into 2-D maps of `Part`s.
 
-    1-D: one map, a row for each query, or for the one given. 2-D: the map. 3-D: each plane of the first axis with keys.
+    Args:
+        axes: 1 to 3 axes.
+        query: token whose window is shown. If None: the center, or every query in 1-D.
+
+    Returns:
+        Titles and maps [rows, columns]. 1-D: one map with one row per query. 2-D: the map. 3-D: one map per plane of
+        the first axis that contains keys.
     """
     if len(axes) == 1:
         queries = [query] if query else [(position,) for position in range(axes[0].length)]
-        return [("a row for each query", torch.stack([parts_of(axes, q) for q in queries]))]
-    query = query or middle(axes)
+        return [("one row per query", torch.stack([parts_of(axes, q) for q in queries]))]
+    query = query or center(axes)
     parts = parts_of(axes, query)
     if len(axes) == 2:
         return [(f"query {_join(query)}", parts)]
@@ -124,7 +130,7 @@ def _join(values: Sequence[Any], between: str = ", ") -> str:
 
 
 def describe(axes: Sequence[Axis]) -> str:
-    """A problem in one line."""
+    """Describe a problem in one line."""
     lengths, *window, causal = zip(*axes, strict=True)
     names = ("kernel_size", "stride", "dilation")
     values = [f"{name} {_join(v if len(set(v)) > 1 else v[:1], 'x')}" for name, v in zip(names, window, strict=True)]
@@ -134,19 +140,24 @@ def describe(axes: Sequence[Axis]) -> str:
 
 
 def to_text(axes: Sequence[Axis], queries: Sequence[Sequence[int] | None] = (None,)) -> str:
-    """A problem as maps of `SYMBOLS`, with what they mean, and the keys and bias entries along each axis."""
+    """Format a problem as maps of `SYMBOLS` with a legend, and the keys and bias entries along each axis.
+
+    Args:
+        axes: 1 to 3 axes.
+        queries: tokens whose windows are shown; see `planes` for None.
+    """
     lines, seen = [describe(axes)], set()
     for query in queries:
         for title, parts in planes(axes, query):
             lines += ["", title, *_grid(parts, first_row=query[0] if query and len(axes) == 1 else 0)]
             seen.update(parts.unique().tolist())
         if query or len(axes) > 1:
-            lines += ["", *_axis_lines(axes, query or middle(axes))]
+            lines += ["", *_axis_lines(axes, query or center(axes))]
     return "\n".join([*lines, "", *(f"{SYMBOLS[part]} {MEANINGS[part]}" for part in sorted(seen, reverse=True))])
 
 
 def _grid(parts: Tensor, first_row: int) -> list[str]:
-    """Rows and columns with their numbers, columns in two-digit cells where they need them."""
+    """Format a map with row and column numbers."""
     rows, columns = parts.shape
     width = len(str(columns - 1)) + 1
     margin = len(str(first_row + rows - 1))
@@ -167,12 +178,21 @@ def _axis_lines(axes: Sequence[Axis], query: Sequence[int]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Figures
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def draw_parts(axes: Any, parts: Tensor, palette: Palette) -> Any:
-    """Draws a map of `Part`s [rows, columns] on matplotlib's axes, a square for each token; returns the QuadMesh."""
+    """Draw one square per token.
+
+    Args:
+        axes: matplotlib axes.
+        parts: map of `Part`s [rows, columns].
+        palette: colors.
+
+    Returns:
+        The matplotlib QuadMesh.
+    """
     from matplotlib.colors import ListedColormap
 
     rows, columns = parts.shape
@@ -187,7 +207,7 @@ def draw_parts(axes: Any, parts: Tensor, palette: Palette) -> Any:
 
 
 def add_legend(figure: Any, seen: Iterable[int], palette: Palette, ncols: int) -> None:
-    """Says under a figure what the colours mean."""
+    """Add a legend of the `Part`s in `seen` below a figure."""
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=palette.parts[part], label=MEANINGS[part]) for part in sorted(seen, reverse=True)]
@@ -197,20 +217,28 @@ def add_legend(figure: Any, seen: Iterable[int], palette: Palette, ncols: int) -
 
 
 def draw(axes: Sequence[Axis], queries: Sequence[Sequence[int] | None] = (None,), theme: str = "light") -> Any:
-    """A figure of a problem: `planes` of each query side by side.
+    """Draw the `planes` of each query side by side.
+
+    Args:
+        axes: 1 to 3 axes.
+        queries: tokens whose windows are drawn; see `planes` for None.
+        theme: key of `PALETTES`.
+
+    Returns:
+        A matplotlib figure.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install matplotlib.") from error
+        raise ModuleNotFoundError("matplotlib is required to draw figures; run: pip install matplotlib") from error
     palette = PALETTES[theme]
     maps = list(itertools.chain.from_iterable(planes(axes, query) for query in queries))
     rows, columns = maps[0][1].shape
     height = min(max(3.4 * rows / columns, 0.5), 8.0)
-    figure = Figure((max(3.4 * len(maps), 4.8), height + 1.6), dpi=150, layout="constrained", facecolor=palette.page)
+    figure = Figure((max(3.4 * len(maps), 4.8), height + 1.6), dpi=150, layout="compressed", facecolor=palette.page)
     figure.suptitle(describe(axes), color=palette.ink, fontsize=11)
     for panel, (title, parts) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
         draw_parts(panel, parts, palette)

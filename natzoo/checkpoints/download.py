@@ -1,8 +1,8 @@
-"""Fetching weight files over the net: whole or not at all, once for all processes, and never another file unseen.
+"""Download files reliably: complete or not at all, once for all processes, with a hash check.
 
-A transfer goes into `NAME.partial` beside its target. What is there after a failure is continued, if the server still
-has the same file; a hash is checked before the file gets its name. Where nobody published a hash, that of the first
-download is recorded in `NAME.sha256` and holds from then on.
+A transfer is written to `NAME.partial` next to its target. After a failure the next attempt resumes it, if the server
+still has the same file. The hash is checked before the file gets its final name. If no hash is published, the one of
+the first download is recorded in `NAME.sha256` and required from then on.
 """
 
 from __future__ import annotations
@@ -26,48 +26,50 @@ from tqdm import tqdm
 
 from natzoo.checkpoints.write import write_atomically
 
-TRIES = 4  # of each address
-PAUSE_S = 1.0  # before the second try; each further one waits twice as long
-STALL_S = 30.0  # without a byte
-_PIECE = 1 << 20
-_OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP}
+TRIES = 4  # per URL
+PAUSE_S = 1.0  # before the second try; doubles with each further one
+STALL_S = 30.0  # timeout without any data
+_CHUNK = 1 << 20
+_LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP}
 _AGENT = "natzoo"
 
 
 class DownloadError(OSError):
-    """No address gave the file; the text says why, and how to get it by hand."""
+    """No URL provided the file; the message states the reasons and how to download it manually."""
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: NATZOO_CACHE_DIR, else natzoo in XDG_CACHE_HOME or ~/.cache.
+    """Return the folder for downloads: NATZOO_CACHE_DIR, else natzoo in XDG_CACHE_HOME or ~/.cache.
 
     Raises:
-        FileNotFoundError: if none of these is set, and this user has no home.
+        FileNotFoundError: if neither variable is set and the user has no home folder.
     """
     chosen = os.environ.get("NATZOO_CACHE_DIR")
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
         return Path(chosen or base / "natzoo").expanduser().absolute()
     except RuntimeError as error:
-        raise FileNotFoundError("there is no home folder for downloads: set NATZOO_CACHE_DIR to a folder.") from error
+        raise FileNotFoundError(
+            "NATZOO_CACHE_DIR is not set and there is no home folder; set it to a folder for downloads."
+        ) from error
 
 
 def fetch(urls: Sequence[str], path: Path, sha256: str | None = None, size: int = 0) -> Path:
-    """The file of that path, downloaded first if it is not there.
+    """Return a file, after downloading it if it does not exist.
 
     Args:
-        urls: where it can be got, tried in order.
-        path: where it is to be; folders that are missing are made for this user alone.
-        sha256: its hash in hexadecimal digits; None to trust the first download.
-        size: about how many bytes it has, for the message; 0 if nobody knows.
+        urls: sources, tried in order.
+        path: the target. Missing folders are created, accessible to this user only.
+        sha256: expected hash, hexadecimal; None to trust the first download.
+        size: approximate size in bytes, for messages; 0 if unknown.
 
     Raises:
-        DownloadError: if no address gives it.
-        OSError: if the folder cannot be written; one that has the file needs not be.
-        ValueError: if the file there, or what came, has another hash.
+        DownloadError: if no URL provides the file.
+        OSError: if the folder is not writable; it need not be if it contains the file.
+        ValueError: if an existing file has another hash.
     """
     if not path.exists():
-        with _only_one(path):
+        with _locked(path):
             if not path.exists():
                 _download(urls, path, sha256, size)
                 return path
@@ -76,32 +78,36 @@ def fetch(urls: Sequence[str], path: Path, sha256: str | None = None, size: int 
 
 
 def check(path: Path, sha256: str | None = None) -> str:
-    """The hash of a downloaded file.
+    """Check the hash of a downloaded file and return it.
+
+    Args:
+        path: the file.
+        sha256: expected hash, hexadecimal; None for the one recorded by the download, if any.
 
     Raises:
-        ValueError: if it is neither the one given nor, without one, the one recorded when the file came.
+        ValueError: if the file has another hash.
     """
     expected = sha256 or recorded_sha256(path)
     found = sha256_of(path)
     if expected and found != expected:
-        raise ValueError(f"{path} has changed or is damaged: its sha256 is {found}, not {expected}; delete it.")
+        raise ValueError(f"{path} has changed or is damaged: its sha256 is {found} instead of {expected}; delete it.")
     return found
 
 
 def recorded_sha256(path: Path) -> str | None:
-    """The hash that a file had when it was downloaded; None if it came in another way."""
-    record = _beside(path, ".sha256")
+    """Return the hash recorded when a file was downloaded; None if there is none."""
+    record = _sibling(path, ".sha256")
     return record.read_text().strip() if record.exists() else None
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file in hexadecimal digits."""
+    """Return the hash of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One file
+# Transfers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -109,109 +115,109 @@ def _download(urls: Sequence[str], path: Path, sha256: str | None, size: int) ->
     failures = []
     for url in urls:
         try:
-            partial = _transfer_with_patience(url, path)
+            partial = _transfer_with_retries(url, path)
         except (OSError, HTTPException, ValueError) as error:
             failures.append(f"{url}: {_reason(error)}")
             continue
         found = sha256_of(partial)
         if sha256 and found != sha256:
             _forget(path)
-            failures.append(f"{url}: it gave a file with sha256 {found} instead of {sha256}")
+            failures.append(f"{url}: the file has sha256 {found} instead of {sha256}")
             continue
-        write_atomically(_beside(path, ".sha256"), lambda file, found=found: file.write(f"{found}\n".encode()))
+        _write_text(_sibling(path, ".sha256"), f"{found}\n")
         os.replace(partial, path)
         _forget(path)
         return
     about = f" (about {size / 1e6:.0f} MB)" if size else ""
     raise DownloadError(
-        f"{path.name} could not be downloaded ({'; '.join(failures)}). To get it by hand, download {urls[0]}{about} "
-        f"and put it at {path}."
+        f"{path.name} could not be downloaded ({'; '.join(failures)}). To download it manually, save "
+        f"{urls[0]}{about} as {path}."
     )
 
 
-def _transfer_with_patience(url: str, path: Path) -> Path:
-    """Tries again after what may pass: a broken or stalled connection, a server that is busy."""
+def _transfer_with_retries(url: str, path: Path) -> Path:
+    """Transfer a file; retry after temporary failures: a broken or stalled connection, a busy server."""
     for attempt in range(TRIES):
         try:
             return _transfer(url, path)
         except (OSError, HTTPException) as error:
-            if not _may_pass(error) or attempt == TRIES - 1:
+            if not _is_temporary(error) or attempt == TRIES - 1:
                 raise
-            tqdm.write(f"{path.name}: {_reason(error)}; trying again", file=sys.stderr)
+            tqdm.write(f"{path.name}: {_reason(error)}; retrying", file=sys.stderr)
             time.sleep(PAUSE_S * 2**attempt)
     raise AssertionError("the last try returns or raises")
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_temporary(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500 or error.code in (408, 429)
-    if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
+    if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
         return False
     reason = getattr(error, "reason", None)
-    return not (isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME)  # no net, or no such host
+    return not (isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME)  # no network or no such host
 
 
 def _transfer(url: str, path: Path) -> Path:
-    """Path of the complete partial file.
+    """Transfer a file, resuming an earlier attempt if possible, and return the path of the complete partial file.
 
     Raises:
-        OSError, HTTPException: if the connection fails or ends early; what came is kept.
-        ValueError: if what the server gives is a web page.
+        OSError, HTTPException: if the connection fails or ends early; the received data is kept.
+        ValueError: if the server sends a web page.
     """
-    partial, origin = _beside(path, ".partial"), _beside(path, ".partial.json")
-    offset, validator = _state(url, partial, origin)
+    partial, origin = _sibling(path, ".partial"), _sibling(path, ".partial.json")
+    offset, validator = _resumable(url, partial, origin)
     headers = {"User-Agent": _AGENT}
     if offset:
         headers |= {"Range": f"bytes={offset}-", "If-Range": validator}
     try:
-        opener = urllib.request.build_opener(_StaysEncrypted)
+        opener = urllib.request.build_opener(_KeepHTTPS)
         response = opener.open(urllib.request.Request(url, headers=headers), timeout=STALL_S)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # the file has become shorter: begin anew at the next try
+        if error.code == 416:  # the file is now shorter: start over on the next try
             _forget(path)
-            raise ConnectionError("the server has another file than before") from error
+            raise ConnectionError("the file on the server has changed") from error
         raise
     with response:
         if response.headers.get_content_type() == "text/html":
-            raise ValueError("the server gives a web page instead of the file")
+            raise ValueError("the server sent a web page instead of the file")
         if response.status == 206 and not _continues(response, offset):
             _forget(path)
-            raise ConnectionError("the server sends another part of the file than the one asked for")
+            raise ConnectionError("the server sent another part of the file than requested")
         if response.status != 206:
             offset = 0
         total = _total(response, offset)
-        with open(partial, "ab" if offset else "wb", opener=_not_through_links) as file:
-            if not offset:  # only now: what an older version left is gone
-                _note(response, url, origin)
+        with open(partial, "ab" if offset else "wb", opener=_open_without_links) as file:
+            if not offset:  # only now, when the data of an older version is gone
+                _write_origin(response, url, origin)
             received = offset + _copy(response, file, offset, total, path.name)
             file.flush()
             os.fsync(file.fileno())
     if total is not None and received != total:
-        raise ConnectionError(f"the connection ended after {received} of {total} bytes")
+        raise ConnectionError(f"the connection closed after {received} of {total} bytes")
     return partial
 
 
-class _StaysEncrypted(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection from https to http: where nobody published a hash, the connection alone vouches."""
+class _KeepHTTPS(urllib.request.HTTPRedirectHandler):
+    """Refuse redirects from https to http: without a published hash, only the connection protects the file."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if req.type == "https" and not newurl.startswith("https:"):
-            raise ValueError(f"the server leads from https to {newurl}, where anybody could change the file")
+            raise ValueError(f"the server redirects from https to {newurl}, which is not encrypted")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _copy(response: HTTPResponse, file, offset: int, total: int | None, title: str) -> int:
     received = 0
     with tqdm(desc=title, initial=offset, total=total, unit="B", unit_scale=True, disable=None) as bar:
-        while piece := response.read(_PIECE):
-            file.write(piece)
-            received += len(piece)
-            bar.update(len(piece))
+        while chunk := response.read(_CHUNK):
+            file.write(chunk)
+            received += len(chunk)
+            bar.update(len(chunk))
     return received
 
 
 def _continues(response: HTTPResponse, offset: int) -> bool:
-    """Whether a part of a file is the rest from `offset` on."""
+    """Return whether a partial response starts at `offset`."""
     content_range = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     return content_range is not None and int(content_range[1]) == offset
 
@@ -221,11 +227,11 @@ def _total(response: HTTPResponse, offset: int) -> int | None:
     return None if length is None else offset + int(length)
 
 
-# What is known of a partial file: its address, and by what the server tells it from other versions.
+# The origin of a partial file: its URL, and the validator by which the server identifies this version.
 
 
-def _state(url: str, partial: Path, origin: Path) -> tuple[int, str]:
-    """How much of a file is there already, and the server's validator for it; 0 if it cannot be continued."""
+def _resumable(url: str, partial: Path, origin: Path) -> tuple[int, str]:
+    """Return how many bytes a partial file has and its validator; 0 if the transfer cannot be resumed."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(origin.read_text())
         if known["url"] == url and known["validator"]:
@@ -233,52 +239,55 @@ def _state(url: str, partial: Path, origin: Path) -> tuple[int, str]:
     return 0, ""
 
 
-def _note(response: HTTPResponse, url: str, origin: Path) -> None:
+def _write_origin(response: HTTPResponse, url: str, origin: Path) -> None:
     etag = response.headers.get("ETag", "")
     validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
-    known = json.dumps({"url": url, "validator": validator})
-    write_atomically(origin, lambda file: file.write(known.encode()))
+    _write_text(origin, json.dumps({"url": url, "validator": validator}))
 
 
 def _forget(path: Path) -> None:
     for suffix in (".partial", ".partial.json"):
-        _beside(path, suffix).unlink(missing_ok=True)
+        _sibling(path, suffix).unlink(missing_ok=True)
 
 
-def _not_through_links(path: str | os.PathLike, flags: int) -> int:
-    """Opens a file for `open`, but none that a link there leads to."""
+def _open_without_links(path: str | os.PathLike, flags: int) -> int:
+    """Open a file for `open`, but do not follow symbolic links."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _sibling(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
-        return f"the server answers {error.code} {error.reason}"
+        return f"the server returned {error.code} {error.reason}"
     if isinstance(error, TimeoutError):
-        return f"nothing came for {STALL_S:.0f} s"
+        return f"no data for {STALL_S:.0f} s"
     if isinstance(error, urllib.error.URLError):
         return str(error.reason)
     return str(error) or type(error).__name__
 
 
 @contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Lets one process at a time have a file, in a folder that is made if it is missing; the others wait."""
+def _locked(path: Path) -> Iterator[None]:
+    """Create the folder of a file and lock the file; other processes wait."""
     try:
         for missing in reversed([folder for folder in path.parents if not folder.exists()]):
             missing.mkdir(mode=0o700, exist_ok=True)
-        handle = _not_through_links(_beside(path, ".lock"), os.O_RDWR | os.O_CREAT)
+        handle = _open_without_links(_sibling(path, ".lock"), os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        text = f"{path.parent} cannot be written ({error.strerror}): set NATZOO_CACHE_DIR to a folder that can."
+        text = f"{path.parent} is not writable ({error.strerror}); set NATZOO_CACHE_DIR to another folder."
         raise OSError(error.errno, text) from error
     with os.fdopen(handle) as lock:
         try:
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except ModuleNotFoundError:  # Windows: the rename keeps files whole, but two processes may both download
+        except ModuleNotFoundError:  # Windows: two processes may download the same file, but the rename keeps it intact
             pass
         yield

@@ -1,6 +1,7 @@
-"""Names of weights: the published layout, which all models here have, and that of Hugging Face, both ways.
+"""Convert names of weights between the published layout and those of Hugging Face and detectron2.
 
-Only names change, but that Hugging Face keeps query, key and value apart and both layer scales of a block together.
+All models of natzoo use the published names. Hugging Face's layout differs in names, and in two values per block:
+query, key and value are separate, and both layer scales are one tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# Published -> Hugging Face, in a block and outside. natzoo.hf tells transformers the same of a block.
+# Published -> Hugging Face, inside a block and outside. natzoo.hf registers BLOCK, HF_SCALES and QKV with transformers.
 BLOCK = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -32,7 +33,7 @@ QKV = ("query", "key", "value")
 
 
 def is_hf(names: Iterable[str]) -> bool:
-    """Whether weights have the names of Hugging Face's Nat or Dinat."""
+    """Return whether weights have the names of Hugging Face's Nat or Dinat."""
     return any("embeddings.patch_embeddings.projection" in name for name in names)
 
 
@@ -42,14 +43,14 @@ def is_hf(names: Iterable[str]) -> bool:
 
 
 def to_hf(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Weights of a classifier or backbone under Hugging Face's names.
+    """Convert the weights of a classifier or backbone to Hugging Face's names.
 
     Args:
-        weights: of any family, under their published names.
-        prefix: "nat." or "dinat."; "" for a backbone, which has none.
+        weights: weights of any model family, under their published names.
+        prefix: "nat." or "dinat."; "" for a backbone.
 
     Raises:
-        ValueError: naming a weight that no family has.
+        ValueError: if a weight belongs to no family; names it.
     """
     renamed = {}
     for name, value in weights.items():
@@ -62,7 +63,7 @@ def to_hf(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _hf_parts(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
-    """New names of a weight, and what goes under them."""
+    """Return the new names of a weight with their values."""
     stage_norm = re.fullmatch(r"norm(\d)\.(\w+)", name)
     if stage_norm:
         return [(f"hidden_states_norms.stage{int(stage_norm[1]) + 1}.{stage_norm[2]}", value)]
@@ -88,7 +89,7 @@ def _join_scales(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             layer = name.removesuffix("gamma1")
             other = weights.get(f"{layer}gamma2")
             if other is None or other.shape != value.shape:
-                raise ValueError(f"{name} comes without a gamma2 of its shape.")
+                raise ValueError(f"{name} has no matching gamma2 of the same shape.")
             joined[layer + HF_SCALES] = torch.stack([value, other])
         elif not name.endswith(".gamma2"):
             joined[name] = value
@@ -101,10 +102,10 @@ def _join_scales(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_hf(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of Hugging Face's Nat or Dinat, model, classifier or backbone, under their published names.
+    """Convert the weights of Hugging Face's Nat or Dinat (model, classifier or backbone) to their published names.
 
     Raises:
-        ValueError: naming a weight that those have not, or not in that shape.
+        ValueError: if a weight is unknown or has an unexpected shape; names it.
     """
     weights = {re.sub(r"^(?:nat|dinat)\.", "", name): value for name, value in weights.items()}
     block_name = _block_name(weights)
@@ -136,7 +137,7 @@ def from_hf(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _split_scales(name: str, scales: Tensor) -> tuple[Tensor, ...]:
     if scales.dim() != 2 or len(scales) != 2:
-        raise ValueError(f"{name} has shape {tuple(scales.shape)}, but must hold two rows, one a branch.")
+        raise ValueError(f"{name} has shape {tuple(scales.shape)}, but must have two rows, one per branch.")
     return scales.unbind()
 
 
@@ -144,12 +145,12 @@ def _join_qkv(query: str, weights: dict[str, Tensor]) -> Tensor:
     names = [query.replace(".query.", f".{n}.") for n in QKV]
     shapes = {tuple(weights[name].shape) if name in weights else None for name in names}
     if len(shapes) > 1 or shapes == {()}:
-        raise ValueError(f"{query} comes without a key and a value of its shape.")
+        raise ValueError(f"{query} has no matching key and value of the same shape.")
     return torch.cat([weights[name] for name in names])
 
 
 def _block_name(weights: dict[str, Tensor]) -> str:
-    """How the family calls its blocks, which tells by its first convolution."""
+    """Return the pattern of block names, which depends on the family; the first convolution identifies it."""
     projection = weights.get("embeddings.patch_embeddings.projection.weight")
     if projection is None:  # two convolutions: NAT, DiNAT
         return "levels.{stage}.blocks.{block}."
@@ -160,4 +161,88 @@ def _rename(name: str, names: dict[str, str]) -> str:
     for old, new in names.items():
         if name == old or name.startswith(f"{old}."):
             return new + name.removeprefix(old)
-    raise ValueError(f"{name} is no weight of a Neighborhood Attention Transformer.")
+    raise ValueError(f"{name} is not a weight of a Neighborhood Attention Transformer.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From Mask2Former in detectron2 to mmdet and mmseg
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Regular expressions for names in detectron2's head, and their replacements.
+_PIXEL = r"sem_seg_head\.pixel_decoder\."
+_PREDICTOR = r"sem_seg_head\.predictor\."
+_HEAD_NAMES = {
+    _PIXEL + r"input_proj\.(\d)\.0\.": r"pixel_decoder.input_convs.\1.conv.",
+    _PIXEL + r"input_proj\.(\d)\.1\.": r"pixel_decoder.input_convs.\1.gn.",
+    _PIXEL + r"adapter_1\.norm\.": "pixel_decoder.lateral_convs.0.gn.",
+    _PIXEL + r"adapter_1\.": "pixel_decoder.lateral_convs.0.conv.",
+    _PIXEL + r"layer_1\.norm\.": "pixel_decoder.output_convs.0.gn.",
+    _PIXEL + r"layer_1\.": "pixel_decoder.output_convs.0.conv.",
+    _PIXEL + r"mask_features\.": "pixel_decoder.mask_feature.",
+    _PIXEL + r"transformer\.level_embed": "pixel_decoder.level_encoding.weight",
+    _PIXEL + r"transformer\.encoder\.layers\.(\d+)\.self_attn\.": r"pixel_decoder.encoder.layers.\1.self_attn.",
+    _PIXEL + r"transformer\.encoder\.layers\.(\d+)\.linear1\.": r"pixel_decoder.encoder.layers.\1.ffn.layers.0.0.",
+    _PIXEL + r"transformer\.encoder\.layers\.(\d+)\.linear2\.": r"pixel_decoder.encoder.layers.\1.ffn.layers.1.",
+    _PIXEL + r"transformer\.encoder\.layers\.(\d+)\.norm1\.": r"pixel_decoder.encoder.layers.\1.norms.0.",
+    _PIXEL + r"transformer\.encoder\.layers\.(\d+)\.norm2\.": r"pixel_decoder.encoder.layers.\1.norms.1.",
+    _PREDICTOR + r"transformer_cross_attention_layers\.(\d+)\.multihead_attn\.": (
+        r"transformer_decoder.layers.\1.cross_attn.attn."
+    ),
+    _PREDICTOR + r"transformer_cross_attention_layers\.(\d+)\.norm\.": r"transformer_decoder.layers.\1.norms.0.",
+    _PREDICTOR + r"transformer_self_attention_layers\.(\d+)\.self_attn\.": (
+        r"transformer_decoder.layers.\1.self_attn.attn."
+    ),
+    _PREDICTOR + r"transformer_self_attention_layers\.(\d+)\.norm\.": r"transformer_decoder.layers.\1.norms.1.",
+    _PREDICTOR + r"transformer_ffn_layers\.(\d+)\.linear1\.": r"transformer_decoder.layers.\1.ffn.layers.0.0.",
+    _PREDICTOR + r"transformer_ffn_layers\.(\d+)\.linear2\.": r"transformer_decoder.layers.\1.ffn.layers.1.",
+    _PREDICTOR + r"transformer_ffn_layers\.(\d+)\.norm\.": r"transformer_decoder.layers.\1.norms.2.",
+    _PREDICTOR + r"decoder_norm\.": "transformer_decoder.post_norm.",
+    _PREDICTOR + r"(query_feat|query_embed|level_embed)\.": r"\1.",
+    _PREDICTOR + r"class_embed\.": "cls_embed.",
+    _PREDICTOR + r"mask_embed\.layers\.0\.": "mask_embed.0.",  # the numbers between are ReLUs
+    _PREDICTOR + r"mask_embed\.layers\.1\.": "mask_embed.2.",
+    _PREDICTOR + r"mask_embed\.layers\.2\.": "mask_embed.4.",
+}
+
+# Stuff classes by the number of classes of a panoptic model. detectron2 keeps the dataset's order; mmdet puts things
+# first. COCO's classes are in that order already.
+_ADE20K_STUFF = (
+    *(0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59, 60, 61, 63, 68, 77),
+    *(79, 84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145),
+)
+_CITYSCAPES_STUFF = tuple(range(11))
+_STUFF = {150: _ADE20K_STUFF, 19: _CITYSCAPES_STUFF}
+
+
+def is_detectron2(names: Iterable[str]) -> bool:
+    """Return whether weights have the names of Mask2Former in detectron2."""
+    return any(name.startswith("sem_seg_head.") for name in names)
+
+
+def from_detectron2(weights: dict[str, Tensor], is_panoptic: bool) -> dict[str, Tensor]:
+    """Convert Mask2Former's weights from detectron2 to the names of mmdet and mmseg.
+
+    Args:
+        weights: weights under detectron2's names.
+        is_panoptic: convert to mmdet's panoptic head, which has thing classes first; else to mmseg's decode head.
+    """
+    head = "panoptic_head." if is_panoptic else "decode_head."
+    renamed = {}
+    for name, value in weights.items():
+        if name.startswith("criterion."):  # class weights of the loss
+            continue
+        found = (re.subn(f"^{old}", new, name) for old, new in _HEAD_NAMES.items())
+        renamed[next((head + new for new, count in found if count), name)] = value
+    if is_panoptic:
+        for name in ("panoptic_head.cls_embed.weight", "panoptic_head.cls_embed.bias"):
+            if name in renamed:
+                renamed[name] = _things_first(renamed[name])
+    return renamed
+
+
+def _things_first(rows: Tensor) -> Tensor:
+    """Reorder a classifier's rows, one per class and one for "no object", so that thing classes come first."""
+    classes = len(rows) - 1
+    stuff = _STUFF.get(classes, ())
+    things = [index for index in range(classes) if index not in stuff]
+    return rows[torch.tensor([*things, *stuff, classes])]

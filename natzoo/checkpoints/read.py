@@ -1,126 +1,325 @@
-"""Reading weight files without ever running code from them."""
+"""Read weight files without ever running code from them.
+
+PyTorch files are read by torch.load(weights_only=True), .safetensors files by safetensors. Plain pickles, which
+detectron2 writes (Mask2Former's .pkl), need the restricted reader in the second half of this file.
+"""
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import pickle
 import re
+import struct
 from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 from zipfile import ZipFile
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from natzoo.checkpoints.pickles import load_plain_pickle
-from natzoo.checkpoints.record import RECORD
+from natzoo.checkpoints.write import RECORD
 
-# Where training scripts put the weights, best first: an average of the weights is what one evaluates and publishes.
+# Entries that contain the weights, by priority: averaged weights are the ones to evaluate and publish.
 _WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _DTYPES |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Everything a .pth, .pth.tar, .pt, .bin or .safetensors file holds, or a plain pickle (.pkl), on the CPU.
+    """Read everything that a .pth, .pth.tar, .pt, .bin, .safetensors or plain pickle (.pkl) file contains.
 
-    Beside tensors and plain data it may hold an argparse.Namespace, in which timm's training script keeps its options.
-    Of a .safetensors file the weights alone, or where `write_weights` left a record, both, as state_dict and record.
+    Args:
+        path: the file. It may contain tensors, plain data, and an argparse.Namespace, in which timm's training script
+            stores its options.
+
+    Returns:
+        The content, with all tensors on the CPU. For .safetensors: the weights, or if `write_weights` stored a record
+        with them, {"state_dict": weights, "record": record}.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        OSError: if it may not or cannot be read.
-        ValueError: if it is truncated, holds anything else, or is no checkpoint.
+        FileNotFoundError: if the file does not exist.
+        OSError: if the file cannot be read.
+        ValueError: if the file is truncated, contains anything else, or is not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}: check the path.")
-    with path.open("rb") as file:  # what the system refuses is said in its words
+        raise FileNotFoundError(f"{path} does not exist or is not a file; check the path.")
+    with path.open("rb") as file:  # outside of the try block: errors of the system pass unchanged
         start = file.read(100)
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise ValueError(f"{path} is a web page, not a checkpoint: get it again, from an address that gives the file.")
+        raise ValueError(f"{path} is a web page, not a checkpoint; download the file itself.")
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         if path.suffix == ".pkl":
-            checkpoint = load_plain_pickle(path)
+            checkpoint = _read_plain_pickle(path)
         else:
             if start.startswith(b"PK"):
-                _refuse_compressed(path)
+                _check_uncompressed(path)
             with torch.serialization.safe_globals([Namespace]):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is refused: it is not plain weights, and unpickling more could run code ({_reason(error)})."
+            f"{path} is refused: it contains more than plain data, and unpickling it could run code ({_reason(error)})."
         ) from error
-    except Exception as error:  # damaged bytes meet any of the parsers' errors
-        raise ValueError(f"{path} is truncated or no checkpoint: get it again ({_reason(error)}).") from error
+    except Exception as error:  # damaged bytes can cause any error in the parsers
+        raise ValueError(f"{path} is truncated or not a checkpoint; download it again ({_reason(error)}).") from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, but a checkpoint is a dict of tensors.")
+        raise ValueError(f"{path} contains a {type(checkpoint).__name__}; a checkpoint must be a dict of tensors.")
     return checkpoint
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-        record = (file.metadata() or {}).get(RECORD)
-    return weights if record is None else {"state_dict": weights, RECORD: json.loads(record)}
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read the weights in a file: averaged ones if there are any, else the model's.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as in `read_checkpoint` and `weights_of`.
+    """
+    return weights_of(read_checkpoint(path), path)
 
 
 def weights_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
-    """The weights in what `read_checkpoint` returned: the averaged ones if there are any, else the model's.
+    """Return the weights in the result of `read_checkpoint`: averaged ones if there are any, else the model's.
+
+    Args:
+        checkpoint: the result of `read_checkpoint`.
+        path: the file, for messages.
 
     Raises:
-        ValueError: naming the file, if there are none, or if one is no dense array of real numbers.
+        ValueError: if there are no weights, or if one of them is not a dense tensor of real numbers.
     """
-    # The methods of dict itself, because a pickle may give an OrderedDict attributes of the same names.
+    # Call the methods of dict itself: a pickle may hide them behind attributes of an OrderedDict.
     for wrapper in _WRAPPERS:
-        if isinstance(dict.get(checkpoint, wrapper), dict):
-            checkpoint = dict.get(checkpoint, wrapper)
+        wrapped = dict.get(checkpoint, wrapper)
+        if isinstance(wrapped, dict):
+            checkpoint = wrapped
             break
     entries = dict.items(checkpoint)
     weights = {name: value for name, value in entries if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
         names = ", ".join(str(name) for name, _ in list(entries)[:5]) or "none"
-        raise ValueError(f"{path} holds no weights; its entries: {names}.")
+        raise ValueError(f"{path} contains no weights; its entries: {names}.")
     for name, value in weights.items():
         if not _is_dense(value):
-            raise ValueError(f"{path} is damaged or made to harm: {name} is no dense array of real numbers.")
+            raise ValueError(f"{path} is damaged or malicious: {name} is not a dense tensor of real numbers.")
     return weights
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The weights of a file, as `weights_of`.
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: as `read_checkpoint` and `weights_of`.
-    """
-    return weights_of(read_checkpoint(path), path)
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        record = (file.metadata() or {}).get(RECORD)
+    return weights if record is None else {"state_dict": weights, RECORD: json.loads(record)}
 
 
-def _refuse_compressed(path: Path) -> None:
-    """Raises ValueError if a zip file unpacks to more than its own size: torch.save compresses nothing."""
+def _check_uncompressed(path: Path) -> None:
+    """Raise ValueError if a zip file unpacks to more than its own size: torch.save never compresses."""
     with ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > path.stat().st_size:
-        raise ValueError(f"it is compressed, as torch.save never does, and would unpack to {unpacked} bytes")
+        raise ValueError(f"it is compressed, which torch.save never does, and would unpack to {unpacked} bytes")
 
 
 def _is_dense(value: Tensor) -> bool:
-    """Whether a tensor holds what its shape says: a file can also describe one of 10**12 times the same number."""
+    """Return whether a tensor stores as many numbers as its shape says; a file can expand one number to 10**12."""
     if value.layout is not torch.strided or value.is_meta or value.dtype not in _DTYPES:
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of a library's error, which may run over many lines; of torch's, the one that says why."""
+    """Shorten a library's error to the sentence that states the reason."""
     text = str(error)
-    asked = re.search(r"GLOBAL ([\w.]+)", text)
-    if asked:
-        return f"it asks for {asked[1]}"
+    requested = re.search(r"GLOBAL ([\w.]+)", text)
+    if requested:
+        return f"it requests {requested[1]}"
     lines = text.split("WeightsUnpickler error: ")[-1].strip().splitlines() or [type(error).__name__]
     return lines[0].split(". ")[0].rstrip(".")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain pickles
+#
+# A pickle is a program: it names functions and calls them. This reader knows only the functions that create NumPy
+# arrays, checks their arguments, and refuses all others. A file can thus contain dicts, lists, tuples, strings, bytes,
+# numbers and arrays of numbers.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_plain_pickle(path: Path) -> Any:
+    """Return the content of a pickle, with tensors in place of arrays.
+
+    Raises:
+        pickle.UnpicklingError: if it requests anything other than plain data and arrays of numbers.
+        Exception: of any type, if it is damaged.
+    """
+    # Mapped into memory: a file object allocates as many bytes as the pickle claims to contain.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _to_tensors(_PlainUnpickler(content).load(), {})
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Restricted unpickler, based on the one in Python: the one in C allocates as large a memo as the file claims."""
+
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+
+    def __init__(self, file: mmap.mmap):
+        super().__init__(file, encoding="latin1")  # detectron2's first weights were written by Python 2
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = _ALLOWED.get((module.replace("numpy._core", "numpy.core"), name))
+        if allowed is None:
+            raise pickle.UnpicklingError(f"it requests {module}.{name}")
+        return allowed
+
+    def persistent_load(self, identity: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to objects outside of the file")
+
+    def load_build(self) -> None:
+        """Set the state of an array or a dtype; drop the attributes of an OrderedDict."""
+        target = self.stack[-2]
+        if type(target) is OrderedDict:
+            self.stack.pop()
+        elif isinstance(target, (_Array, _Dtype)):
+            super().load_build()  # type: ignore[misc]
+        else:
+            raise pickle.UnpicklingError(f"it sets attributes of a {type(target).__name__}")
+
+    def load_bytearray8(self) -> None:
+        """Allocate only as many bytes as the file has."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
+
+
+class _Array:
+    """Placeholder for an array while its pickle is read, so that NumPy only sees checked arguments."""
+
+    content: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _version, shape, dtype, is_fortran, content = state
+        self.content = _make_array(content, dtype, shape, "F" if is_fortran else "C")
+
+
+class _Dtype:
+    """Placeholder for a numeric dtype."""
+
+    order = "<"
+
+    def __init__(self, code: str, *flags: Any):
+        if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
+            raise pickle.UnpicklingError(f"it contains an array of dtype {code!r}, which is not numeric")
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+        if self.order not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError(f"it contains numbers in the unknown byte order {self.order!r}")
+
+    def numpy(self) -> np.dtype:
+        return np.dtype(self.order + self.code)
+
+
+def _make_array(content: bytes | str | list, dtype: _Dtype, shape: tuple, order: Literal["C", "F"]) -> np.ndarray:
+    """Check the arguments and create an array."""
+    content = content.encode("latin1") if isinstance(content, str) else content  # protocols 0 to 2 may write text
+    if not (
+        isinstance(dtype, _Dtype)
+        and isinstance(content, (bytes, bytearray))
+        and isinstance(shape, tuple)
+        and all(type(length) is int and length >= 0 for length in shape)
+        and order in ("C", "F")
+    ):
+        raise pickle.UnpicklingError("it creates an array in an unusual way")
+    if len(content) != prod(shape) * dtype.numpy().itemsize:
+        raise pickle.UnpicklingError(f"it contains {len(content)} bytes for an array {shape} of {dtype.code}")
+    return np.frombuffer(content, dtype.numpy()).reshape(shape, order=order)
+
+
+# Replacements for the functions that NumPy's pickles call.
+
+
+def _reconstruct(kind: type, shape: tuple, code: bytes) -> _Array:
+    """Create an empty array, whose state follows."""
+    if kind is not _Array:
+        raise pickle.UnpicklingError("it creates an array in an unusual way")
+    return _Array()
+
+
+def _frombuffer(content: bytes, dtype: _Dtype, shape: tuple, order: Literal["C", "F"]) -> np.ndarray:
+    """Create an array, in protocol 5."""
+    return _make_array(content, dtype, shape, order)
+
+
+def _scalar(dtype: _Dtype, content: bytes | str) -> Any:
+    return _make_array(content, dtype, (), "C").item()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Create bytes, in protocols 0 to 2."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("it encodes something other than bytes")
+    return text.encode("latin1")
+
+
+def _empty_bytes(*arguments: Any) -> bytes:
+    """Create empty bytes, in protocols 0 to 2."""
+    if arguments:
+        raise pickle.UnpicklingError("it creates bytes in an unusual way")
+    return b""
+
+
+_ALLOWED = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _frombuffer,
+    ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _empty_bytes,
+    ("builtins", "bytes"): _empty_bytes,
+    ("collections", "OrderedDict"): OrderedDict,
+}
+
+
+def _to_tensors(value: Any, converted: dict[int, Any]) -> Any:
+    """Return plain data with tensors in place of arrays.
+
+    `converted` maps the id of each object to its result. Without it, a hundred bytes could describe a list of two
+    references to a list of two references and so on, and the result would have 2**100 entries.
+    """
+    if id(value) not in converted:
+        converted[id(value)] = _convert(value, converted)
+    return converted[id(value)]
+
+
+def _convert(value: Any, converted: dict[int, Any]) -> Any:
+    if isinstance(value, _Array):
+        if value.content is None:
+            raise pickle.UnpicklingError("it contains an array without content")
+        value = value.content
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
+    if isinstance(value, dict):
+        return {key: _to_tensors(item, converted) for key, item in dict.items(value)}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_tensors(item, converted) for item in value)
+    if value is None or type(value) in (bool, int, float, complex, str, bytes, bytearray):
+        return value
+    raise pickle.UnpicklingError(f"it contains a {type(value).__name__}, which is not plain data")

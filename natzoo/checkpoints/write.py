@@ -1,4 +1,4 @@
-"""Writing files so that a crash at any byte leaves either the old file or the new one, whole."""
+"""Write files atomically: after a crash at any point, either the complete old file or the complete new one exists."""
 
 from __future__ import annotations
 
@@ -15,25 +15,34 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
+import timm
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from natzoo.checkpoints.record import RECORD
+RECORD = "record"  # entry of a checkpoint that describes its model
+
+# Arguments of timm.create_model that name files or addresses; a checkpoint must not choose them.
+_REFUSED_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file under a temporary name beside it, forces it to the disk, and renames it.
+# ---------------------------------------------------------------------------------------------------------------------
+# Any file
+# ---------------------------------------------------------------------------------------------------------------------
 
-    The temporary name is always the same, so that what a killed process left is overwritten by the next write; a file
-    has one writer at a time.
+
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under a temporary name in the same folder, sync it to disk, and rename it.
+
+    The temporary name is fixed, so that the next write overwrites the remains of a killed process. Each file may have
+    only one writer at a time.
 
     Args:
-        path: where the file will be; an older one there is replaced only by a complete new one.
-        write: writes the content to the open binary file that it is given.
+        path: the file; an existing one is replaced only by a complete new one.
+        write: function that writes the content to an open binary file.
 
     Raises:
-        OSError: naming the file, if the folder is missing, full or not writable; an older file is then as it was.
+        OSError: if the folder is missing, full or not writable; names the file. An existing file is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -49,37 +58,41 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        text = f"{path} could not be written; what was there before is unharmed ({error.strerror})."
+        text = f"{path} could not be written ({error.strerror}); an existing file is unchanged."
         raise OSError(error.errno, text) from error
     sync(path.parent)
 
 
 def write_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Writes a folder under a temporary name, forces it to the disk, and renames it.
+    """Write a folder under a temporary name, sync it to disk, and rename it.
 
     Args:
-        folder: where it will be; it appears when all of it is written.
-        write: writes the content into the empty folder that it is given.
+        folder: the folder, which appears only when it is complete.
+        write: function that writes the content into an empty folder.
 
     Raises:
-        FileExistsError: if there is such a folder already and it is not empty.
+        FileExistsError: if the folder already exists and is not empty.
     """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already: choose another folder.")
+        raise FileExistsError(f"{folder} already exists; choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        whole = Path(temporary) / folder.name
-        whole.mkdir()
-        write(whole)
-        for path in (*whole.rglob("*"), whole):
+        complete = Path(temporary) / folder.name
+        complete.mkdir()
+        write(complete)
+        for path in (*complete.rglob("*"), complete):
             sync(path)
-        os.replace(whole, folder)
+        os.replace(complete, folder)
     sync(folder.parent)
 
 
 def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a CSV file with a line of column names atomically; raises OSError as `write_atomically`."""
+    """Write a CSV file with a header line, atomically.
+
+    Raises:
+        OSError: as in `write_atomically`.
+    """
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
@@ -87,15 +100,34 @@ def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
+def sync(path: Path) -> None:
+    """Force a file's content, or a rename in a folder, to disk on file systems that support it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> None:
-    """Writes a dict of tensors, numbers, strings and containers of them with torch.save, atomically."""
+    """Write tensors and plain data with torch.save, atomically.
+
+    Raises:
+        OSError: as in `write_atomically`.
+    """
 
     def write(file: BinaryIO) -> None:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # how torch reports a full disk, in words of its own
+        except RuntimeError as error:  # torch reports a full disk as a RuntimeError
             is_full = shutil.disk_usage(Path(path).parent).free < 2**20
-            if not is_full and "DataLoader worker" in str(error):  # it has nothing to do with the file
+            if not is_full and "DataLoader worker" in str(error):  # raised by a signal handler, unrelated to the file
                 raise
             reason = os.strerror(errno.ENOSPC) if is_full else str(error).splitlines()[0]
             raise OSError(errno.ENOSPC if is_full else None, reason) from error
@@ -104,19 +136,19 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> Non
 
 
 def write_weights(path: str | os.PathLike, weights: dict[str, Tensor], record: dict[str, Any] | None = None) -> None:
-    """Writes weights atomically, in the form that the name's ending tells.
+    """Write weights atomically, in the format of the file name extension.
 
     Args:
-        path: .safetensors; .pth, .pt or .bin for torch.load; .pkl for detectron2, a plain pickle of NumPy arrays.
-        weights: of any layout.
-        record: plain data that says of which model they are, as train.py's checkpoints have it; `read_checkpoint` gives
-            it back. A .pkl has no place for it.
+        path: .safetensors; .pth, .pt or .bin for torch.save; .pkl for detectron2, a plain pickle of NumPy arrays.
+        weights: weights in any layout.
+        record: plain data that describes their model, as in `record_of`; `read_checkpoint` returns it. A .pkl file
+            cannot store it.
 
     Raises:
-        ValueError: on another ending; on bfloat16 in a .pkl.
-        OSError: as `write_atomically`.
+        ValueError: if the extension is unknown, or if a .pkl file would contain bfloat16.
+        OSError: as in `write_atomically`.
     """
-    # Copies, since neither format may hold two views of one memory.
+    # Copied, because neither format allows two views of the same memory.
     weights = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in weights.items()
     }
@@ -128,23 +160,43 @@ def write_weights(path: str | os.PathLike, weights: dict[str, Tensor], record: d
         write_checkpoint(path, weights if record is None else {"state_dict": weights, RECORD: record})
     elif suffix == ".pkl":
         if any(value.dtype is torch.bfloat16 for value in weights.values()):
-            raise ValueError(
-                f"{path} cannot hold bfloat16, which NumPy has not: use float32, float16 or another ending."
-            )
+            raise ValueError(f"{path} cannot contain bfloat16, which NumPy lacks; use float32 or .safetensors.")
         arrays = {name: value.numpy() for name, value in weights.items()}
         content = {"model": arrays, "__author__": "natzoo", "matching_heuristics": True}
         write_atomically(path, lambda file: pickle.dump(content, file))
     else:
-        raise ValueError(
-            f"{path} ends in {suffix!r}, which is no form of weights: .safetensors, .pth, .pt, .bin, .pkl."
-        )
+        raise ValueError(f"{path} has the unknown extension {suffix!r}; use .safetensors, .pth, .pt, .bin or .pkl.")
 
 
-def sync(path: Path) -> None:
-    """Makes a file's content, or a rename in a folder, durable on file systems that can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def record_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, Any] | None:
+    """Return the description of the model that the training script or tools/convert.py stored in a checkpoint.
+
+    Args:
+        checkpoint: the result of `read_checkpoint`.
+        path: the file, for messages.
+
+    Returns:
+        None if there is no description, else a dict with
+
+        - model: its registered name;
+        - model_kwargs: its arguments;
+        - num_classes: its number of classes;
+        - classes: their names, or None;
+        - preprocessing: size, crop and normalization of images in evaluation.
+
+    Raises:
+        ValueError: if it is damaged, or contains a model or arguments that a checkpoint must not choose.
+    """
+    if RECORD not in checkpoint:
+        return None
+    record = checkpoint[RECORD]
+    types = {"model": str, "model_kwargs": dict, "num_classes": int, "preprocessing": dict}
+    for name, kind in types.items():
+        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+            raise ValueError(f"{path} has a damaged record of its model: {name} is missing or not a {kind.__name__}.")
+    if not timm.is_model(record["model"]):
+        raise ValueError(f"{path} requires the model {record['model']!r}, which timm does not know.")
+    refused = sorted(_REFUSED_ARGUMENTS & record["model_kwargs"].keys())
+    if refused:
+        raise ValueError(f"{path} sets {', '.join(refused)} of its model, which a checkpoint must not choose.")
+    return {"classes": None, **record}

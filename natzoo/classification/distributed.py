@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 import natten
-from natten import dispatch
+from natten import backends
 from natzoo.classification.signals import Interrupted, SignalHandler
 from natzoo.command_line import USER_ERRORS
 
@@ -117,7 +117,7 @@ def kernel_fingerprint(device: torch.device) -> dict[str, str]:
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".h", ".cpp", ".cuh", ".cu")):
         sources.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return {
-        "attention backend": dispatch.choose(probe, dispatch.requested(None)).NAME,
+        "attention backend": backends.choose(probe, backends.requested(None)).NAME,
         "natten version": natten.__version__,
         "hash of natten's sources": sources.hexdigest()[:12],
         "torch version": torch.__version__,

@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from natzoo.checkpoints import load_weights, locate, read_checkpoint, record_of, weights_of
-from natzoo.checkpoints.record import RECORD
+from natzoo.checkpoints.write import RECORD
 from natzoo.classification.factory import create_model
 from natzoo.classification.options import KeyValues
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from natzoo.checkpoints import DownloadError, write_table, zoo
+from natzoo.checkpoints import DownloadError, write_table, zoo_entries
 from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset, gather_bad_images
 from natzoo.classification.data.loader import create_evaluation_loader, create_validation_dataset, uses_shards
 from natzoo.classification.data.readers import read_class_map
@@ -64,7 +64,7 @@ def chosen_models(patterns: list[str]) -> list[str]:
     Raises:
         ValueError: if there is none.
     """
-    known = [name for name, entry in zoo.entries().items() if "top1" in entry.facts]
+    known = [name for name, entry in zoo_entries().items() if "top1" in entry.facts]
     chosen = [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     if not chosen:
         raise ValueError(f"--models {' '.join(patterns)} matches none of the published models: {', '.join(known)}.")
@@ -138,7 +138,7 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
 def _make_row(
     name: str, model: nn.Module, config: dict, result: dict[str, float], is_published: bool
 ) -> dict[str, Any]:
-    entry = zoo.entries().get(name.split(".")[0])
+    entry = zoo_entries().get(name.split(".")[0])
     published = entry.facts.get("top1", "") if entry and is_published else ""
     return {
         "model": name,

@@ -1,18 +1,18 @@
-"""Nat and Dinat for transformers: `import natzoo.hf`, and its Auto classes and pipelines know them.
+"""Nat and Dinat for transformers; `import natzoo.hf` registers both with its Auto classes and pipelines.
 
-transformers 5 has no Nat, and its own Dinat passes its tensors in the wrong layout: after this import, AutoConfig,
-AutoModel, AutoModelForImageClassification, AutoBackbone and AutoImageProcessor give the classes of this package for
-both. Take DinatConfig from here as well: `transformers.DinatConfig` still leads to the class that does not work. The
-checkpoints of the hub's shi-labs/* repositories load as they are, and what is saved has their layout.
+transformers 5 no longer has Nat, and its Dinat passes tensors in the wrong layout. After this import, AutoConfig,
+AutoModel, AutoModelForImageClassification, AutoBackbone and AutoImageProcessor use the classes of this package. Import
+DinatConfig from here too: `transformers.DinatConfig` still belongs to the broken class.
+
+Checkpoints of the shi-labs/* repositories load without conversion, and saved models have the same layout.
 """
 
 try:
     import transformers  # noqa: F401
 except ModuleNotFoundError as error:
-    text = "natzoo.hf needs transformers 5: install the extra hf, `bash tools/setup.sh train hf`."
+    text = "natzoo.hf requires transformers 5; install the extra hf: `bash tools/setup.sh train hf`."
     raise ModuleNotFoundError(text, name="transformers") from error
 
-from natzoo.hf import auto, conversion
 from natzoo.hf.configuration import DinatConfig, NatConfig
 from natzoo.hf.export import from_timm, image_processor
 from natzoo.hf.folders import save_backbone_folder, save_folder
@@ -26,9 +26,9 @@ from natzoo.hf.modeling import (
     NatModel,
     NatPreTrainedModel,
 )
+from natzoo.hf.registration import register
 
-conversion.register()
-auto.register()
+register()
 
 __all__ = [
     "DinatBackbone",

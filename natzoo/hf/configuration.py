@@ -1,6 +1,6 @@
-"""Configurations as Hugging Face has them: Nat and Dinat, and with `layout` also DiNAT_s and the isotropic models.
+"""Configurations of Nat and Dinat; the field `layout` extends them to DiNAT_s and the isotropic models.
 
-A config.json of the hub's shi-labs/* repositories loads as it is.
+A config.json of the shi-labs/* repositories loads without conversion.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-LAYOUTS = {"nat": 4, "dinat_s": 4, "isotropic": 16}  # and the only patch size of each
+LAYOUTS = {"nat": 4, "dinat_s": 4, "isotropic": 16}  # layout -> patch size
 _MINI_DILATIONS = ((1, 8, 1), (1, 4) * 2, (1, 2) * 3, (1,) * 5)
 
 
 @strict
 class NatConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Configuration of a Neighborhood Attention Transformer (arXiv:2204.07143); by default of NAT-Mini.
+    """Configuration of a Neighborhood Attention Transformer (arXiv:2204.07143); the defaults are NAT-Mini.
 
     Args:
-        patch_size: pixels of the image on each side of a first token; 4, for isotropic models 16.
-        num_channels: channels of the image.
-        embed_dim: channels of the first stage; each further one has twice as many.
-        depths: blocks of each stage.
-        num_heads: attention heads of each stage.
-        kernel_size: window, in tokens; None for full attention (isotropic: ViT with relative position bias).
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
-        qkv_bias: whether the projections to query, key and value have a bias.
-        hidden_dropout_prob: dropout rate on first tokens and after the MLPs.
+        patch_size: image pixels per side of an embedded token: 4, or 16 for isotropic models.
+        num_channels: number of image channels.
+        embed_dim: channels of the first stage; they double with each stage.
+        depths: number of blocks per stage.
+        num_heads: number of attention heads per stage.
+        kernel_size: window size in tokens; None for full attention (isotropic layout: ViT-rpb).
+        mlp_ratio: ratio of the MLPs' hidden channels to the stage's channels.
+        qkv_bias: add a bias to the qkv projections.
+        hidden_dropout_prob: dropout rate on embedded tokens and after the MLPs.
         attention_probs_dropout_prob: dropout rate on attention weights and after the attention's output projection.
-        drop_path_rate: rate of stochastic depth at the last block, rising linearly from 0.
-        hidden_act: activation in the MLPs.
-        initializer_range: standard deviation of new weights.
-        layer_norm_eps: epsilon of the norms of the blocks and of the final norm.
-        layer_scale_init_value: initial value of the learned factor on each branch; 0 for no such factor.
-        layout: "nat" (overlapping convolutions make the tokens and halve the map), "dinat_s" (patches and patch
-            merging, as in Swin) or "isotropic" (one stage of 16x16 patches). The hub has only the first.
-        image_size: height and width of the images that full attention's bias is for.
-        out_features, out_indices: maps that a backbone gives: "stem", "stage1", ... or their indices.
+        drop_path_rate: stochastic depth rate of the last block; rates rise linearly from 0.
+        hidden_act: activation of the MLPs.
+        initializer_range: standard deviation of newly initialized weights.
+        layer_norm_eps: epsilon of the norms in blocks and of the final norm.
+        layer_scale_init_value: initial value of the learned scale of each branch; 0 for no scale.
+        layout: "nat" (overlapping convolutions), "dinat_s" (patches and patch merging, as in Swin) or "isotropic" (one
+            stage of 16x16 patches). The repositories on the hub only use the first.
+        image_size: image height and width for the bias table of full attention; otherwise ignored.
+        out_features, out_indices: feature maps of a backbone: "stem", "stage1", ... or their indices.
     """
 
     model_type = "nat"
@@ -76,12 +76,12 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
 
 @strict
 class DinatConfig(NatConfig):
-    """Configuration of a Dilated Neighborhood Attention Transformer (arXiv:2209.15001); by default of DiNAT-Mini.
+    """Configuration of a Dilated Neighborhood Attention Transformer (arXiv:2209.15001); the defaults are DiNAT-Mini.
 
     Args:
-        dilations: one dilation a block, as one list a stage; None for DiNAT-Mini's.
+        dilations: one dilation per block, as one list per stage; None for those of DiNAT-Mini.
 
-    The other arguments are those of NatConfig.
+    All other arguments are those of NatConfig.
     """
 
     model_type = "dinat"

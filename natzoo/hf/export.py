@@ -1,4 +1,4 @@
-"""From natzoo's models to Hugging Face's: configuration, layers and how pictures are prepared."""
+"""Export natzoo's models to transformers: configuration, model and image processor."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from transformers.image_utils import PILImageResampling
 
 from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
 from natzoo.hf.modeling import DinatForImageClassification, Encoder, NatForImageClassification
-from natzoo.models import NAT, DiNAT_s, Isotropic
+from natzoo.models import NAT, DiNAT, DiNAT_s, Isotropic
 from natzoo.models.isotropic import BiasedAttention
 
-_LAYOUT_OF = {NAT: "nat", DiNAT_s: "dinat_s", Isotropic: "isotropic"}
+_LAYOUT_OF = {NAT: "nat", DiNAT: "nat", DiNAT_s: "dinat_s", Isotropic: "isotropic"}
 _IMAGENET_CLASSES = 1000
 
 
 def from_timm(model: NAT | DiNAT_s | Isotropic) -> NatForImageClassification:
-    """The same classifier for transformers, Dinat if it has dilations, else Nat. It has the very layers of `model`.
+    """Convert a classifier to transformers: Dinat if it has dilations, else Nat.
 
-    Of dropout its configuration can say only what Hugging Face's have: one rate for attention, one for all else.
+    The result shares its layers with `model`. Its configuration only stores two dropout rates, one for attention and
+    one for everything else.
 
     Raises:
-        ValueError: if it is no classifier of natzoo that takes the mean of all tokens.
+        ValueError: if `model` is not a complete classifier of natzoo with average pooling.
     """
     config = make_config(model)
-    with torch.device("meta"):  # all that has weights is replaced
+    with torch.device("meta"):  # all layers with weights are replaced below
         result = (DinatForImageClassification if isinstance(config, DinatConfig) else NatForImageClassification)(config)
     base = result.base_model
     base.embeddings, base.encoder, base.layernorm = model.patch_embed, Encoder(model), model.norm
@@ -38,11 +39,11 @@ def from_timm(model: NAT | DiNAT_s | Isotropic) -> NatForImageClassification:
 
 
 def make_config(model: NAT | DiNAT_s | Isotropic) -> NatConfig:
-    """The configuration of `from_timm`'s result."""
+    """Return the configuration for a classifier of natzoo; raises as `from_timm`."""
     layout = _LAYOUT_OF.get(type(model))
     if layout is None or not isinstance(model.norm, nn.LayerNorm) or model.global_pool != "avg":
         raise ValueError(
-            f"{type(model).__name__} is no whole classifier of natzoo: make it by timm.create_model(NAME)."
+            f"{type(model).__name__} is not a complete classifier of natzoo; create it with timm.create_model(NAME)."
         )
     stages = [list(level.blocks) for level in Encoder(model).levels]
     attention = stages[0][0].attn
@@ -72,7 +73,7 @@ def _first_convolution(model: nn.Module) -> nn.Conv2d:
 
 
 def _block_fields(block: nn.Module) -> dict[str, Any]:
-    """What the last block tells of all."""
+    """Return the fields that the last block determines for all blocks."""
     return {
         "mlp_ratio": block.mlp.fc1.out_features / block.mlp.fc1.in_features,
         "qkv_bias": block.attn.qkv.bias is not None,
@@ -85,7 +86,7 @@ def _block_fields(block: nn.Module) -> dict[str, Any]:
 
 
 def _labels(classes: int) -> dict[str, Any]:
-    """Names of ImageNet's classes, if there are as many."""
+    """Return the class names of ImageNet-1K if the number of classes matches."""
     if classes != _IMAGENET_CLASSES:
         return {}
     info = ImageNetInfo("imagenet-1k")
@@ -94,8 +95,10 @@ def _labels(classes: int) -> dict[str, Any]:
 
 
 def image_processor(model: nn.Module) -> BitImageProcessor:
-    """What prepares pictures as the published evaluation does, by the model's `pretrained_cfg`: the shorter side is
-    resized, the middle cut out, and colours are normalised."""
+    """Return the preprocessing of the published evaluation, from the model's `pretrained_cfg`.
+
+    It resizes the shorter side, crops the center and normalizes the channels.
+    """
     cfg = model.pretrained_cfg
     channels, height, width = cfg["input_size"]
     return BitImageProcessor(

@@ -1,4 +1,7 @@
-"""Folders as the hub has them: config.json, model.safetensors, and for classifiers preprocessor_config.json."""
+"""Read and write folders of transformers.
+
+They contain config.json, model.safetensors and, for classifiers, preprocessor_config.json.
+"""
 
 from __future__ import annotations
 
@@ -18,71 +21,71 @@ from natzoo.hf.export import from_timm, image_processor, make_config
 from natzoo.hf.modeling import DinatBackbone, NatBackbone, arguments_of
 from natzoo.models import NAT, DiNAT_s, Isotropic
 
-# A registered model of each class; the arguments in a record make it any other.
+# A registered model of each class; a record stores the arguments that turn it into any other.
 _MODELS = {NAT: "nat_mini", DiNAT_s: "dinat_s_tiny", Isotropic: "nat_isotropic_small"}
 
 
 def save_folder(
     model: NAT | DiNAT_s | Isotropic, folder: str | os.PathLike, classes: Sequence[str] | None = None
 ) -> None:
-    """Writes a classifier for transformers.
+    """Write a classifier for transformers, atomically.
 
     Args:
-        model: as for `from_timm`; its `pretrained_cfg` says how pictures are prepared.
-        folder: a new one; it appears when all of it is written.
-        classes: names of the classes; ImageNet's unless given, if there are as many.
+        model: as for `from_timm`; its `pretrained_cfg` defines the preprocessing.
+        folder: the new folder.
+        classes: class names; by default those of ImageNet-1K if the number of classes matches.
 
     Raises:
-        ValueError: as `from_timm`; if the number of names is not that of the classes.
-        FileExistsError: if there is such a folder already and it is not empty.
+        ValueError: as in `from_timm`; if the number of names differs from the number of classes.
+        FileExistsError: if the folder already exists and is not empty.
     """
     exported = from_timm(model)
     if classes is not None:
         if len(classes) != model.num_classes:
-            raise ValueError(f"{len(classes)} names are given, but the model has {model.num_classes} classes.")
+            raise ValueError(f"classes has {len(classes)} names, but the model has {model.num_classes} classes.")
         exported.config.id2label = dict(enumerate(classes))
         exported.config.label2id = {name: index for index, name in enumerate(classes)}
 
-    def write(whole: Path) -> None:
-        exported.save_pretrained(whole)
-        image_processor(model).save_pretrained(whole)
+    def write(target: Path) -> None:
+        exported.save_pretrained(target)
+        image_processor(model).save_pretrained(target)
 
     write_folder(Path(folder), write)
 
 
 def save_backbone_folder(model: NAT | DiNAT_s, weights: dict[str, Tensor], folder: str | os.PathLike) -> None:
-    """Writes the backbone of a detector or segmenter for transformers, with the maps of all stages.
+    """Write the backbone of a detector or segmenter for transformers, with the feature maps of all stages, atomically.
 
     Args:
-        model: the classifier of the same shape, which may be on the meta device.
-        weights: under their published names, with norm0, norm1, ...
-        folder: a new one; it appears when all of it is written.
+        model: the classifier with the same sizes; may be on the meta device.
+        weights: weights under their published names, including norm0, norm1, ...
+        folder: the new folder.
 
     Raises:
-        ValueError: if the weights are not a backbone of that shape.
-        FileExistsError: if there is such a folder already and it is not empty.
+        ValueError: if the weights do not match a backbone of that size.
+        FileExistsError: if the folder already exists and is not empty.
     """
     config = make_config(model)
     config.out_features = config.stage_names[1:]
     kind = DinatBackbone if isinstance(config, DinatConfig) else NatBackbone
 
-    def write(whole: Path) -> None:
+    def write(target: Path) -> None:
         config.architectures = [kind.__name__]
-        config.save_pretrained(whole)
-        write_weights(whole / "model.safetensors", to_hf(weights, ""))
+        config.save_pretrained(target)
+        write_weights(target / "model.safetensors", to_hf(weights, ""))
         try:
-            _, found = kind.from_pretrained(whole, output_loading_info=True)
-        except RuntimeError as error:  # of another shape
-            raise ValueError(f"the weights are of another backbone: {str(error).splitlines()[0]}") from error
+            _, found = kind.from_pretrained(target, output_loading_info=True)
+        except RuntimeError as error:  # raised by transformers for other shapes
+            raise ValueError(f"weights do not match the backbone: {str(error).splitlines()[0]}") from error
         different = sorted(found["missing_keys"] | found["unexpected_keys"])
         if different:
-            raise ValueError(f"the weights are of another backbone: {len(different)} differ, as {different[0]}.")
+            raise ValueError(f"weights do not match the backbone: {len(different)} names differ: {different[0]}, ...")
 
     write_folder(Path(folder), write)
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """What natzoo.checkpoints.record says of a checkpoint, of a folder; None if it is of neither Nat nor Dinat."""
+    """Return the record of a folder, as `record_of` does for a checkpoint; None for other models."""
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ("nat", "dinat"):
         return None
@@ -99,7 +102,7 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _preprocessing(folder: Path, channels: int) -> dict[str, Any]:
-    """timm's description of how a folder wants its pictures prepared; nothing if it does not say."""
+    """Return the preprocessing of a folder in timm's terms; empty if the folder does not define it."""
     if not (folder / "preprocessor_config.json").exists():
         return {}
     processor = AutoImageProcessor.from_pretrained(folder)

@@ -1,7 +1,7 @@
-"""Nat and Dinat as transformers' users know them, of the layers of natzoo.models.
+"""Nat and Dinat models for transformers, built from the layers of natzoo.models.
 
-Only the outputs, the places of dropout and the initialisation are Hugging Face's; the names of weights in files too,
-to which natzoo/hf/conversion.py translates.
+Outputs, dropout and initialization follow Hugging Face's implementation. So do the names of weights in files, which
+natzoo/hf/registration.py converts. Shape suffixes: B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers.utils.generic import can_return_tuple
 
 from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
 from natzoo.models import NAT, DiNAT_s, Isotropic
+from natzoo.models._layers import NeighborhoodBlock, check_dilations, run_blocks, to_nchw
 from natzoo.models.isotropic import BiasedAttention, relative_position_index
-from natzoo.models.layers import NeighborhoodBlock, check_dilations, run_blocks, to_nchw
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Outputs
@@ -30,11 +30,15 @@ from natzoo.models.layers import NeighborhoodBlock, check_dilations, run_blocks,
 
 @dataclass
 class NatModelOutput(ModelOutput):
-    """Last map [B, H, W, C], normalised; its mean [B, C]; and, where asked for, what happened on the way.
+    """Output of NatModel.
 
-    hidden_states: [B, H, W, C], the first tokens and then each stage's, behind its downsampler.
-    attentions: [B, heads, H, W, kernel_size ** 2], the last block's of each stage; H and W are padded to the window.
-    reshaped_hidden_states: the same as hidden_states, [B, C, H, W].
+    Attributes:
+        last_hidden_state: final feature map [B, H, W, C], normalized.
+        pooler_output: mean of the final feature map, [B, C].
+        hidden_states: embedded tokens, then each stage's output after its downsampler, [B, H, W, C]. On request.
+        attentions: attention weights of the last block of each stage, [B, heads, H, W, kernel_size ** 2], with H and W
+            padded to the window. On request.
+        reshaped_hidden_states: hidden_states as [B, C, H, W]. On request.
     """
 
     last_hidden_state: Tensor | None = None
@@ -46,7 +50,13 @@ class NatModelOutput(ModelOutput):
 
 @dataclass
 class NatImageClassifierOutput(ModelOutput):
-    """Loss, if labels were given, and logits [B, num_labels]; the rest as in NatModelOutput."""
+    """Output of NatForImageClassification.
+
+    Attributes:
+        loss: the loss, if labels are given.
+        logits: [B, num_labels].
+        hidden_states, attentions, reshaped_hidden_states: as in NatModelOutput.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -56,16 +66,12 @@ class NatImageClassifierOutput(ModelOutput):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From a configuration to natzoo's layers
+# Models of natzoo from configurations
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def make_trunk(config: NatConfig) -> NAT | DiNAT_s | Isotropic:
-    """The model of natzoo that a configuration describes, without classifier.
-
-    Raises:
-        ValueError: as `arguments_of`.
-    """
+    """Create the model of natzoo for a configuration, without classifier; raises as `arguments_of`."""
     kind, arguments = arguments_of(config)
     trunk = kind(num_classes=0, **arguments)
     _adjust(trunk, config)
@@ -73,10 +79,10 @@ def make_trunk(config: NatConfig) -> NAT | DiNAT_s | Isotropic:
 
 
 def arguments_of(config: NatConfig) -> tuple[type[NAT | DiNAT_s | Isotropic], dict[str, Any]]:
-    """The class of natzoo that a configuration describes, and its arguments, plain data.
+    """Return the model class of natzoo for a configuration, and its constructor arguments as plain data.
 
     Raises:
-        ValueError: naming the field that does not fit.
+        ValueError: if a field is invalid; names it.
     """
     _check(config)
     shared = {
@@ -108,25 +114,27 @@ def arguments_of(config: NatConfig) -> tuple[type[NAT | DiNAT_s | Isotropic], di
 
 def _check(config: NatConfig) -> None:
     if config.layout not in LAYOUTS:
-        raise ValueError(f"layout is {config.layout!r}, but must be one of {', '.join(map(repr, LAYOUTS))}.")
+        raise ValueError(f"layout is {config.layout!r}; use one of {', '.join(map(repr, LAYOUTS))}.")
     patch_size = LAYOUTS[config.layout]
     if config.patch_size not in (patch_size, [patch_size] * 2, (patch_size,) * 2):
-        raise ValueError(f"patch_size is {config.patch_size}, but layout {config.layout!r} has only {patch_size}.")
+        raise ValueError(f"patch_size is {config.patch_size}, but layout {config.layout!r} requires {patch_size}.")
     if config.hidden_act not in ACT2FN:
-        raise ValueError(f"hidden_act is {config.hidden_act!r}, but must be one of {', '.join(sorted(ACT2FN))}.")
+        raise ValueError(f"hidden_act is {config.hidden_act!r}; use one of {', '.join(sorted(ACT2FN))}.")
     if config.layout != "isotropic":
         if config.kernel_size is None:
-            raise ValueError(f"kernel_size is None, but layout {config.layout!r} needs a window.")
+            raise ValueError(f"kernel_size is None, but layout {config.layout!r} requires a window.")
         return
     for name in ("attention_probs_dropout_prob", "layer_scale_init_value"):
         if getattr(config, name) > 0:
-            raise ValueError(f"{name} is {getattr(config, name)}, but isotropic models have no such thing: use 0.")
+            raise ValueError(f"{name} is {getattr(config, name)}, but the isotropic layout only supports 0.")
     if len(config.depths) != 1 or len(config.num_heads) != 1:
-        raise ValueError(f"depths is {config.depths} and num_heads {config.num_heads}, but isotropic is one stage.")
+        raise ValueError(
+            f"depths is {config.depths} and num_heads is {config.num_heads}, but the isotropic layout has one stage."
+        )
 
 
 def _adjust(trunk: nn.Module, config: NatConfig) -> None:
-    """Puts dropout where Hugging Face has it, and what natzoo's models know only one of."""
+    """Apply Hugging Face's dropout and the fields that natzoo's constructors lack: epsilon and activation."""
     for block in trunk.modules():
         if isinstance(block, NeighborhoodBlock):
             block.norm1.eps = block.norm2.eps = config.layer_norm_eps
@@ -138,7 +146,7 @@ def _adjust(trunk: nn.Module, config: NatConfig) -> None:
 
 
 class IsotropicStage(nn.Module):
-    """The blocks of an isotropic model, as the one stage that it is."""
+    """The blocks of an isotropic model as a single stage."""
 
     downsample = None
 
@@ -149,7 +157,13 @@ class IsotropicStage(nn.Module):
 
 
 class StageOutput(NamedTuple):
-    """A stage's map [B, H, W, C], what its downsampler makes of it, and its last block's attention weights."""
+    """Output of a stage.
+
+    Attributes:
+        before: feature map [B, H, W, C] before the downsampler.
+        after: feature map after the downsampler.
+        attention: attention weights of the last block, if requested.
+    """
 
     before: Tensor
     after: Tensor
@@ -157,7 +171,7 @@ class StageOutput(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """The stages of a model."""
+    """All stages of a model."""
 
     def __init__(self, trunk: NAT | DiNAT_s | Isotropic):
         super().__init__()
@@ -166,7 +180,7 @@ class Encoder(nn.Module):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """transformers' switch, for all stages."""
+        """Recompute blocks in the backward pass; the attribute that transformers sets."""
         return any(level.grad_checkpointing for level in self.levels)
 
     @gradient_checkpointing.setter
@@ -175,7 +189,7 @@ class Encoder(nn.Module):
             level.grad_checkpointing = enable
 
     def forward(self, x_BHWC: Tensor, output_attentions: bool = False) -> list[StageOutput]:
-        """Runs all stages."""
+        """Run all stages."""
         outputs = []
         for level in self.levels:
             *blocks, last = level.blocks
@@ -193,7 +207,7 @@ class Encoder(nn.Module):
 
 
 class NatPreTrainedModel(PreTrainedModel):
-    """What all models here share: initialisation, loading and saving."""
+    """Base class with initialization, loading and saving."""
 
     config_class = NatConfig
     base_model_prefix = "nat"
@@ -213,8 +227,8 @@ class NatPreTrainedModel(PreTrainedModel):
             init.constant_(module.gamma1, self.config.layer_scale_init_value)
             init.constant_(module.gamma2, self.config.layer_scale_init_value)
 
-    def _add_parts(self, config: NatConfig) -> NAT | DiNAT_s | Isotropic:
-        """Takes what makes tokens and maps from a model of natzoo, which it returns."""
+    def _init_stages(self, config: NatConfig) -> NAT | DiNAT_s | Isotropic:
+        """Create a model of natzoo, take over its tokenizer and stages, and return it."""
         trunk = make_trunk(config)
         self.embeddings = trunk.patch_embed
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -222,12 +236,12 @@ class NatPreTrainedModel(PreTrainedModel):
         return trunk
 
     def _embed(self, pixel_values: Tensor | None) -> Tensor:
-        """First tokens [B, H, W, embed_dim] of images [B, num_channels, H, W]."""
+        """Embed images: [B, num_channels, H, W] -> [B, H/4, W/4, embed_dim], or 1/16 for isotropic models."""
         if pixel_values is None:
-            raise ValueError("pixel_values is missing: give images [batch, channels, height, width].")
+            raise ValueError("pixel_values is missing; pass images [batch, channels, height, width].")
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, but must be "
+                f"pixel_values has shape {tuple(pixel_values.shape)}; pass images "
                 f"[batch, {self.config.num_channels}, height, width]."
             )
         return self.dropout(self.embeddings(pixel_values))
@@ -237,11 +251,11 @@ class NatPreTrainedModel(PreTrainedModel):
 
 
 class NatModel(NatPreTrainedModel):
-    """The network without classifier; images [B, num_channels, H, W] of any size."""
+    """Model without classifier. Input: images [B, num_channels, H, W] of any size."""
 
     def __init__(self, config: NatConfig, add_pooling_layer: bool = True):
         super().__init__(config)
-        trunk = self._add_parts(config)
+        trunk = self._init_stages(config)
         self.num_features = trunk.num_features
         self.layernorm = trunk.norm
         self.add_pooling_layer = add_pooling_layer
@@ -255,7 +269,7 @@ class NatModel(NatPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> NatModelOutput:
-        attentions, hidden = _asked(self.config, output_attentions, output_hidden_states)
+        attentions, hidden = _requested(self.config, output_attentions, output_hidden_states)
         tokens_BHWC = self._embed(pixel_values)
         stages = self.encoder(tokens_BHWC, attentions)
         last_BHWC = self.layernorm(stages[-1].after)
@@ -270,7 +284,7 @@ class NatModel(NatPreTrainedModel):
 
 
 class NatForImageClassification(NatPreTrainedModel):
-    """The network with a linear classifier of the mean of its last map's tokens."""
+    """Model with average pooling and a linear classifier."""
 
     base_class = NatModel
 
@@ -291,7 +305,14 @@ class NatForImageClassification(NatPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> NatImageClassifierOutput:
-        """Labels: classes [B], or for regression and several classes at once as config.problem_type says."""
+        """Classify images.
+
+        Args:
+            pixel_values: images [B, num_channels, H, W].
+            labels: class indices [B]; or targets [B, num_labels] for other values of config.problem_type.
+            output_attentions: return attention weights; by default as configured.
+            output_hidden_states: return feature maps; by default as configured.
+        """
         outputs = self.base_model(
             pixel_values,
             output_attentions=output_attentions,
@@ -309,12 +330,15 @@ class NatForImageClassification(NatPreTrainedModel):
 
 
 class NatBackbone(BackboneMixin, NatPreTrainedModel):
-    """Maps for detection and segmentation: of the stages that config.out_features names, before downsampling, each
-    with a norm of its own, [B, C, H, W]."""
+    """Backbone for detection and segmentation.
+
+    Returns the feature maps [B, C, H, W] of the stages in config.out_features, before downsampling. Each map has its
+    own norm.
+    """
 
     def __init__(self, config: NatConfig):
         super().__init__(config)
-        self._add_parts(config)
+        self._init_stages(config)
         self.num_features = [config.embed_dim, *(config.embed_dim * 2**stage for stage in range(len(config.depths)))]
         self.hidden_states_norms = nn.ModuleDict(
             {name: nn.LayerNorm(channels) for name, channels in zip(self.out_features, self.channels, strict=True)}
@@ -330,7 +354,7 @@ class NatBackbone(BackboneMixin, NatPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput:
-        attentions, _ = _asked(self.config, output_attentions, None)
+        attentions, _ = _requested(self.config, output_attentions, None)
         tokens_BHWC = self._embed(pixel_values)
         stages = self.encoder(tokens_BHWC, attentions)
         maps = (tokens_BHWC, *(stage.before for stage in stages))
@@ -345,33 +369,33 @@ class NatBackbone(BackboneMixin, NatPreTrainedModel):
         )
 
 
-def _asked(config: NatConfig, attentions: bool | None, hidden_states: bool | None) -> tuple[bool, bool]:
-    """Which outputs a call asks for, or else the configuration."""
+def _requested(config: NatConfig, attentions: bool | None, hidden_states: bool | None) -> tuple[bool, bool]:
+    """Return which outputs to compute: the arguments of the call, or the configuration's values."""
     return (
         config.output_attentions if attentions is None else attentions,
         config.output_hidden_states if hidden_states is None else hidden_states,
     )
 
 
-# ----- the same, under the names of DiNAT -----
+# ----- DiNAT -----
 
 
 class DinatPreTrainedModel(NatPreTrainedModel):
-    """As NatPreTrainedModel, with dilations."""
+    """NatPreTrainedModel with dilations."""
 
     config_class = DinatConfig
     base_model_prefix = "dinat"
 
 
 class DinatModel(DinatPreTrainedModel, NatModel):
-    """As NatModel, with dilations."""
+    """NatModel with dilations."""
 
 
 class DinatForImageClassification(DinatPreTrainedModel, NatForImageClassification):
-    """As NatForImageClassification, with dilations."""
+    """NatForImageClassification with dilations."""
 
     base_class = DinatModel
 
 
 class DinatBackbone(DinatPreTrainedModel, NatBackbone):
-    """As NatBackbone, with dilations."""
+    """NatBackbone with dilations."""

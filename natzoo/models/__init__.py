@@ -1,7 +1,6 @@
-"""The model families, one a file."""
+"""Model families; importing this package registers all models with timm."""
 
-from natzoo.models.dinat_s import DiNAT_s
 from natzoo.models.isotropic import Isotropic
-from natzoo.models.nat import NAT
+from natzoo.models.nat import NAT, DiNAT, DiNAT_s
 
-__all__ = ["NAT", "DiNAT_s", "Isotropic"]
+__all__ = ["NAT", "DiNAT", "DiNAT_s", "Isotropic"]

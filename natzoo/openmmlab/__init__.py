@@ -1,24 +1,53 @@
-"""Detection and segmentation: the backbones for mmdet and mmseg, and what makes OpenMMLab run on today's PyTorch.
+"""NAT, DiNAT and DiNAT_s for mmdet and mmseg, on current PyTorch and without compiled mmcv.
 
-Importing this package registers all of it with mmengine, so a config needs one line:
+Import this package before mmdet or mmseg. It registers the backbones with mmengine, lets mmengine load checkpoints by
+published name, and provides two modules that mmdet and mmseg import but that cannot be installed:
+
+- `mmcv._ext`, the compiled operators of mmcv: mmcv does not compile against current PyTorch, and mmcv-lite leaves the
+  module out. operators.py implements it with torchvision.
+- `panopticapi`, which is not on PyPI. panopticapi.py implements what mmdet uses of it.
+
+If one of them is installed, the installed module is used. A config needs a single line:
 
     custom_imports = dict(imports=["natzoo.openmmlab"])
 """
 
 import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
-_NEEDED = ("mmengine", "mmcv", "mmdet", "mmseg", "torchvision", "pycocotools")
-_missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+_REQUIRED = ("mmengine", "mmcv", "mmdet", "mmseg", "torchvision", "pycocotools")
+_missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
 if _missing:
     raise ImportError(
-        f"natzoo.openmmlab needs {', '.join(_missing)}, which the extra `openmmlab` brings: run "
-        "`bash tools/setup.sh openmmlab`, or `pip install '.[openmmlab]'` in the checkout."
+        f"natzoo.openmmlab requires {', '.join(_missing)}; install the extra with `bash tools/setup.sh openmmlab`, or "
+        "with `pip install '.[openmmlab]'` in the checkout."
     )
 
-from natzoo.openmmlab import stand_in  # noqa: E402
+_REPLACEMENTS = {
+    "mmcv._ext": "operators.py",
+    "panopticapi": "panopticapi.py",
+    "panopticapi.evaluation": "panopticapi.py",
+    "panopticapi.utils": "panopticapi.py",
+}
 
-stand_in.install()  # before anything imports mmcv.ops
 
+class _ReplacementFinder(MetaPathFinder):
+    """Find replacements for modules that are not installed."""
+
+    def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
+        if fullname not in _REPLACEMENTS:
+            return None
+        file = Path(__file__).with_name(_REPLACEMENTS[fullname])
+        submodules = [] if fullname == "panopticapi" else None  # an empty list marks a package
+        return importlib.util.spec_from_file_location(fullname, file, submodule_search_locations=submodules)
+
+
+sys.meta_path.append(_ReplacementFinder())  # last, so that an installed module is found first
+
+from natzoo.openmmlab import checkpoints  # noqa: E402, F401  lets mmengine load published names
 from natzoo.openmmlab.backbones import NAT, DiNAT_s  # noqa: E402
 
 __all__ = ["NAT", "DiNAT_s"]

@@ -1,7 +1,7 @@
-"""NAT, DiNAT and DiNAT_s as backbones for mmdet and mmseg: the models of natzoo.models, with a norm on each map given.
+"""NAT, DiNAT and DiNAT_s as backbones for mmdet and mmseg.
 
-Parameters are named as in the published detectors and segmenters: those of the classifier without its `norm` and
-`head`, and norm0 to norm3.
+They are the models of natzoo.models with a LayerNorm on each output map. Parameter names are those of the published
+detectors and segmenters: the classifier's without `norm` and `head`, plus `norm0` to `norm3`.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from torch import Tensor, nn
 
 from natzoo import models
 from natzoo.checkpoints import load_weights, locate, read_weights
-from natzoo.models import dinat_s, nat
-from natzoo.models.layers import to_nchw
+from natzoo.models._layers import to_nchw
+from natzoo.models.nat import DINAT_S_SIZES, DINAT_SIZES, NAT_SIZES
 
 
 class Backbone:
-    """Makes a backbone of a HierarchicalTransformer: images [B, 3, H, W] -> feature maps [B, C, H/s, W/s].
+    """Turn a hierarchical model of natzoo.models into a backbone.
 
-    Maps are taken before each downsampler, s being 4, 8, 16, 32, and normalised.
+    Images [B, 3, H, W] become one feature map [B, C, H/s, W/s] per entry of `out_indices`, with s = 4, 8, 16, 32. Each
+    map is taken before its stage's downsampler and normalized.
 
     Args:
-        arch: a registered model whose sizes are taken, such as "nat_tiny"; others given beside it win,
-            except depths, num_heads and embed_dim.
-        out_indices: which maps, ascending.
-        frozen_stages: -1 trains all; 0 keeps the tokenizer as it is, n also the first n stages and the norms of their
-            maps: without gradient, and in eval mode.
-        with_cp: whether to save memory by computing blocks again in the backward pass.
-        pretrained: short for init_cfg=dict(type="Pretrained", checkpoint=pretrained).
-        init_cfg: where the first weights come from, as everywhere in mmengine. For "Pretrained" the checkpoint is what
-            natzoo.checkpoints.locate takes: a published name, a path, a URL, or "hf-hub:OWNER/NAME"; of a classifier,
-            or of a detector or segmenter, whose backbone is taken.
-        sizes: of the model's constructor: depths, num_heads, embed_dim, kernel_size, dilations, drop_path_rate, ...
+        arch: Registered model that provides the constructor arguments, such as "nat_tiny". Further arguments override
+            it, except `depths`, `num_heads` and `embed_dim`, which cannot be combined with `arch`.
+        out_indices: Stages whose maps are returned, in ascending order.
+        frozen_stages: -1 trains everything, 0 freezes the patch embedding, n also freezes the first n stages and the
+            norms of their maps. Frozen parts need no gradient and stay in eval mode.
+        with_cp: Save memory by recomputing blocks in the backward pass (gradient checkpointing).
+        pretrained: Shorthand for `init_cfg=dict(type="Pretrained", checkpoint=pretrained)`.
+        init_cfg: Weight initialization, as everywhere in mmengine. For "Pretrained", the checkpoint is anything that
+            natzoo.checkpoints.locate accepts: a published name, a path, a URL or "hf-hub:OWNER/NAME". From a
+            detector or segmenter, only the backbone is loaded.
+        sizes: Other constructor arguments of the model: depths, num_heads, embed_dim, kernel_size, dilations,
+            drop_path_rate, ...
 
     Raises:
-        ValueError: if such sizes are given beside arch; if arch, out_indices or frozen_stages are none that the model
-            has.
+        ValueError: If `arch`, `out_indices` or `frozen_stages` do not fit the model, or if `arch` is combined with
+            depths, num_heads or embed_dim.
     """
 
     archs: ClassVar[Mapping[str, Mapping[str, Any]]]
@@ -58,36 +60,39 @@ class Backbone:
         **sizes: Any,
     ):
         if arch is not None and arch not in self.archs:
-            known = ", ".join(self.archs)
-            raise ValueError(f"arch is {arch!r}, but a backbone of type {type(self).__name__} is one of {known}.")
-        # With other depths or widths than its own, a name would tell nothing; they come with a base config unseen.
-        both = sorted({"depths", "num_heads", "embed_dim"} & sizes.keys()) if arch is not None else []
-        if both:
             raise ValueError(
-                f"arch is {arch!r}, but {', '.join(both)} are given beside it: leave one of the two out; in a config, "
-                "_delete_=True drops what its base has."
+                f"arch = {arch!r} is not a {type(self).__name__} model; use one of {', '.join(self.archs)}."
+            )
+        # A base config may set them without the reader noticing; the name would then be wrong.
+        conflicts = sorted({"depths", "num_heads", "embed_dim"} & sizes.keys()) if arch is not None else []
+        if conflicts:
+            raise ValueError(
+                f"arch = {arch!r} cannot be combined with {', '.join(conflicts)}; remove one of the two. In a config, "
+                "_delete_=True drops the settings of the base config."
             )
         super().__init__(**{**self.archs.get(arch, {}), **sizes, "num_classes": 0})
         self.prune_end(prune_norm=True, prune_head=True)
         stages = len(self.stages)
         if list(out_indices) != sorted({index for index in out_indices if 0 <= index < stages}):
-            raise ValueError(f"out_indices is {out_indices}, but must be ascending numbers of 0 to {stages - 1}.")
+            raise ValueError(f"out_indices = {out_indices} must be ascending stage numbers from 0 to {stages - 1}.")
         if not -1 <= frozen_stages <= stages:
-            raise ValueError(f"frozen_stages is {frozen_stages}, but must be between -1 and {stages}.")
+            raise ValueError(f"frozen_stages = {frozen_stages} must be between -1 and {stages}.")
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         for index in self.out_indices:
             self.add_module(f"norm{index}", nn.LayerNorm(self.feature_info[index]["num_chs"]))
         self.init_cfg = {"type": "Pretrained", "checkpoint": pretrained} if pretrained else init_cfg
         self.set_grad_checkpointing(with_cp)
-        self._leave_out_unused()
+        self._disable_unused()
         self._freeze()
 
     def init_weights(self) -> None:
-        """Loads or draws the first weights as init_cfg says; without it they stay as the constructor drew them.
+        """Initialize or load the weights as `init_cfg` says; without `init_cfg`, keep them as constructed.
 
         Raises:
-            ValueError: if a checkpoint is of another backbone; FileNotFoundError, DownloadError: if it is not there.
+            ValueError: If the checkpoint holds another model.
+            FileNotFoundError: If the checkpoint does not exist.
+            DownloadError: If the checkpoint cannot be downloaded.
         """
         if not self.init_cfg:
             return
@@ -99,12 +104,13 @@ class Backbone:
             print_log(f"{path}: {note}", logger="current", level=logging.INFO)
 
     def train(self, mode: bool = True) -> Self:
+        """Set the training mode; frozen stages stay in eval mode."""
         super().train(mode)
         self._freeze()
         return self
 
-    def _leave_out_unused(self) -> None:
-        """No gradient for what is behind the last map, which several processes would wait for."""
+    def _disable_unused(self) -> None:
+        # Distributed training would wait for gradients of layers that no output map depends on.
         last = max(self.out_indices, default=-1)
         self.stages[last + 1 :].requires_grad_(False)
         if self.stages[last].downsample is not None:
@@ -120,6 +126,7 @@ class Backbone:
             module.requires_grad_(False)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """Return the normalized, contiguous feature maps [B, C, H/s, W/s] of the stages in `out_indices`."""
         maps = self.forward_intermediates(
             x_BCHW, self.out_indices, stop_early=True, output_fmt="NHWC", intermediates_only=True
         )
@@ -129,13 +136,13 @@ class Backbone:
 
 @MODELS.register_module(name=["NAT", "DiNAT"])
 class NAT(Backbone, models.NAT):
-    """NAT, and with dilations DiNAT."""
+    """NAT backbone, or DiNAT if `dilations` are given."""
 
-    archs = nat.SIZES
+    archs: ClassVar = {**NAT_SIZES, **DINAT_SIZES}
 
 
 @MODELS.register_module(name="DiNAT_s")
 class DiNAT_s(Backbone, models.DiNAT_s):
-    """DiNAT_s."""
+    """DiNAT_s backbone."""
 
-    archs = dinat_s.SIZES
+    archs = DINAT_S_SIZES

@@ -1,7 +1,7 @@
-"""Checkpoints of mmengine, safe and whole: plain tensors and numbers, written atomically, read without running code.
+"""Checkpoints for mmengine's runner: written atomically as plain tensors and numbers, read without running code.
 
-mmengine's own hold objects of its classes, which torch.load refuses since PyTorch 2.6; and a run that dies while it
-writes one leaves half a file.
+mmengine's own checkpoints contain objects of its classes, which torch.load rejects since PyTorch 2.6, and a run that
+dies while it writes one leaves a truncated file.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import get_torchvision_models
 
-from natzoo.checkpoints import locate, read_checkpoint, weights_of, write_atomically
-from natzoo.checkpoints.detectors import fit_detector
+from natzoo.checkpoints import fit_detector, locate, read_checkpoint, weights_of, write_atomically
 
-# Where mmengine would fetch and unpickle by other ways; the last are of services that no longer answer.
-_PREFIXES = ("", "http://", "https://", "torchvision://", "modelzoo://")
-_CLOSED = ("open-mmlab://", "openmmlab://", "mmcls://", "pavi://", r"(\S+\:)?s3://", r"(\S+\:)?petrel://")
-_OF_A_RUN = {"meta", "message_hub", "optimizer"}  # what a checkpoint holds, beside weights, of a run that can go on
-_FILE = "file"  # where the loader tells the hook what was loaded
+_LOADABLE_PREFIXES = ("", "http://", "https://", "torchvision://", "modelzoo://")
+# Services that no longer answer, or that would unpickle arbitrary objects.
+_REJECTED_PREFIXES = (
+    "open-mmlab://",
+    "openmmlab://",
+    "mmcls://",
+    "pavi://",
+    r"(\S+\:)?s3://",
+    r"(\S+\:)?petrel://",
+)
+_RUN_KEYS = {"meta", "message_hub", "optimizer"}  # in addition to the weights, what resuming a run needs
+_PATH_KEY = "file"  # under which the loader passes the path to PlainCheckpointHook
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,8 +44,17 @@ _FILE = "file"  # where the loader tells the hook what was loaded
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_from_natzoo(name: str, map_location: Any = None, **kwargs: Any) -> dict[str, Any]:
-    """A checkpoint as mmengine wants it, of whatever natzoo.checkpoints.locate takes, or of torchvision://MODEL."""
+def load_checkpoint(name: str, map_location: Any = None, **kwargs: Any) -> dict[str, Any]:
+    """Read a checkpoint for mmengine.
+
+    Args:
+        name: Anything that natzoo.checkpoints.locate accepts, or "torchvision://MODEL".
+        map_location: Ignored: tensors are read to the CPU, and mmengine copies them to the model's device.
+        kwargs: Other arguments of mmengine's loaders, ignored.
+
+    Returns:
+        A dictionary with at least "state_dict".
+    """
     scheme, _, model = name.partition("://")
     if scheme in ("torchvision", "modelzoo"):
         name = get_torchvision_models()[model]
@@ -47,25 +62,25 @@ def load_from_natzoo(name: str, map_location: Any = None, **kwargs: Any) -> dict
     checkpoint = read_checkpoint(path)
     if "state_dict" not in checkpoint:
         checkpoint = {"state_dict": weights_of(checkpoint, path), "meta": {}}
-    checkpoint[_FILE] = str(path)
+    checkpoint[_PATH_KEY] = str(path)
     return checkpoint
 
 
-def _refuse(name: str, **kwargs: Any) -> None:
+def _reject(name: str, **kwargs: Any) -> None:
     raise ValueError(
-        f"{name} cannot be fetched: give a path, a URL, or a name that `python tools/download.py list` shows."
+        f"{name} uses an unsupported scheme; use a path, a URL or a name from `python tools/download.py list`."
     )
 
 
-CheckpointLoader.register_scheme(_PREFIXES, load_from_natzoo, force=True)
-CheckpointLoader.register_scheme(_CLOSED, _refuse, force=True)
+CheckpointLoader.register_scheme(_LOADABLE_PREFIXES, load_checkpoint, force=True)
+CheckpointLoader.register_scheme(_REJECTED_PREFIXES, _reject, force=True)
 
 
 def latest_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The checkpoint of a run that has come farthest, or None."""
-    numbers = {path: re.fullmatch(r"(?:iter|epoch)_(\d+)\.pth", path.name) for path in Path(folder).glob("*.pth")}
-    found = {path: int(match[1]) for path, match in numbers.items() if match}
-    return max(found, key=found.get, default=None)
+    """Return the checkpoint with the highest iteration or epoch in the folder of a run, or None."""
+    matches = {path: re.fullmatch(r"(?:iter|epoch)_(\d+)\.pth", path.name) for path in Path(folder).glob("*.pth")}
+    progress = {path: int(match[1]) for path, match in matches.items() if match}
+    return max(progress, key=progress.get, default=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,90 +90,96 @@ def latest_checkpoint(folder: str | os.PathLike) -> Path | None:
 
 @register_backend("local", force=True, prefixes="")
 class AtomicBackend(LocalBackend):
-    """Files of this machine, which appear whole or not at all."""
+    """Local file backend that writes to a temporary file and renames it."""
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
         Path(filepath).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(filepath, lambda file: file.write(obj))
 
 
-class _LateRemoval:
-    """A file backend that removes what it is told to only when asked again, and only files of one folder."""
+class _DelayedRemoval:
+    """File backend that collects files to remove until `flush`, and ignores files outside one folder."""
 
     def __init__(self, backend: LocalBackend, folder: str | os.PathLike):
         self.backend, self.folder = backend, Path(folder).resolve()
-        self.waiting: list[str | os.PathLike] = []
+        self.pending: list[str | os.PathLike] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
     def isfile(self, path: str | os.PathLike) -> bool:
-        """False elsewhere, so that mmengine does not remove it."""
+        # mmengine removes only what exists: deny files of other folders.
         return Path(path).resolve().parent == self.folder and self.backend.isfile(path)
 
     def remove(self, path: str | os.PathLike) -> None:
-        self.waiting.append(path)
+        self.pending.append(path)
 
-    def remove_waiting(self) -> None:
-        while self.waiting:
-            self.backend.remove(self.waiting.pop())
+    def flush(self) -> None:
+        while self.pending:
+            self.backend.remove(self.pending.pop())
 
 
 @HOOKS.register_module(name="CheckpointHook", force=True)
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's own, of every config, but an old checkpoint is removed only when the new one is there, and none of
-    another run, whose best one a resumed run knows of."""
+    """mmengine's CheckpointHook, except that it removes old checkpoints only after the new one is written.
+
+    It also never removes files of another run: a run resumed in a new folder knows the best checkpoint of the old one.
+    """
 
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
-        self.file_backend = _LateRemoval(self.file_backend, self.out_dir)
+        self.file_backend = _DelayedRemoval(self.file_backend, self.out_dir)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
         super()._save_checkpoint_with_step(runner, step, meta)
-        self.file_backend.remove_waiting()
+        self.file_backend.flush()
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, float]) -> None:
         super()._save_best_checkpoint(runner, metrics)
-        self.file_backend.remove_waiting()
+        self.file_backend.flush()
 
 
 @HOOKS.register_module()
 class PlainCheckpointHook(Hook):
-    """Makes checkpoints plain when they are written, and what they were when they are read; and checks that they fit.
+    """Convert checkpoints to plain values before writing and back after reading, and check that they fit the model.
 
     Args:
-        new_classes: whether the weights of layers for another number of classes are left out, to fine-tune.
+        new_classes: Whether to skip layers for another number of classes, for fine-tuning.
     """
 
-    priority = "VERY_LOW"  # sees what other hooks add to a checkpoint
+    priority = "VERY_LOW"  # runs last, after other hooks have added to the checkpoint
 
     def __init__(self, new_classes: bool = False):
         self.new_classes = new_classes
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         for key, value in checkpoint.items():
-            checkpoint[key] = _plain(value)
+            checkpoint[key] = _to_plain(value)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError if the checkpoint is of another model, or lacks what a run to resume needs."""
+        """Adapt the weights to the model and restore the history buffers.
+
+        Raises:
+            ValueError: If the checkpoint holds another model, or lacks what resuming needs.
+        """
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        path = checkpoint.pop(_FILE, "the checkpoint")
-        if runner.cfg.get("resume") and not (checkpoint.keys() >= _OF_A_RUN and "iter" in checkpoint["meta"]):
-            raise ValueError(f"{path} holds no run to go on with: use --load-from, which starts one from its weights.")
+        path = checkpoint.pop(_PATH_KEY, "the checkpoint")
+        if runner.cfg.get("resume") and not (checkpoint.keys() >= _RUN_KEYS and "iter" in checkpoint["meta"]):
+            raise ValueError(f"{path} holds only weights and cannot be resumed; use --load-from to start a new run.")
         checkpoint["state_dict"], notes = fit_detector(checkpoint["state_dict"], model, path, self.new_classes)
         for note in notes:
             print_log(f"{path}: {note}", logger="current", level=logging.INFO)
         if "message_hub" in checkpoint:
             scalars = checkpoint["message_hub"]["log_scalars"]
             checkpoint["message_hub"]["log_scalars"] = OrderedDict(
-                (name, _buffer(value) if isinstance(value, dict) else value) for name, value in scalars.items()
+                (name, _to_buffer(value) if isinstance(value, dict) else value) for name, value in scalars.items()
             )
 
 
-def _plain(value: Any) -> Any:
-    """The same without objects: NumPy's numbers as Python's, its arrays as tensors, a history as a dict of tensors."""
+def _to_plain(value: Any) -> Any:
+    """Replace NumPy arrays by tensors, NumPy scalars by Python's, and history buffers by dictionaries of tensors."""
     if isinstance(value, HistoryBuffer):
         history, counts = value.data
         return {"history": torch.from_numpy(history), "counts": torch.from_numpy(counts), "length": value.max_length}
@@ -167,11 +188,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
-        return type(value)((key, _plain(item)) for key, item in value.items())
+        return type(value)((key, _to_plain(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(_to_plain(item) for item in value)
     return value
 
 
-def _buffer(plain: dict[str, Any]) -> HistoryBuffer:
+def _to_buffer(plain: dict[str, Any]) -> HistoryBuffer:
     return HistoryBuffer(plain["history"].numpy(), plain["counts"].numpy(), plain["length"])

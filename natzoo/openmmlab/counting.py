@@ -1,7 +1,8 @@
-"""What the model of a config takes for one picture, as the published figures have it; on the meta device.
+"""Count parameters, MACs and activations of a config's model for one image, following the published figures.
 
-Of detectors: backbone, neck, proposals, and the heads on 1000 boxes, of which the first 100 get masks, in each stage.
-Of segmenters: backbone and decode head. Matrix products and convolutions count; RoIAlign, norms and resizing do not.
+Detectors: backbone, neck, proposal network, and the heads of every stage on 1000 boxes, 100 of which get masks.
+Segmenters: backbone and decode head, without the auxiliary head. Matrix products and convolutions are counted;
+RoIAlign, norms and resizing are not.
 """
 
 from __future__ import annotations
@@ -14,28 +15,35 @@ from torch import Tensor, nn
 from natzoo.counting import Layer, count
 
 _BOXES, _MASKS = 1000, 100
-_DETECTION_SIZE = (800, 1280)  # height and width of the published figures
+_DETECTION_SIZE = (800, 1280)  # height and width for which detectors' MACs are published
 
 
 def count_config(cfg: Config, size: tuple[int, int] | None = None) -> tuple[list[Layer], tuple[int, int]]:
-    """A config's model and its modules with what they take, and the height and width that this is for.
+    """Count the model of a config and each of its modules.
+
+    Args:
+        cfg: A config for mmdet or mmseg.
+        size: Height and width of the image, in pixels. Defaults to the size of the published figures.
+
+    Returns:
+        The counts, the whole model first, and the height and width they are for.
 
     Raises:
-        ValueError: if the model is none of those that this project has.
+        ValueError: If the model is neither a two-stage detector, an encoder-decoder, nor a Mask2Former.
     """
     init_default_scope(cfg.default_scope)
     size = size or _published_size(cfg)
-    # Mask2Former looks at its masks on the way, which the meta device has not.
-    device = "cpu" if "Mask2Former" in cfg.model.type + cfg.model.get("decode_head", {}).get("type", "") else "meta"
+    # Mask2Former inspects the values of its masks, so it cannot run on the meta device.
+    is_mask2former = "Mask2Former" in cfg.model.type + cfg.model.get("decode_head", {}).get("type", "")
+    device = "cpu" if is_mask2former else "meta"
     with torch.device(device):
         model = MODELS.build(cfg.model).eval()
         image = torch.zeros(1, 3, *size)
-    with torch.device(device):
         return count(model, lambda: _run(model, image)), size
 
 
 def _published_size(cfg: Config) -> tuple[int, int]:
-    """Of segmenters the size that test pictures are made fit into, else that of training's crops."""
+    """Return 800 x 1280 for detectors; for segmenters, the test size if images are resized, else the crop size."""
     if cfg.default_scope == "mmdet":
         return _DETECTION_SIZE
     resizes = [step["scale"] for step in cfg.get("test_pipeline", ()) if step["type"] == "Resize" and "scale" in step]
@@ -48,16 +56,15 @@ def _published_size(cfg: Config) -> tuple[int, int]:
 def _run(model: nn.Module, image: Tensor) -> None:
     maps = model.backbone(image)
     if hasattr(model, "decode_head"):
-        samples = [_sample(image)]
-        is_plain = not hasattr(model.decode_head, "pixel_decoder")
-        model.decode_head(maps) if is_plain else model.decode_head(maps, samples)
+        is_mask2former = hasattr(model.decode_head, "pixel_decoder")
+        model.decode_head(maps, [_make_sample(image)]) if is_mask2former else model.decode_head(maps)
     elif hasattr(model, "panoptic_head"):
-        model.panoptic_head(maps, [_sample(image)])
+        model.panoptic_head(maps, [_make_sample(image)])
     elif hasattr(model, "roi_head"):
         model.rpn_head(model.neck(maps))
         _run_roi_head(model.roi_head)
     else:
-        raise ValueError(f"a {type(model).__name__} is no model whose arithmetic is counted here.")
+        raise ValueError(f"model type {type(model).__name__} cannot be counted.")
 
 
 def _run_roi_head(head: nn.Module) -> None:
@@ -70,8 +77,8 @@ def _run_roi_head(head: nn.Module) -> None:
             stage(torch.zeros(boxes, extractor.out_channels, *side))
 
 
-def _sample(image: Tensor):
-    """What Mask2Former asks of a picture: its size."""
+def _make_sample(image: Tensor):
+    """Return the image size in the form that Mask2Former's head reads."""
     from mmdet.structures import DetDataSample
 
     size = tuple(image.shape[-2:])

@@ -1,19 +1,23 @@
-"""Data sets of configs: where they are, checked before a run needs them, with words that say how to get them."""
+"""Datasets of configs: move them to another folder, check them before a run, and resume in the middle of them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop
 from torch import nn
+from torch.utils.data import DataLoader
 
-# By the name of a file or folder: what it is and where it comes from; the first that fits.
+# Pattern of a file or folder name -> what it is and where it comes from. The first match counts.
 _SOURCES = {
     "ade20k_*": "written by Mask2Former's datasets/prepare_ade20k_*.py from ADE20K (sceneparsing.csail.mit.edu)",
     "cityscapes_panoptic_*": "written by cityscapesscripts' createPanopticImgs.py from Cityscapes",
@@ -22,66 +26,74 @@ _SOURCES = {
     "coco": "part of COCO 2017 (cocodataset.org/#download): train2017/, val2017/ and annotations/",
     "ADEChallengeData2016": "part of ADE20K, scene parsing (sceneparsing.csail.mit.edu): images/ and annotations/",
     "cityscapes": "part of Cityscapes (cityscapes-dataset.com): leftImg8bit/ and gtFine/",
-    "shapes": "drawn by `python tools/make_data.py shapes data/shapes`",
+    "shapes": "written by `python tools/make_data.py shapes data/shapes`",
 }
 
-# Heads whose num_classes is that of the data; but for models with the parts below, where it is that of things or words.
+# Heads whose num_classes must equal the number of classes in the dataset, ...
 _HEADS = ("bbox_head", "mask_head", "decode_head")
-_OTHERWISE = ("semantic_head", "panoptic_fusion_head", "language_model")
+# ... unless the model has one of these modules, which give num_classes another meaning.
+_EXEMPTING_MODULES = ("semantic_head", "panoptic_fusion_head", "language_model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths in a config
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def set_data_root(cfg: Config, folder: str | os.PathLike) -> None:
-    """Lets a config read its data from another folder than its `data_root`.
+    """Replace `data_root`, at the start of every path in a config, by another folder.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: If the config has no `data_root`.
     """
     if "data_root" not in cfg:
         raise ValueError(
-            f"{cfg.filename} has no data_root, which --data would replace: set its paths by --cfg-options."
+            f"{cfg.filename} has no data_root for --data to replace; set the paths with --cfg-options instead."
         )
     old, new = cfg.data_root.rstrip("/"), str(folder).rstrip("/")
     for key, value in cfg.to_dict().items():
-        cfg[key] = _moved(value, old, new)
+        cfg[key] = _replace_root(value, old, new)
 
 
-def _moved(value: Any, old: str, new: str) -> Any:
+def _replace_root(value: Any, old: str, new: str) -> Any:
     if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
         return new + value.removeprefix(old)
     if isinstance(value, dict):
-        return {key: _moved(item, old, new) for key, item in value.items()}
+        return {key: _replace_root(item, old, new) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_moved(item, old, new) for item in value)
+        return type(value)(_replace_root(item, old, new) for item in value)
     return value
 
 
 def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
-    """Checks that the folders and annotation files that a run reads are there.
+    """Check that the folders and annotation files that a run reads exist.
 
     Args:
-        loaders: names of the config's data loaders.
+        cfg: The config.
+        loaders: Names of data loaders in the config, such as "train_dataloader".
 
     Raises:
-        FileNotFoundError: naming the first that is missing and how to get it.
+        FileNotFoundError: For the first missing file or folder; the message says where to get it.
     """
     for loader in loaders:
-        for dataset in _datasets((cfg.get(loader) or {}).get("dataset") or {}):
-            for path in _paths(dataset):
+        for dataset in _iter_datasets((cfg.get(loader) or {}).get("dataset") or {}):
+            for path in _iter_paths(dataset):
                 if not path.exists():
-                    reader = f"{loader} of the config"
-                    raise FileNotFoundError(f"there is no {path}, which {reader} reads: {_advice(dataset, path)}")
+                    raise FileNotFoundError(
+                        f"{path}, which {loader} reads, does not exist; {_where_to_get(dataset, path)}"
+                    )
 
 
-def _datasets(dataset: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Those that a wrapper such as RepeatDataset holds, else the data set itself."""
+def _iter_datasets(dataset: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the innermost datasets of wrappers such as RepeatDataset."""
     inner = dataset.get("datasets") or ([dataset["dataset"]] if "dataset" in dataset else [])
     if not inner:
         yield dataset
     for part in inner:
-        yield from _datasets(part)
+        yield from _iter_datasets(part)
 
 
-def _paths(dataset: dict[str, Any]) -> Iterator[Path]:
+def _iter_paths(dataset: dict[str, Any]) -> Iterator[Path]:
     root = Path(dataset.get("data_root") or ".")
     if dataset.get("data_root"):
         yield root
@@ -89,32 +101,40 @@ def _paths(dataset: dict[str, Any]) -> Iterator[Path]:
     yield from (root / part for part in parts if part)
 
 
-def _advice(dataset: dict[str, Any], path: Path) -> str:
-    # The data set's own folder and what is in it: the folders around it may have any names.
+def _where_to_get(dataset: dict[str, Any], path: Path) -> str:
+    # Only the names of the dataset's folder and below are significant; its parents can have any name.
     root = Path(dataset.get("data_root") or path.parent)
-    known = _source(path.parts[len(root.parts) - 1 :])
-    return f"{f'it is {known}; ' if known else ''}put or link it there, or name another folder with --data."
+    source = _find_source(path.parts[len(root.parts) - 1 :])
+    return f"{f'it is {source}; ' if source else ''}put or link it there, or pass another folder with --data."
 
 
-def _source(names: Sequence[str]) -> str | None:
-    return next((text for known, text in _SOURCES.items() if any(fnmatchcase(name, known) for name in names)), None)
+def _find_source(names: Sequence[str]) -> str | None:
+    matches = (text for pattern, text in _SOURCES.items() if any(fnmatchcase(name, pattern) for name in names))
+    return next(matches, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks of the built datasets
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @HOOKS.register_module()
 class CheckDataHook(Hook):
-    """Finds, before the first iteration, pictures that the annotations name and the folders lack, and most heads for
-    another number of classes than the data has; and later labels that no class has."""
+    """Check images, classes and heads before the first iteration, and the labels of each batch.
+
+    Training also checks the validation set, which would otherwise fail only after hours.
+    """
 
     def before_train(self, runner: Any) -> None:
-        _check_data_set(runner.train_dataloader.dataset, runner.model)
+        _check_dataset(runner.train_dataloader.dataset, runner.model)
         if runner.val_loop is not None:
-            _check_data_set(runner.val_dataloader.dataset, runner.model)
+            _check_dataset(runner.val_dataloader.dataset, runner.model)
 
     def before_val(self, runner: Any) -> None:
-        _check_data_set(runner.val_dataloader.dataset, runner.model)
+        _check_dataset(runner.val_dataloader.dataset, runner.model)
 
     def before_test(self, runner: Any) -> None:
-        _check_data_set(runner.test_dataloader.dataset, runner.model)
+        _check_dataset(runner.test_dataloader.dataset, runner.model)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         _check_labels(data_batch, runner.train_dataloader.dataset)
@@ -126,19 +146,19 @@ class CheckDataHook(Hook):
         _check_labels(data_batch, runner.test_dataloader.dataset)
 
 
-def _check_data_set(dataset: Any, model: nn.Module) -> None:
+def _check_dataset(dataset: Any, model: nn.Module) -> None:
     _check_classes(dataset)
     _check_heads(dataset, model)
-    _check_pictures(dataset)
+    _check_files(dataset)
 
 
-def _check_pictures(dataset: Any) -> None:
-    """Raises FileNotFoundError naming the first file that is missing; ValueError without pictures."""
+def _check_files(dataset: Any) -> None:
+    """Raise FileNotFoundError for the first missing image or label map, ValueError for an empty dataset."""
     if len(dataset) == 0:
-        raise ValueError(f"{_origin(dataset)} has no picture to use: check its annotations and the config's classes.")
+        raise ValueError(f"{_name_of(dataset)} has no usable image; check its annotations and the config's classes.")
     if getattr(dataset, "_natzoo_checked", False):
         return
-    there: dict[str, set[str]] = {}  # a listing a folder, since asking for each file is slow on network disks
+    listings: dict[str, set[str]] = {}  # one listing per folder: testing each file is slow on network disks
     for index in range(len(dataset)):
         info = dataset.get_data_info(index)
         for key in ("img_path", "seg_map_path"):
@@ -146,70 +166,114 @@ def _check_pictures(dataset: Any) -> None:
             if not path:
                 continue
             folder, name = os.path.split(path)
-            if folder not in there:
-                there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-            if name not in there[folder]:
-                known = _source([name])
-                advice = f": it is {known}" if known else ""
-                raise FileNotFoundError(f"{_origin(dataset)} names {path}, but there is no such file{advice}.")
+            if folder not in listings:
+                listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            if name not in listings[folder]:
+                source = _find_source([name])
+                hint = f" It is {source}." if source else ""
+                raise FileNotFoundError(f"{path}, named by {_name_of(dataset)}, does not exist.{hint}")
     dataset._natzoo_checked = True
 
 
 def _check_classes(dataset: Any) -> None:
-    """Raises ValueError if annotations in COCO's format lack classes of the config: mmdet would mix up the others."""
-    dataset = _inner(dataset)
-    found, wanted = getattr(dataset, "cat_ids", None), dataset.metainfo.get("classes") or ()
-    if found is not None and len(found) != len(wanted):
-        names = ", ".join(wanted[:5])
+    """Raise ValueError if COCO annotations lack classes of the config: mmdet would silently shift the others."""
+    dataset = _unwrap(dataset)
+    found, expected = getattr(dataset, "cat_ids", None), dataset.metainfo.get("classes") or ()
+    if found is not None and len(found) != len(expected):
+        names = ", ".join(expected[:5])
         raise ValueError(
-            f"{dataset.ann_file} has {len(found)} of the config's {len(wanted)} classes ({names}): correct its "
+            f"{dataset.ann_file} has only {len(found)} of the {len(expected)} classes in the config ({names}); fix its "
             "categories, or metainfo in the config."
         )
 
 
 def _check_heads(dataset: Any, model: nn.Module) -> None:
-    """Raises ValueError naming the head that is for another number of classes than the data set has."""
-    classes = len(_inner(dataset).metainfo.get("classes") or ())
+    """Raise ValueError for the first head whose number of classes differs from the dataset's."""
+    classes = len(_unwrap(dataset).metainfo.get("classes") or ())
     modules = {name.removeprefix("module."): module for name, module in model.named_modules()}
-    if not classes or any(part in modules for part in _OTHERWISE):
+    if not classes or any(name in modules for name in _EXEMPTING_MODULES):
         return
     for name, module in modules.items():
-        kind = [part for part in name.split(".") if not part.isdigit()][-1:]
-        wanted = getattr(module, "num_classes", None)
+        kind = [part for part in name.split(".") if not part.isdigit()][-1:]  # bbox_head of roi_head.bbox_head.0
+        expected = getattr(module, "num_classes", None)
         is_agnostic = getattr(module, "class_agnostic", False)
-        if kind and kind[0] in _HEADS and wanted not in (None, classes) and not is_agnostic:
+        if kind and kind[0] in _HEADS and expected not in (None, classes) and not is_agnostic:
             raise ValueError(
-                f"the config's model.{name} is for {wanted} classes, but {_origin(dataset)} is read with "
-                f"{classes}: set num_classes={classes} there, or the classes in metainfo."
+                f"model.{name} has num_classes={expected}, but {_name_of(dataset)} has {classes} classes; set "
+                f"num_classes={classes}, or the classes in metainfo."
             )
 
 
-def _inner(dataset: Any) -> Any:
+def _unwrap(dataset: Any) -> Any:
     while hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     return dataset
 
 
-def _origin(dataset: Any) -> str:
-    dataset = _inner(dataset)
-    return getattr(dataset, "ann_file", "") or str(
-        (getattr(dataset, "data_prefix", None) or {}).get("img_path", "data")
-    )
+def _name_of(dataset: Any) -> str:
+    """Return the annotation file or the image folder of a dataset, for messages."""
+    dataset = _unwrap(dataset)
+    folder = (getattr(dataset, "data_prefix", None) or {}).get("img_path", "the dataset")
+    return getattr(dataset, "ann_file", "") or str(folder)
 
 
 def _check_labels(batch: Any, dataset: Any) -> None:
-    """Raises ValueError naming the label picture that has a value beyond the classes; 255 stands for none."""
+    """Raise ValueError naming the label map with a value beyond the classes; 255 is the ignore label."""
     classes = len(dataset.metainfo.get("classes") or ())
     samples = batch.get("data_samples", ()) if isinstance(batch, dict) else ()
     for sample in samples:
-        for one in sample if isinstance(sample, (list, tuple)) else (sample,):
-            if not classes or "gt_sem_seg" not in one:
+        for view in sample if isinstance(sample, (list, tuple)) else (sample,):
+            if not classes or "gt_sem_seg" not in view:
                 continue
-            labels = one.gt_sem_seg.get("data", one.gt_sem_seg.get("sem_seg"))  # as mmseg and as mmdet call it
-            wrong = labels[(labels >= classes) & (labels != 255)]
-            if len(wrong):
-                path = one.get("seg_map_path", "a label picture")
+            labels = view.gt_sem_seg.get("data", view.gt_sem_seg.get("sem_seg"))  # mmseg's and mmdet's name
+            invalid = labels[(labels >= classes) & (labels != 255)]
+            if len(invalid):
+                path = view.get("seg_map_path", "a label map")
                 raise ValueError(
-                    f"{path} has the label {int(wrong.max())}, but there are "
-                    f"only {classes} classes, 0 to {classes - 1} (255 for none): correct it or the config's classes."
+                    f"{path} contains the label {int(invalid.max())}, but the config has only {classes} classes, 0 to "
+                    f"{classes - 1} (255 is ignored); fix the label map or the config's classes."
                 )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@HOOKS.register_module()
+class SkipSeenDataHook(Hook):
+    """Let a resumed run skip the data it has seen without loading it.
+
+    mmengine loads every batch up to the resumed iteration again, which takes hours in a long run. This hook only draws
+    their indices. It applies to iteration-based training with InfiniteSampler.
+    """
+
+    def before_run(self, runner: Any) -> None:
+        self.first_seed = runner.seed  # of this process; loading a checkpoint replaces it by the seed of the run
+
+    def before_train_epoch(self, runner: Any) -> None:
+        loop = runner.train_loop
+        sampler, size = loop.dataloader.sampler, loop.dataloader.batch_size
+        if getattr(sampler, "seed", None) == self.first_seed:  # keep a seed that the config gives the sampler
+            sampler.seed = runner.seed
+        if not isinstance(loop, IterBasedTrainLoop) or loop.iter == 0:
+            return
+        if isinstance(sampler, InfiniteSampler) and size:
+            sampler.indices = sampler._indices_of_rank()  # restart: the loop has already prefetched from it
+            next(islice(sampler.indices, loop.iter * size - 1, None))
+            loop.dataloader_iterator = _SkippingIterator(loop.dataloader, loop.iter)
+
+
+class _SkippingIterator:
+    """Return None for each batch that the loop wants to skip, then batches."""
+
+    def __init__(self, loader: DataLoader, skip: int):
+        self.loader, self.skip, self.batches = loader, skip, None
+
+    def __next__(self) -> Any:
+        if self.skip > 0:
+            self.skip -= 1
+            return None
+        if self.batches is None:
+            self.batches = iter(self.loader)
+        return next(self.batches)

@@ -1,8 +1,8 @@
-"""The module `mmcv._ext` made of torchvision's operators, under the names and arguments that mmcv.ops calls.
+"""Replacement for `mmcv._ext`, the compiled operators of mmcv, implemented with torchvision.
 
-Results are written into the tensors that mmcv passes for them. Operators that no model here calls exist, since mmcv
-asks for them when it is imported, and say when they are called that they are missing. fp16 and bf16 are computed in
-float32.
+Functions have the names and arguments that mmcv.ops uses, and write results into the tensors that mmcv passes for them.
+float16 and bfloat16 inputs are computed in float32. mmcv looks up all of its operators at import time; those that no
+model of this project uses raise NotImplementedError when called.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torchvision.ops
 from torch import Tensor
 
-_SOFT_NMS = {0: "naive", 1: "linear", 2: "gaussian"}
+_SOFT_NMS_METHODS = {0: "naive", 1: "linear", 2: "gaussian"}
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
@@ -23,29 +23,25 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
 
     def missing(*args, **kwargs) -> NoReturn:
         raise NotImplementedError(
-            f"the operator {name} of mmcv is not compiled here: install mmcv in place of mmcv-lite."
+            f"{name} is not implemented without compiled mmcv; install mmcv in place of mmcv-lite."
         )
 
     return missing
 
 
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.float16, torch.bfloat16)
-
-
-def _full(x: Tensor) -> Tensor:
-    """float32 for half precision, which torchvision's CPU operators lack, and its GPU ones for bf16."""
-    return x.float() if _is_half(x) else x
+def _to_float(x: Tensor) -> Tensor:
+    """Cast half precision to float32: torchvision supports float16 only on GPUs, and bfloat16 nowhere."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Non-maximum suppression. Boxes [N, 4] are x1, y1, x2, y2; with an offset of 1 a box contains its last pixel.
+# Non-maximum suppression. Boxes [N, 4] are (x1, y1, x2, y2); offset 1 means that x2 and y2 belong to the box.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def nms(boxes: Tensor, scores: Tensor, *, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes kept, by falling score."""
-    boxes, scores = _full(boxes), _full(scores)
+    """Return the indices of the kept boxes in descending order of score."""
+    boxes, scores = _to_float(boxes), _to_float(scores)
     if offset:
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
     return torchvision.ops.nms(boxes, scores, iou_threshold)
@@ -62,39 +58,40 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Indices of the boxes kept; boxes with lowered scores [N, 5] go into the first rows of dets.
+    """Apply Soft-NMS (arXiv:1704.04503) and return the indices of the kept boxes.
 
-    Soft-NMS (arXiv:1704.04503): each box lowers the scores of those that overlap it, to nothing ("naive"), by 1 - IoU
-    ("linear"), or by exp(-IoU^2 / sigma).
+    Each kept box multiplies the scores of the boxes that overlap it by 0 ("naive"), 1 - IoU ("linear") or
+    exp(-IoU^2 / sigma) ("gaussian"). The kept boxes with their reduced scores are written to the first rows of `dets`,
+    [N, 5].
     """
-    rest = _full(boxes).clone()
-    rest_scores, indices = _full(scores).clone(), torch.arange(len(boxes))
+    rest = _to_float(boxes).clone()
+    rest_scores, indices = _to_float(scores).clone(), torch.arange(len(boxes))
     kept = []
     while len(rest):
         best = rest_scores.argmax()
-        if rest_scores[best] < min_score:  # before any is taken, and after each suppression
+        if rest_scores[best] < min_score:
             break
         box, score = rest[best], rest_scores[best]
         dets[len(kept), :4], dets[len(kept), 4] = box, score
         kept.append(int(indices[best]))
         others = torch.arange(len(rest)) != best
         rest, rest_scores, indices = rest[others], rest_scores[others], indices[others]
-        overlap = _overlap(box, rest, offset)
-        rest_scores = rest_scores * _decay(_SOFT_NMS[method], overlap, iou_threshold, sigma)
+        overlap = _iou(box, rest, offset)
+        rest_scores = rest_scores * _decay_factor(_SOFT_NMS_METHODS[method], overlap, iou_threshold, sigma)
         strong = rest_scores >= min_score
         rest, rest_scores, indices = rest[strong], rest_scores[strong], indices[strong]
     return torch.tensor(kept, dtype=torch.long)
 
 
-def _decay(method: str, overlap: Tensor, iou_threshold: float, sigma: float) -> Tensor:
+def _decay_factor(method: str, overlap: Tensor, iou_threshold: float, sigma: float) -> Tensor:
     if method == "gaussian":
         return torch.exp(-(overlap**2) / sigma)
     factor = 1 - overlap if method == "linear" else torch.zeros_like(overlap)
     return torch.where(overlap >= iou_threshold, factor, 1.0)
 
 
-def _overlap(box: Tensor, others: Tensor, offset: int) -> Tensor:
-    """IoU of a box [4] with others [N, 4]."""
+def _iou(box: Tensor, others: Tensor, offset: int) -> Tensor:
+    """Return the IoU [N] of a box [4] with other boxes [N, 4]."""
     stretch = box.new_tensor([0, 0, offset, offset])
     return torchvision.ops.box_iou((box + stretch)[None], others + stretch)[0]
 
@@ -106,7 +103,7 @@ def _overlap(box: Tensor, others: Tensor, offset: int) -> Tensor:
 
 def _check_average(pool_mode: int) -> None:
     if pool_mode != 1:
-        raise NotImplementedError("RoIAlign with pool_mode='max' is not compiled here: use 'avg'.")
+        raise NotImplementedError("pool_mode='max' of RoIAlign is not implemented without compiled mmcv; use 'avg'.")
 
 
 def roi_align_forward(
@@ -123,10 +120,10 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Writes [N, C, aligned_height, aligned_width]; a row of rois is picture, x1, y1, x2, y2."""
+    """Write [N, C, aligned_height, aligned_width] to `output`; each RoI is (image index, x1, y1, x2, y2)."""
     _check_average(pool_mode)
     size = (aligned_height, aligned_width)
-    features, rois = _full(input_BCHW), _full(rois_N5)
+    features, rois = _to_float(input_BCHW), _to_float(rois_N5)
     output.copy_(torchvision.ops.roi_align(features, rois, size, spatial_scale, sampling_ratio, aligned))
 
 
@@ -146,7 +143,7 @@ def roi_align_backward(
 ) -> None:
     _check_average(pool_mode)
     window = (spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, aligned)
-    grad = torch.ops.torchvision._roi_align_backward(_full(grad_output), _full(rois_N5), *window)
+    grad = torch.ops.torchvision._roi_align_backward(_to_float(grad_output), _to_float(rois_N5), *window)
     grad_input.copy_(grad)
 
 
@@ -155,7 +152,7 @@ def roi_align_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _modulated(
+def _modulated_deform_conv(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -174,7 +171,7 @@ def _modulated(
     deformable_group: int,
     with_bias: bool,
 ) -> Tensor:
-    """torchvision takes the groups from the shapes."""
+    """Apply torchvision's operator, which infers `group` and `deformable_group` from the shapes."""
     return torchvision.ops.deform_conv2d(
         input,
         offset,
@@ -198,7 +195,7 @@ def modulated_deform_conv_forward(
     columns: Tensor,
     **geometry,
 ) -> None:
-    result = _modulated(*map(_full, (input, weight, bias, offset, mask)), **geometry)
+    result = _modulated_deform_conv(*map(_to_float, (input, weight, bias, offset, mask)), **geometry)
     output.resize_(result.shape).copy_(result)
 
 
@@ -220,18 +217,18 @@ def modulated_deform_conv_backward(
     with_bias: bool,
     **geometry,
 ) -> None:
-    arguments = [_full(x).detach().requires_grad_() for x in (input, weight, bias, offset, mask)]
+    arguments = [_to_float(x).detach().requires_grad_() for x in (input, weight, bias, offset, mask)]
     targets = [grad_input, grad_weight, grad_bias, grad_offset, grad_mask]
     with torch.enable_grad():
-        result = _modulated(*arguments, with_bias=with_bias, **geometry)
+        result = _modulated_deform_conv(*arguments, with_bias=with_bias, **geometry)
     if not with_bias:
         del arguments[2], targets[2]
-    for target, grad in zip(targets, torch.autograd.grad(result, arguments, _full(grad_output)), strict=True):
+    for target, grad in zip(targets, torch.autograd.grad(result, arguments, _to_float(grad_output)), strict=True):
         target.copy_(grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Multi-scale deformable attention (arXiv:2010.04159); on the CPU mmcv itself takes its PyTorch version
+# Multi-scale deformable attention (arXiv:2010.04159). mmcv calls these on GPUs; on CPUs it uses its PyTorch version.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -244,8 +241,8 @@ def _deformable_attention(value: Tensor, shapes: Tensor, locations: Tensor, weig
 def ms_deform_attn_forward(
     value: Tensor, shapes: Tensor, level_starts: Tensor, locations: Tensor, weights: Tensor, *, im2col_step: int
 ) -> Tensor:
-    """[B, queries, channels] of value [B, keys, heads, channels/heads], as mmcv's documentation has them."""
-    return _deformable_attention(_full(value), shapes, _full(locations), _full(weights)).to(value.dtype)
+    """Return [B, queries, channels] for values [B, keys, heads, channels/heads]; see mmcv for the other shapes."""
+    return _deformable_attention(_to_float(value), shapes, _to_float(locations), _to_float(weights)).to(value.dtype)
 
 
 def ms_deform_attn_backward(
@@ -261,9 +258,9 @@ def ms_deform_attn_backward(
     *,
     im2col_step: int,
 ) -> None:
-    arguments = [_full(x).detach().requires_grad_() for x in (value, locations, weights)]
+    arguments = [_to_float(x).detach().requires_grad_() for x in (value, locations, weights)]
     with torch.enable_grad():
         result = _deformable_attention(arguments[0], shapes, *arguments[1:])
-    grads = torch.autograd.grad(result, arguments, _full(grad_output))
+    grads = torch.autograd.grad(result, arguments, _to_float(grad_output))
     for target, grad in zip((grad_value, grad_locations, grad_weights), grads, strict=True):
         target.copy_(grad)

@@ -1,8 +1,8 @@
-"""Panoptic maps of Cityscapes and ADE20K: data sets, and the metric for them.
+"""Panoptic datasets and metric for Cityscapes and ADE20K; list this module in `custom_imports` to use them.
 
-mmdet numbers classes as the annotation file lists them, and wants the things first. The files that cityscapesscripts
-and Mask2Former's scripts write list them otherwise: here classes are told by their names, two of which Mask2Former's
-script spells in its own way. Cityscapes' pictures and maps are named after the image's id.
+mmdet numbers classes in the order of the annotation file and requires things before stuff. The files that
+cityscapesscripts and Mask2Former's scripts write have another order, so the classes here are matched by name. For
+Cityscapes, the paths of images and panoptic maps are derived from the image id.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mmdet.datasets.api_wrappers import COCOPanoptic
 from mmdet.evaluation import CocoPanopticMetric
 from mmdet.registry import DATASETS, METRICS
 
-# name, colour (R, G, B) as Cityscapes draws it
+# Class -> color (R, G, B) of the Cityscapes palette.
 _THINGS = {
     "person": (220, 20, 60),
     "rider": (255, 0, 0),
@@ -42,17 +42,17 @@ _STUFF = {
     "sky": (70, 130, 180),
 }
 
-# Names of classes that Mask2Former's script spells otherwise than mmdet; it also writes "window " with a space.
-_RESPELLED = {"plane": "airplane"}
+# Class names of Mask2Former's script that differ from mmdet's. The script also writes "window " with a trailing space.
+_RENAMED = {"plane": "airplane"}
 
 
 class PanopticAnnotations(COCOPanoptic):
-    """Annotations whose classes are spelled as mmdet does, and numbered in the order in which they are asked for."""
+    """Annotations with mmdet's class names, numbered in the order in which classes are requested."""
 
     def createIndex(self) -> None:
         for category in self.dataset.get("categories", ()):
             name = category["name"].strip()
-            category["name"] = _RESPELLED.get(name, name)
+            category["name"] = _RENAMED.get(name, name)
         super().createIndex()
 
     def get_cat_ids(self, cat_names: Sequence[str] = (), sup_names=(), cat_ids=()) -> list[int]:
@@ -62,17 +62,17 @@ class PanopticAnnotations(COCOPanoptic):
 
 @DATASETS.register_module(force=True)
 class ADE20KPanopticDataset(mmdet_ade20k.ADE20KPanopticDataset):
-    """ade20k_panoptic_{train,val}.json, with the classes in any order."""
+    """ADE20K from ade20k_panoptic_{train,val}.json, whose classes may have any order."""
 
     COCOAPI = PanopticAnnotations
 
 
 @DATASETS.register_module()
 class CityscapesPanopticDataset(CocoPanopticDataset):
-    """gtFine/cityscapes_panoptic_{train,val}.json, with the pictures in a folder a city."""
+    """Cityscapes from gtFine/cityscapes_panoptic_{train,val}.json, with one image folder per city."""
 
     COCOAPI = PanopticAnnotations
-    METAINFO = {  # noqa: RUF012  as mmdet has it
+    METAINFO = {  # noqa: RUF012  an instance attribute in mmdet too
         "classes": (*_THINGS, *_STUFF),
         "thing_classes": tuple(_THINGS),
         "stuff_classes": tuple(_STUFF),
@@ -80,7 +80,7 @@ class CityscapesPanopticDataset(CocoPanopticDataset):
     }
 
     def parse_data_info(self, raw_data_info: dict[str, Any]) -> dict[str, Any]:
-        image = raw_data_info["raw_img_info"]["img_id"]  # CITY_000000_000019; file_name has a gtFine that pictures lack
+        image = raw_data_info["raw_img_info"]["img_id"]  # CITY_000000_000019; file_name does not match the image files
         parsed = super().parse_data_info(raw_data_info)
         parsed["img_path"] = str(Path(self.data_prefix["img"], image.split("_")[0], f"{image}_leftImg8bit.png"))
         parsed["seg_map_path"] = str(Path(self.data_prefix["seg"], f"{image}_gtFine_panoptic.png"))
@@ -89,7 +89,7 @@ class CityscapesPanopticDataset(CocoPanopticDataset):
 
 @METRICS.register_module()
 class PanopticMetric(CocoPanopticMetric):
-    """Panoptic quality, with the classes in any order, and the true maps by the names that the annotations give."""
+    """Panoptic quality for annotation files with any order of classes and any names of panoptic maps."""
 
     def __init__(self, ann_file: str, seg_prefix: str, **options: Any):
         super().__init__(ann_file=ann_file, seg_prefix=seg_prefix, **options)
@@ -97,5 +97,5 @@ class PanopticMetric(CocoPanopticMetric):
         self._maps = {one["image_id"]: one["file_name"] for one in self._coco_api.dataset["annotations"]}
 
     def process(self, data_batch: dict[str, Any], data_samples: Sequence[dict[str, Any]]) -> None:
-        # mmdet takes the name of a map from that of its picture.
+        # mmdet derives the name of a panoptic map from that of its image.
         super().process(data_batch, [{**one, "img_path": self._maps[one["img_id"]]} for one in data_samples])

@@ -1,4 +1,4 @@
-"""Evaluation of detectors and segmenters from configs, with mmengine's runner; see detection/ and segmentation/."""
+"""Evaluate detectors and segmenters; the commands are detection/test.py and segmentation/test.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 from natzoo.openmmlab.data import check_data
-from natzoo.openmmlab.launch import count_processes
-from natzoo.openmmlab.options import Project, add_common_options, config_mistakes, load_config, make_runner
+from natzoo.openmmlab.runner import (
+    Project,
+    add_common_options,
+    load_config,
+    make_runner,
+    report_unknown_keys,
+    world_size,
+)
 
-# By a metric's type: its option that says what it measures, and what it can.
+# Type of a metric -> its option that selects the measures, and the measures it supports.
 _MEASURES = {
     "CocoMetric": ("metric", ("bbox", "segm", "proposal")),
     "IoUMetric": ("iou_metrics", ("mIoU", "mDice", "mFscore")),
@@ -20,27 +26,39 @@ _MEASURES = {
 
 
 def make_parser(project: Project) -> argparse.ArgumentParser:
-    description = f"Evaluate a checkpoint with a config of configs/{project.name}."
+    """Return the parser of the evaluation script of a subproject."""
+    description = f"Evaluate a checkpoint with a config in configs/{project.name}."
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("config", help="the config")
-    parser.add_argument("checkpoint", help="path, URL, or name of published weights (tools/download.py list)")
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", help="path, URL or published name (see tools/download.py list)")
     add_common_options(parser)
-    measures = [measure for _, known in _MEASURES.values() for measure in known]
-    parser.add_argument("--eval", nargs="+", choices=measures, help="what to measure; as the config says if not given")
+    measures = [measure for _, supported in _MEASURES.values() for measure in supported]
+    parser.add_argument("--eval", nargs="+", choices=measures, help="metrics (default: as the config says)")
     parser.add_argument(
-        "--show-dir", type=Path, help="folder for pictures with what was found drawn on them, by one process alone"
+        "--show-dir",
+        type=Path,
+        metavar="DIR",
+        help="save images with the predictions drawn on them (one process only)",
     )
-    parser.add_argument("--show-score", type=float, default=0.3, help="lowest score of the boxes drawn")
-    parser.add_argument("--out", type=Path, help="file of all predictions (.pkl of mmengine)")
+    parser.add_argument(
+        "--show-score", type=float, default=0.3, metavar="S", help="draw boxes with at least this score (default: 0.3)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="save all predictions as .pkl")
     parser.add_argument(
         *("--tta", "--aug-test"),
         action="store_true",
-        help="several scales and flips, where the config has tta_pipeline",
+        help="test-time augmentation: several scales and flips, for configs with a tta_pipeline",
     )
     return parser
 
 
 def main(project: Project, argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Evaluate with the given command-line arguments and return the metrics.
+
+    Args:
+        project: The subproject.
+        argv: Arguments; defaults to those of the process.
+    """
     args = make_parser(project).parse_args(argv)
     cfg = load_config(args, project)
     check_data(cfg, ("test_dataloader",))
@@ -50,13 +68,13 @@ def main(project: Project, argv: Sequence[str] | None = None) -> dict[str, float
     if args.tta:
         _set_tta(cfg)
     if args.show_dir:
-        _set_pictures(cfg, args.show_dir, args.show_score)
+        _set_visualization(cfg, args.show_dir, args.show_score)
     if args.out:
         cfg.test_evaluator = [*_metrics(cfg), {"type": "DumpResults", "out_file_path": str(args.out)}]
-    with config_mistakes(cfg):
+    with report_unknown_keys(cfg):
         results = make_runner(cfg).test()
     if args.show_dir:
-        print(f"pictures are in {args.show_dir}")
+        print(f"saved images to {args.show_dir}")
     return results
 
 
@@ -66,32 +84,30 @@ def _metrics(cfg: Config) -> list[ConfigDict]:
 
 
 def _set_measures(cfg: Config, measures: Sequence[str]) -> None:
-    """Lets the config's metrics measure these."""
-    able = [metric for metric in _metrics(cfg) if set(measures) <= set(_MEASURES.get(metric.type, (None, ()))[1])]
-    if not able:
-        raise ValueError(f"{cfg.filename} has no metric that measures {' '.join(measures)}: leave --eval out.")
-    for metric in able:
+    """Select what the config's metrics measure."""
+    supporting = [metric for metric in _metrics(cfg) if set(measures) <= set(_MEASURES.get(metric.type, (None, ()))[1])]
+    if not supporting:
+        raise ValueError(f"--eval {' '.join(measures)} is not supported by the metrics of {cfg.filename}; omit --eval.")
+    for metric in supporting:
         metric[_MEASURES[metric.type][0]] = list(measures)
 
 
 def _set_tta(cfg: Config) -> None:
     if "tta_pipeline" not in cfg or "tta_model" not in cfg:
-        raise ValueError(f"{cfg.filename} has no tta_pipeline and tta_model, which --tta needs.")
+        raise ValueError(f"--tta requires tta_pipeline and tta_model, which {cfg.filename} does not define.")
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     cfg.tta_model.module = cfg.model
     cfg.model = cfg.tta_model
 
 
-def _set_pictures(cfg: Config, folder: Path, score: float) -> None:
-    """Lets the visualisation hook draw each picture.
+def _set_visualization(cfg: Config, folder: Path, score: float) -> None:
+    """Let the visualization hook draw the predictions of each image.
 
     Raises:
-        ValueError: in one of several processes, of which mmengine lets the first alone draw, its own share.
+        ValueError: In a distributed run: mmengine draws only the images of the first process.
     """
-    if count_processes() > 1:
-        raise ValueError(
-            f"--show-dir draws in one process alone, but there are {count_processes()}: use test.py for it."
-        )
+    if world_size() > 1:
+        raise ValueError(f"--show-dir supports one process, not {world_size()}; use test.py instead of dist_test.sh.")
     if cfg.default_scope == "mmdet":
         hook = {"type": "DetVisualizationHook", "test_out_dir": str(folder.resolve()), "score_thr": score}
     else:

@@ -1,44 +1,65 @@
-"""Training of detectors and segmenters from configs, with mmengine's runner; see detection/ and segmentation/."""
+"""Train detectors and segmenters; the commands are detection/train.py and segmentation/train.py."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from torch import nn
 
 from natzoo.openmmlab.checkpoints import latest_checkpoint
 from natzoo.openmmlab.data import check_data
-from natzoo.openmmlab.launch import is_first_process
-from natzoo.openmmlab.options import Project, add_common_options, config_mistakes, load_config, make_runner
-from natzoo.openmmlab.precision import set_precision
+from natzoo.openmmlab.runner import (
+    Project,
+    add_common_options,
+    is_main_process,
+    load_config,
+    make_runner,
+    report_unknown_keys,
+)
 
 
 def make_parser(project: Project) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=f"Train from a config of configs/{project.name}.", allow_abbrev=False)
-    parser.add_argument("config", help="the config")
+    """Return the parser of the training script of a subproject."""
+    description = f"Train a model from a config in configs/{project.name}."
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("config", help="config file")
     add_common_options(parser)
     parser.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from the run's last checkpoint, or this one",
+        help="resume this run from CHECKPOINT (default: the latest checkpoint in its folder)",
     )
     parser.add_argument(
-        "--load-from", metavar="CHECKPOINT", help="start from a detector's or segmenter's weights, to fine-tune"
+        "--load-from",
+        metavar="CHECKPOINT",
+        help="fine-tune: start from the weights of a detector or segmenter (path, URL or published name)",
     )
     parser.add_argument(
-        "--amp", action=argparse.BooleanOptionalAction, help="mixed precision; as the config says if not given"
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="mixed precision, float16 on GPUs and bfloat16 on CPUs (default: as the config says)",
     )
-    parser.add_argument("--seed", type=int, help="of all random draws")
-    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed (default: a random one)")
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate by total batch size / auto_scale_lr.base_batch_size of the config",
+    )
     return parser
 
 
 def main(project: Project, argv: Sequence[str] | None = None) -> None:
+    """Train with the given command-line arguments; `argv` defaults to those of the process."""
     args = make_parser(project).parse_args(argv)
     cfg = load_config(args, project)
     check_data(cfg, ("train_dataloader", "val_dataloader"))
@@ -49,41 +70,83 @@ def main(project: Project, argv: Sequence[str] | None = None) -> None:
     if args.auto_scale_lr:
         if "auto_scale_lr" not in cfg:
             raise ValueError(
-                f"{args.config} does not say for which batch its learning rate is: leave --auto-scale-lr out, or write "
-                "auto_scale_lr = dict(base_batch_size=N) into it."
+                f"{args.config} does not define the batch size of its learning rate, which --auto-scale-lr needs; add "
+                "auto_scale_lr = dict(base_batch_size=N)."
             )
         cfg.auto_scale_lr.enable = True
-    with config_mistakes(cfg):
+    with report_unknown_keys(cfg):
         make_runner(cfg, new_classes=not cfg.resume).train()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Initial weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def _set_start(cfg: Config, args: argparse.Namespace) -> None:
-    """Where the weights come from; a run to resume that has not begun, begins.
+    """Set `load_from` and `resume` of a config. `--resume` without a checkpoint to resume starts from scratch.
 
     Raises:
-        ValueError: if the run's folder holds a run that is not resumed, which would be overwritten.
+        ValueError: If the options conflict, or if the run folder holds another run, which would be overwritten.
     """
     if args.resume and args.load_from:
-        raise ValueError("--resume goes on with a run, --load-from starts one: give one of them.")
-    wanted = args.resume
-    if not wanted and not args.load_from and cfg.get("resume"):
-        wanted = cfg.get("load_from") or "auto"
+        raise ValueError(
+            "--resume and --load-from exclude each other; --resume continues a run, --load-from starts one."
+        )
+    requested = args.resume
+    if not requested and not args.load_from and cfg.get("resume"):
+        requested = cfg.get("load_from") or "auto"
     latest = latest_checkpoint(cfg.work_dir)
-    resumed = latest if wanted == "auto" else wanted
-    if args.resume == "auto" and not latest and is_first_process():
-        print(f"{cfg.work_dir} holds no checkpoint to go on from: this run begins", file=sys.stderr)
+    resumed = latest if requested == "auto" else requested
+    if args.resume == "auto" and not latest and is_main_process():
+        print(f"no checkpoint found in {cfg.work_dir}; starting from scratch", file=sys.stderr)
     if latest and (not resumed or Path(resumed).resolve().parent != latest.resolve().parent):
-        raise ValueError(f"{latest} is there already: go on with it by --resume, or give another --work-dir.")
+        raise ValueError(f"{latest} already exists; continue that run with --resume, or choose another --work-dir.")
     cfg.resume = bool(resumed)
     if resumed or args.load_from:
         cfg.load_from = str(resumed or args.load_from)
     if cfg.get("load_from"):
-        _leave_out_first_weights(cfg.model)
+        _drop_backbone_weights(cfg.model)
 
 
-def _leave_out_first_weights(model: ConfigDict) -> None:
-    """The backbone's, which would be fetched to be replaced at once."""
+def _drop_backbone_weights(model: ConfigDict) -> None:
+    """Do not download backbone weights that the checkpoint replaces anyway."""
     backbone = model.get("backbone", {})
     for part, key in ((model, "pretrained"), (backbone, "pretrained"), (backbone, "init_cfg")):
         if key in part:
             part[key] = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixed precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+_MIXED_WRAPPERS = ("AmpOptimWrapper", "CpuAmpOptimWrapper")
+_AMP_OPTIONS = ("loss_scale", "dtype", "use_fsdp")  # accepted by AmpOptimWrapper only
+
+
+@OPTIM_WRAPPERS.register_module()
+class CpuAmpOptimWrapper(OptimWrapper):
+    """Optimizer wrapper for mixed precision on CPUs: bfloat16 autocast, whose range needs no loss scaling."""
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        with super().optim_context(model), torch.autocast("cpu", torch.bfloat16):
+            yield
+
+
+def set_precision(cfg: Config, amp: bool | None) -> None:
+    """Choose the optimizer wrapper for this device: mmengine's (float16) on GPUs, bfloat16 on CPUs.
+
+    Args:
+        cfg: The config to change.
+        amp: Whether to use mixed precision; None keeps the choice of the config.
+    """
+    wrapper = cfg.optim_wrapper
+    is_mixed = wrapper.get("type", "OptimWrapper") in _MIXED_WRAPPERS if amp is None else amp
+    if is_mixed and torch.cuda.is_available():
+        wrapper.type = "AmpOptimWrapper"
+        return
+    wrapper.type = "CpuAmpOptimWrapper" if is_mixed else "OptimWrapper"
+    for option in _AMP_OPTIONS:
+        wrapper.pop(option, None)

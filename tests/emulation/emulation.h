@@ -1,12 +1,12 @@
-// Runs CUDA C++ on a CPU, to prove arithmetic and synchronisation where there is no GPU.
+// Runs CUDA C++ on a CPU, to test arithmetic and synchronization without a GPU.
 //
-// Every thread of a block is a fiber, and the one to go on is drawn at random, so that code which needs a certain order
-// fails. A fiber goes on until it meets a barrier, a shuffle or a matrix instruction: all threads of its block or warp
-// must meet there; if they cannot, the run ends with an error. Shared memory starts as NaN, is followed by bytes that
-// must not change, and cp.async copies nothing before it is waited for. Blocks run one after another, in random order.
+// Each thread of a block is a fiber. The next fiber to run is chosen at random, so code that depends on an order fails.
+// A fiber runs until a barrier, a shuffle or a matrix instruction, where all threads of its block or warp must meet. If
+// they cannot meet, the run ends with an error. Shared memory is initialized with NaN and followed by guard bytes that
+// must not change. cp.async copies nothing until the thread waits for it. Blocks run one after another in random order.
 //
-// What it cannot prove: the memory model between barriers, bank conflicts, wgmma, TMA, and that the layouts of fragments,
-// which stand here as the PTX manual gives them, are those of the chip.
+// Not covered: the memory model between barriers, bank conflicts, wgmma, TMA, and whether the fragment layouts, which
+// follow the PTX manual, match the hardware.
 #pragma once
 
 #include <cmath>
@@ -25,7 +25,7 @@ struct Index3 {
   unsigned x, y, z;
 };
 
-// Vigna's splitmix64: no header of the standard library, which would take longer to compile than the kernels.
+// splitmix64, since <random> takes longer to compile than the kernels.
 struct Random {
   uint64_t state = 0;
   uint64_t operator()() {
@@ -46,7 +46,7 @@ constexpr size_t STACK_BYTES = 128 << 10;
 struct Context {
   void* stack_pointer = nullptr;
 };
-// Saves the registers that a function must keep on this stack, and takes those of the other.
+// Saves the callee-saved registers on the current stack, and restores those of the other stack.
 extern "C" void emulation_switch(void** from, void* to);
 asm(R"(
 .text
@@ -75,7 +75,7 @@ inline void switch_to(Context& from, Context& to) { emulation_switch(&from.stack
 inline void prepare(Context& context, char* stack, void (*entry)()) {
   auto top = reinterpret_cast<uintptr_t>(stack + STACK_BYTES) & ~uintptr_t(15);
   auto* words = reinterpret_cast<void**>(top) - 2;
-  words[0] = reinterpret_cast<void*>(entry);  // where `ret` goes; the stack is then as after a call
+  words[0] = reinterpret_cast<void*>(entry);  // the return address; `ret` leaves the stack as after a call
   words[1] = nullptr;
   context.stack_pointer = words - 6;
 }
@@ -100,18 +100,18 @@ struct Copy {
 
 struct Thread {
   Context context;
-  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};  // not filled: pages that nobody touches take no memory
+  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};  // not initialized, so that unused pages take no memory
   Index3 index{};
   int warp = 0, lane = 0;
   bool is_done = false;
-  std::vector<std::vector<Copy>> groups;  // of cp.async; the last is open
-  const void* argument = nullptr;  // what a warp-wide instruction is given and gives
+  std::vector<std::vector<Copy>> groups;  // pending groups of cp.async; the last one is open
+  const void* argument = nullptr;         // argument and result of a warp-wide instruction
   void* result = nullptr;
 };
 
-// A place where `expected` threads meet; the last to come does what is to be done, then all go on.
+// Threads that wait for each other. The last one to arrive performs the action, then all continue.
 struct Meeting {
-  const void* site = nullptr;  // which instruction: all must meet at the same
+  const void* site = nullptr;  // the instruction; all threads must meet at the same one
   std::vector<Thread*> waiting;
 };
 
@@ -144,16 +144,16 @@ inline void fail(const char* text) {
 inline void thread_main() {
   machine.body(machine.parameters);
   if (machine.current->groups.size() > 1 || !machine.current->groups.front().empty())
-    machine.error = "a thread ended with copies that nobody waited for";
+    machine.error = "a thread ended without waiting for its copies (cp.async)";
   machine.current->is_done = true;
   leave();
 }
 
-// Waits until `expected` threads have met at `site`; the last of them calls `act` with all of them.
+// Waits until `expected` threads have met at `site`. The last one calls `act` with all of them.
 template <class Act>
 void meet(Meeting& meeting, size_t expected, const void* site, Act act) {
   if (meeting.waiting.empty()) meeting.site = site;
-  else if (meeting.site != site) fail("threads that should meet at one instruction met at different ones");
+  else if (meeting.site != site) fail("threads of one block or warp wait at different instructions");
   meeting.waiting.push_back(machine.current);
   if (meeting.waiting.size() == expected) {
     act(meeting.waiting);
@@ -163,7 +163,7 @@ void meet(Meeting& meeting, size_t expected, const void* site, Act act) {
   leave();
 }
 
-// A warp-wide instruction: `act` receives the 32 threads in the order of their lanes.
+// A warp-wide instruction. `act` receives the 32 threads in the order of their lanes.
 template <class Act>
 void meet_warp(const void* site, const void* argument, void* result, Act act) {
   Thread& thread = *machine.current;
@@ -212,17 +212,17 @@ inline const char* run_threads() {
   }
   if (m.error) return m.error;
   for (const Thread& thread : m.threads)
-    if (!thread.is_done) return "deadlock: some threads wait for others that ended or wait elsewhere";
+    if (!thread.is_done) return "deadlock: some threads wait for threads that have ended or wait elsewhere";
   for (size_t i = 0; i < GUARD_BYTES; ++i)
     if (shared_memory()[m.shared_bytes + i] != GUARD) return "a write beyond shared memory";
   return nullptr;
 }
 
-// Runs a kernel whose only parameter lies at `parameters`. Returns null, or what went wrong.
+// Runs a kernel with one parameter, at the address `parameters`. Returns null, or an error message.
 inline const char* run(void (*body)(const void*), const void* parameters, Index3 grid, unsigned threads,
                        size_t shared_bytes, uint64_t seed) {
   Machine& m = machine;
-  if (threads % 32) return "a block must be made of whole warps";
+  if (threads % 32) return "the number of threads per block must be a multiple of 32";
   m.body = body, m.parameters = parameters, m.grid_size = grid, m.block_size = {threads, 1, 1};
   m.shared_bytes = shared_bytes, m.error = nullptr;
   m.random.state = seed;
@@ -243,7 +243,7 @@ inline const char* run(void (*body)(const void*), const void* parameters, Index3
 }  // namespace emulation
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The words of CUDA C++
+// CUDA C++ keywords and functions
 // ---------------------------------------------------------------------------------------------------------------------
 
 #define __device__
@@ -258,7 +258,7 @@ inline const char* run(void (*body)(const void*), const void* parameters, Index3
 #define blockIdx (emulation::machine.block_index)
 #define blockDim (emulation::machine.block_size)
 #define gridDim (emulation::machine.grid_size)
-// Where a statement stands: threads must meet at the same one.
+// Identifies a statement. Threads must meet at the same one.
 #define EMULATION_SITE              \
   [] {                              \
     static const char site = 0;     \
@@ -318,7 +318,7 @@ inline int max(int a, int b) { return a > b ? a : b; }
 inline float max(float a, float b) { return a > b ? a : b; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The instructions that natten/csrc/cuda/instructions.h wraps, by the tables of the PTX manual
+// The instructions of natten/csrc/cuda/instructions.h, according to the tables of the PTX manual
 // ---------------------------------------------------------------------------------------------------------------------
 
 namespace natten {
@@ -366,8 +366,9 @@ void wait_copies() {
   }
 }
 
-// COUNT matrices of 8 x 8 halves: lane 8 m + r gives the address of row r of matrix m, and each lane receives of matrix
-// m the elements (lane / 4, 2 (lane % 4)) and the next; transposed, (2 (lane % 4), lane / 4) and the one below.
+// Loads COUNT matrices of 8 x 8 halves. Lane 8 m + r provides the address of row r of matrix m. Of each matrix, a lane
+// receives the element (lane / 4, 2 (lane % 4)) and the next in its row. If transposed, it receives the element
+// (2 (lane % 4), lane / 4) and the next in its column.
 template <int COUNT, bool TRANSPOSED>
 void load_matrices(unsigned* out, const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) emulation::fail("ldmatrix at an address that is not a multiple of 16");
@@ -387,7 +388,7 @@ void load_matrices(unsigned* out, const void* row) {
 }
 
 inline float tfloat(unsigned bits) {
-  if (bits & 0x1fff) emulation::fail("mma.tf32 of a number that was not rounded");
+  if (bits & 0x1fff) emulation::fail("mma.tf32 with an operand that is not rounded");
   return __uint_as_float(bits);
 }
 inline unsigned round_to_tfloat(float value) {
@@ -396,7 +397,7 @@ inline unsigned round_to_tfloat(float value) {
   return (bits + 0x1000) & ~0x1fffu;
 }
 
-// c[16][8] += a[16][DEPTH] b[DEPTH][8], DEPTH 16 or 8, of Tfloat 8; A, C in rows, B in columns.
+// c[16][8] += a[16][DEPTH] b[DEPTH][8]. DEPTH is 16 or 8, for Tfloat 8. A and C are row-major, B is column-major.
 template <class Element, int DEPTH>
 void multiply_add(float* c, const unsigned* a, const unsigned* b) {
   struct Arguments {
@@ -435,7 +436,7 @@ void multiply_add(float* c, const unsigned* a, const unsigned* b) {
 }  // namespace natten
 
 #define NATTEN_SHARED_MEMORY(name) char* const name = emulation::shared_memory()
-// Defines kernel `name`, and an entry for Python that runs it: emulate_NAME(parameters, grid, threads, shared, seed).
+// Defines the kernel `name` and a function that runs it, for Python: emulate_NAME(parameters, grid, threads, shared, seed).
 #define NATTEN_KERNEL(name, ...)                                                                                      \
   static void name(const natten::Params p);                                                                           \
   extern "C" __attribute__((visibility("default"))) const char* emulate_##name(const void* parameters, const unsigned* grid, unsigned count, size_t shared,  \

@@ -1,10 +1,10 @@
-"""Stands in for a GPU: kernels of natten/csrc/cuda run on the CPU, on tensors in ordinary memory.
+"""An emulated GPU: run the kernels of natten/csrc/cuda on the CPU, on CPU tensors.
 
     with emulated_gpu():
         out = natten.na2d(q, k, v, kernel_size=7, backend="cuda")
 
-The whole backend runs but for the driver: plans, launches, autograd. Each set of definitions is compiled once by the
-system's C++ compiler.
+Plans, launches and autograd run as on a GPU; only the driver is replaced. Each set of definitions is compiled once, by
+the system's C++ compiler.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from natten import cuda_driver, nvrtc
 from natten.backends import cuda
-from natten.compiler import find_compilers
+from natten.backends.cpu.compiler import find_compilers
+from natten.backends.cuda import driver, nvrtc
 
 HEADER = Path(__file__).parent
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-DNATTEN_EMULATION"),
-    # Each library has its own machine, whatever others are loaded.
+    # Each library has its own instance of `emulation::machine`.
     *("-fno-gnu-unique", "-fvisibility=hidden", "-fno-strict-aliasing"),
 )
 
@@ -36,12 +36,12 @@ _folder = tempfile.TemporaryDirectory(prefix="natten-emulation-")
 
 
 class EmulationError(AssertionError):
-    """A kernel hung, met others where it must not, or wrote where it must not; the text says which."""
+    """A kernel made a mistake that the emulation detects, such as a deadlock or an invalid write."""
 
 
 @functools.cache
 def library(source: Path, definitions: tuple[str, ...]) -> ctypes.CDLL:
-    """A file of CUDA C++, compiled for the CPU."""
+    """Compile a CUDA C++ file for the CPU."""
     compiler = find_compilers()[0]
     name = hashlib.sha256(repr((source, definitions)).encode()).hexdigest()[:24]
     path = Path(_folder.name, f"{name}-{os.getpid()}.so")
@@ -53,11 +53,11 @@ def library(source: Path, definitions: tuple[str, ...]) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def run(source: Path, kernel: cuda_driver.Kernel, blocks: int, parameters: ctypes.Array, seed: int) -> None:
-    """Runs a kernel; threads take turns as `seed` has it.
+def run(source: Path, kernel: driver.Kernel, blocks: int, parameters: ctypes.Array, seed: int) -> None:
+    """Run a kernel. The seed determines the order of threads and blocks.
 
     Raises:
-        EmulationError: saying what went wrong.
+        EmulationError: if the emulation detects a mistake.
     """
     function = library(source, kernel.definitions)[f"emulate_{kernel.name}"]
     function.restype = ctypes.c_char_p
@@ -69,18 +69,18 @@ def run(source: Path, kernel: cuda_driver.Kernel, blocks: int, parameters: ctype
 
 
 class Emulator:
-    """Launches kernels on the CPU, and remembers which."""
+    """Launches kernels on the CPU and records them."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
-        self.kernels: list[cuda_driver.Kernel] = []
+        self.kernels: list[driver.Kernel] = []
 
     @property
     def launched(self) -> list[str]:
-        """Names of the kernels."""
+        """Return the names of the launched kernels."""
         return [kernel.name for kernel in self.kernels]
 
-    def launch(self, kernel: cuda_driver.Kernel, blocks: int, parameters: ctypes.Array, device: int | None) -> None:
+    def launch(self, kernel: driver.Kernel, blocks: int, parameters: ctypes.Array, device: int | None) -> None:
         self.kernels.append(kernel)
         self.seed += 1
         run(nvrtc.SOURCES / kernel.source, kernel, blocks, parameters, self.seed)
@@ -89,7 +89,7 @@ class Emulator:
 def gpu_properties(
     capability: tuple[int, int], shared_bytes: int | None = None, processors: int = 132
 ) -> SimpleNamespace:
-    """What the backend asks of a GPU: that of an H200, or of a smaller one."""
+    """Return the properties of a GPU that the backend uses. The defaults are those of an H200."""
     shared_bytes = shared_bytes or {7: 64 << 10, 8: 163 << 10}.get(capability[0], 227 << 10)
     major, minor = capability
     return SimpleNamespace(
@@ -101,13 +101,13 @@ def gpu_properties(
 def emulated_gpu(
     capability: tuple[int, int] = (9, 0), seed: int = 0, shared_bytes: int | None = None, processors: int = 132
 ) -> Iterator[Emulator]:
-    """Lets backend="cuda" take tensors in ordinary memory, as if on a GPU of that compute capability and size."""
+    """Let backend="cuda" accept CPU tensors, as if they were on a GPU with these properties."""
     emulator = Emulator(seed)
     with (
-        mock.patch.object(cuda, "refuses", lambda query: None),
+        mock.patch.object(cuda, "unsupported_reason", lambda query: None),
         mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability, shared_bytes, processors)),
-        mock.patch.object(cuda_driver, "launch", emulator.launch),
-        mock.patch.object(cuda_driver, "prepare", lambda kernels, device: None),
+        mock.patch.object(driver, "launch", emulator.launch),
+        mock.patch.object(driver, "prepare", lambda kernels, device: None),
         mock.patch.object(cuda, "_plan", cuda._plan.__wrapped__),
     ):
         yield emulator

@@ -1,11 +1,11 @@
-// Stands in for the driver's library: what natten/cuda_driver.py asks of it, each call told in a line of output.
+// A mock of the driver library with the functions that natten/backends/cuda/driver.py calls. Prints one line per call.
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 
 static uintptr_t current;
 
-static int tell_load(uintptr_t* module, const char* image) {
+static int load_module(uintptr_t* module, const char* image) {
   *module = 0x30;
   return !printf("load %.3s\n", image + 1);
 }
@@ -21,7 +21,7 @@ static int retain_context(uintptr_t* context, int device) { return *context = 0x
 static int get_context(uintptr_t* context) { return *context = current, 0; }
 static int push_context(uintptr_t context) { return current = context, !printf("push %#lx\n", (unsigned long)context); }
 static int pop_context(uintptr_t* context) { return *context = current, current = 0, !printf("pop\n"); }
-static int explain(int error, const char** text) { return *text = error == 700 ? "an illegal address" : "?", 0; }
+static int error_string(int error, const char** text) { return *text = error == 700 ? "an illegal address" : "?", 0; }
 
 // Fails for 77 blocks.
 static int launch(uintptr_t function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
@@ -44,14 +44,14 @@ int cuGetProcAddress_v2(const char* name, void** function, int number, uint64_t 
       {"cuCtxGetCurrent", get_context},
       {"cuCtxPushCurrent", push_context},
       {"cuCtxPopCurrent", pop_context},
-      {"cuModuleLoadData", tell_load},
+      {"cuModuleLoadData", load_module},
       {"cuModuleGetFunction", find_function},
       {"cuFuncSetAttribute", set_attribute},
-      {"cuGetErrorString", explain},
+      {"cuGetErrorString", error_string},
       {"cuLaunchKernel", launch},
       {"cuGetProcAddress", cuGetProcAddress_v2},
   };
-  setvbuf(stdout, NULL, _IOLBF, 0);  // in order with what Python prints
+  setvbuf(stdout, NULL, _IOLBF, 0);  // keeps the order with the output of Python
   for (unsigned i = 0; i < sizeof functions / sizeof *functions; ++i)
     if (!strcmp(functions[i].name, name)) return *function = functions[i].function, status ? *status = 0 : 0;
   return *function = NULL, status ? *status = 1 : 0, 500;

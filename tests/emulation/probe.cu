@@ -1,4 +1,4 @@
-// Small kernels that show what the emulation does, and that it notices mistakes. MISTAKE chooses one.
+// Small kernels that test the emulation. MISTAKE selects a mistake that it must detect.
 namespace natten {
 struct Params {
   float* in;
@@ -8,7 +8,7 @@ struct Params {
 #define ELEMENT 2
 #include "instructions.h"
 
-// Sums 64 numbers, neighbours exchanged in warps and warps in shared memory.
+// Sums 64 numbers: within a warp by shuffles, across warps in shared memory.
 NATTEN_KERNEL(probe_sum, 64) {
   __shared__ float sums[2];
   float sum = p.in[threadIdx.x];
@@ -22,7 +22,7 @@ NATTEN_KERNEL(probe_sum, 64) {
   if (threadIdx.x == 63) sums[0] = sums[1] = __uint_as_float(0x7fc00000);  // for the next block
 }
 
-// A barrier that some threads never reach.
+// With MISTAKE 2, some threads never reach the barrier.
 NATTEN_KERNEL(probe_barrier, 64) {
   if (MISTAKE != 2 || threadIdx.x < 40) __syncthreads();
   atomicAdd(p.out, 1.f);

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from natzoo.checkpoints import zoo
+from natzoo.checkpoints import zoo_entries
 from natzoo.classification import train
 from natzoo.classification.factory import create_model, create_optimizer
 from natzoo.classification.options import parse
 
 FOLDER = Path(__file__).parents[2] / "configs" / "classification"
-ZOO = {name: entry.facts for name, entry in zoo.entries().items() if entry.task == "classification"}
+ZOO = {name: entry.facts for name, entry in zoo_entries().items() if entry.task == "classification"}
 TRAINED = [name for name in ZOO if "_21k" not in name]
 
 # The published training of all models, unless the table below says otherwise.

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from natzoo.checkpoints import read_checkpoint, read_weights, write_checkpoint
 from natzoo.classification import logger, signals, train
 from natzoo.classification.distributed import World
-from natzoo.models.hierarchy import HierarchicalTransformer
+from natzoo.models.nat import HierarchicalTransformer
 
 TRAIN = Path(__file__).parents[2] / "classification" / "train.py"
 

@@ -14,8 +14,7 @@ import timm
 import torch
 from PIL import Image
 
-from natzoo.checkpoints import read_checkpoint, write_checkpoint, zoo
-from natzoo.checkpoints.sources import path_in_cache
+from natzoo.checkpoints import path_in_cache, read_checkpoint, write_checkpoint, zoo_entries
 from natzoo.classification import evaluation, predict, train, validate
 from natzoo.classification.distributed import World
 
@@ -114,7 +113,7 @@ def imagenet(data, tmp_path, monkeypatch):
         image.unlink()
     for name in ("nat_isotropic_small", "nat_mini"):
         torch.manual_seed(0)
-        path = path_in_cache(zoo.entries()[name])
+        path = path_in_cache(zoo_entries()[name])
         torch.save(timm.create_model(name).state_dict(), path)
     return [str(data), "--class-map", str(tmp_path / "classes.txt"), "--pretrained", "--workers", "0"]
 

@@ -1,4 +1,4 @@
-"""natten.build in one process: what is loaded, compiled and kept, and what happens where that cannot be."""
+"""natten.backends.cpu.build in one process: what it loads, compiles and caches, and how it falls back."""
 
 import errno
 import os
@@ -7,27 +7,28 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from natten import build, cache, compiler
+from natten.backends import cache
+from natten.backends.cpu import build, compiler
 from test_natten.builds import EXPORT_H, BuildTestCase
 
 
-class KeptTest(BuildTestCase):
-    """A library in the cache, and one that cannot be used."""
+class CacheTest(BuildTestCase):
+    """A library in the cache, and files there that cannot be used."""
 
-    def test_compiled_once(self):
+    def test_compiles_once(self):
         path = self.check_compiles().path
         self.assertRegex(str(path), rf"^{self.cache}/libnatten_cpu-[0-9a-f]{{16}}\.so$")
         self.assertEqual(self.cache.stat().st_mode & 0o777, 0o700)
-        self.check_kept(path)
+        self.check_cached(path)
 
-    def test_only_looking_makes_nothing(self):
-        with self.assertRaisesRegex(build.Unavailable, "not compiled yet"):
+    def test_search_without_compiling_creates_nothing(self):
+        with self.assertRaises(build.Unavailable):
             build.find(may_compile=False)
         self.assertFalse(self.cache.exists())
         path = build.find().path
         self.assertEqual(build.find(may_compile=False).path, path)
 
-    def test_other_sources(self):
+    def test_changed_sources(self):
         path = build.find().path
         (self.sources / "export.h").write_text(EXPORT_H + "\n")
         self.assertNotEqual(self.check_compiles().path, path)
@@ -36,19 +37,19 @@ class KeptTest(BuildTestCase):
         path = build.find().path
         with mock.patch.object(build, "cpu_flags", return_value=build.cpu_flags() | {"made_up"}):
             other = self.check_compiles().path
-            self.check_kept(other)
+            self.check_cached(other)
         self.assertNotEqual(other, path)
-        self.check_kept(path)
+        self.check_cached(path)
 
     def test_another_compiler(self):
         path = build.find().path
         with mock.patch.dict(os.environ, CXX="c++ -DMADE_UP"):
             found = build.find()
-            self.assertEqual(found.path, path)  # of the next compiler; $CXX need not compile for that
+            self.assertEqual(found.path, path)  # by the next compiler; a cached library needs no compilation by $CXX
             path.unlink()
             self.assertNotEqual(self.check_compiles().path, path)
 
-    def test_damaged(self):
+    def test_damaged_file(self):
         path = build.find().path
         content = path.read_bytes()
         for damaged in (b"", b"nonsense", content[: len(content) // 2], content[:-1], content[:-50] + bytes(50)):
@@ -56,85 +57,86 @@ class KeptTest(BuildTestCase):
                 path.unlink()
                 path.write_bytes(damaged)
                 self.assertEqual(self.check_compiles().path, path)
-                self.check_kept(path)
+                self.check_cached(path)
 
-    def test_whole_but_no_library_or_another_abi(self):
+    def test_complete_file_that_is_no_library_or_has_another_abi(self):
         name = build.find().path.name
         self.write_sources(build.ABI + 1)
         other_abi = self.folder / "other.so"
         compiler.compile_library(compiler.find_compilers()[0], self.sources, other_abi)
         self.write_sources(build.ABI)
         for file in (other_abi, self.sources / "abi.cpp"):
-            folder = self.folder / f"cache of {file.name}"  # a path that was loaded before would not be read again
+            folder = self.folder / f"cache of {file.name}"  # the loader would not read a path again
             folder.mkdir(mode=0o700)
             cache.store(file, folder / name)
             with self.subTest(file.name), mock.patch.dict(os.environ, NATTEN_CACHE_DIR=str(folder)):
                 self.assertEqual(self.check_compiles().path, folder / name)
-                self.check_kept(folder / name)
+                self.check_cached(folder / name)
 
-    def test_sources_of_another_abi(self):
+    def test_sources_with_another_abi(self):
         self.write_sources(build.ABI + 1)
-        with self.assertRaisesRegex(build.Unavailable, f"ABI is {build.ABI + 1}, but must be {build.ABI}"):
+        with self.assertRaisesRegex(build.Unavailable, f"ABI is {build.ABI + 1}"):
             build.find()
 
-    def test_read_only_folder_that_has_it(self):
+    def test_read_only_folder_that_contains_the_library(self):
         path = build.find().path
         (self.cache / ".lock").unlink()
         self.cache.chmod(0o500)
         self.addCleanup(self.cache.chmod, 0o700)
-        self.check_kept(path)
+        self.check_cached(path)
         self.assertEqual(list(self.cache.iterdir()), [path])
 
 
 class FolderTest(BuildTestCase):
-    """Folders that cannot keep a library: the next one does, and the reason is said once."""
+    """Folders that cannot hold a library. The next folder is used, with one warning."""
 
-    def check_next(self, folder: Path | str, reason: str):
-        """NATTEN_CACHE_DIR is refused with one warning each time; the library is in the next folder."""
+    def check_next(self, folder: Path | str):
+        """Check that NATTEN_CACHE_DIR is rejected with one warning, and that the next folder gets the library."""
         with mock.patch.dict(os.environ, NATTEN_CACHE_DIR=str(folder)):
-            with self.warns(f"{folder} cannot keep the CPU kernels: .*{reason}"):
+            with self.warns(str(folder)):
                 path = build.find().path
             self.assertEqual(path.parent, self.next_cache)
             self.assertEqual(self.next_cache.stat().st_mode & 0o777, 0o700)
 
-    def test_unset(self):
+    def test_no_cache_dir(self):
         with mock.patch.dict(os.environ, NATTEN_CACHE_DIR=""):
             self.assertEqual(self.check_compiles().path.parent, self.next_cache)
 
     def test_home(self):
-        for void in ("", "relative"):
-            with mock.patch.dict(os.environ, NATTEN_CACHE_DIR="", XDG_CACHE_HOME=void, HOME=str(self.folder / "home")):
-                if void:
-                    with self.warns("no folder can keep"):
+        for invalid in ("", "relative"):
+            home = {"NATTEN_CACHE_DIR": "", "XDG_CACHE_HOME": invalid, "HOME": str(self.folder / "home")}
+            with mock.patch.dict(os.environ, home):
+                if invalid:
+                    with self.warns("NATTEN_CACHE_DIR"):
                         self.assertIsNone(build.find().path)
                 else:
                     self.assertEqual(build.find().path.parent, self.folder / "home" / ".cache" / "natten")
 
-    def test_others_may_write(self):
+    def test_folder_writable_by_others(self):
         for mode in (0o777, 0o770, 0o1777):
             with self.subTest(oct(mode)):
                 self.cache.mkdir(exist_ok=True)
                 self.cache.chmod(mode)
-                self.check_next(self.cache, "others may write into it; chmod go-w")
+                self.check_next(self.cache)
                 self.assertEqual(list(self.cache.iterdir()), [])
 
-    def test_of_another_user(self):
+    def test_folder_of_another_user(self):
         folder = Path("/usr")
-        if os.geteuid() == 0:  # to whom /usr may belong
+        if os.geteuid() == 0:  # root may own /usr
             folder = self.cache
             folder.mkdir()
             os.chown(folder, 65534, -1)
-        self.check_next(folder, "it belongs to another user")
+        self.check_next(folder)
 
     def test_noexec(self):
         real, noexec = os.statvfs, mock.Mock(f_flag=os.ST_NOEXEC)
         with mock.patch.object(os, "statvfs", lambda path: noexec if path == self.cache else real(path)):
-            self.check_next(self.cache, "noexec")
+            self.check_next(self.cache)
 
-    def test_read_only(self):
+    def test_path_that_cannot_be_a_folder(self):
         (self.folder / "file").touch()
-        self.check_next(self.folder / "file", "it is not a folder")
-        self.check_next(self.folder / "file" / "cache", "Not a directory")
+        self.check_next(self.folder / "file")
+        self.check_next(self.folder / "file" / "cache")
 
     def test_read_only_file_system(self):
         real = os.open
@@ -145,9 +147,9 @@ class FolderTest(BuildTestCase):
             return real(path, *args, **named)
 
         with mock.patch.object(os, "open", read_only):
-            self.check_next(self.cache, "Read-only file system")
+            self.check_next(self.cache)
 
-    def test_full(self):
+    def test_full_disk(self):
         real, calls = os.fsync, []
 
         def full_at_first(descriptor: int):
@@ -157,72 +159,69 @@ class FolderTest(BuildTestCase):
             real(descriptor)
 
         with mock.patch.object(os, "fsync", full_at_first):
-            self.check_next(self.cache, "No space left on device")
+            self.check_next(self.cache)
         self.assertEqual([path.name for path in self.cache.iterdir()], [".lock"])
 
-    def test_none(self):
+    def test_no_folder(self):
         (self.folder / "file").touch()
-        nowhere = {"NATTEN_CACHE_DIR": str(self.folder / "file" / "a"), "XDG_CACHE_HOME": str(self.folder / "file")}
-        with mock.patch.dict(os.environ, nowhere):
-            with self.warns("Not a directory", "Not a directory", "each process compiles them again: set NATTEN_CACHE"):
+        first, second = self.folder / "file" / "a", self.folder / "file"
+        with mock.patch.dict(os.environ, NATTEN_CACHE_DIR=str(first), XDG_CACHE_HOME=str(second)):
+            with self.warns(str(first), str(second), "NATTEN_CACHE_DIR"):
                 found = build.find()
             self.assertIsNone(found.path)
             self.assertEqual((found.library.natten_abi(), list(self.scratch.iterdir())), (build.ABI, []))
-            with self.assertRaisesRegex(build.Unavailable, "need a temporary folder: .*TMPDIR"):
+            with self.assertRaisesRegex(build.Unavailable, "TMPDIR"):
                 os_error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
                 with mock.patch.object(tempfile, "mkdtemp", side_effect=os_error):
                     build.find()
 
 
 class CompilerTest(BuildTestCase):
-    """Compilers that are not there, or that fail."""
+    """Compilers that are missing or fail."""
 
     def test_cxx_comes_first(self):
         mine = self.command("mine", 'exec c++ "$@"')
         with mock.patch.dict(os.environ, CXX=f"{mine} -DMADE_UP"):
-            self.assertIn(f"compiled by {mine} -DMADE_UP (c++", self.check_compiles().origin)
+            self.assertIn(f"{mine} -DMADE_UP", self.check_compiles().origin)
 
-    def test_cxx_is_nonsense(self):
-        for nonsense, reason in (("no-such-program", "no such program"), ("c++ '", "quotation"), ("false", "status 1")):
+    def test_invalid_cxx(self):
+        for nonsense in ("no-such-program", "c++ '", "false"):
             with self.subTest(nonsense), mock.patch.dict(os.environ, CXX=nonsense):
-                with self.warns(f"CXX={re.escape(nonsense)} is no compiler that runs: .*{reason}"):
+                with self.warns(f"CXX={re.escape(nonsense)}"):
                     found = build.find()
                 self.assertIn("/c++ (", found.origin)
 
-    def test_a_compiler_that_fails(self):
+    def test_a_failing_compiler_is_reported_with_its_first_error(self):
         broken = self.command("broken", "echo nothing much >&2; echo 'x.cpp:1: error: out of luck' >&2; exit 3")
         with mock.patch.dict(os.environ, CXX=broken):
-            with self.warns("/broken .* could not compile the CPU kernels: x.cpp:1: error: out of luck"):
+            with self.warns(r"/broken .*x.cpp:1: error: out of luck"):
                 path = build.find().path
-            self.check_kept(path)
+            self.check_cached(path)
 
     def test_no_compiler(self):
         with mock.patch.dict(os.environ, PATH=str(self.folder)):
             for may_compile in (True, False):
-                with self.assertRaisesRegex(build.Unavailable, "no C\\+\\+ compiler was found.*install g\\+\\+"):
+                with self.assertRaisesRegex(build.Unavailable, r"g\+\+.*CXX"):
                     build.find(may_compile=may_compile)
 
     def test_sources_that_do_not_compile(self):
         (self.sources / "abi.cpp").write_text("int natten_abi() {\n  return nothing; }\n")
-        reason = r"/c\+\+ .*abi.cpp:2:10: error: .nothing. was not declared.*another compiler with CXX"
-        with self.assertRaisesRegex(build.Unavailable, reason):
+        with self.assertRaisesRegex(build.Unavailable, r"/c\+\+ .*abi.cpp:2:10: error: .*CXX"):
             build.find()
         self.assertEqual([path.name for path in self.cache.iterdir()], [".lock"])
 
     def test_no_sources(self):
-        with self.assertRaisesRegex(
-            build.Unavailable, "sources of the CPU kernels are not in .*: install natten again"
-        ):
+        with self.assertRaisesRegex(build.Unavailable, "nowhere"):
             build.find(self.folder / "nowhere")
 
 
 class OpenMPTest(BuildTestCase):
-    """Parallel regions run on PyTorch's threads, or there are none."""
+    """Parallel regions run on PyTorch's threads; without its OpenMP there are none."""
 
     def test_openmp(self):
         self.assertEqual(build.find().library.threads(1), 1)
 
-    def test_a_compiler_without_openmp(self):
+    def test_compiler_without_openmp(self):
         script = (
             'for word in "$@"; do [ "$word" = -fopenmp ] && { echo error: -fopenmp >&2; exit 1; }; done; exec c++ "$@"'
         )
@@ -235,7 +234,7 @@ class OpenMPTest(BuildTestCase):
 
 
 class ShippedTest(BuildTestCase):
-    """Libraries that a platform wheel brings."""
+    """Libraries of a platform wheel."""
 
     def setUp(self):
         super().setUp()
@@ -243,7 +242,7 @@ class ShippedTest(BuildTestCase):
         build.SHIPPED.mkdir()
 
     def cpu(self, level: str):
-        """Lets this CPU be of a level."""
+        """Let this CPU support exactly one level and those below."""
         return mock.patch.object(build, "cpu_flags", return_value=build.LEVELS[level])
 
     def ship(self, *levels: str, abi: int = build.ABI):
@@ -252,7 +251,7 @@ class ShippedTest(BuildTestCase):
             target = build.SHIPPED / f"libnatten_cpu-{level}.so"
             compiler.compile_library(compiler.find_compilers()[0], self.sources, target)
 
-    def test_the_best_level_of_this_cpu(self):
+    def test_the_highest_supported_level_is_used(self):
         self.ship(*self.levels)
         for level in self.levels:
             with self.subTest(level), self.cpu(level), mock.patch.dict(os.environ, PATH=str(self.folder)):
@@ -261,20 +260,19 @@ class ShippedTest(BuildTestCase):
     def test_a_lower_level_is_used_before_compiling(self):
         self.ship(self.levels[-1])
         with self.cpu(self.levels[0]), self.assertLogs("natten", "DEBUG") as logged:
-            self.assertEqual(build.find().origin, f"shipped for {self.levels[-1]}")
-        self.assertIn("may be faster", logged.output[-1])
+            self.assertIn(self.levels[-1], build.find().origin)
         for level, line in zip(self.levels[:-1], logged.output, strict=False):
-            self.assertIn(f"no library for {level} was shipped, though this CPU supports it", line)
+            self.assertIn(level, line)
 
-    def test_one_that_this_cpu_cannot_run(self):
+    def test_a_level_that_this_cpu_lacks_is_skipped(self):
         made_up = {"made-up": frozenset(("zzz", "yyy"))}
         self.ship("made-up")
         with mock.patch.object(build, "LEVELS", made_up), self.assertLogs("natten", "DEBUG") as logged:
             self.assertEqual(build.find().path.parent, self.cache)
-        self.assertIn("this CPU lacks yyy zzz", logged.output[0])
+        self.assertIn("yyy zzz", logged.output[0])
 
-    def test_one_of_another_abi(self):
+    def test_another_abi_is_skipped(self):
         self.ship(self.levels[-1], abi=build.ABI + 1)
         self.write_sources(build.ABI)
-        with self.cpu(self.levels[-1]), self.warns(f"was shipped but cannot be used: its ABI is {build.ABI + 1}"):
+        with self.cpu(self.levels[-1]), self.warns(f"{self.levels[-1]}.*ABI is {build.ABI + 1}"):
             self.assertEqual(build.find().path.parent, self.cache)

@@ -1,4 +1,4 @@
-"""natten.build across processes, as a command, and on the real sources."""
+"""natten.backends.cpu.build in several processes and on the real sources, and the command python -m natten.build."""
 
 import contextlib
 import ctypes
@@ -13,18 +13,27 @@ import threading
 import time
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
-from natten import build, cache, compiler
+from natten.backends import cache
+from natten.backends.cpu import build, compiler
+from natten.build import main
 from test_natten.builds import BuildTestCase
 
-FIND = "import sys; from pathlib import Path; from natten import build; print(build.find(Path(sys.argv[1])).path)"
+TIMEOUT_S = 600  # generous: the machine may be busy
+FIND = """
+import sys
+from pathlib import Path
+from natten.backends.cpu import build
+print(build.find(Path(sys.argv[1])).path)
+"""
 CPU_LIBRARY = """
 import os, sys, threading
 from pathlib import Path
-from natten import build
+from natten.backends.cpu import build
 build.SOURCES = Path(sys.argv[1])
 found = []
 def find():
@@ -44,17 +53,17 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(set(found)), found
 MAPPED = """
 import ctypes, sys, torch
 from pathlib import Path
-from natten import build
+from natten.backends.cpu import build
 print(build.find(Path(sys.argv[1])).library.threads(2))
 print(*{Path(line.split()[-1]).name for line in open("/proc/self/maps") if "omp" in line.split()[-1].rsplit("/")[-1]})
 """
 
 
 class ProcessTest(BuildTestCase):
-    """Several processes, and such as are killed."""
+    """Several processes at once, forked and killed processes."""
 
     def start(self, code: str, **environment: str) -> subprocess.Popen:
-        """A process that runs code in a session of its own, with the sources' folder as its argument."""
+        """Start a process that runs code in its own session, with the folder of the sources as argument."""
         environment = {**os.environ, "TMPDIR": str(self.scratch), "NATTEN_LOG_LEVEL": "WARNING", **environment}
         return subprocess.Popen(
             [sys.executable, "-c", code, str(self.sources)],
@@ -66,25 +75,25 @@ class ProcessTest(BuildTestCase):
 
     def run_code(self, code: str, **environment: str) -> str:
         process = self.start(code, **environment)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
         self.assertEqual(process.returncode, 0)
         return output.strip()
 
     def counting(self) -> tuple[str, Path]:
-        """A slow compiler, and the file to which it adds a line each time: once a source, and for the link."""
+        """Return a slow compiler, and the file to which it appends one line per source and one for linking."""
         calls = self.folder / "calls"
         return self.command("counting", f'echo "$*" >> {calls}; sleep 0.5; exec c++ "$@"'), calls
 
-    def test_two_at_once(self):
+    def test_two_processes_compile_once(self):
         mine, calls = self.counting()
         processes = [self.start(FIND, CXX=mine) for _ in range(2)]
-        paths = {process.communicate(timeout=120)[0].strip() for process in processes}
+        paths = {process.communicate(timeout=TIMEOUT_S)[0].strip() for process in processes}
         self.assertEqual([process.returncode for process in processes], [0, 0])
         (path,) = paths
         self.assertEqual(Path(path).parent, self.cache)
         self.assertEqual(len(calls.read_text().splitlines()), 3)  # two sources and the link, once
 
-    def test_two_at_once_without_locks(self):
+    def test_two_threads_without_file_locks(self):
         with mock.patch.object(fcntl, "flock", side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))):
             found = []
             threads = [threading.Thread(target=lambda: found.append(build.find())) for _ in range(2)]
@@ -93,14 +102,14 @@ class ProcessTest(BuildTestCase):
             for thread in threads:
                 thread.join()
         self.assertEqual([f.library.natten_abi() for f in found], [build.ABI] * 2)
-        self.check_kept(found[0].path)
+        self.check_cached(found[0].path)
 
-    def test_a_lock_that_is_never_released(self):
+    def test_a_lock_that_is_never_released_is_ignored(self):
         cache.make(self.cache)
-        with cache.lock(self.cache), mock.patch.object(cache, "_PATIENCE_S", 0.2):
+        with cache.lock(self.cache), mock.patch.object(cache, "_LOCK_TIMEOUT_S", 0.2):
             self.assertEqual(self.check_compiles().path.parent, self.cache)
 
-    def test_killed(self):
+    def test_a_killed_process_leaves_no_lock_and_no_library(self):
         started = self.folder / "started"
         sleeping = self.command("sleeping", f"touch {started}; exec sleep 300")
         process = self.start(FIND, CXX=sleeping)
@@ -114,12 +123,14 @@ class ProcessTest(BuildTestCase):
             for path in leftover.iterdir():
                 path.unlink()
             leftover.rmdir()
-        start = time.monotonic()
-        path = self.check_compiles().path
-        self.assertLess(time.monotonic() - start, 60)  # it did not wait for the dead
-        self.check_kept(path)
+        clock = SimpleNamespace(
+            monotonic=time.monotonic, sleep=mock.Mock(side_effect=AssertionError("the lock is held"))
+        )
+        with mock.patch.object(cache, "time", clock):
+            path = self.check_compiles().path
+        self.check_cached(path)
 
-    def test_a_forked_child_leaves_the_scratch_folder(self):
+    def test_a_forked_child_does_not_delete_the_scratch_folder(self):
         scratch = cache.scratch()
         with scratch as folder:
             child = os.fork()
@@ -139,12 +150,12 @@ class ProcessTest(BuildTestCase):
         calls = self.folder / "calls"
         broken = self.command("broken", f"echo >> {calls}; exit 1")
         output = self.run_code(CPU_LIBRARY, CXX=broken, PATH="")
-        self.assertRegex(output, "^1 1 .*/broken .* could not compile the CPU kernels: it ended with status 1")
-        tries = 2 * len(list(self.sources.glob("*.cpp")))  # with OpenMP and without
+        self.assertRegex(output, "^1 1 .*/broken ")
+        tries = 2 * len(list(self.sources.glob("*.cpp")))  # with and without OpenMP
         self.assertLessEqual(len(calls.read_text().splitlines()), tries)
 
     def test_one_openmp_runtime(self):
-        """With PyTorch's under its own name and none beside it."""
+        """PyTorch's runtime, under its own file name, is the only one in the process."""
         threads, *runtimes = self.run_code(MAPPED).split()
         self.assertEqual(threads, "2")
         self.assertEqual(runtimes, [Path(compiler.share_openmp()._name).name])
@@ -154,11 +165,11 @@ class CommandTest(BuildTestCase):
     """python -m natten.build"""
 
     def run_main(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit status, and what it wrote to stdout and stderr."""
+        """Return the exit status and the text on stdout and stderr."""
         out, err, status = io.StringIO(), io.StringIO(), 0
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                build.main(list(arguments))
+                main(list(arguments))
             except SystemExit as stop:
                 status = stop.code or 0
         return status, out.getvalue(), err.getvalue()
@@ -167,11 +178,9 @@ class CommandTest(BuildTestCase):
         for _ in range(2):
             status, out, err = self.run_main()
             self.assertEqual((status, err), (0, ""))
-            self.assertRegex(
-                out, rf"^{self.cache}/libnatten_cpu-\w+.so\ncompiled by .*c\+\+ .*, ready after \d+\.\d s\n$"
-            )
+            self.assertRegex(out, rf"^{self.cache}/libnatten_cpu-\w+.so\n.*c\+\+ ")
 
-    def test_ahead(self):
+    def test_ahead_of_time(self):
         out = self.folder / "a" / "b"
         levels = list(build.LEVELS)
         status, printed, err = self.run_main(*(f"--cpu={level}" for level in levels), "--out", str(out))
@@ -184,19 +193,19 @@ class CommandTest(BuildTestCase):
     def test_list(self):
         status, printed, _ = self.run_main("--list")
         self.assertEqual(status, 0)
-        for text in (*build.LEVELS, "CXX is not set", f"{self.cache} holds no library", "c++", "not compiled yet"):
+        for text in (*build.LEVELS, "CXX", str(self.cache), "c++"):
             self.assertIn(text, printed)
         path = build.find().path
-        self.assertRegex(self.run_main("--list")[1], f"the CPU kernels are {path}, compiled by")
+        self.assertIn(str(path), self.run_main("--list")[1])
 
-    def test_mistakes(self):
+    def test_invalid_arguments(self):
         file = self.folder / "file"
         file.touch()
         level = list(build.LEVELS)[-1]
         for arguments, text in (
             (("--cpu", "z80", "--out", "x"), f"'z80'.*{level}"),
-            (("--cpu", level), "--out DIR"),
-            (("--out", "x"), "--cpu LEVEL"),
+            (("--cpu", level), "--out"),
+            (("--out", "x"), "--cpu"),
             (("--list", "--cpu", level, "--out", "x"), "--list"),
             (("--cpu", level, "--out", str(file)), "File exists|Not a directory"),
             (("--nonsense",), "--nonsense"),
@@ -211,22 +220,22 @@ class CommandTest(BuildTestCase):
         with mock.patch.dict(os.environ, nowhere), self.assertLogs("natten", "WARNING"):
             status, _, err = self.run_main()
         self.assertEqual((status, err.count("\n")), (2, 1))
-        self.assertIn("no folder can keep them: set NATTEN_CACHE_DIR", err)
+        self.assertIn("NATTEN_CACHE_DIR", err)
         with mock.patch.dict(os.environ, PATH=""):
             status, _, err = self.run_main()
         self.assertEqual((status, err.count("\n")), (2, 1))
-        self.assertIn("no C++ compiler was found", err)
+        self.assertIn("CXX", err)
 
     def test_as_a_module(self):
-        """Nothing has imported it before, which Python would warn of."""
+        """Importing natten does not import natten.build; otherwise python -m would warn."""
         command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "natten.build", "--list"]
         done = subprocess.run(command, capture_output=True, text=True)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        self.assertIn("the CPU kernels are", done.stdout)
+        self.assertIn("CPU kernels", done.stdout)
 
 
 class RealSourcesTest(unittest.TestCase):
-    """The kernels of this version."""
+    """The real kernels."""
 
     def test_this_machine(self):
         self.assertEqual(build.cpu_library().natten_abi(), build.ABI)
@@ -234,7 +243,7 @@ class RealSourcesTest(unittest.TestCase):
 
     @pytest.mark.slow
     def test_levels(self):
-        """Each level compiles, and what this CPU runs loads."""
+        """Each level compiles, and those that this CPU supports load."""
         compilers = compiler.find_compilers()
         for level, needed in build.LEVELS.items():
             with self.subTest(level), cache.scratch() as folder:

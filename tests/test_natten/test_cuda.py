@@ -1,7 +1,7 @@
-"""The cuda backend against the reference in float64, its kernels run by tests/emulation; and what it refuses.
+"""The cuda backend against the reference in float64, with kernels run by tests/emulation; and unsupported calls.
 
-Errors are judged as in test_cpu.py: at most twice those of the reference in the same dtype over a sweep, eight times
-over one problem. Those of TF32, which the reference does not have on a CPU, are at most its rounding.
+Error limits are those of test_cpu.py: twice the error of the reference in the same dtype over a sweep, and eight
+times for a single problem. The reference has no TF32 on a CPU; there the limit is the rounding of TF32.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from brute_force import Window
 from emulation.launcher import emulated_gpu, gpu_properties
 
 import natten
-from natten import cuda_driver, dispatch, nvrtc
-from natten.backends import cuda, cuda_tiles
-from natten.backends.compiled import warn
-from natten.geometry import Axis, first_key, make_axes
+from natten import backends
+from natten.backends import cuda
+from natten.backends.cuda import driver, nvrtc, tiles
+from natten.backends.kernels import warn_fallback
+from natten.checks import make_axes
+from natten.geometry import Axis, first_key
 from test_natten import test_goldens
 from test_natten.problems import RANKS, Problem, make_qkv, make_rpb
-from test_natten.test_cpu import fused, halves, problem_of, to_double
+from test_natten.test_cpu import fused, problem_of, to_double, unfused
 
 TURING, HOPPER = (7, 5), (9, 0)
 TF32_EPS = 2.0**-10
@@ -55,28 +57,28 @@ def problem(space, *window_arguments, dim=16, heads=2, batch=1, has_rpb=True, la
 def tile_limits(
     has_fragments: bool, table_bytes: int, has_gradient_fragments: bool, gradient_bytes: int
 ) -> Iterator[None]:
-    """Changes how tiles may hold the bias and its gradient in shared memory."""
+    """Change how tiles may store the bias and its gradient in shared memory."""
     with (
-        mock.patch.object(cuda_tiles, "_MAY_HAVE_FRAGMENTS", has_fragments),
-        mock.patch.object(cuda_tiles, "_MOST_TABLE_BYTES", table_bytes),
-        mock.patch.object(cuda_tiles, "_MAY_HAVE_GRADIENT_FRAGMENTS", has_gradient_fragments),
-        mock.patch.object(cuda_tiles, "_MOST_GRADIENT_BYTES", gradient_bytes),
+        mock.patch.object(tiles, "_MAY_HAVE_FRAGMENTS", has_fragments),
+        mock.patch.object(tiles, "_MOST_TABLE_BYTES", table_bytes),
+        mock.patch.object(tiles, "_MAY_HAVE_GRADIENT_FRAGMENTS", has_gradient_fragments),
+        mock.patch.object(tiles, "_MOST_GRADIENT_BYTES", gradient_bytes),
     ):
-        cuda_tiles.choose_tile.cache_clear()
+        tiles.choose_tile.cache_clear()
         try:
             yield
         finally:
-            cuda_tiles.choose_tile.cache_clear()
+            tiles.choose_tile.cache_clear()
 
 
-# Queries, keys, values and the gradient of the result each end where a page begins that nobody may read, or begin so.
+# Each tensor ends directly before an unreadable page, or begins directly after one.
 _GUARDED = """
 import ctypes, mmap, sys
 import torch
 sys.path.insert(0, sys.argv[1])
 from emulation.launcher import emulated_gpu
-from natten import dispatch
-from natten.geometry import make_axes
+from natten import backends
+from natten.checks import make_axes
 
 libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
 
@@ -98,7 +100,7 @@ for space, kernel_size, dilation in (((5, 20, 20), 5, 1), ((11, 21), 5, 2), ((37
     for at_end in (True, False):
         q, k, v, grad = (guarded((1, *space, 2, 32), at_end) for _ in range(4))
         with emulated_gpu(shared_bytes=40 << 10):
-            module = dispatch.choose(q, "cuda")
+            module = backends.choose(q, "cuda")
             out, lse = module.attention(q, k, v, None, axes, 1.0)
             module.attention_backward(grad, None, q, k, v, None, out, lse, axes, 1.0)
         print("read", flush=True)
@@ -108,10 +110,14 @@ for space, kernel_size, dilation in (((5, 20, 20), 5, 1), ((11, 21), 5, 2), ((37
 class EmulatedTestCase(unittest.TestCase):
     def setUp(self):
         self.errors: list[tuple[float, float]] = []
-        self.definitions: list[dict[str, str]] = []  # of the last check's kernels
+        self.definitions: list[dict[str, str]] = []  # those of the kernels in the last check
 
     def check(self, given: Problem, dtype: torch.dtype, compute=fused, eps: float | None = None, **gpu) -> list[str]:
-        """Compares all results of a problem, rounded by eps; returns the names of the kernels that ran."""
+        """Compare all results of a problem. Return the names of the kernels that ran.
+
+        Args:
+            eps: rounding of the kernels, if it is not that of the dtype.
+        """
         qkv, rpb = make_qkv(given, dtype), make_rpb(given, torch.float32)
         with emulated_gpu(seed=given.seed, **gpu) as emulator:
             found = compute(given, qkv, rpb, "cuda")
@@ -135,14 +141,14 @@ class EmulatedTestCase(unittest.TestCase):
 
 
 class EmulatedKernelsTest(EmulatedTestCase):
-    """Each kind of kernel, with all features at once."""
+    """Each kernel, with all features at once."""
 
     def test_matrix_kernels(self):
         given = problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True))
         kernels = ["natten_attention_tiles", "natten_grad_query_tiles", "natten_grad_key_value_tiles"]
         self.assertEqual(self.check(given, torch.bfloat16), [*kernels, "natten_sum_parts"])
 
-    def test_matrix_kernels_of_float32_that_may_be_rounded(self):
+    def test_matrix_kernels_in_tf32(self):
         given = problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True), dim=24)
         with mock.patch.object(cuda, "may_round_float32", lambda: True):
             ran = self.check(given, torch.float32, eps=TF32_EPS)
@@ -155,14 +161,14 @@ class EmulatedKernelsTest(EmulatedTestCase):
         kernels = ["natten_attention", "natten_grad_query", "natten_grad_key_value", "natten_sum_parts"]
         self.assertEqual(self.check(given, torch.float32), kernels)
 
-    def test_halves(self):
-        self.check(problem((9, 11), (4, 5), 1, (2, 1), (False, True), dim=8), torch.float16, halves)
+    def test_unfused(self):
+        self.check(problem((9, 11), (4, 5), 1, (2, 1), (False, True), dim=8), torch.float16, unfused)
 
-    def test_float16_on_turing_needs_no_matrix_instructions(self):
+    def test_float16_on_turing_uses_no_matrix_instructions(self):
         given = problem((12,), 5, 1, 2, dim=8, has_rpb=False)
         self.assertNotIn("natten_attention_tiles", self.check(given, torch.float16, capability=TURING))
 
-    def test_maps_without_images_or_heads(self):
+    def test_no_images_or_no_heads(self):
         for batch, heads in ((0, 2), (2, 0)):
             q = torch.zeros(batch, 9, heads, 8, requires_grad=True)
             rpb = torch.zeros(heads, 5, requires_grad=True)
@@ -173,7 +179,7 @@ class EmulatedKernelsTest(EmulatedTestCase):
 
 @pytest.mark.slow
 class EmulatedSweepTest(EmulatedTestCase):
-    """Random problems of all ranks, and the rarer ways of cutting them."""
+    """Random problems of all ranks, and the less common kinds of tiles."""
 
     def check_problems(self, count: int, dtype: torch.dtype, compute=fused, **gpu) -> None:
         for rank in RANKS:
@@ -194,7 +200,7 @@ class EmulatedSweepTest(EmulatedTestCase):
     def test_float32(self):
         self.check_problems(8, torch.float32)
 
-    def test_float32_that_may_be_rounded(self):
+    def test_tf32(self):
         with mock.patch.object(cuda, "may_round_float32", lambda: True):
             for rank in RANKS:
                 for seed in range(8):
@@ -205,24 +211,24 @@ class EmulatedSweepTest(EmulatedTestCase):
     def test_float16_on_turing(self):
         self.check_problems(3, torch.float16, capability=TURING)
 
-    def test_halves(self):
-        self.check_problems(6, torch.float32, halves)
-        self.check_problems(2, torch.bfloat16, halves)
+    def test_unfused(self):
+        self.check_problems(6, torch.float32, unfused)
+        self.check_problems(2, torch.bfloat16, unfused)
 
-    def test_columns_that_come_in_stages(self):
+    def test_staged_columns(self):
         for given, kib, processors in (
             (problem((18, 17), 7, dim=32), 20, 132),
-            (problem((22, 35), 9, dim=64), 40, 1),  # of several warps
-            (problem((5, 20, 20), 5, dim=32), 40, 1),  # of several warps, of which some have no unit
+            (problem((22, 35), 9, dim=64), 40, 1),  # several warps
+            (problem((5, 20, 20), 5, dim=32), 40, 1),  # several warps, some of them without a unit
         ):
             with self.subTest(given=given):
                 self.check(given, torch.bfloat16, shared_bytes=kib << 10, processors=processors)
-                tiles = [words for words in self.definitions if "TILE_X" in words]
-                self.assertEqual({words["IS_STAGED"] for words in tiles}, {"1"})
-                self.assertEqual(any(int(words["WARPS"]) > 1 for words in tiles), kib == 40)
+                tiled = [definitions for definitions in self.definitions if "TILE_X" in definitions]
+                self.assertEqual({definitions["IS_STAGED"] for definitions in tiled}, {"1"})
+                self.assertEqual(any(int(definitions["WARPS"]) > 1 for definitions in tiled), kib == 40)
 
-    def test_blocks_that_take_several_pieces(self):
-        """As those of large batches do, for the gradients of queries and of bias."""
+    def test_blocks_with_several_pieces(self):
+        """Large batches have such blocks, for the gradients of queries and bias."""
         for given in (problem((20, 19), 5, 1, 2), problem((40,), 5, 1, 3), problem((5, 6, 20), 3, dim=8)):
             for has_fragments in (True, False):
                 with (
@@ -232,13 +238,13 @@ class EmulatedSweepTest(EmulatedTestCase):
                 ):
                     self.check(given, torch.bfloat16)
 
-    def test_nothing_is_read_beyond_tensors(self):
+    def test_no_read_beyond_tensors(self):
         command = [sys.executable, "-c", _GUARDED, str(Path(__file__).parents[1])]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         self.assertEqual((done.returncode, done.stdout), (0, "read\n" * 6), done.stderr[-2000:])
 
     def test_published_shapes(self):
-        """One image of each stage of NAT and DiNAT, in the tiles that a large batch of them takes on a large GPU."""
+        """One image of each stage of NAT and DiNAT, with the tiles that a large batch has on a large GPU."""
         stages = ((56, 2, 1), (56, 2, 8), (28, 4, 1), (28, 4, 4), (14, 8, 1), (14, 8, 2), (7, 16, 1))
         for side, heads, dilation in stages:
             with self.subTest(side=side, dilation=dilation):
@@ -273,7 +279,7 @@ class EmulatedSweepTest(EmulatedTestCase):
             with self.subTest(given=given), mock.patch.object(cuda, "_MOST_SHORT_STEP", 0):
                 self.check(given, torch.bfloat16)
 
-    def test_scales_that_bias_cannot_be_divided_by(self):
+    def test_scales_that_the_bias_cannot_be_divided_by(self):
         given = problem((9, 11), 5, dim=8)
         for scale in (0.0, -0.5, 1e-35):
             with self.subTest(scale=scale):
@@ -327,45 +333,45 @@ class EmulatedSweepTest(EmulatedTestCase):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What needs no kernel to run
+# Tests that run no kernel
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class RefusalTest(unittest.TestCase):
-    """`refuses` is asked with stand-ins for tensors on devices that are not here."""
+class UnsupportedTest(unittest.TestCase):
+    """`unsupported_reason` for mock tensors on devices that are not present."""
 
     def setUp(self):
-        cuda._lacks.cache_clear()
-        warn.cache_clear()
-        self.addCleanup(cuda._lacks.cache_clear)
-        self.addCleanup(warn.cache_clear)
+        cuda._unsupported_device.cache_clear()
+        warn_fallback.cache_clear()
+        self.addCleanup(cuda._unsupported_device.cache_clear)
+        self.addCleanup(warn_fallback.cache_clear)
 
     def query(self, device: str, dtype=torch.float32, dim: int = 32):
         return mock.Mock(device=torch.device(device), dtype=dtype, shape=torch.Size((1, 9, 2, dim)))
 
     def reason(self, query, capability=HOPPER) -> str | None:
         with mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability)):
-            return cuda.refuses(query)
+            return cuda.unsupported_reason(query)
 
-    def test_what_it_takes(self):
+    def test_supported_calls(self):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            with mock.patch.object(nvrtc, "architecture"), mock.patch.object(cuda_driver, "bindings"):
+            with mock.patch.object(nvrtc, "architecture"), mock.patch.object(driver, "bindings"):
                 self.assertIsNone(self.reason(self.query("cuda:0", dtype)))
 
-    def test_what_it_does_not_take(self):
-        self.assertIn("on cpu", self.reason(self.query("cpu")))
+    def test_unsupported_calls(self):
+        self.assertIn("cpu", self.reason(self.query("cpu")))
         self.assertIn("float64", self.reason(self.query("cuda:0", torch.float64)))
         for dim in (4, 12, 264):
-            self.assertIn(f"head_dim is {dim}", self.reason(self.query("cuda:0", dim=dim)))
+            self.assertIn(f"head_dim {dim}", self.reason(self.query("cuda:0", dim=dim)))
 
-    def test_one_warning_where_the_reference_serves(self):
+    def test_fallback_warns_once(self):
         cases = {
             "mps": (self.query("mps"), HOPPER, None),
             "7.0": (self.query("cuda:0"), (7, 0), None),
             "ROCm": (self.query("cuda:0"), HOPPER, "6.0"),
         }
         for word, (query, capability, hip) in cases.items():
-            cuda._lacks.cache_clear()
+            cuda._unsupported_device.cache_clear()
             with self.subTest(word), mock.patch.object(torch.version, "hip", hip):
                 with self.assertWarnsRegex(RuntimeWarning, word):
                     self.assertIn(word, self.reason(query, capability))
@@ -374,11 +380,11 @@ class RefusalTest(unittest.TestCase):
                     self.reason(query, capability)
 
     def test_without_nvrtc(self):
-        error = nvrtc.Unavailable("NVRTC cannot be used")
+        error = nvrtc.Unavailable("NVRTC is missing")
         with mock.patch.object(nvrtc, "bindings", side_effect=error), self.assertWarnsRegex(RuntimeWarning, "NVRTC"):
             self.assertIn("NVRTC", self.reason(self.query("cuda:0")))
 
-    def test_without_cuda_bindings_it_says_what_to_install(self):
+    def test_without_cuda_bindings_the_error_names_the_package(self):
         for version, words in (("12.8", '"cuda-bindings==12.*"'), (None, "cuda-bindings")):
             with (
                 self.subTest(version),
@@ -387,22 +393,22 @@ class RefusalTest(unittest.TestCase):
                 self.assertRaises(nvrtc.Unavailable) as caught,
             ):
                 nvrtc.bindings.__wrapped__()
-            self.assertTrue(str(caught.exception).endswith(f"run pip install {words}"), caught.exception)
+            self.assertIn(f"pip install {words}", str(caught.exception))
 
-    def test_it_stands_in_the_ladder_before_the_reference(self):
-        self.assertEqual(dispatch.NAMES, ("cpu", "cuda", "reference"))
+    def test_order_of_backends(self):
+        self.assertEqual(backends.NAMES, ("cpu", "cuda", "reference"))
 
 
 class PlanTest(unittest.TestCase):
-    """Plans of problems too large to run here."""
+    """Plans of problems that are too large to run."""
 
-    def plan(self, shape, kernel_size, kind="attention"):
+    def plan(self, shape, kernel_size, op="attention"):
         query = torch.empty(shape, dtype=torch.bfloat16, device="meta")
         axes = make_axes(shape[1:-2], kernel_size)
         rpb = torch.empty(shape[-2], *(2 * axis.kernel_size - 1 for axis in axes), device="meta")
         names = {"QUERY": query, "KEY": query, "VALUE": query}
         with mock.patch.object(cuda, "_properties", lambda device: gpu_properties(HOPPER)):
-            return cuda._plan.__wrapped__(kind, query, axes, 1.0, rpb, False, False, tuple(names), *names.values())
+            return cuda._plan.__wrapped__(op, query, axes, 1.0, rpb, False, False, tuple(names), *names.values())
 
     def test_strides_beyond_32_bits(self):
         shape = (40000, 56, 56, 4, 32)
@@ -410,26 +416,26 @@ class PlanTest(unittest.TestCase):
         self.assertIn((56 * 56 * 4 * 32).to_bytes(8, "little"), step.parameters)
         self.assertGreaterEqual(step.blocks, 40000 * 4)
 
-    def test_too_many_blocks_are_told(self):
-        for kind in ("attention", "attention_backward"):  # blocks, or tiles that fewer blocks share
-            with self.subTest(kind), self.assertRaisesRegex(ValueError, "split the batch"):
-                self.plan((1 << 30, 600, 2, 8), 3, kind)
+    def test_too_many_blocks(self):
+        for op in ("attention", "attention_backward"):  # too many blocks; too many tiles, shared by fewer blocks
+            with self.subTest(op), self.assertRaisesRegex(ValueError, "query.*blocks"):
+                self.plan((1 << 30, 600, 2, 8), 3, op)
 
-    def test_every_published_shape_has_a_tile_on_each_chip(self):
+    def test_every_published_shape_has_a_tile_on_each_gpu(self):
         shapes = [((56, 56), 7, 32), ((28, 28), 7, 32), ((14, 14), 7, 32), ((7, 7), 7, 32), ((24, 24), 11, 32)]
         shapes += [((16, 32, 32), 7, 128), ((200, 304), 13, 256), ((4096,), 2047, 128), ((64, 64), 63, 64)]
         for space, kernel_size, dim in shapes:
             axes = make_axes(space, kernel_size)
             axes = (*(cuda._NO_AXIS,) * (3 - len(axes)), *axes)
             limits = (99 << 10, 163 << 10, 227 << 10)
-            for kind, shared_bytes, item_bytes in itertools.product(cuda_tiles.KINDS, limits, (2, 4)):
-                tile = cuda_tiles.choose_tile(kind, axes, dim, 64, True, 108, shared_bytes, True, item_bytes)
+            for kind, shared_bytes, item_bytes in itertools.product(tiles.KINDS, limits, (2, 4)):
+                tile = tiles.choose_tile(kind, axes, dim, 64, True, 108, shared_bytes, True, item_bytes)
                 self.assertLessEqual(tile.shared_bytes, shared_bytes)
                 self.assertLessEqual(tile.threads, 1024)
 
 
 class ReachTest(unittest.TestCase):
-    """How far the windows of tiles reach, against the windows of all tokens."""
+    """The columns of tiles, against the windows of all tokens."""
 
     AXES = tuple(
         Axis(length, k, stride, dilation, is_causal)
@@ -438,7 +444,7 @@ class ReachTest(unittest.TestCase):
         for is_causal in (False, True)
     )
 
-    def test_of_all_tiles(self):
+    def test_all_tiles(self):
         for axis, is_inverse, size in itertools.product(self.AXES, (False, True), (1, 8, 16)):
             with self.subTest(axis=axis, is_inverse=is_inverse, size=size):
                 before = after = most = 0
@@ -452,24 +458,24 @@ class ReachTest(unittest.TestCase):
                         met = sees[s : s + size].any(0).nonzero()
                         low, high = met.min().item(), met.max().item() + 1
                         before, after, most = max(before, s - low), max(after, high - s), max(most, high - low)
-                self.assertEqual(cuda_tiles.farthest(axis, is_inverse, size), (before, after))
-                self.assertEqual(cuda_tiles.widest(axis, is_inverse, size), most)
+                self.assertEqual(tiles.farthest(axis, is_inverse, size), (before, after))
+                self.assertEqual(tiles.widest(axis, is_inverse, size), most)
 
-    def test_of_a_long_axis(self):
+    def test_a_long_axis(self):
         for axis, is_inverse, size in itertools.product(self.AXES, (False, True), (8, 48)):
             axis = axis._replace(length=axis.length + 2000)
             with self.subTest(axis=axis, is_inverse=is_inverse, size=size):
                 found = []
                 for long in (1, 1 << 20):
-                    cuda_tiles._reaches.cache_clear()
-                    with mock.patch.object(cuda_tiles, "_LONG_AXIS", long):
-                        found.append(set(cuda_tiles._reaches(axis, is_inverse, size)))
-                cuda_tiles._reaches.cache_clear()
+                    tiles._reaches.cache_clear()
+                    with mock.patch.object(tiles, "_LONG_AXIS", long):
+                        found.append(set(tiles._reaches(axis, is_inverse, size)))
+                tiles._reaches.cache_clear()
                 self.assertEqual(*found)
 
 
 class AlignedRowsTest(unittest.TestCase):
-    def test_only_what_must_be_is_copied(self):
+    def test_only_unaligned_rows_are_copied(self):
         x = torch.zeros(2, 9, 3, 16)
         self.assertIs(cuda._with_aligned_rows(x), x)
         y = x[..., 4:12]

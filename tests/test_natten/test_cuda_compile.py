@@ -1,6 +1,6 @@
-"""The CUDA kernels through the compilers: NVRTC, which users have, and nvcc, which tells of registers and spills.
+"""The CUDA kernels compiled with NVRTC, which users have, and with nvcc, which reports registers and spills.
 
-python tests/test_natten/test_cuda_compile.py    # the table of all shipped specialisations, for sm_80 and sm_90
+python tests/test_natten/test_cuda_compile.py    # print a table for the published models, for sm_80 and sm_90
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 from emulation.launcher import gpu_properties
 
-from natten import nvrtc
 from natten.backends import cuda
-from natten.cuda_driver import Kernel
-from natten.geometry import make_axes
+from natten.backends.cuda import nvrtc
+from natten.backends.cuda.driver import Kernel
+from natten.checks import make_axes
 
-# Maps, heads at batch 128 (of the published models; the rest for what users may ask), head_dim, kernel_size, dilation.
+# Map, heads, head_dim, kernel_size and dilation, at batch 128. TUNED: problems of the published models; OTHERS: further
+# problems that users may have.
 TUNED = {
     "stage 1": ((56, 56), 2, 32, 7, 1),
     "stage 2": ((28, 28), 4, 32, 7, 1),
@@ -55,7 +56,7 @@ CAPABILITIES = ((8, 0), (9, 0))
 
 
 class Report(NamedTuple):
-    """What ptxas says of a kernel; bytes are a thread's, but for shared memory."""
+    """The report of ptxas about a kernel. Bytes are per thread, shared memory per block."""
 
     registers: int
     spilled_bytes: int
@@ -66,21 +67,21 @@ class Report(NamedTuple):
 def kernels(
     space, heads, dim, kernel_size, dilation, capability, dtype=torch.bfloat16, has_rpb=True, is_rounded=False
 ) -> list[Kernel]:
-    """Those of a forward and a backward pass."""
+    """Return the kernels of a forward and a backward pass."""
     query = torch.empty(128 if len(space) == 2 else 1, *space, heads, dim, dtype=dtype, device="meta")
     axes = make_axes(space, kernel_size, 1, dilation)
     found = []
-    for kind in ("attention", "attention_backward"):
+    for op in ("attention", "attention_backward"):
         with mock.patch.object(cuda, "may_round_float32", lambda: is_rounded):
-            found += [step.kernel for step in cuda.launches(kind, query, axes, has_rpb, gpu_properties(capability))]
+            found += [step.kernel for step in cuda.launches(op, query, axes, has_rpb, gpu_properties(capability))]
     return found
 
 
-def ask_nvcc(kernel: Kernel, capability: tuple[int, int]) -> Report:
-    """Compiles a kernel with nvcc.
+def compile_with_nvcc(kernel: Kernel, capability: tuple[int, int]) -> Report:
+    """Compile a kernel with nvcc.
 
     Raises:
-        AssertionError: with what nvcc said, if it fails.
+        AssertionError: with the output of nvcc, if it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++17", f"-arch=sm_{capability[0]}{capability[1]}", "-cubin", "-Xptxas", "-v"]
@@ -88,22 +89,22 @@ def ask_nvcc(kernel: Kernel, capability: tuple[int, int]) -> Report:
         done = subprocess.run([*command, str(nvrtc.SOURCES / kernel.source)], capture_output=True, text=True)
     if done.returncode:
         raise AssertionError(f"{kernel}:\n{done.stderr[:3000]}")
-    _, told = re.split(rf"Compiling entry function '{kernel.name}'", done.stderr, maxsplit=1)
-    stack, stored, loaded = map(int, re.search(r"(\d+) bytes stack.*?(\d+) bytes.*?(\d+) bytes", told).groups())
-    static = re.search(r"(\d+) bytes smem", told)
-    registers = int(re.search(r"Used (\d+) registers", told)[1])
+    _, output = re.split(rf"Compiling entry function '{kernel.name}'", done.stderr, maxsplit=1)
+    stack, stored, loaded = map(int, re.search(r"(\d+) bytes stack.*?(\d+) bytes.*?(\d+) bytes", output).groups())
+    static = re.search(r"(\d+) bytes smem", output)
+    registers = int(re.search(r"Used (\d+) registers", output)[1])
     return Report(registers, stored + loaded, stack, kernel.shared_bytes + (int(static[1]) if static else 0))
 
 
 def table(cases: dict, capabilities=CAPABILITIES) -> Iterator[tuple[str, tuple[int, int], Kernel, Report]]:
     jobs = [(name, c, kernel) for name, case in cases.items() for c in capabilities for kernel in kernels(*case, c)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = pool.map(lambda job: ask_nvcc(job[2], job[1]), jobs)
+        reports = pool.map(lambda job: compile_with_nvcc(job[2], job[1]), jobs)
         for job, report in zip(jobs, reports, strict=True):
             yield *job, report
 
 
-def _nvrtc_is_here() -> bool:
+def _has_nvrtc() -> bool:
     try:
         nvrtc.bindings()
     except nvrtc.Unavailable:
@@ -111,7 +112,7 @@ def _nvrtc_is_here() -> bool:
     return True
 
 
-@unittest.skipUnless(_nvrtc_is_here(), "NVRTC is not installed: it comes with PyTorch for CUDA")
+@unittest.skipUnless(_has_nvrtc(), "NVRTC is not installed; it comes with PyTorch for CUDA")
 class NvrtcTest(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -128,12 +129,12 @@ class NvrtcTest(unittest.TestCase):
         for kernel in kernels(*TUNED["stage 4"], (9, 0)):
             self.assertTrue(self.compile(kernel, (9, 0)).startswith(b"\x7fELF"))
 
-    def test_turing_takes_float16(self):
+    def test_float16_on_turing(self):
         case = ((9, 9), 1, 8, 3, 1)
         for kernel in kernels(*case, (7, 5), torch.float16)[:1]:
             self.assertTrue(self.compile(kernel, (7, 5)).startswith(b"\x7fELF"))
 
-    def test_code_is_kept_and_a_damaged_file_is_made_again(self):
+    def test_code_is_cached_and_a_damaged_file_is_replaced(self):
         kernel = kernels(*TUNED["stage 4"], (9, 0), torch.float32)[-1]
         code = self.compile(kernel, (9, 0))
         (file,) = self.folder.glob("*.cubin")
@@ -142,16 +143,16 @@ class NvrtcTest(unittest.TestCase):
         file.write_bytes(file.read_bytes()[:-40])
         self.assertEqual(self.compile(kernel, (9, 0)), code)
 
-    def test_a_newer_gpu_gets_what_its_driver_translates(self):
+    def test_a_gpu_newer_than_nvrtc_gets_ptx(self):
         self.assertRegex(nvrtc.architecture((99, 0)), "^--gpu-architecture=compute_")
         kernel = kernels(*TUNED["stage 4"], (9, 0), torch.float32)[-1]
         self.assertIn(b".target", self.compile(kernel, (99, 0)))
 
-    def test_a_mistake_is_told_with_the_first_error(self):
+    def test_the_first_compiler_error_is_reported(self):
         with self.assertRaisesRegex(nvrtc.Unavailable, "attention.cu.*error"):
             nvrtc.machine_code("attention.cu", ("HEAD_DIM=7",), (9, 0))
 
-    def test_where_nothing_can_be_kept(self):
+    def test_without_a_usable_cache_folder(self):
         self.folder.parent.joinpath("cache").write_text("a file")
         home = {"XDG_CACHE_HOME": str(self.folder / "also not")}
         kernel = kernels(*TUNED["stage 4"], (9, 0), torch.float32)[-1]
@@ -162,29 +163,29 @@ class NvrtcTest(unittest.TestCase):
 @pytest.mark.slow
 @unittest.skipUnless(shutil.which("nvcc"), "nvcc is not installed")
 class NvccTest(unittest.TestCase):
-    def test_the_tuned_kernels_spill_nothing(self):
+    def test_tuned_kernels_do_not_spill(self):
         for name, capability, kernel, report in table(TUNED):
             with self.subTest(name, capability=capability, kernel=kernel.name):
                 self.assertEqual(report.spilled_bytes, 0, report)
 
-    def test_the_others_compile(self):
+    def test_other_kernels_compile(self):
         for name, capability, kernel, report in table(OTHERS):
             with self.subTest(name, capability=capability, kernel=kernel.name):
                 self.assertLessEqual(report.registers, 255)
 
-    def test_kernels_for_every_chip_compile(self):
+    def test_kernels_for_every_architecture_compile(self):
         case = ((14, 14), 8, 32, 7, 1)
         for capability in ((7, 5), *CAPABILITIES):
             for dtype in (torch.float32, torch.float16):
                 for kernel in kernels(*case, capability, dtype, has_rpb=False):
-                    self.assertLessEqual(ask_nvcc(kernel, capability).registers, 255)
+                    self.assertLessEqual(compile_with_nvcc(kernel, capability).registers, 255)
 
-    def test_float32_that_may_be_rounded_spills_nothing(self):
-        for name in ("stage 1", "stage 3", "stage 4", "k 13"):  # head_dim 32, as of all published models
+    def test_tf32_kernels_do_not_spill(self):
+        for name in ("stage 1", "stage 3", "stage 4", "k 13"):  # head_dim 32, like all published models
             for capability in CAPABILITIES:
                 for kernel in kernels(*TUNED[name], capability, torch.float32, is_rounded=True):
                     with self.subTest(name, capability=capability, kernel=kernel.name):
-                        self.assertEqual(ask_nvcc(kernel, capability).spilled_bytes, 0)
+                        self.assertEqual(compile_with_nvcc(kernel, capability).spilled_bytes, 0)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The header that runs CUDA C++ on the CPU: it computes as the PTX manual says, and notices what would go wrong."""
+"""tests/emulation, which runs CUDA C++ on the CPU: its instructions match the PTX manual, and it detects mistakes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from emulation import launcher
 from torch import Tensor
 
-from natten.cuda_driver import Kernel
+from natten.backends.cuda.driver import Kernel
 
 PROBE = Path(launcher.__file__).with_name("probe.cu")
 
@@ -32,7 +32,7 @@ class EmulationTest(unittest.TestCase):
             sums = run("probe_sum", 64, self.numbers, torch.zeros(3), blocks=3, seed=seed)
             torch.testing.assert_close(sums, self.numbers.sum().expand(3))
 
-    def test_a_missing_barrier_shows(self):
+    def test_a_missing_barrier_changes_results(self):
         found = [run("probe_sum", 64, self.numbers, torch.zeros(3), blocks=3, mistake=1, seed=s) for s in range(5)]
         expected = self.numbers.sum().expand(3)
         self.assertTrue(any(not torch.allclose(sums, expected) for sums in found))
@@ -40,7 +40,7 @@ class EmulationTest(unittest.TestCase):
     def test_atomics(self):
         self.assertEqual(run("probe_barrier", 64, self.numbers, torch.zeros(1)).item(), 64.0)
 
-    def test_a_barrier_that_some_never_reach_is_a_deadlock(self):
+    def test_a_barrier_that_some_threads_skip_is_a_deadlock(self):
         with self.assertRaisesRegex(launcher.EmulationError, "deadlock"):
             run("probe_barrier", 64, self.numbers, torch.zeros(1), mistake=2)
 
@@ -53,12 +53,12 @@ class EmulationTest(unittest.TestCase):
         half_depth = out[512:].view(16, 8).double()
         torch.testing.assert_close(half_depth, exact[:, :8] @ exact[:8, :8].T, atol=1e-4, rtol=0)
 
-    def test_a_copy_that_nobody_waited_for_is_noticed(self):
-        with self.assertRaisesRegex(launcher.EmulationError, "nobody waited"):
+    def test_a_copy_without_a_wait_is_detected(self):
+        with self.assertRaisesRegex(launcher.EmulationError, "copies"):
             run("probe_matrix", 32, self.matrix, torch.zeros(640), mistake=3)
 
-    def test_a_write_beyond_shared_memory_is_noticed(self):
-        with self.assertRaisesRegex(launcher.EmulationError, "beyond shared memory"):
+    def test_a_write_beyond_shared_memory_is_detected(self):
+        with self.assertRaisesRegex(launcher.EmulationError, "shared memory"):
             run("probe_matrix", 32, self.matrix, torch.zeros(640), mistake=4)
 
     def test_matrix_instructions_of_tfloat(self):
@@ -68,6 +68,6 @@ class EmulationTest(unittest.TestCase):
         exact = bits.view(torch.float32).double()
         torch.testing.assert_close(out, exact @ exact[:8].T, atol=1e-4, rtol=0)
 
-    def test_numbers_that_were_not_rounded_are_noticed(self):
-        with self.assertRaisesRegex(launcher.EmulationError, "not rounded"):
+    def test_operands_that_are_not_rounded_are_detected(self):
+        with self.assertRaisesRegex(launcher.EmulationError, "rounded"):
             run("probe_tfloat", 32, self.matrix.float()[:, :8] + 1e-4, torch.zeros(128), mistake=5)

@@ -286,12 +286,12 @@ class EnvironmentTest(unittest.TestCase):
     def test_unknown_natten_backend(self):
         done = self.run_python(self.CALL, NATTEN_BACKEND="nonsense")
         self.assertNotEqual(done.returncode, 0)
-        self.assertRegex(done.stderr, "ValueError: NATTEN_BACKEND is 'nonsense'.*'reference'")
+        self.assertRegex(done.stderr, "ValueError: .*NATTEN_BACKEND.*'reference'")
 
     def test_log_level(self):
         done = self.run_python(self.CALL, NATTEN_LOG_LEVEL="debug")
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertRegex(done.stderr, r"natten DEBUG: \w+ takes query \(1, 5, 1, 2\) torch.float32 on cpu")
+        self.assertRegex(done.stderr, r"natten DEBUG: backend \w+ runs query \(1, 5, 1, 2\) torch.float32 on cpu")
 
     def test_unknown_log_level(self):
         done = self.run_python("import natten", NATTEN_LOG_LEVEL="LOUD")
@@ -311,7 +311,7 @@ class LogTest(unittest.TestCase):
             if name != "layer":  # it calls the others
                 with self.subTest(name), self.assertLogs("natten", "DEBUG") as logged:
                     call(kernel_size=3)
-                    self.assertRegex(logged.output[-1], r"DEBUG:natten:(reference|cpu|cuda) takes query")
+                    self.assertRegex(logged.output[-1], r"DEBUG:natten:backend (reference|cpu|cuda) runs query")
 
 
 class EmptyTest(unittest.TestCase):

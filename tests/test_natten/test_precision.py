@@ -6,7 +6,7 @@ import subprocess
 import sys
 import unittest
 
-_QUESTION = "import torch; {}; from natten.precision import may_round_float32; print(may_round_float32())"
+_QUESTION = "import torch; {}; from natten.backends.cuda import may_round_float32; print(may_round_float32())"
 
 
 class Float32Test(unittest.TestCase):

@@ -1,4 +1,4 @@
-"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: no access out of bounds, nothing undefined."""
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from natten import build
-from natten.compiler import FLAGS, find_compilers
+from natten.backends.cpu import build
+from natten.backends.cpu.compiler import FLAGS, find_compilers
 
-# Runs the tests of test_cpu.py whose names are given, on the library at the path given.
+# Run tests of test_cpu.py, named by the further arguments, with the library at the path of the first argument.
 _RUN = """
 import ctypes, sys, unittest
-from natten import build
+from natten.backends.cpu import build
 
 library = ctypes.CDLL(sys.argv.pop(1))
 build.cpu_library = lambda: library
@@ -26,7 +26,7 @@ unittest.main(module="test_natten.test_cpu", argv=sys.argv)
 _TESTS = [
     "AgainstReferenceTest.test_fused_float32",
     "AgainstReferenceTest.test_fused_bfloat16",
-    "AgainstReferenceTest.test_halves_float32",
+    "AgainstReferenceTest.test_unfused_float32",
     "AgainstReferenceTest.test_large_windows",
     "AgainstReferenceTest.test_one_image_and_head_on_many_threads",
 ]
@@ -34,10 +34,7 @@ _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-
 
 
 def sanitizer_runtime(compiler: str) -> str | None:
-    """What must be loaded before Python: the compiler's AddressSanitizer, and the library whose exceptions it watches.
-
-    None if the compiler has none.
-    """
+    """Return the libraries to preload: the compiler's AddressSanitizer and libstdc++; None if it has no sanitizer."""
     paths = []
     for name in ("libasan.so", "libstdc++.so.6"):
         command = [compiler, f"-print-file-name={name}"]
@@ -49,12 +46,12 @@ def sanitizer_runtime(compiler: str) -> str | None:
 
 @pytest.mark.slow
 class SanitizersTest(unittest.TestCase):
-    """The sweep of test_cpu.py, and that a mistake would be noticed."""
+    """The sweep of test_cpu.py, and a program with a mistake that the sanitizers must detect."""
 
     def setUp(self):
         compilers = [c.command[0] for c in find_compilers() if sanitizer_runtime(c.command[0])]
         if not compilers:
-            self.skipTest("no compiler with AddressSanitizer was found")
+            self.skipTest("no compiler with AddressSanitizer found")
         self.compiler = compilers[0]
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
@@ -70,18 +67,18 @@ class SanitizersTest(unittest.TestCase):
         tests = Path(__file__).resolve().parents[1]
         environment = os.environ | {
             "LD_PRELOAD": sanitizer_runtime(self.compiler),
-            "ASAN_OPTIONS": "detect_leaks=0",  # Python's own are many
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks
             "PYTHONPATH": os.pathsep.join((str(tests.parent), str(tests))),
         }
         return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
-    def test_the_sweep_is_clean(self):
+    def test_sweep(self):
         library = self.compile(*map(str, sorted(build.SOURCES.glob("*.cpp"))))
         done = self.run_python("-c", _RUN, str(library), *_TESTS)
         self.assertEqual(done.returncode, 0, done.stderr[-4000:])
         self.assertRegex(done.stderr, rf"Ran {len(_TESTS)} tests")
 
-    def test_mistakes_are_noticed(self):
+    def test_mistakes_are_detected(self):
         source = self.folder / "mistake.cpp"
         source.write_text(
             'extern "C" __attribute__((visibility("default"))) int mistake(int i) '

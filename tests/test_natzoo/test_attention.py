@@ -1,4 +1,4 @@
-"""What tokens attend to, read from the layers of every family."""
+"""Attention weights from the layers of every model family."""
 
 import pytest
 import timm
@@ -17,8 +17,8 @@ TITLES = {
 
 
 @pytest.mark.parametrize("name", TITLES)
-def test_weights_give_the_output_of_the_layer(name):
-    """A token's output is the projection of all values, weighed by what is said of it."""
+def test_weights_reproduce_the_output_of_the_layer(name):
+    """The output of a token is the projection of all values, weighted by its attention weights."""
     model = small(name)
     layers = attention_layers(model)
     assert [layer.title for layer in layers] == TITLES[name]
@@ -33,27 +33,27 @@ def test_weights_give_the_output_of_the_layer(name):
             assert torch.allclose(layer.module(tokens)[0, row, column], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_weights_of_a_token_lie_in_its_window():
+def test_weights_are_zero_outside_the_window():
     attention = attention_layers(small("dinat_mini"))[0].module
     weights = token_weights(attention, torch.randn(1, 8, 9, 16), row=0, column=4).mean(0)
     expected = torch.zeros(8, 9, dtype=torch.bool)
-    expected[0:6:2, 2:8:2] = True  # dilation 2: the window is moved down at the upper border
+    expected[0:6:2, 2:8:2] = True  # dilation 2; the window is shifted down at the upper border
     assert torch.equal(weights > 0, expected)
 
 
-def test_padding_takes_its_part():
+def test_padding_receives_weight():
     attention = attention_layers(small("dinat_mini"))[0].module
     weights = token_weights(attention, torch.randn(1, 8, 3, 16), row=0, column=1)
     assert weights.shape == (1, 8, 3)
     assert 0 < weights.sum() < 1
 
 
-def test_token_under_a_pixel():
+def test_token_at_pixel():
     assert token_at((0, 0), (32, 64), (8, 16)) == (0, 0)
     assert token_at((31.9, 33), (32, 64), (8, 16)) == (7, 8)
     assert token_at((40, -3), (32, 64), (8, 16)) == (7, 0)
 
 
-def test_a_model_without_neighborhood_attention():
-    with pytest.raises(ValueError, match="ResNet has no neighborhood attention"):
+def test_model_without_neighborhood_attention():
+    with pytest.raises(ValueError, match="ResNet"):
         attention_layers(timm.create_model("resnet10t"))

@@ -1,6 +1,6 @@
-"""Broken and malicious weight files: nothing of them runs, none fills the memory, each is named in one sentence.
+"""Broken and malicious weight files: no code from them runs, none fills the memory, the error names the file.
 
-Each comes by both roads: `read_weights`, and timm's `pretrained=True` with a file.
+Every file is loaded in both ways: with `read_weights`, and with timm's `pretrained=True`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tracemalloc
 import warnings
 import zipfile
 from collections import OrderedDict
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from natzoo.checkpoints import read_checkpoint, read_weights
 
 
 class Payload:
-    """Runs a command when it is unpickled."""
+    """Runs a command when unpickled."""
 
     def __reduce__(self):
         return os.system, ("touch payload-ran",)
@@ -35,10 +36,30 @@ class Payload:
 WEIGHTS = small().state_dict()
 FIRST = "patch_embed.proj.0.weight"
 WEB_PAGE = b"\n<!DOCTYPE html><html>sign in</html>"
-REFUSED, BROKEN, HARMFUL = "is refused", "is truncated or no checkpoint", "is damaged or made to harm"
 
 
-# ----- makers of files -----
+class Refusal(NamedTuple):
+    """How a file is refused.
+
+    Attributes:
+        cause: type of the exception that caused the ValueError; None if there is none. Exception excludes
+            UnpicklingError, BaseException does not.
+        names: pattern for the offending part of the file, which the message must contain.
+    """
+
+    cause: type[Exception] | None
+    names: str | None = None
+
+
+CODE = Refusal(pickle.UnpicklingError)  # requests a function or class
+COMMAND = Refusal(pickle.UnpicklingError, "posix.system")
+BROKEN = Refusal(Exception)  # not readable: truncated, damaged, inconsistent, or in another format
+BROKEN_OR_CODE = Refusal(BaseException)  # depends on the version of torch
+UNSUITABLE = Refusal(None)  # readable, but not a dict of dense tensors
+ODD_FIRST = Refusal(None, FIRST)
+
+
+# ----- file contents -----
 
 
 def torch_file(content, **options) -> bytes:
@@ -48,7 +69,7 @@ def torch_file(content, **options) -> bytes:
 
 
 def repacked(change) -> bytes:
-    """A file of torch.save whose parts were changed by `change(name, content)`, and are compressed."""
+    """Return a file of torch.save with all members changed by `change(name, content)` and compressed."""
     source, file = zipfile.ZipFile(io.BytesIO(torch_file(WEIGHTS))), io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
@@ -57,7 +78,7 @@ def repacked(change) -> bytes:
 
 
 def with_lying_directory() -> bytes:
-    """A file of torch.save that says of its first part that it would unpack to 4 GB."""
+    """Return a file of torch.save whose directory claims that the first member unpacks to 4 GB."""
     content = bytearray(torch_file(WEIGHTS))
     place = content.index(b"PK\x01\x02")
     content[place + 20 : place + 28] = struct.pack("<II", 0xFFFFFFF0, 0xFFFFFFF0)
@@ -78,7 +99,7 @@ def odd(value: torch.Tensor) -> bytes:
 
 
 def nested_lists() -> list:
-    """A list of two lists of two lists and so on, of which there are but 60."""
+    """Return a list of twice the same list of twice the same list and so on, 60 levels deep."""
     value: list = []
     for _ in range(60):
         value = [value, value]
@@ -86,7 +107,7 @@ def nested_lists() -> list:
 
 
 class Disguise:
-    """Unpickles as an OrderedDict that has plain text where its methods are looked for."""
+    """Unpickles as an OrderedDict whose attributes hide its methods behind strings."""
 
     def __init__(self, content: dict):
         self.content = content
@@ -101,42 +122,48 @@ def beginning(content: bytes, share: float) -> bytes:
 
 GOOD_PTH, GOOD_SAFETENSORS = torch_file(WEIGHTS), save(WEIGHTS)
 
-# Name of the file -> (its content, what is said of it)
+# File name -> (content, how it is refused)
 FILES = {
-    # programs instead of weights
-    "payload.pth": (torch_file(Payload()), f"{REFUSED}.*it asks for posix.system"),
-    "payload_beside_weights.pth": (torch_file({"model": WEIGHTS, "args": Payload()}), f"{REFUSED}.*posix.system"),
-    "payload_as_weight.bin": (torch_file({**WEIGHTS, FIRST: Payload()}), f"{REFUSED}.*posix.system"),
-    "payload_of_old_torch.pth": (torch_file(Payload(), _use_new_zipfile_serialization=False), f"{REFUSED}.*posix"),
-    "payload_pickled.pth": (pickle.dumps(Payload(), 2), f"{REFUSED}.*posix.system"),
-    "payload_pickled.bin": (pickle.dumps({"model": Payload()}, 4), REFUSED),  # torch knows protocol 2
-    "payload.pkl": (pickle.dumps({"model": {"a": Payload()}}), f"{REFUSED}.*posix.system"),
-    "payload_in_array.pkl": (pickle.dumps({"a": np.array([Payload()], dtype=object)}), REFUSED),
-    "tensor.pkl": (pickle.dumps({"a": torch.zeros(2)}), REFUSED),
-    "text.pkl": (pickle.dumps({"a": np.array(["text"])}), REFUSED),
-    "records.pkl": (pickle.dumps({"a": np.zeros(2, dtype=[("a", "f4")])}), REFUSED),
-    "class.pkl": (pickle.dumps({"a": pickle.Unpickler}), f"{REFUSED}.*Unpickler"),
-    "array_class.pkl": (pickle.dumps({"a": np.ndarray}), "it holds a type"),
-    # other kinds of files
-    "page.pth": (WEB_PAGE, "is a web page"),
-    "page.bin": (WEB_PAGE, "is a web page"),
-    "page.pkl": (WEB_PAGE, "is a web page"),
-    "page.safetensors": (WEB_PAGE, "is a web page"),
-    "safetensors.pth": (GOOD_SAFETENSORS, REFUSED),
+    # code
+    "payload.pth": (torch_file(Payload()), COMMAND),
+    "payload_beside_weights.pth": (
+        torch_file({"model": WEIGHTS, "args": Payload()}),
+        COMMAND,
+    ),
+    "payload_as_weight.bin": (torch_file({**WEIGHTS, FIRST: Payload()}), COMMAND),
+    "payload_of_old_torch.pth": (
+        torch_file(Payload(), _use_new_zipfile_serialization=False),
+        COMMAND,
+    ),
+    "payload_pickled.pth": (pickle.dumps(Payload(), 2), COMMAND),
+    "payload_pickled.bin": (pickle.dumps({"model": Payload()}, 4), CODE),  # torch only reads protocol 2
+    "payload.pkl": (pickle.dumps({"model": {"a": Payload()}}), COMMAND),
+    "payload_in_array.pkl": (pickle.dumps({"a": np.array([Payload()], dtype=object)}), CODE),
+    "tensor.pkl": (pickle.dumps({"a": torch.zeros(2)}), CODE),
+    "text.pkl": (pickle.dumps({"a": np.array(["text"])}), CODE),
+    "records.pkl": (pickle.dumps({"a": np.zeros(2, dtype=[("a", "f4")])}), CODE),
+    "class.pkl": (pickle.dumps({"a": pickle.Unpickler}), CODE._replace(names="Unpickler")),
+    "array_class.pkl": (pickle.dumps({"a": np.ndarray}), CODE._replace(names="type")),
+    # other formats
+    "page.pth": (WEB_PAGE, UNSUITABLE),
+    "page.bin": (WEB_PAGE, UNSUITABLE),
+    "page.pkl": (WEB_PAGE, UNSUITABLE),
+    "page.safetensors": (WEB_PAGE, UNSUITABLE),
+    "safetensors.pth": (GOOD_SAFETENSORS, CODE),
     "pth.safetensors": (GOOD_PTH, BROKEN),
-    "zeros.pth": (bytes(200), REFUSED),
-    "list.pth": (torch_file([1, 2]), "holds a list"),
-    "no_weights.pth": (torch_file({"epoch": 3}), "holds no weights; its entries: epoch"),
-    # cut off
+    "zeros.pth": (bytes(200), CODE),
+    "list.pth": (torch_file([1, 2]), UNSUITABLE._replace(names="list")),
+    "no_weights.pth": (torch_file({"epoch": 3}), UNSUITABLE._replace(names="epoch")),
+    # truncated
     "empty.pth": (b"", BROKEN),
     "empty.pkl": (b"", BROKEN),
     "empty.bin": (b"", BROKEN),
     "empty.safetensors": (b"", BROKEN),
-    "one_byte.pth": (GOOD_PTH[:1], f"{BROKEN}|{REFUSED}"),
+    "one_byte.pth": (GOOD_PTH[:1], BROKEN_OR_CODE),
     "one_byte.safetensors": (GOOD_SAFETENSORS[:1], BROKEN),
     **{f"cut_{n}.pth": (beginning(GOOD_PTH, n), BROKEN) for n in (0.01, 0.5, 0.99)},
     **{f"cut_{n}.safetensors": (beginning(GOOD_SAFETENSORS, n), BROKEN) for n in (0.01, 0.5, 0.99)},
-    # a header that lies
+    # inconsistent headers
     "header_beyond_the_file.safetensors": (safetensors({}, length=10**7), BROKEN),
     "huge_header.safetensors": (safetensors({}, length=2**62), BROKEN),
     "no_json.safetensors": (safetensors(b"{wibble"), BROKEN),
@@ -148,60 +175,64 @@ FILES = {
     "other_shape.safetensors": (safetensors({"a": entry(0, 16, [5])}, bytes(16)), BROKEN),
     "huge_shape.safetensors": (safetensors({"a": entry(0, 16, [2**62, 8])}, bytes(16)), BROKEN),
     "unknown_dtype.safetensors": (safetensors({"a": entry(0, 16, [4], "F31")}, bytes(16)), BROKEN),
-    # small files that would fill the memory
+    # small files that describe large contents
     "bomb.pth": (
         repacked(lambda name, content: bytes(10**7) if name.endswith("/data/0") else content),
-        f"{BROKEN}.*compressed",
+        BROKEN._replace(names="compressed"),
     ),
     "bomb_of_code.pth": (
         repacked(lambda name, content: bytes(10**7) if name.endswith(".pkl") else content),
-        f"{BROKEN}.*compressed",
+        BROKEN._replace(names="compressed"),
     ),
     "lying_directory.pth": (with_lying_directory(), BROKEN),
-    "repeated.pth": (odd(torch.zeros(1).expand(10**6, 10**6)), HARMFUL),
+    "repeated.pth": (odd(torch.zeros(1).expand(10**6, 10**6)), ODD_FIRST),
     "repeated_bias.pth": (
         torch_file({**WEIGHTS, "levels.0.blocks.0.attn.rpb": torch.zeros(1).expand(1, 10**6, 10**6)}),
-        HARMFUL,
+        UNSUITABLE._replace(names="levels.0.blocks.0.attn.rpb"),
     ),
-    "lists.pkl": (pickle.dumps({"a": nested_lists()}), "holds no weights"),
-    # numbers that are none
-    "sparse.pth": (odd(torch.zeros(2, 2).to_sparse()), HARMFUL),
-    "no_numbers.pth": (odd(torch.zeros(2, device="meta")), HARMFUL),
-    "quantised.safetensors": (save({FIRST: torch.zeros(2, dtype=torch.float8_e4m3fn)}), HARMFUL),
-    "complex.pth": (odd(torch.zeros(2, dtype=torch.complex64)), HARMFUL),
-    # names that are none
-    "numbered.pth": (torch_file({1: torch.zeros(2)}), "holds no weights; its entries: 1"),
-    "nothing.safetensors": (safetensors({}), "holds no weights; its entries: none"),
+    "lists.pkl": (pickle.dumps({"a": nested_lists()}), UNSUITABLE),
+    # not dense real numbers
+    "sparse.pth": (odd(torch.zeros(2, 2).to_sparse()), ODD_FIRST),
+    "no_numbers.pth": (odd(torch.zeros(2, device="meta")), ODD_FIRST),
+    "quantised.safetensors": (
+        save({FIRST: torch.zeros(2, dtype=torch.float8_e4m3fn)}),
+        ODD_FIRST,
+    ),
+    "complex.pth": (odd(torch.zeros(2, dtype=torch.complex64)), ODD_FIRST),
+    # no names
+    "numbered.pth": (torch_file({1: torch.zeros(2)}), UNSUITABLE._replace(names=r"\b1\b")),
+    "nothing.safetensors": (safetensors({}), UNSUITABLE),
 }
+# File name -> (weights, pattern for the offending weight)
 ODD_WEIGHTS = {
-    "foreign.pth": ({"a": torch.zeros(2)}, r"another model.*missing.*unexpected: a"),
-    "other_depth.pth": (small(depths=(2, 1)).state_dict(), r"another model.*unexpected: levels\.0\.blocks\.1\."),
-    "other_width.pth": (small(embed_dim=32).state_dict(), r"another model.*of another shape"),
-    "other_family.pth": (small("dinat_s_tiny").state_dict(), r"another model.*missing.*unexpected"),
-    "twice.pth": ({**WEIGHTS, f"module.{FIRST}": WEIGHTS[FIRST]}, "the same weights twice"),
+    "foreign.pth": ({"a": torch.zeros(2)}, r"missing.*levels\.0\..*unexpected.*\ba\b"),
+    "other_depth.pth": (small(depths=(2, 1)).state_dict(), r"unexpected.*levels\.0\.blocks\.1\."),
+    "other_width.pth": (small(embed_dim=32).state_dict(), r"shape.*levels\.0\."),
+    "other_family.pth": (small("dinat_s_tiny").state_dict(), r"missing.*levels\..*unexpected.*layers\."),
+    "twice.pth": ({**WEIGHTS, f"module.{FIRST}": WEIGHTS[FIRST]}, r"module\."),
     "hf_of_another_kind.pth": (
         {"nat.embeddings.patch_embeddings.projection.weight": torch.zeros(2), "nat.pooler.weight": torch.zeros(2)},
-        "pooler.weight is no weight",
+        r"pooler\.weight",
     ),
     "hf_query_alone.pth": (
         {
             "nat.embeddings.patch_embeddings.projection.bias": torch.zeros(2),
             "nat.encoder.levels.0.layers.0.attention.self.query.bias": torch.zeros(2),
         },
-        "query.bias comes without a key and a value",
+        r"query\.bias",
     ),
     "hf_one_scale.pth": (
         {
             "nat.embeddings.patch_embeddings.projection.weight": torch.tensor(0.0),
             "nat.encoder.levels.0.layers.0.layer_scale_parameters": torch.zeros(16),
         },
-        r"layer_scale_parameters has shape \(16,\)",
+        r"layer_scale_parameters.*\(16,\)",
     ),
 }
 
 
 def through_timm(path, **kwargs):
-    """Weights of the small model after it took those of a file."""
+    """Return the weights of a small model that was created from a file."""
     arguments = {**SMALL["nat_mini"], **kwargs}
     model = timm.create_model("nat_mini", **arguments, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
     return model.state_dict()
@@ -214,53 +245,60 @@ def nothing_runs(tmp_path, monkeypatch):
     assert not (tmp_path / "payload-ran").exists()
 
 
-def assert_refused(road, path, message):
-    """One sentence that begins with the file's name."""
-    with warnings.catch_warnings(), pytest.raises(ValueError, match=message) as error:
-        warnings.simplefilter("ignore")  # torch's, of files that it never wrote
-        road(path)
+def assert_refused(load, path, names, cause=BaseException):
+    """Check for one short line that starts with the file and contains `names`, and for the cause as in `Refusal`."""
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=names) as error:
+        warnings.simplefilter("ignore")  # torch warns about files of other programs
+        load(path)
     text = str(error.value)
     assert text.startswith(str(path))
     assert "\n" not in text
     assert len(text) < 900
+    found = error.value.__cause__
+    if cause is None:
+        assert found is None
+    else:
+        assert isinstance(found, cause)
+        assert not (cause is Exception and isinstance(found, pickle.UnpicklingError))
 
 
 # ----- tests -----
 
 
-@pytest.mark.parametrize("road", [read_weights, through_timm])
+@pytest.mark.parametrize("load", [read_weights, through_timm])
 @pytest.mark.parametrize("name", FILES)
-def test_broken_and_malicious_files(tmp_path, road, name):
-    content, message = FILES[name]
+def test_broken_and_malicious_files(tmp_path, load, name):
+    content, refusal = FILES[name]
     path = tmp_path / name
     path.write_bytes(content)
-    assert_refused(road, path, message)
+    assert_refused(load, path, refusal.names, refusal.cause)
 
 
 @pytest.mark.parametrize("name", ODD_WEIGHTS)
-def test_weights_of_other_models(tmp_path, name):
-    weights, message = ODD_WEIGHTS[name]
+def test_weights_of_another_model(tmp_path, name):
+    weights, names = ODD_WEIGHTS[name]
     torch.save(weights, tmp_path / name)
     read_weights(tmp_path / name)
-    assert_refused(through_timm, tmp_path / name, message)
+    is_layout_error = name.startswith(("twice", "hf_"))
+    assert_refused(through_timm, tmp_path / name, names, ValueError if is_layout_error else None)
 
 
-def test_payloads_would_have_run(tmp_path):
-    """So that the tests above are none that cannot fail."""
+def test_payload_runs_when_unpickled(tmp_path):
+    """Prove that the tests above can fail."""
     pickle.loads(pickle.dumps(Payload()))
     (tmp_path / "payload-ran").unlink()
 
 
-@pytest.mark.parametrize("road", [read_weights, through_timm])
-def test_a_folder_and_nothing(tmp_path, road):
+@pytest.mark.parametrize("load", [read_weights, through_timm])
+def test_folder_and_missing_file(tmp_path, load):
     (tmp_path / "folder.pth").mkdir()
-    for name, text in (("folder.pth", "a folder|no checkpoint"), ("nowhere.pth", "no checkpoint")):
-        with pytest.raises(FileNotFoundError, match=text):
-            road(tmp_path / name)
+    for name in ("folder.pth", "missing.pth"):
+        with pytest.raises(FileNotFoundError, match=name):
+            load(tmp_path / name)
 
 
-def test_methods_hidden_by_a_pickle(tmp_path):
-    """Such a file is harmless, so it is read."""
+def test_pickle_that_hides_methods_of_a_dict(tmp_path):
+    """Harmless, so it is read."""
     arrays = {name: value.numpy() for name, value in WEIGHTS.items()}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(Disguise(arrays)))
     assert_same(read_weights(tmp_path / "a.pkl"), WEIGHTS)
@@ -269,19 +307,19 @@ def test_methods_hidden_by_a_pickle(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("content", "cause"),
     [
-        (b"\x80\x02}r" + struct.pack("<I", 10**8) + b".", "holds no weights"),  # the memo's hundred millionth entry
-        (b"\x80\x05\x96" + struct.pack("<Q", 10**9) + b".", "holds a bytearray"),
-        (b"\x80\x04\x8e" + struct.pack("<Q", 10**9) + b".", "is truncated"),
+        (b"\x80\x02}r" + struct.pack("<I", 10**8) + b".", None),  # entry 10**8 of the memo
+        (b"\x80\x05\x96" + struct.pack("<Q", 10**9) + b".", Exception),
+        (b"\x80\x04\x8e" + struct.pack("<Q", 10**9) + b".", Exception),
     ],
     ids=["memo", "bytearray", "bytes"],
 )
-def test_room_for_what_a_pickle_only_announces(tmp_path, content, reason):
+def test_memory_is_not_allocated_for_announced_content(tmp_path, content, cause):
     (tmp_path / "a.pkl").write_bytes(content)
     tracemalloc.start()
     try:
-        assert_refused(read_weights, tmp_path / "a.pkl", f"{reason}|truncated")
+        assert_refused(read_weights, tmp_path / "a.pkl", None, cause)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -289,23 +327,23 @@ def test_room_for_what_a_pickle_only_announces(tmp_path, content, reason):
 
 
 @pytest.mark.parametrize("name", ["scalar", "_reconstruct"])
-def test_a_pickle_cannot_change_its_reader(tmp_path, name):
-    """BUILD with a state for attributes, on one of the functions that a pickle may ask for."""
+def test_pickle_cannot_modify_the_reader(tmp_path, name):
+    """BUILD sets attributes; here those of a function that pickles may call."""
     function = b"cnumpy.core.multiarray\n" + name.encode() + b"\n"
     (tmp_path / "a.pkl").write_bytes(
         b"\x80\x02}X\x01\x00\x00\x00a" + function + b"N}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86bs."
     )
-    assert_refused(read_weights, tmp_path / "a.pkl", "it sets attributes of a function")
+    assert_refused(read_weights, tmp_path / "a.pkl", "function", pickle.UnpicklingError)
     (tmp_path / "a.pkl").write_bytes(b"\x80\x02}X\x01\x00\x00\x00a" + function + b"s.")
-    assert_refused(read_weights, tmp_path / "a.pkl", "it holds a function")
+    assert_refused(read_weights, tmp_path / "a.pkl", "function", pickle.UnpicklingError)
 
 
-def test_weights_that_are_not_finite_are_told_and_loaded(tmp_path):
+def test_weights_that_are_not_finite_are_loaded_with_a_warning(tmp_path):
     weights = {name: value.clone() for name, value in WEIGHTS.items()}
     weights["norm.weight"][3] = float("nan")
     weights["norm.bias"][0] = float("inf")
     torch.save(weights, tmp_path / "a.pth")
-    with pytest.warns(UserWarning, match=r"a\.pth is damaged.*2 not finite: norm\.bias, norm\.weight"):
+    with pytest.warns(UserWarning, match=r"a\.pth.*norm\.bias, norm\.weight"):
         loaded = through_timm(tmp_path / "a.pth")
     assert loaded["norm.weight"].isnan().sum() == 1
 
@@ -319,15 +357,15 @@ def test_weights_that_are_not_finite_are_told_and_loaded(tmp_path):
         (b"f4", b"f9"),
     ],
 )
-def test_an_array_that_lies_about_itself(tmp_path, old, new):
+def test_array_with_inconsistent_description(tmp_path, old, new):
     content = pickle.dumps({"a": np.zeros((2, 3), "f4")}, 4)
     assert old in content
     (tmp_path / "a.pkl").write_bytes(content.replace(old, new))
-    assert_refused(read_weights, tmp_path / "a.pkl", f"{REFUSED}|{BROKEN}")
+    assert_refused(read_weights, tmp_path / "a.pkl", None)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".pkl"])
-def test_damaged_bytes_never_raise_anything_else(tmp_path, suffix):
+def test_damaged_bytes_raise_only_value_errors(tmp_path, suffix):
     arrays = {name: value.numpy() for name, value in WEIGHTS.items()}
     content = {".pth": GOOD_PTH, ".safetensors": GOOD_SAFETENSORS, ".pkl": pickle.dumps({"model": arrays})}[suffix]
     path = tmp_path / f"a{suffix}"

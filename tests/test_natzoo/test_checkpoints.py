@@ -1,4 +1,4 @@
-"""Weight files: written so that nothing is lost, read so that nothing runs, loaded whole or not at all."""
+"""Weight files: atomic writes, safe reads, strict loading."""
 
 import errno
 import os
@@ -48,7 +48,7 @@ def test_wrapped_weights(tmp_path, weights, wrapper):
     assert_same(weights, read_weights(tmp_path / "a.pth"))
 
 
-def test_averaged_weights_come_first(tmp_path, weights):
+def test_averaged_weights_take_priority(tmp_path, weights):
     average = {name: value + 1 for name, value in weights.items()}
     write_checkpoint(tmp_path / "a.pth", {"model": weights, "model_ema": average})
     assert_same(average, read_weights(tmp_path / "a.pth"))
@@ -56,29 +56,26 @@ def test_averaged_weights_come_first(tmp_path, weights):
     assert_same(weights, read_weights(tmp_path / "b.pth"))
 
 
-def test_loading(tmp_path, weights):
+def test_load_weights(tmp_path, weights):
     write_checkpoint(tmp_path / "a.pth", weights)
     model = small()
     load(model, tmp_path / "a.pth")
     assert_same(weights, model.state_dict())
 
 
-def test_another_model_is_refused_with_a_list_and_changes_nothing(tmp_path, weights):
+def test_weights_of_another_model_are_listed_and_change_nothing(tmp_path, weights):
     write_checkpoint(tmp_path / "a.pth", {**weights, "wibble": torch.zeros(1)})
     model = small(depths=(2, 1), num_classes=6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError) as error:
         load(model, tmp_path / "a.pth")
     text = str(error.value)
-    assert "a.pth is of another model" in text
-    assert "missing: levels.0.blocks.1." in text
-    assert "and 9 more" in text
-    assert "1 unexpected: wibble" in text
-    assert "head.weight (5, 32) instead of (6, 32)" in text
+    for part in ("a.pth", "levels.0.blocks.1.", "9 more", "wibble", "head.weight (5, 32) instead of (6, 32)"):
+        assert part in text
     assert_same(before, model.state_dict())
 
 
-def test_a_classifier_of_other_classes_can_be_left_out(tmp_path, weights):
+def test_new_classifier_for_other_classes(tmp_path, weights):
     write_checkpoint(tmp_path / "a.pth", weights)
     model = small(num_classes=7)
     head = model.head.weight.clone()
@@ -86,14 +83,14 @@ def test_a_classifier_of_other_classes_can_be_left_out(tmp_path, weights):
     assert torch.equal(model.head.weight, head)
     assert torch.equal(model.norm.weight, weights["norm.weight"])
     assert not load(small(), tmp_path / "a.pth", new_classifier=True)
-    with pytest.raises(ValueError, match="of another shape"):
+    with pytest.raises(ValueError, match=r"shape.*levels\.0\."):
         load(small(embed_dim=32), tmp_path / "a.pth", new_classifier=True)
 
 
 # ----- writing -----
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+def test_failed_write_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "a.pth"
     write_checkpoint(path, {"epoch": 1})
 
@@ -101,33 +98,33 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         file.write(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match=r"a\.pth could not be written; .*unharmed \(No space left on device\)"):
+    with pytest.raises(OSError, match=r"a\.pth.*No space left on device"):
         write_atomically(path, fail)
     assert read_checkpoint(path) == {"epoch": 1}
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
-def test_a_full_disk_during_save(monkeypatch, tmp_path):
-    """/dev/full refuses every byte, as a full disk does."""
+def test_full_disk_during_save(monkeypatch, tmp_path):
+    """/dev/full behaves like a full disk."""
     path = tmp_path / "a.pth"
     write_checkpoint(path, {"epoch": 1})
     real = os.open
     monkeypatch.setattr(os, "open", lambda *_: real("/dev/full", os.O_WRONLY))
-    with pytest.raises(OSError, match="what was there before is unharmed"):
+    with pytest.raises(OSError, match=r"a\.pth"):
         write_checkpoint(path, {"weights": torch.zeros(100_000)})
     monkeypatch.undo()
     assert read_checkpoint(path) == {"epoch": 1}
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
-def test_what_a_killed_process_left_is_overwritten(tmp_path):
+def test_remains_of_a_killed_process_are_overwritten(tmp_path):
     (tmp_path / ".a.pth.tmp").write_bytes(b"half of it")
     write_checkpoint(tmp_path / "a.pth", {"epoch": 1})
     assert read_checkpoint(tmp_path / "a.pth") == {"epoch": 1}
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
-def test_a_file_system_that_cannot_sync_folders(monkeypatch, tmp_path):
+def test_file_system_without_folder_sync(monkeypatch, tmp_path):
     real = os.fsync
 
     def refuse_folders(handle):
@@ -141,7 +138,7 @@ def test_a_file_system_that_cannot_sync_folders(monkeypatch, tmp_path):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(OSError, match="could not be written"):
+    with pytest.raises(OSError, match=r"a\.pth"):
         write_checkpoint(tmp_path / "nowhere" / "a.pth", {})
 
 

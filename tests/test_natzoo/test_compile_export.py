@@ -1,4 +1,4 @@
-"""Whole models through torch.compile without graph breaks, torch.export, ONNX and bfloat16."""
+"""Complete models with torch.compile (no graph breaks), torch.export, ONNX and bfloat16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import natzoo  # noqa: F401  registers the models
 
-# One model a family with two blocks; all models as they are take an hour.
+# One model per family with two blocks; all models at full depth take an hour.
 _STAGES = {"depths": (1, 1), "num_heads": (2, 4)}
 SHALLOW = {
     "nat_mini": _STAGES,
@@ -41,19 +41,19 @@ def pictures(batch: int, size: int = 64) -> Tensor:
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    assert expected.std() > 0.01  # or all would be near
+    assert expected.std() > 0.01  # otherwise the comparison proves nothing
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(autouse=True)
-def no_compiled_code_is_left():
+def reset_compiler():
     yield
     torch.compiler.reset()
 
 
 @pytest.mark.parametrize(("name", "kwargs"), MODELS)
 def test_compiled_without_graph_breaks(name, kwargs):
-    """fullgraph=True turns a graph break into an error; five batch sizes, one image among them, compile it thrice."""
+    """fullgraph=True turns graph breaks into errors; five batch sizes cause at most three compilations."""
     model, counter = make(name, kwargs), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for batch in (4, 2, 7, 3, 1):
@@ -62,7 +62,7 @@ def test_compiled_without_graph_breaks(name, kwargs):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
-def test_compiled_by_inductor():
+def test_inductor():
     model = make("dinat_mini", SHALLOW["dinat_mini"])
     assert_near(torch.compile(model, fullgraph=True)(pictures(2)), model(pictures(2)))
 
@@ -78,7 +78,7 @@ def test_bfloat16_autocast(name, kwargs):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), MODELS)
-def test_exported_and_loaded(name, kwargs, tmp_path):
+def test_export_and_load(name, kwargs, tmp_path):
     model = make(name, kwargs)
     torch.export.save(torch.export.export(model, (pictures(2),), dynamic_shapes=BATCH), tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
@@ -95,7 +95,7 @@ def test_exported_and_loaded(name, kwargs, tmp_path):
     ],
 )
 def test_onnx(name, kwargs, size, tmp_path):
-    """ONNX Runtime gives the same logits, for other numbers of images too."""
+    """ONNX Runtime returns the same logits, also for other batch sizes."""
     model = make(name, kwargs)
     program = torch.onnx.export(model, (pictures(2, size),), dynamo=True, verbose=False, dynamic_shapes=BATCH)
     assert {node.domain for node in program.model_proto.graph.node} <= {"", "pkg.onnxscript.torch_lib"}

@@ -1,4 +1,4 @@
-"""Downloads from a server of this machine that misbehaves in every way that servers do."""
+"""Downloads from a local server that misbehaves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import subprocess
 import time
 
 import pytest
-from file_server import CONTENT, SHA256, Server, serve, stalled, status, truncated, web_page
+from file_server import CONTENT, SHA256, Server, serve, stalled, status, truncated, wait_for_disconnect, web_page
 
 from natzoo.checkpoints import download
 from natzoo.checkpoints.download import DownloadError, cache_folder, fetch
@@ -27,33 +27,43 @@ def leftovers(path):
     return sorted(p.name for p in path.parent.iterdir() if p.suffix in (".partial", ".json"))
 
 
-def test_a_good_download(server, path):
+def test_download(server, path):
     assert fetch([server.url()], path, SHA256) == path
     assert path.read_bytes() == CONTENT
     assert leftovers(path) == []
     assert path.parent.stat().st_mode & 0o077 == 0
     fetch([server.url()], path, SHA256)
-    assert len(server.ranges) == 1  # not again
+    assert len(server.ranges) == 1  # the second call does not download
 
 
 @pytest.mark.parametrize(
     "behaviours",
-    [[truncated], [truncated, truncated], [status(503)], [status(429), truncated], [stalled]],
-    ids=["truncated", "truncated twice", "503", "429 and truncated", "stalled"],
+    [[truncated], [truncated, truncated], [status(503)], [status(429), truncated]],
+    ids=["truncated", "truncated twice", "503", "429 and truncated"],
 )
-def test_what_passes_is_waited_for(server, path, behaviours):
+def test_temporary_failures_are_retried(server, path, behaviours):
     server.behaviours = list(behaviours)
     fetch([server.url()], path, SHA256)
     assert path.read_bytes() == CONTENT
 
 
-def test_a_broken_transfer_goes_on_where_it_was(server, path):
+def test_stalled_transfer_is_retried(server, path, monkeypatch):
+    monkeypatch.setattr(download, "STALL_S", 0.2)
+    monkeypatch.setattr(download, "PAUSE_S", 0.0)
+    monkeypatch.setattr(download, "TRIES", 10_000)  # on a busy machine correct responses may take longer than STALL_S
+    server.behaviours = [stalled]
+    fetch([server.url()], path, SHA256)
+    assert path.read_bytes() == CONTENT
+    assert len(server.ranges) > 1
+
+
+def test_truncated_transfer_is_resumed(server, path):
     server.behaviours = [truncated, truncated]
     fetch([server.url()], path, SHA256)
     assert server.ranges == [None, "bytes=100000-", "bytes=200000-"]
 
 
-def test_a_transfer_broken_for_good_is_continued_by_the_next_call(server, path):
+def test_failed_transfer_is_resumed_by_the_next_call(server, path):
     server.behaviours = [truncated] + [status(500)] * 3
     with pytest.raises(DownloadError, match="500"):
         fetch([server.url()], path, SHA256)
@@ -63,13 +73,13 @@ def test_a_transfer_broken_for_good_is_continued_by_the_next_call(server, path):
     assert path.read_bytes() == CONTENT
 
 
-def test_a_server_without_ranges(server, path):
+def test_server_without_range_support(server, path):
     server.behaviours = [truncated, lambda handler: serve(handler, accepts_ranges=False)]
     fetch([server.url()], path, SHA256)
     assert path.read_bytes() == CONTENT
 
 
-def test_the_file_changes_between_two_tries(server, path):
+def test_file_changes_between_two_tries(server, path):
     def other_half(handler):
         server.etag = '"two"'
         serve(handler)
@@ -83,7 +93,7 @@ def test_the_file_changes_between_two_tries(server, path):
     assert path.read_bytes() == CONTENT
 
 
-def test_a_server_that_sends_another_part(server, path):
+def test_server_sends_another_range(server, path):
     def another_part(handler):
         handler.send_response(206)
         handler.send_header("Content-Range", f"bytes 5-9/{len(CONTENT)}")
@@ -96,35 +106,35 @@ def test_a_server_that_sends_another_part(server, path):
     assert path.read_bytes() == CONTENT
 
 
-def test_killed_just_when_another_version_begins(server, path, monkeypatch):
+def test_killed_when_a_new_version_starts(server, path, monkeypatch):
     server.behaviours = [lambda handler: serve(handler, content=bytes(300_000), sent=100_000)] + [status(500)] * 3
     with pytest.raises(DownloadError):
         fetch([server.url()], path)
     server.etag = '"two"'
     real = download.write_atomically
 
-    def note_and_die(target, write):
+    def write_and_die(target, write):
         real(target, write)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(download, "write_atomically", note_and_die)
+        patch.setattr(download, "write_atomically", write_and_die)
         fetch([server.url()], path)
     fetch([server.url()], path)
     assert path.read_bytes() == CONTENT
 
 
-def test_a_flipped_bit_is_refused(server, path):
+def test_flipped_bit_is_detected(server, path):
     broken = bytearray(CONTENT)
     broken[1234] ^= 1
     server.behaviours = [lambda handler: serve(handler, content=bytes(broken))] * 2
-    with pytest.raises(DownloadError, match="instead of " + SHA256):
+    with pytest.raises(DownloadError, match=SHA256):
         fetch([server.url()], path, SHA256)
     assert not path.exists()
     assert leftovers(path) == []
 
 
-def test_the_next_source_serves_and_all_failures_are_told(server, path):
+def test_next_source_is_tried_and_all_failures_are_reported(server, path):
     server.behaviours = [status(404)]
     fetch([server.url("missing"), server.url("mirror")], path, SHA256)
     assert path.read_bytes() == CONTENT
@@ -133,28 +143,28 @@ def test_the_next_source_serves_and_all_failures_are_told(server, path):
     with pytest.raises(DownloadError) as caught:
         fetch([server.url("missing"), server.url("login")], path, SHA256)
     text = str(caught.value)
-    for part in ("404", "a web page instead", server.url("missing"), server.url("login"), "by hand", str(path)):
+    for part in ("404", "web page", server.url("missing"), server.url("login"), str(path)):
         assert part in text
 
 
-def moved(address):
+def moved(url):
     def redirect(handler):
         handler.send_response(302)
-        handler.send_header("Location", address)
+        handler.send_header("Location", url)
         handler.send_header("Content-Length", "0")
         handler.end_headers()
 
     return redirect
 
 
-def test_a_redirection(server, path):
+def test_redirect(server, path):
     server.behaviours = [moved(server.url("elsewhere"))]
     fetch([server.url()], path, SHA256)
     assert path.read_bytes() == CONTENT
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_a_redirection_that_ends_encryption(server, path, tmp_path, monkeypatch):
+def test_redirect_from_https_to_http_is_refused(server, path, tmp_path, monkeypatch):
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     options = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
     files = ["-keyout", str(key), "-out", str(certificate)]
@@ -165,32 +175,32 @@ def test_a_redirection_that_ends_encryption(server, path, tmp_path, monkeypatch)
     safe = Server(context)
     try:
         safe.behaviours = [moved(server.url())]
-        with pytest.raises(DownloadError, match="the server leads from https to http://"):
+        with pytest.raises(DownloadError, match=r"https.*http://"):
             fetch([safe.url()], path)
         assert server.ranges == []
-        server.behaviours = [moved(safe.url())]  # the other way
+        server.behaviours = [moved(safe.url())]  # from http to https is fine
         fetch([server.url()], path)
         assert path.read_bytes() == CONTENT
     finally:
         safe.http.shutdown()
 
 
-def test_nobody_there(server, path):
+def test_server_is_down(server, path):
     server.http.shutdown()
     server.http.server_close()
-    with pytest.raises(
-        DownloadError, match=r"refused.*by hand, download \S+/weights.pth \(about 80 MB\) and put it at "
-    ):
+    with pytest.raises(DownloadError) as caught:
         fetch([server.url()], path, size=79_936_696)
+    for part in (server.url(), "80 MB", str(path)):  # how to download it manually
+        assert part in str(caught.value)
     assert not path.exists()
 
 
-def test_a_hash_that_nobody_published_is_recorded_and_checked(server, path):
+def test_unpublished_hash_is_recorded_and_checked(server, path):
     fetch([server.url()], path)
     assert (path.parent / "weights.pth.sha256").read_text() == SHA256 + "\n"
     fetch([server.url()], path)
     path.write_bytes(CONTENT[:-1])
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=r"weights\.pth"):
         fetch([server.url()], path)
 
 
@@ -204,21 +214,20 @@ def test_many_processes_download_once(server, path):
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(300)
     assert [child.exitcode for child in children] == [0] * 8
     assert len(server.ranges) == 1
     assert path.read_bytes() == CONTENT
 
 
-def test_a_killed_process_leaves_no_lock(server, path):
-    def slow(handler):
-        time.sleep(20)
-
-    server.behaviours = [slow]
+def test_killed_process_leaves_no_lock(server, path):
+    server.behaviours = [wait_for_disconnect]
     context = multiprocessing.get_context("fork")
     child = context.Process(target=_fetch_in_child, args=(server.url(), str(path)))
     child.start()
+    deadline = time.monotonic() + 300
     while not server.ranges:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(child.pid, 9)
     child.join()
@@ -229,8 +238,8 @@ def test_a_killed_process_leaves_no_lock(server, path):
 # ----- the folder -----
 
 
-def test_a_file_that_is_there_asks_nothing_of_its_folder(server, path):
-    """Which may be of somebody else, who lets others read it."""
+def test_existing_file_needs_no_writable_folder(server, path):
+    """The folder may belong to another user."""
     path.parent.mkdir()
     path.write_bytes(CONTENT)
     assert fetch([server.url()], path, SHA256) == path
@@ -238,15 +247,15 @@ def test_a_file_that_is_there_asks_nothing_of_its_folder(server, path):
     assert server.ranges == []
 
 
-def test_a_folder_that_cannot_be_made(server, tmp_path):
+def test_folder_that_cannot_be_created(server, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(OSError, match=r"cache.weights cannot be written \(.*\): set NATZOO_CACHE_DIR to a folder"):
+    with pytest.raises(OSError, match=r"cache.weights .*NATZOO_CACHE_DIR"):
         fetch([server.url()], tmp_path / "cache" / "weights" / "a.pth")
     assert server.ranges == []
 
 
 @pytest.mark.parametrize("suffix", [".lock", ".partial", ".partial.json", ".sha256"])
-def test_links_in_the_folder_lead_nowhere(server, path, tmp_path, suffix):
+def test_symbolic_links_in_the_folder_are_not_followed(server, path, tmp_path, suffix):
     precious = tmp_path / "precious"
     precious.write_text("keep this")
     path.parent.mkdir()
@@ -256,8 +265,8 @@ def test_links_in_the_folder_lead_nowhere(server, path, tmp_path, suffix):
     assert precious.read_text() == "keep this"
 
 
-def test_a_full_disk_is_told_at_once(server, path, monkeypatch):
-    """/dev/full refuses every byte, as a full disk does."""
+def test_full_disk_is_not_retried(server, path, monkeypatch):
+    """/dev/full behaves like a full disk."""
     real = os.open
 
     def full(name, flags, *mode, **more):
@@ -269,7 +278,7 @@ def test_a_full_disk_is_told_at_once(server, path, monkeypatch):
     assert len(server.ranges) == 1
 
 
-def test_where_the_folder_is(monkeypatch, tmp_path):
+def test_cache_folder(monkeypatch, tmp_path):
     for name in ("NATZOO_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -280,8 +289,8 @@ def test_where_the_folder_is(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "mine"
 
 
-def test_a_user_without_a_home(monkeypatch):
-    """As containers have."""
+def test_user_without_home_folder(monkeypatch):
+    """Common in containers."""
 
     def unknown(number):
         raise KeyError(number)
@@ -289,5 +298,5 @@ def test_a_user_without_a_home(monkeypatch):
     for name in ("NATZOO_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    with pytest.raises(FileNotFoundError, match="no home folder for downloads: set NATZOO_CACHE_DIR"):
+    with pytest.raises(FileNotFoundError, match="NATZOO_CACHE_DIR"):
         cache_folder()

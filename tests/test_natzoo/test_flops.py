@@ -1,4 +1,4 @@
-"""Arithmetic of the published models: fvcore's MACs against the published figures, and FLOPs against MACs."""
+"""MACs of the published models compared with the papers, and FLOPs compared with MACs."""
 
 import pytest
 import timm
@@ -8,10 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import natzoo  # noqa: F401  registers the models
 from natten.flops import add_natten_handle, get_flops
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints import zoo_entries
 
 # Billions of MACs for one image at the published resolution; the papers write FLOPs.
-PUBLISHED = {name: e.facts["macs"] for name, e in entries().items() if e.task == "classification" and "macs" in e.facts}
+CLASSIFIERS = {name: entry.facts for name, entry in zoo_entries().items() if entry.task == "classification"}
+PUBLISHED = {name: facts["macs"] for name, facts in CLASSIFIERS.items() if "macs" in facts}
 QUICK = ("nat_mini", "dinat_mini")  # the others take two minutes together
 
 
@@ -20,27 +21,27 @@ def picture(model, device="cpu"):
 
 
 def flops(call):
-    """What torch's counter counts."""
+    """Return the FLOPs counted by torch."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
-def test_of_which_models_a_figure_was_published():
+def test_models_with_published_macs():
     assert PUBLISHED.keys() == {name for name in timm.list_models(["*nat_*", "vitrpb_*"]) if "21k" not in name}
     assert len(PUBLISHED) == 22
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED])
-def test_macs_are_the_published(name):
+def test_macs_match_the_papers(name):
     model = timm.create_model(name).eval()
     with torch.no_grad():
         giga_macs = get_flops(model, picture(model), disable_warnings=True) / 1e9
     assert giga_macs == pytest.approx(PUBLISHED[name], abs=0.1, rel=0.003)
 
 
-def test_flops_are_twice_the_macs_of_products():
-    """torch counts neither LayerNorm nor the bias, fvcore does; all else agrees to the last MAC."""
+def test_flops_are_twice_the_macs():
+    """Exactly, except that only fvcore counts LayerNorm and the relative position bias."""
     model = timm.create_model("dinat_mini").eval()
     x = picture(model)
     with torch.no_grad():
@@ -53,7 +54,7 @@ def test_flops_are_twice_the_macs_of_products():
 
 @pytest.mark.parametrize("name", ["nat_mini", "dinat_small", "dinat_large_384_11x11"])
 def test_flops_of_a_training_step(name):
-    """Every product is followed by two in the backward pass; attention by five halves of its own, the image by none."""
+    """Backward costs twice the forward FLOPs, attention 2.5 times; the image needs no gradient."""
     with torch.device("meta"):
         model = timm.create_model(name)
     x = picture(model, "meta")
@@ -70,8 +71,8 @@ def test_flops_of_a_training_step(name):
     assert backward.get_flop_counts()["Global"][torch.ops.natten.attention_backward] == attention * 5 // 2
 
 
-def test_attention_of_the_smallest_model():
-    """The first stage by hand: 56 x 56 tokens, 2 heads of 32, windows of 49, three blocks."""
+def test_attention_flops_of_the_first_stage():
+    """56 x 56 tokens, 2 heads of 32 channels, windows of 49 keys, three blocks."""
     with torch.device("meta"):
         model = timm.create_model("nat_mini").eval()
     with FlopCounterMode(display=False) as counter:

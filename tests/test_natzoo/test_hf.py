@@ -1,4 +1,4 @@
-"""natzoo.hf against the numbers of transformers' own Nat and Dinat, and against what their users rely on."""
+"""natzoo.hf compared with the results and the interface of transformers' own Nat and Dinat."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ import natzoo.hf as hf
 from natzoo.checkpoints import load_weights, read_weights
 from natzoo.checkpoints.keys import to_hf
 from natzoo.hf.export import make_config
-from natzoo.models import NAT, DiNAT_s, Isotropic
+from natzoo.models import NAT, DiNAT, DiNAT_s, Isotropic
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 GOLDEN = json.loads((GOLDENS / "hf.json").read_text())
-BACKBONES = json.loads((GOLDENS / "backbones.json").read_text())  # of the original's code for detection
+BACKBONES = json.loads((GOLDENS / "backbones.json").read_text())  # from the original detection code
 CONFIGS = {"nat": hf.NatConfig, "dinat": hf.DinatConfig}
 ALL_STAGES = ["stem", "stage1", "stage2", "stage3", "stage4"]
 
-# What the hub has: config.json of shi-labs/nat-mini-in1k-224 by its older transformers, labels left out.
+# config.json of shi-labs/nat-mini-in1k-224, written by an older transformers, without labels.
 HUB_CONFIG = {
     "architectures": ["NatForImageClassification"],
     "attention_probs_dropout_prob": 0.0,
@@ -70,7 +70,7 @@ HUB_CONFIG = {
 
 
 def small(kind="dinat", **changes):
-    """A configuration of the goldens' size, or smaller."""
+    """Return a configuration with the sizes of the goldens, or with changes."""
     return CONFIGS[kind](**{**GOLDEN[f"{kind}-128x128"]["config"], **changes})
 
 
@@ -82,7 +82,7 @@ def hub_value(name, shape):
 
 @pytest.fixture(params=CONFIGS)
 def hub_folder(request, tmp_path):
-    """A folder as on the hub: its weights have the goldens' names and values."""
+    """Write a folder like those on the hub, with the names and values of the goldens."""
     kind = request.param
     weights = {name: torch.from_numpy(hub_value(name, shape)) for name, shape in GOLDEN[f"{kind}-state_dict"].items()}
     small(kind).save_pretrained(tmp_path)
@@ -100,10 +100,10 @@ def same_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ----- numbers of the original -----
+# ----- results of the original implementation -----
 
 
-def test_numbers_are_the_originals(hub_folder):
+def test_outputs_match_the_original(hub_folder):
     model = AutoModelForImageClassification.from_pretrained(hub_folder).eval()
     golden = GOLDEN[f"{model.config.model_type}-128x128"]
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_numbers_are_the_originals(hub_folder):
     )
 
 
-def test_what_is_saved_has_the_names_of_the_hub(hub_folder, tmp_path_factory):
+def test_saved_names_match_the_hub(hub_folder, tmp_path_factory):
     target = tmp_path_factory.mktemp("saved")
     AutoModelForImageClassification.from_pretrained(hub_folder).save_pretrained(target)
     before, after = (load_file(folder / "model.safetensors") for folder in (hub_folder, target))
@@ -127,7 +127,7 @@ def test_what_is_saved_has_the_names_of_the_hub(hub_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_backbone_has_the_names_of_the_hub(tmp_path, kind):
+def test_saved_backbone_names_match_the_hub(tmp_path, kind):
     backbone = AutoBackbone.from_config(small(kind, out_features=ALL_STAGES[1:]))
     backbone.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
@@ -136,8 +136,8 @@ def test_a_backbone_has_the_names_of_the_hub(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_maps_for_detection_are_the_originals(tmp_path, name):
-    """Dilations up to 28, far wider than the maps, which the padding of the layers takes care of."""
+def test_feature_maps_match_the_original(tmp_path, name):
+    """With dilations up to 28, so that windows exceed the maps and the layers pad."""
     golden = BACKBONES[name]
     layout = "dinat_s" if name.startswith("dinat_s") else "nat"
     config = CONFIGS[name.split("_")[0]](**golden["config"], layout=layout, out_features=ALL_STAGES[1:])
@@ -156,10 +156,10 @@ def test_maps_for_detection_are_the_originals(tmp_path, name):
             torch.testing.assert_close(x[0, :4, -1, -1], torch.tensor(corner), atol=1e-4, rtol=1e-4)
 
 
-# ----- what users of transformers rely on -----
+# ----- interface of transformers -----
 
 
-def test_the_auto_classes(hub_folder):
+def test_auto_classes(hub_folder):
     name = "Nat" if AutoConfig.from_pretrained(hub_folder).model_type == "nat" else "Dinat"
     assert type(AutoConfig.from_pretrained(hub_folder)) is getattr(hf, f"{name}Config")
     assert type(AutoModel.from_pretrained(hub_folder)) is getattr(hf, f"{name}Model")
@@ -169,7 +169,7 @@ def test_the_auto_classes(hub_folder):
     assert type(AutoBackbone.from_config(AutoConfig.from_pretrained(hub_folder))) is getattr(hf, f"{name}Backbone")
 
 
-def test_a_model_takes_its_part_of_a_classifier(hub_folder):
+def test_model_from_a_classifier_folder(hub_folder):
     model, information = AutoModel.from_pretrained(hub_folder, output_loading_info=True)
     assert not information["missing_keys"]
     whole = AutoModelForImageClassification.from_pretrained(hub_folder)
@@ -179,9 +179,9 @@ def test_a_model_takes_its_part_of_a_classifier(hub_folder):
     torch.testing.assert_close(out.pooler_output, out.last_hidden_state.mean((1, 2)))
 
 
-def test_a_backbone_takes_its_part_of_a_classifier(hub_folder):
-    """The norms of its maps are new, as a classifier has none."""
-    kind = type(AutoBackbone.from_config(AutoConfig.from_pretrained(hub_folder)))  # which itself takes no folders
+def test_backbone_from_a_classifier_folder(hub_folder):
+    """The norms of the feature maps are newly initialized."""
+    kind = type(AutoBackbone.from_config(AutoConfig.from_pretrained(hub_folder)))  # AutoBackbone cannot
     backbone, information = kind.from_pretrained(
         hub_folder, out_features=["stem", "stage2", "stage4"], output_loading_info=True
     )
@@ -194,7 +194,7 @@ def test_a_backbone_takes_its_part_of_a_classifier(hub_folder):
     assert AutoBackbone.from_config(small())(image((64, 64))).hidden_states is None
 
 
-def test_a_configuration_of_the_hub(tmp_path):
+def test_configuration_from_the_hub(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIG))
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is hf.NatConfig
@@ -204,12 +204,12 @@ def test_a_configuration_of_the_hub(tmp_path):
     assert model.num_parameters() == 19_984_174 - 998 * 513  # two classes
 
 
-def test_defaults_are_the_mini_models():
+def test_defaults_match_the_mini_models():
     for config, name in ((hf.NatConfig(num_labels=1000), "nat_mini"), (hf.DinatConfig(num_labels=1000), "dinat_mini")):
         with torch.device("meta"):
             made, known = AutoModelForImageClassification.from_config(config), timm.create_model(name)
         theirs, ours = made.config.to_dict(), make_config(known).to_dict()
-        for field in ("id2label", "label2id", "drop_path_rate", "architectures"):  # transformers' rate is 0.1
+        for field in ("id2label", "label2id", "drop_path_rate", "architectures"):  # the default of transformers is 0.1
             theirs.pop(field), ours.pop(field)
         assert json.dumps(theirs, sort_keys=True) == json.dumps(ours, sort_keys=True)
 
@@ -222,7 +222,7 @@ def test_defaults_are_the_mini_models():
         (torch.rand(2, 10), "regression"),
     ],
 )
-def test_losses(labels, problem):
+def test_loss(labels, problem):
     model = hf.NatForImageClassification(small("nat", problem_type=problem))
     out = model(image((64, 64), batch=2), labels=labels)
     out.loss.backward()
@@ -246,7 +246,7 @@ def test_tuples_and_configured_outputs():
 
 
 @pytest.mark.parametrize("attentions", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(attentions):
+def test_gradient_checkpointing_gives_the_same_gradients(attentions):
     gradients = []
     for enabled in (False, True):
         torch.manual_seed(0)
@@ -262,7 +262,7 @@ def test_gradient_checkpointing_changes_no_gradient(attentions):
 
 @pytest.mark.parametrize("kind", ["DinatForImageClassification", "DinatBackbone"])
 def test_compile(kind):
-    """In one graph, attention weights and maps included."""
+    """In one graph, including attention weights and feature maps."""
     model = getattr(hf, kind)(small(depths=[1, 1], num_heads=[1, 2], dilations=[[2], [1]])).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     outputs = [m(image((64, 64)), output_attentions=True, output_hidden_states=True) for m in (model, compiled)]
@@ -270,7 +270,7 @@ def test_compile(kind):
         torch.testing.assert_close(found, expected)
 
 
-def test_new_weights_are_as_configured():
+def test_initialization_follows_the_configuration():
     model = hf.DinatForImageClassification(small(layer_scale_init_value=0.25, initializer_range=0.5, embed_dim=64))
     block = model.dinat.encoder.levels[1].blocks[0]
     assert block.attn.qkv.weight.std().item() == pytest.approx(0.5, rel=0.05)
@@ -279,7 +279,7 @@ def test_new_weights_are_as_configured():
     assert block.attn.rpb.std().item() > 0.3
 
 
-def test_configured_layers():
+def test_layers_follow_the_configuration():
     model = hf.NatModel(
         small("nat", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2, hidden_act="relu", layer_norm_eps=1e-3)
     )
@@ -292,20 +292,20 @@ def test_configured_layers():
     assert not torch.equal(model.train()(x).pooler_output, model(x).pooler_output)
 
 
-def test_another_number_of_labels(hub_folder):
+def test_other_number_of_labels(hub_folder):
     model = AutoModelForImageClassification.from_pretrained(hub_folder, num_labels=3, ignore_mismatched_sizes=True)
     assert model.classifier.out_features == 3
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"),
+    ("changes", "names"),
     [
-        ({"patch_size": 8}, "patch_size is 8, but layout 'nat' has only 4"),
-        ({"layout": "wibble"}, "layout is 'wibble'"),
-        ({"kernel_size": None}, "kernel_size is None"),
-        ({"dilations": [[1], [1]]}, "dilations has 2 stages"),
-        ({"layout": "isotropic", "patch_size": 16, "layer_scale_init_value": 0.0}, "isotropic is one stage"),
-        ({"layout": "isotropic", "patch_size": 16}, "layer_scale_init_value is 1e-05"),
+        ({"patch_size": 8}, "patch_size.*layout"),
+        ({"layout": "wibble"}, "layout.*wibble"),
+        ({"kernel_size": None}, "kernel_size"),
+        ({"dilations": [[1], [1]]}, "dilations"),
+        ({"layout": "isotropic", "patch_size": 16, "layer_scale_init_value": 0.0}, "depths.*num_heads"),
+        ({"layout": "isotropic", "patch_size": 16}, "layer_scale_init_value"),
         (
             {
                 "layout": "isotropic",
@@ -315,32 +315,32 @@ def test_another_number_of_labels(hub_folder):
                 "num_heads": [2],
                 "dilations": None,
             },
-            "dilations has 4 stages",
+            "dilations",
         ),
-        ({"hidden_act": "wibble"}, "hidden_act is 'wibble'"),
+        ({"hidden_act": "wibble"}, "hidden_act.*wibble"),
     ],
 )
-def test_configurations_that_cannot_be(changes, text):
-    with pytest.raises(ValueError, match=text):
+def test_invalid_configuration(changes, names):
+    with pytest.raises(ValueError, match=names):
         hf.DinatModel(small(**changes))
 
 
-def test_pictures_that_cannot_be():
+def test_invalid_images():
     model = hf.NatModel(small("nat"))
-    with pytest.raises(ValueError, match="pixel_values is missing"):
+    with pytest.raises(ValueError, match="pixel_values"):
         model()
-    with pytest.raises(ValueError, match=r"shape \(1, 1, 64, 64\), but must be \[batch, 3, height, width\]"):
+    with pytest.raises(ValueError, match=r"pixel_values.*\(1, 1, 64, 64\)"):
         model(torch.zeros(1, 1, 64, 64))
 
 
-# ----- from timm's models, and back -----
+# ----- conversion from timm models and back -----
 
 
 def variants():
-    """One small model of each kind."""
+    """Return one small model of each kind."""
     return [
         NAT(depths=(1, 2), num_heads=(2, 4), embed_dim=16, kernel_size=3, layer_scale=1e-5, num_classes=5),
-        NAT(depths=(2, 2), num_heads=(2, 4), embed_dim=16, dilations=([1, 2], [1, 1]), drop_path_rate=0.2),
+        DiNAT(depths=(2, 2), num_heads=(2, 4), embed_dim=16, dilations=([1, 2], [1, 1]), drop_path_rate=0.2),
         DiNAT_s(depths=(2, 1), num_heads=(2, 4), embed_dim=16, dilations=([1, 4], [1]), mlp_ratio=2.0, num_classes=5),
         Isotropic(depth=2, num_heads=2, embed_dim=16, dilations=(1, 2), kernel_size=5, num_classes=5),
         Isotropic(depth=2, num_heads=2, embed_dim=16, kernel_size=None, img_size=(64, 96), num_classes=5, in_chans=3),
@@ -348,7 +348,7 @@ def variants():
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_from_timm_to_a_folder_and_back(tmp_path, index):
+def test_timm_model_to_folder_and_back(tmp_path, index):
     model = variants()[index].eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -366,7 +366,13 @@ def test_from_timm_to_a_folder_and_back(tmp_path, index):
     assert same_weights(again, model)
 
 
-QUICK = ("nat_mini", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small")  # others take seconds each
+QUICK = (
+    "nat_mini",
+    "dinat_mini",
+    "dinat_s_tiny",
+    "dinat_isotropic_small",
+    "vitrpb_small",
+)  # the others are slow
 
 
 @pytest.mark.parametrize(
@@ -377,7 +383,7 @@ QUICK = ("nat_mini", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vit
     ],
 )
 def test_every_model_has_a_configuration(name):
-    """Built again of its configuration, it has the same weights."""
+    """A model built from the configuration has the same weights."""
     with torch.device("meta"):
         model = timm.create_model(name)
         config = make_config(model)
@@ -391,7 +397,7 @@ def test_every_model_has_a_configuration(name):
     assert config.drop_path_rate > 0
 
 
-def test_labels_and_preparation_of_a_published_model(tmp_path):
+def test_labels_and_preprocessing_of_a_published_model(tmp_path):
     model = timm.create_model("dinat_large_384", depths=(1, 1), num_heads=(1, 2), embed_dim=32, dilations=((1,), (1,)))
     assert hf.from_timm(model).config.id2label[0].startswith("tench")
     processor = hf.image_processor(model)
@@ -401,16 +407,16 @@ def test_labels_and_preparation_of_a_published_model(tmp_path):
     assert prepared.shape == (1, 3, 384, 384)
     config = timm.data.resolve_data_config(model.pretrained_cfg)
     expected = timm.data.create_transform(**config)(picture)
-    assert (prepared[0] - expected).abs().max() < 0.05  # torchvision resizes tensors and pictures not quite alike
+    assert (prepared[0] - expected).abs().max() < 0.05  # torchvision resizes PIL images differently
 
 
-def test_only_whole_classifiers_are_exported():
+def test_only_complete_classifiers_are_exported():
     for model in (nn.Linear(2, 2), NAT(depths=(1,), num_heads=(2,), global_pool="")):
-        with pytest.raises(ValueError, match="no whole classifier"):
+        with pytest.raises(ValueError, match=type(model).__name__):
             hf.from_timm(model)
 
 
-# ----- inside of other things -----
+# ----- inside pipelines and detectors -----
 
 
 def test_pipeline(tmp_path):
@@ -431,7 +437,7 @@ def detector_config():
 
 
 def test_mask2former(tmp_path):
-    """Forward, backward, and its files, in which the backbone's weights have the names of the hub."""
+    """Forward, backward, and files, in which the backbone's weights have the names of the hub."""
     config = Mask2FormerConfig(
         backbone_config=detector_config(),
         feature_size=32,
@@ -461,7 +467,7 @@ def test_mask2former(tmp_path):
     assert same_weights(again, model)
 
 
-# Dilations of the published OneFormer-DiNAT configurations (published-facts: COCO and ADE20K share theirs).
+# Kernel sizes and dilations of the published OneFormer-DiNAT configurations; COCO and ADE20K share theirs.
 _LARGE_MAPS = [[1, 20, 1], [1, 5, 1, 10], [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5], [1, 2, 1, 2, 1]]
 _ONEFORMER = {
     "coco": (11, _LARGE_MAPS),
@@ -520,4 +526,4 @@ def test_without_transformers(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport natzoo\nimport natzoo.hf"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode
-    assert "natzoo.hf needs transformers 5: install the extra hf" in result.stderr
+    assert "ModuleNotFoundError: natzoo.hf" in result.stderr

@@ -1,4 +1,4 @@
-"""The parts of the models beside the attention layer."""
+"""Layers of the models, except attention."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor
 
-from natzoo.models.layers import LeanMlp
+from natzoo.models._layers import LeanMlp
 
 
 def gradients(mlp: Mlp, x: Tensor) -> list[Tensor]:
-    """Output, and the gradients of x and of all parameters."""
+    """Return the output and the gradients of x and all parameters."""
     x = x.clone().requires_grad_()
     out = mlp(x)
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), [x, *mlp.parameters()])]
 
 
 class LeanMlpTest(unittest.TestCase):
-    """It computes what timm's does, and keeps less."""
+    """LeanMlp computes the same as timm's Mlp and saves less memory."""
 
     def setUp(self):
         torch.manual_seed(0)
@@ -56,7 +56,7 @@ class LeanMlpTest(unittest.TestCase):
         with_dropout = LeanMlp(16, 48, drop=0.5)
         self.assertFalse(torch.equal(with_dropout(self.x), with_dropout(self.x)))
 
-    def test_transforms_and_compile(self):
+    def test_functional_transforms_and_compile(self):
         loss = lambda mlp: lambda x: mlp(x).square().sum()  # noqa: E731
         expected = torch.func.grad(loss(self.plain))(self.x)
         torch.testing.assert_close(torch.func.grad(loss(self.lean))(self.x), expected)
@@ -64,13 +64,13 @@ class LeanMlpTest(unittest.TestCase):
         compiled = torch.compile(copy.deepcopy(self.lean), fullgraph=True, backend="aot_eager")
         self.assert_close(gradients(compiled, self.x), gradients(self.plain, self.x))
 
-    def test_it_keeps_its_hidden_features_once(self):
-        def kept(mlp: Mlp) -> int:
-            tensors = {}  # which also keeps their addresses from being used again
+    def test_hidden_features_are_saved_once(self):
+        def saved_elements(mlp: Mlp) -> int:
+            tensors = {}  # keeps the tensors alive, so that addresses stay unique
             with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.setdefault(t.data_ptr(), t), lambda t: t):
                 out = mlp(self.x.clone().requires_grad_())
             del out
             return sum(t.numel() for t in tensors.values())
 
         hidden = self.x.numel() * 3
-        self.assertEqual(kept(self.plain) - kept(self.lean), hidden)
+        self.assertEqual(saved_elements(self.plain) - saved_elements(self.lean), hidden)

@@ -1,7 +1,8 @@
-"""From a name to a model with weights, without any net: downloads are made up."""
+"""From a name to a model with weights; downloads are simulated."""
 
 from __future__ import annotations
 
+import importlib
 import socket
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from natzoo.checkpoints import DownloadError, locate, sources, write_checkpoint, zoo
+from natzoo.checkpoints import DownloadError, find_entry, locate, path_in_cache, write_checkpoint, zoo_entries
 from natzoo.checkpoints.keys import to_hf
+
+locating = importlib.import_module("natzoo.checkpoints.locate")  # the package exports a function of this name
 
 SMALL = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3}
 
@@ -28,16 +31,16 @@ def weights():
 
 @pytest.fixture
 def downloads(monkeypatch, tmp_path, weights):
-    """Every download gives the same weights; what was asked for is listed."""
-    asked = []
+    """Simulate downloads, which all contain the same weights; return the list of requested URLs."""
+    requested = []
 
     def fetch(urls, path, sha256=None, size=0):
-        asked.extend(urls)
+        requested.extend(urls)
         write_checkpoint(tmp_path / path.name, weights)
         return tmp_path / path.name
 
-    monkeypatch.setattr(sources, "fetch", fetch)
-    return asked
+    monkeypatch.setattr(locating, "fetch", fetch)
+    return requested
 
 
 def assert_loaded(model, weights):
@@ -49,8 +52,8 @@ def assert_loaded(model, weights):
 # ----- the list -----
 
 
-def test_the_list_and_the_models_agree():
-    entries = {name: entry for name, entry in zoo.entries().items() if entry.task == "classification"}
+def test_list_matches_registered_models():
+    entries = {name: entry for name, entry in zoo_entries().items() if entry.task == "classification"}
     assert sorted(entries) == sorted(timm.list_models(["nat_*", "dinat_*", "vitrpb_*"]))
     for name, entry in entries.items():
         cfg = timm.get_pretrained_cfg(name)
@@ -59,8 +62,8 @@ def test_the_list_and_the_models_agree():
         assert cfg.input_size[1] == entry.facts.get("size", 224)
 
 
-def test_the_list_is_whole():
-    tasks = [entry.task for entry in zoo.entries().values()]
+def test_list_is_complete():
+    tasks = [entry.task for entry in zoo_entries().values()]
     assert {task: tasks.count(task) for task in tasks} == {
         "classification": 25,
         "detection": 21,
@@ -68,14 +71,19 @@ def test_the_list_is_whole():
         "mask2former": 8,
     }
     assert (
-        sum(map(len, filter(lambda rows: isinstance(rows, dict), yaml.safe_load(zoo.LIST.read_text()).values()))) == 67
+        sum(
+            map(
+                len, filter(lambda rows: isinstance(rows, dict), yaml.safe_load(locating.ZOO_FILE.read_text()).values())
+            )
+        )
+        == 67
     )
 
 
-# ----- names -----
+# ----- locate -----
 
 
-def test_what_can_be_located(downloads, tmp_path, weights):
+def test_locate(downloads, tmp_path, weights):
     write_checkpoint(tmp_path / "a.pth", weights)
     assert locate(tmp_path / "a.pth") == tmp_path / "a.pth"
     locate("https://example.org/some/b.pth?download=1")
@@ -88,37 +96,37 @@ def test_what_can_be_located(downloads, tmp_path, weights):
     ]
 
 
-def test_what_cannot():
-    with pytest.raises(ValueError, match="did you mean nat_mini"):
+def test_locate_unknown():
+    with pytest.raises(ValueError, match=r"nat_minni.*nat_mini\b"):
         locate("nat_minni")
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*nowhere\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         locate("weights/nowhere.pth")
-    for address in ("https://example.org/", "https://example.org/a/..", "https://example.org/%2e%2e"):
-        with pytest.raises(ValueError, match="names no file"):
-            locate(address)
+    for url in ("https://example.org/", "https://example.org/a/..", "https://example.org/%2e%2e"):
+        with pytest.raises(ValueError, match=url):
+            locate(url)
 
 
-def test_files_of_one_name_from_two_addresses(server, monkeypatch, tmp_path):
-    """Nor does a file from anywhere pass for a published one."""
+def test_files_with_the_same_name_from_different_urls(server, monkeypatch, tmp_path):
+    """They do not collide with each other or with a published file."""
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path))
-    addresses = [server.url("a/nat_mini.pth"), server.url("b/nat_mini.pth"), server.url("b/nat_mini.pth?version=2")]
-    paths = {locate(address) for address in addresses}
-    assert len(paths | {sources.path_in_cache(zoo.find("nat_mini"))}) == 4
+    urls = [server.url("a/nat_mini.pth"), server.url("b/nat_mini.pth"), server.url("b/nat_mini.pth?version=2")]
+    paths = {locate(url) for url in urls}
+    assert len(paths | {path_in_cache(find_entry("nat_mini"))}) == 4
     assert {path.name for path in paths} == {"nat_mini.pth"}
-    assert {locate(address) for address in addresses} == paths
+    assert {locate(url) for url in urls} == paths
     assert len(server.ranges) == 3
-    published = [sources.path_in_cache(entry) for entry in zoo.entries().values()]
+    published = [path_in_cache(entry) for entry in zoo_entries().values()]
     assert len(set(published)) == len(published)
 
 
-def test_the_address_of_a_published_file_is_as_good_as_its_name(downloads):
-    entry = zoo.find("nat_mini")
+def test_url_of_a_published_file_equals_its_name(downloads):
+    entry = find_entry("nat_mini")
     assert locate(entry.url) == locate("nat_mini")
-    assert locate(entry.url).name == sources.path_in_cache(entry).name
+    assert locate(entry.url).name == path_in_cache(entry).name
     assert set(downloads) == {entry.url}
 
 
-def test_a_repository_with_either_file(monkeypatch, tmp_path):
+def test_hub_repository_with_either_file(monkeypatch, tmp_path):
     import huggingface_hub
     from huggingface_hub.utils import EntryNotFoundError
 
@@ -127,24 +135,24 @@ def test_a_repository_with_either_file(monkeypatch, tmp_path):
             Exception.__init__(self, "no such file")
 
     def download(repository, name, revision=None, local_files_only=False):
-        asked.append((repository, name, revision))
-        if name not in there:
+        requested.append((repository, name, revision))
+        if name not in available:
             raise Missing
         return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(sources, "is_out_of_reach", lambda url: False)
-    asked, there = [], ["pytorch_model.bin"]
+    monkeypatch.setattr(locating, "is_unreachable", lambda url: False)
+    requested, available = [], ["pytorch_model.bin"]
     assert locate("hf-hub:somebody/nat") == tmp_path / "pytorch_model.bin"
-    assert asked == [("somebody/nat", name, None) for name in ("model.safetensors", "pytorch_model.bin")]
+    assert requested == [("somebody/nat", name, None) for name in ("model.safetensors", "pytorch_model.bin")]
     assert locate("hf-hub:somebody/nat@v2") == tmp_path / "pytorch_model.bin"
-    assert asked[-1] == ("somebody/nat", "pytorch_model.bin", "v2")
-    there = []
-    with pytest.raises(DownloadError, match=r"somebody/nat on the Hugging Face hub gave none of .* \(no such file\)"):
+    assert requested[-1] == ("somebody/nat", "pytorch_model.bin", "v2")
+    available = []
+    with pytest.raises(DownloadError, match=r"somebody/nat.*no such file"):
         locate("hf-hub:somebody/nat")
 
 
-def test_the_hub_serves_where_the_site_does_not(monkeypatch, tmp_path, weights):
+def test_hub_is_tried_after_the_site(monkeypatch, tmp_path, weights):
     import huggingface_hub
 
     def fetch(urls, path, sha256=None, size=0):
@@ -155,8 +163,8 @@ def test_the_hub_serves_where_the_site_does_not(monkeypatch, tmp_path, weights):
         save_file({name: value.contiguous() for name, value in to_hf(weights, "nat.").items()}, tmp_path / name)
         return str(tmp_path / name)
 
-    monkeypatch.setattr(sources, "fetch", fetch)
-    monkeypatch.setattr(sources, "is_out_of_reach", lambda url: False)
+    monkeypatch.setattr(locating, "fetch", fetch)
+    monkeypatch.setattr(locating, "is_unreachable", lambda url: False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert_loaded(small(seed=1, pretrained=True), weights)
 
@@ -164,11 +172,11 @@ def test_the_hub_serves_where_the_site_does_not(monkeypatch, tmp_path, weights):
         raise ConnectionError("no net")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(DownloadError, match=r"nat_mini\.pth could not.*hub does not give it either.*no net\)"):
+    with pytest.raises(DownloadError, match=r"nat_mini\.pth.*shi-labs/nat-mini-in1k-224.*no net"):
         small(pretrained=True)
 
 
-def test_without_a_network_only_what_the_hub_has_left_here_is_looked_for(monkeypatch, tmp_path):
+def test_without_network_only_the_local_hub_cache_is_used(monkeypatch, tmp_path):
     import huggingface_hub
     from huggingface_hub.utils import LocalEntryNotFoundError
 
@@ -177,22 +185,20 @@ def test_without_a_network_only_what_the_hub_has_left_here_is_looked_for(monkeyp
 
     def download(repository, name, revision=None, local_files_only=False):
         assert local_files_only
-        if name not in there:
+        if name not in available:
             raise LocalEntryNotFoundError("a long text")
         return str(tmp_path / name)
 
     monkeypatch.setattr(socket, "getaddrinfo", nowhere)
-    monkeypatch.setattr(sources, "getproxies", dict)
+    monkeypatch.setattr(locating, "getproxies", dict)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    there = ["pytorch_model.bin"]
+    available = ["pytorch_model.bin"]
     assert locate("hf-hub:somebody/nat") == tmp_path / "pytorch_model.bin"
-    there = []
-    with pytest.raises(
-        DownloadError, match=r"on the Hugging Face hub gave none of .* \(huggingface\.co is not to be found\)$"
-    ):
+    available = []
+    with pytest.raises(DownloadError, match=r"somebody/nat.*huggingface\.co"):
         locate("hf-hub:somebody/nat")
-    monkeypatch.setattr(sources, "getproxies", lambda: {"https": "proxy:3128"})
-    assert not sources.is_out_of_reach("https://huggingface.co")
+    monkeypatch.setattr(locating, "getproxies", lambda: {"https": "proxy:3128"})
+    assert not locating.is_unreachable("https://huggingface.co")
 
 
 # ----- models -----
@@ -201,10 +207,16 @@ def test_without_a_network_only_what_the_hub_has_left_here_is_looked_for(monkeyp
 @pytest.mark.parametrize("name", ["nat_mini", "nat_mini.in1k"])
 def test_pretrained(downloads, weights, name):
     assert_loaded(small(name, seed=1, pretrained=True), weights)
-    assert downloads == [zoo.find("nat_mini").url]
+    assert downloads == [find_entry("nat_mini").url]
 
 
-def test_pretrained_from_a_file_and_an_address(downloads, tmp_path, weights):
+def test_pretrained_from_a_state_dict(downloads, weights):
+    overlay = {"state_dict": to_hf(weights, "nat."), "num_classes": 1000}
+    assert_loaded(small(seed=1, pretrained=True, pretrained_cfg_overlay=overlay), weights)
+    assert downloads == []
+
+
+def test_pretrained_from_a_file_and_a_url(downloads, tmp_path, weights):
     write_checkpoint(tmp_path / "mine.pth", {"model": weights})
     overlay = {"file": str(tmp_path / "mine.pth")}
     assert_loaded(small(seed=1, pretrained=True, pretrained_cfg_overlay=overlay), weights)
@@ -218,7 +230,7 @@ def test_pretrained_for_other_classes_channels_and_windows(downloads, weights, c
     model = small(seed=1, pretrained=True, num_classes=7, in_chans=1, kernel_size=5)
     assert_loaded(model, {name: value for name, value in weights.items() if "norm" in name})
     text = caplog.text
-    for part in ("7 classes", "1 channels", "stretched from 5x5 to 9x9"):
+    for part in ("7 classes", "first convolution", "5x5", "9x9"):
         assert part in text
 
 
@@ -228,6 +240,6 @@ def test_pretrained_feature_extractor(downloads, weights):
     assert [m.shape for m in features(torch.zeros(1, 3, 32, 32))] == [(1, 16, 8, 8)]
 
 
-def test_random_weights_are_no_pretrained_ones(downloads):
+def test_no_download_without_pretrained(downloads):
     small()
     assert downloads == []

@@ -1,4 +1,4 @@
-"""These tests need the extra `openmmlab`; where it is not installed none is collected, and the run says so."""
+"""Fixtures of the tests that need the extra `openmmlab`. Without it, none is collected and the header says so."""
 
 import functools
 import importlib
@@ -14,18 +14,18 @@ collect_ignore_glob = ["test_*.py"] if MISSING else []
 
 
 @pytest.fixture(autouse=True)
-def _forget_other_tests():
-    from runs import forget
+def _clean_registries():
+    from runs import clear_registries
 
-    forget()
+    clear_registries()
     yield
-    forget()
+    clear_registries()
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _configs_without_waiting():
-    """Leaves out what mmengine spends most of a short run on: laying out its config's text, again for each checkpoint,
-    and reading the lists of all published models to find a base of mmdet's or mmseg's."""
+def _fast_configs():
+    """Skip what dominates a short run: formatting the config for each checkpoint, and reading mmdet's and mmseg's lists
+    of published models again for each base config."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmengine.config.config.FormatCode", lambda text, **style: (text, False))
         find = importlib.import_module("mmengine.config.utils")._get_cfg_metainfo
@@ -35,7 +35,7 @@ def _configs_without_waiting():
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
-    """A few pictures of shapes, as tools/make_data.py draws them; not to be changed."""
+    """Images of shapes drawn by tools/make_data.py, shared by all tests: do not modify."""
     sys.path.insert(0, str(ROOT / "tools"))
     import make_data
 
@@ -48,13 +48,13 @@ def drawn(tmp_path_factory):
 
 @pytest.fixture
 def shapes(drawn, tmp_path):
-    """The same pictures, for a test of its own to change."""
+    """A copy of the drawn images that a test can modify."""
     return Path(shutil.copytree(drawn, tmp_path / "shapes"))
 
 
 @pytest.fixture(scope="session")
-def pictures(drawn):
-    """Folders of pictures for detectors and for segmenters, and what data sets on them need to be told."""
+def images(drawn):
+    """Dataset settings for detectors and for segmenters, and the classes of the detection dataset."""
     if has_photographs():
         from mmdet.datasets import CocoDataset
 

@@ -1,17 +1,18 @@
-"""Tiny configs, on the quickstart's, for runs of seconds."""
+"""Tiny configs based on the quickstart, and functions that run them in this process within seconds."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
+
+from natzoo.openmmlab import test, train
+from natzoo.openmmlab.runner import DETECTION, SEGMENTATION
 
 ROOT = Path(__file__).parents[2]
 _BACKBONE = (
@@ -29,8 +30,8 @@ env_cfg = dict(cudnn_benchmark=False)
 """
 
 
-def forget() -> None:
-    """Empties mmengine's global registries: the scope, and the visualizers, which keep the first run's folder."""
+def clear_registries() -> None:
+    """Empty mmengine's global registries: the scope, and the visualizers, which keep the folder of the first run."""
     kinds = [DefaultScope, Visualizer]
     for kind in kinds:
         kinds += kind.__subclasses__()
@@ -38,21 +39,39 @@ def forget() -> None:
 
 
 def load_config(path: Path) -> Config:
-    """A config, which is read once and may be changed."""
+    """Return a copy of a config; the file is read once."""
     return copy.deepcopy(_read_config(path))
 
 
 _read_config = functools.cache(Config.fromfile)
 
 
-def run(main: Callable[[list[str]], Any], *arguments: object) -> Any:
-    """A script's main function, as in a process of its own."""
-    forget()
-    return main([str(argument) for argument in arguments])
+def train_detector(*arguments: object) -> None:
+    """Run detection/train.py with these arguments."""
+    clear_registries()
+    train.main(DETECTION, [str(argument) for argument in arguments])
+
+
+def evaluate_detector(*arguments: object) -> dict[str, float]:
+    """Run detection/test.py with these arguments."""
+    clear_registries()
+    return test.main(DETECTION, [str(argument) for argument in arguments])
+
+
+def train_segmenter(*arguments: object) -> None:
+    """Run segmentation/train.py with these arguments."""
+    clear_registries()
+    train.main(SEGMENTATION, [str(argument) for argument in arguments])
+
+
+def evaluate_segmenter(*arguments: object) -> dict[str, float]:
+    """Run segmentation/test.py with these arguments."""
+    clear_registries()
+    return test.main(SEGMENTATION, [str(argument) for argument in arguments])
 
 
 def losses(work_dir: Path) -> dict[int, float]:
-    """The loss of each iteration, of all the runs that wrote into a folder."""
+    """Return iteration -> loss, of all runs that wrote to a folder."""
     found = {}
     for log in sorted(work_dir.glob("*/vis_data/scalars.json")):
         rows = [json.loads(line) for line in log.read_text().splitlines()]
@@ -61,7 +80,7 @@ def losses(work_dir: Path) -> dict[int, float]:
 
 
 def tiny_upernet(folder: Path, more: str = "") -> Path:
-    """UPerNet without chance, and without norms that look at the whole batch."""
+    """Write a config of UPerNet without randomness and without norms over the batch."""
     norm = 'norm_cfg=dict(type="GN", num_groups=4), dropout_ratio=0.0'
     model = f"""
 model = dict(
@@ -82,6 +101,7 @@ train_dataloader.update(sampler=dict(type="InfiniteSampler", shuffle=False), dat
 
 
 def tiny_mask_rcnn(folder: Path, more: str = "") -> Path:
+    """Write a config of Mask R-CNN."""
     model = f"""
 model = dict(
     backbone=dict({_BACKBONE}),
@@ -99,7 +119,7 @@ model = dict(
 
 
 def tiny_mask2former(folder: Path) -> Path:
-    """Mask2Former for panoptic maps of shapes: panoptic_{training,validation}.json and the maps' folders."""
+    """Write a config of a panoptic Mask2Former on panoptic_{training,validation}.json and the folders of that name."""
     text = f"""
 model = dict(
     data_preprocessor=dict(batch_augments=None),

@@ -1,4 +1,4 @@
-"""Every config: it builds, has the published size and arithmetic, learns from a picture and predicts."""
+"""Every config: it builds, has the published size, MACs and recipe, learns from an image and predicts."""
 
 import re
 
@@ -12,8 +12,7 @@ from mmengine.structures import PixelData
 from runs import ROOT, load_config
 
 import natzoo.openmmlab  # noqa: F401  registers the backbones
-from natzoo.checkpoints.detectors import fit_detector
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints import fit_detector, zoo_entries
 from natzoo.openmmlab.counting import count_config
 from natzoo.openmmlab.data import set_data_root
 
@@ -21,7 +20,7 @@ CONFIGS = ROOT / "configs"
 PUBLISHED = [path for kind in ("detection", "segmentation") for path in sorted((CONFIGS / kind).glob("*_*_*.py"))]
 PUBLISHED = [path for path in PUBLISHED if not path.name.startswith(("nuclei", "coco"))]
 MASK2FORMERS = [path for path in PUBLISHED if path.name.startswith("mask2former")]
-OTHERS = [*CONFIGS.glob("*/nuclei_*.py"), *CONFIGS.glob("*/coco_*.py"), *CONFIGS.glob("quickstart/*.py")]
+SMALL_CONFIGS = [*CONFIGS.glob("*/nuclei_*.py"), *CONFIGS.glob("*/coco_*.py"), *CONFIGS.glob("quickstart/*.py")]
 
 
 def is_large(path):
@@ -33,25 +32,25 @@ def slow_unless_mini(path):
 
 
 def zoo_entry(path):
-    """The published checkpoint of a config, found by network and backbone, or by data and task."""
+    """Return the published checkpoint of a config."""
     name = path.stem
     if name.startswith("mask2former"):
-        return entries()[name]
+        return zoo_entries()[name]
     network, backbone = re.fullmatch(r"(mask_rcnn|cascade_mask_rcnn|upernet)_(.+)_(?:3x|160k)", name).groups()
-    rows = [e for e in entries().values() if (e.facts.get("model"), e.facts.get("backbone")) == (network, backbone)]
+    rows = [e for e in zoo_entries().values() if (e.facts.get("model"), e.facts.get("backbone")) == (network, backbone)]
     assert len(rows) == 1
     return rows[0]
 
 
-def test_there_is_one_config_a_published_checkpoint():
+def test_one_config_per_published_checkpoint():
     tasks = ("detection", "segmentation", "mask2former")
     named = {zoo_entry(path).name for path in PUBLISHED}
-    assert named == {entry.name for entry in entries().values() if entry.task in tasks}
+    assert named == {entry.name for entry in zoo_entries().values() if entry.task in tasks}
     assert len(PUBLISHED) == len(named) == 21 + 13 + 8
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_builds_with_the_published_parameters(path):
+def test_number_of_parameters_matches_publication(path):
     cfg = load_config(path)
     init_default_scope(cfg.default_scope)
     with torch.device("meta"):
@@ -59,29 +58,29 @@ def test_builds_with_the_published_parameters(path):
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert millions == pytest.approx(zoo_entry(path).facts["params"], abs=0.5)
     start = cfg.model.backbone.init_cfg.checkpoint
-    assert entries()[start].task == "classification"
+    assert zoo_entries()[start].task == "classification"
     assert zoo_entry(path).facts.get("start", zoo_entry(path).facts.get("backbone", start)) == start
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_comment_states_the_published_result(path):
+def test_comment_states_published_result(path):
     head, facts = path.read_text().split("_base_")[0], zoo_entry(path).facts
     for key in ("params", "macs", "box_ap", "mask_ap", "miou", "miou_ms", "ap", "pq"):
         assert key not in facts or str(facts[key]) in head, key
 
 
 @pytest.mark.parametrize("path", [slow_unless_mini(p) for p in PUBLISHED if not p.name.startswith("mask2former")])
-def test_macs_are_the_published(path):
+def test_macs_match_publication(path):
     (model, *_), _ = count_config(load_config(path))
     assert model.macs / 1e9 == pytest.approx(zoo_entry(path).facts["macs"], rel=0.02)
 
 
 def dilations(first, second, third, fourth):
-    """DiNAT's, of which DiNAT_s, with two blocks a stage but the third, has the last of each: (DiNAT, DiNAT_s)."""
+    """Return the dilations of DiNAT and DiNAT_s; DiNAT_s has two blocks in all stages but the third."""
     return [[1, first, 1], second, third, fourth], [[1, first], [1, second[-1]], third, fourth[:2]]
 
 
-# As published. "large" stands for crops of 640x640.
+# As published. "large" is ADE20K in crops of 640x640.
 DILATIONS = {
     ("coco", 6): dilations(28, [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]),
     ("coco", 18): dilations(28, [1, 7, 1, 14], [1, 3, 1, 5, 1, 7] * 3, [1, 3, 1, 3, 1]),
@@ -91,7 +90,7 @@ DILATIONS = {
         20, [1, 5, 1, 10], [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5], [1, 2, 1, 2, 1]
     ),
 }
-# As published: drop path rate, learning rate, mixed precision; (data, blocks of the third stage) of DILATIONS.
+# As published: drop path rate, learning rate, mixed precision, key of DILATIONS (dataset, blocks in the third stage).
 RECIPES = {
     "mask_rcnn_nat_mini_3x": (0.2, 1e-4, True, None),
     "mask_rcnn_nat_tiny_3x": (0.2, 1e-4, True, None),
@@ -128,12 +127,12 @@ RECIPES = {
     "upernet_dinat_s_base_160k": (0.3, 6e-5, True, ("ade20k", 18)),
     "upernet_dinat_s_large_160k": (0.3, 6e-5, True, ("large", 18)),
 }
-# As published: iterations by data; queries by task.
+# As published: iterations per dataset, queries per task.
 ITERATIONS, QUERIES = {"coco": 737500, "ade20k": 160000, "cityscapes": 90000}, {"semantic": 100}
 
 
 @pytest.mark.parametrize("path", [path for path in PUBLISHED if path not in MASK2FORMERS], ids=lambda path: path.stem)
-def test_recipes_are_the_published(path):
+def test_recipes_match_publication(path):
     rate, lr, is_mixed, key = RECIPES[path.stem]
     cfg, is_detector = load_config(path), "rcnn" in path.stem
     assert cfg.model.backbone.drop_path_rate == rate
@@ -152,7 +151,7 @@ def test_recipes_are_the_published(path):
 
 
 @pytest.mark.parametrize("path", MASK2FORMERS, ids=lambda path: path.stem)
-def test_recipes_of_mask2formers_are_the_published(path):
+def test_mask2former_recipes_match_publication(path):
     data, task = path.stem.split("_")[-2:]
     cfg = load_config(path)
     backbone = cfg.model.backbone
@@ -171,9 +170,8 @@ def test_recipes_of_mask2formers_are_the_published(path):
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_what_every_run_has(path):
-    """Two checkpoints, curves, and in runs of iterations data that never ends, which a resumed run need not read again
-    (SkipSeenDataHook)."""
+def test_common_settings(path):
+    """Two checkpoints, TensorBoard, and InfiniteSampler in iteration-based training, which SkipSeenDataHook needs."""
     cfg = load_config(path)
     assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2
     assert [backend.type for backend in cfg.visualizer.vis_backends] == ["LocalVisBackend", "TensorboardVisBackend"]
@@ -183,7 +181,7 @@ def test_what_every_run_has(path):
         assert loader.get("batch_sampler") is None
 
 
-def test_position_biases_and_norms_do_not_decay():
+def test_position_biases_and_norms_have_no_weight_decay():
     for name in ("detection/mask_rcnn_nat_mini_3x.py", "segmentation/mask2former_dinat_large_coco_instance.py"):
         cfg = load_config(CONFIGS / name)
         cfg.optim_wrapper.type = "OptimWrapper"
@@ -193,18 +191,18 @@ def test_position_biases_and_norms_do_not_decay():
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for group in build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups:
             for parameter in group["params"]:
-                is_kept = names[id(parameter)].endswith("rpb") or (
+                is_exempt = names[id(parameter)].endswith("rpb") or (
                     "backbone" in names[id(parameter)] and ("norm" in names[id(parameter)])
                 )
-                assert not is_kept or group["weight_decay"] == 0, names[id(parameter)]
+                assert not is_exempt or group["weight_decay"] == 0, names[id(parameter)]
                 if names[id(parameter)].endswith("qkv.weight"):
                     assert group["weight_decay"] == 0.05
                     assert group["lr"] == (1e-5 if "mask2former" in name else 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["detection", "segmentation"])
-def test_configs_of_the_readmes(kind, shapes, tmp_path):
-    """To fine-tune on pictures of one's own: the model takes the published weights, the data is found."""
+def test_fine_tuning_config_of_readme(kind, shapes, tmp_path):
+    """Its datasets load, and its model accepts the published weights."""
     text = re.search(r"```python\n(_base_ = .*?)```", (ROOT / kind / "README.md").read_text(), re.DOTALL)[1]
     (tmp_path / "mine.py").write_text(text.replace("./", f"{CONFIGS / kind}/"))
     cfg = load_config(tmp_path / "mine.py")
@@ -222,17 +220,17 @@ def test_configs_of_the_readmes(kind, shapes, tmp_path):
     assert len(notes) == 1
 
 
-# ----- a picture -----
+# ----- training and prediction -----
 
 
-def batch_of(cfg, pictures):
-    """A picture with its annotations, 128 pixels long, as the model takes it."""
-    detection, segmentation, meta = pictures
+def batch_of(cfg, images):
+    """Return a batch of one annotated image of at most 128 x 128 pixels."""
+    detection, segmentation, meta = images
     resize = {"type": "Resize", "scale": (128, 128), "keep_ratio": True}
     if cfg.default_scope == "mmdet":
         load = {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True}
         pack = {"type": "PackDetInputs", "meta_keys": ("img_path", "ori_shape", "img_shape", "scale_factor")}
-        classes = meta["classes"][: things_of(cfg.model)]
+        classes = meta["classes"][: count_things(cfg.model)]
         common = {**detection, "type": "CocoDataset", "metainfo": {"classes": classes}}
         common["filter_cfg"] = {"filter_empty_gt": True, "min_size": 32}
     else:
@@ -241,15 +239,15 @@ def batch_of(cfg, pictures):
         common = {**segmentation, "type": "BaseSegDataset", "reduce_zero_label": True, "data_prefix": prefix}
     pipeline = [{"type": "LoadImageFromFile"}, load, resize, pack]
     batch = pseudo_collate([DATASETS.build({**common, "pipeline": pipeline})[0]])
-    if cfg.default_scope == "mmseg":  # labels of classes that the model has not are ignored
+    if cfg.default_scope == "mmseg":  # ignore labels beyond the classes of the model
         labels = batch["data_samples"][0].gt_sem_seg.data
         labels[labels >= cfg.model.decode_head.num_classes] = 255
         assert (labels != 255).any()
     return batch
 
 
-def things_of(model):
-    """How many classes of objects a detector tells apart."""
+def count_things(model):
+    """Return the number of object classes of a detector."""
     if model.type == "Mask2Former":
         return model.panoptic_head.num_things_classes
     heads = model.roi_head.bbox_head
@@ -257,7 +255,7 @@ def things_of(model):
 
 
 def shrink(model):
-    """Fewer boxes: they take most of the time, and none of them is found by weights that learned nothing."""
+    """Use fewer boxes, which take most of the time, and no batch augmentation."""
     if "rpn_head" in model:
         for proposals in (model.train_cfg.rpn_proposal, model.test_cfg.rpn):
             proposals.max_per_img = 32
@@ -268,8 +266,8 @@ def shrink(model):
         model.data_preprocessor.batch_augments = None
 
 
-def learn_and_predict(path, pictures):
-    """A loss that reaches each weight of the backbone, and a prediction of the picture's own size."""
+def learn_and_predict(path, images):
+    """Assert that the loss reaches each backbone weight, and that predictions have the size of the image."""
     cfg = load_config(path)
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
@@ -277,8 +275,8 @@ def learn_and_predict(path, pictures):
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.init_weights()
-    batch = batch_of(cfg, pictures)
-    if cfg.default_scope == "mmseg":  # the auxiliary norms want more than one value a channel
+    batch = batch_of(cfg, images)
+    if cfg.default_scope == "mmseg":  # batch norm needs more than one value per channel
         batch = {key: value * 2 for key, value in batch.items()}
         model.data_preprocessor.size = (128, 128)
     elif cfg.model.type == "Mask2Former" and cfg.model.panoptic_head.num_stuff_classes:
@@ -305,16 +303,16 @@ def learn_and_predict(path, pictures):
 
 
 @pytest.mark.parametrize("path", [slow_unless_mini(path) for path in PUBLISHED if not is_large(path)])
-def test_learns_and_predicts(path, pictures):
-    learn_and_predict(path, pictures)
+def test_learns_and_predicts(path, images):
+    learn_and_predict(path, images)
 
 
-@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
-def test_others_learn_and_predict(path, pictures):
-    learn_and_predict(path, pictures)
+@pytest.mark.parametrize("path", SMALL_CONFIGS, ids=lambda path: path.stem)
+def test_small_configs_learn_and_predict(path, images):
+    learn_and_predict(path, images)
 
 
-def test_mask2formers_have_one_backbone():
+def test_mask2formers_share_one_backbone():
     first, *others = (load_config(path).model.backbone for path in MASK2FORMERS)
     assert all(other == first for other in others)
 
@@ -324,8 +322,8 @@ def test_mask2formers_have_one_backbone():
     [path for path in PUBLISHED if is_large(path) and path not in MASK2FORMERS[1:]],
     ids=lambda path: path.stem,
 )
-def test_large_backbones_pass_gradients_on(path):
-    """On the meta device, where nothing is computed but shapes."""
+def test_large_backbones_have_gradients(path):
+    """On the meta device, which computes only shapes."""
     cfg = load_config(path)
     init_default_scope(cfg.default_scope)
     with torch.device("meta"):
@@ -349,5 +347,5 @@ def test_large_backbones_pass_gradients_on(path):
         "segmentation/mask2former_dinat_large_cityscapes_semantic.py",
     ],
 )
-def test_large_ones_learn_and_predict(name, pictures):
-    learn_and_predict(CONFIGS / name, pictures)
+def test_large_models_learn_and_predict(name, images):
+    learn_and_predict(CONFIGS / name, images)

@@ -1,4 +1,4 @@
-"""Bad input to training and evaluation: an error in one sentence that names it, or the right result."""
+"""Invalid configs, checkpoints and data: an error that names the culprit before the first iteration."""
 
 import json
 import subprocess
@@ -10,21 +10,26 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 from PIL import Image
-from runs import ROOT, load_config, run, tiny_mask_rcnn, tiny_upernet
+from runs import (
+    ROOT,
+    evaluate_detector,
+    evaluate_segmenter,
+    load_config,
+    tiny_mask_rcnn,
+    tiny_upernet,
+    train_detector,
+    train_segmenter,
+)
 
-from detection import test as detection_test
-from detection import train as detection_train
 from natzoo.checkpoints import write_checkpoint
-from segmentation import test as segmentation_test
-from segmentation import train as segmentation_train
 
 
-def detect(config, data, tmp_path, *more):
-    return run(detection_train.main, config, "--data", data, "--work-dir", tmp_path / "run", *more)
+def detect(config, data, tmp_path, *options):
+    train_detector(config, "--data", data, "--work-dir", tmp_path / "run", *options)
 
 
-def segment(config, data, tmp_path, *more):
-    return run(segmentation_train.main, config, "--data", data, "--work-dir", tmp_path / "run", *more)
+def segment(config, data, tmp_path, *options):
+    train_segmenter(config, "--data", data, "--work-dir", tmp_path / "run", *options)
 
 
 def change(path, edit):
@@ -37,109 +42,114 @@ def change(path, edit):
 
 
 @pytest.mark.parametrize(
-    ("config", "error", "message"),
+    ("config", "error"),
     [
-        ("configs/nothing.py", FileNotFoundError, "there is no config configs/nothing.py"),
-        ("configs/quickstart/nat.yml", ValueError, "nat.yml is no config of OpenMMLab, which end in .py"),
-        ("configs/detection/_base_/coco_3x.py", ValueError, "has no model: it is a part for other configs"),
-        (
-            "configs/quickstart/upernet.py",
-            ValueError,
-            "a config of mmseg with the model EncoderDecoder, which is not for detection/: use .* segmentation/",
-        ),
+        ("configs/nothing.py", FileNotFoundError),
+        ("configs/quickstart/nat.yml", ValueError),
+        ("configs/detection/_base_/coco_3x.py", ValueError),
+        ("configs/quickstart/upernet.py", ValueError),  # for segmentation
     ],
 )
-def test_wrong_config(config, error, message, monkeypatch):
+def test_unusable_config(config, error, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(error, match=message):
-        run(detection_train.main, config)
+    with pytest.raises(error, match=config):
+        train_detector(config)
 
 
 def test_mask2former_belongs_to_segmentation(tmp_path):
     config = ROOT / "configs" / "segmentation" / "mask2former_dinat_large_coco_instance.py"
-    with pytest.raises(FileNotFoundError, match="which train_dataloader of the config reads: it is part of COCO 2017"):
-        run(segmentation_train.main, config, "--data", tmp_path / "coco")
-    with pytest.raises(ValueError, match="the model MaskRCNN, which is not for segmentation/"):
-        run(segmentation_train.main, tiny_mask_rcnn(tmp_path))
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "coco")):  # accepted, but has no data
+        train_segmenter(config, "--data", tmp_path / "coco")
+    with pytest.raises(ValueError, match=r"mask_rcnn\.py"):
+        train_segmenter(tiny_mask_rcnn(tmp_path))
 
 
-def test_broken_config(tmp_path):
+def test_config_with_syntax_error(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("model = dict(")
-    with pytest.raises(ValueError, match=r"broken\.py cannot be read as a config"):
-        run(detection_train.main, path)
+    with pytest.raises(ValueError, match=r"broken\.py"):
+        train_detector(path)
 
 
-@pytest.mark.parametrize("change", ["foo", "model.x=[1,(2]"])
-def test_change_that_is_none(change, capsys):
+@pytest.mark.parametrize("option", ["foo", "model.x=[1,(2]"])
+def test_malformed_config_option(option, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run(detection_train.main, "x.py", "--cfg-options", "a=1", change)
-    assert f"argument --cfg-options: {change!r} is no KEY=VALUE" in capsys.readouterr().err
+        train_detector("x.py", "--cfg-options", "a=1", option)
+    assert f"argument --cfg-options: {option!r}" in capsys.readouterr().err
 
 
-def test_change_that_nothing_takes(drawn, tmp_path):
-    with pytest.raises(ValueError, match=r"has a key that nothing takes: .*'max_iter'"):
+def test_unknown_config_key(drawn, tmp_path):
+    with pytest.raises(ValueError, match="'max_iter'"):
         segment(tiny_upernet(tmp_path), drawn, tmp_path, "--cfg-options", "train_cfg.max_iter=2")
 
 
-def test_metric_that_the_config_has_not(drawn, tmp_path):
-    with pytest.raises(ValueError, match="has no metric that measures mIoU"):
-        run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--eval", "mIoU")
-    with pytest.raises(ValueError, match="has no tta_pipeline and tta_model"):
-        run(detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--tta")
+def test_evaluation_option_that_config_does_not_support(drawn, tmp_path):
+    with pytest.raises(ValueError, match="--eval"):
+        evaluate_detector(tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--eval", "mIoU")
+    with pytest.raises(ValueError, match="--tta"):
+        evaluate_detector(tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--tta")
 
 
-def test_pictures_by_several_processes(drawn, tmp_path, monkeypatch):
+def test_show_dir_requires_one_process(drawn, tmp_path, monkeypatch):
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(ValueError, match=r"--show-dir draws in one process alone, but there are 2: use test\.py"):
-        run(
-            detection_test.main, tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--show-dir", tmp_path / "pictures"
-        )
+    with pytest.raises(ValueError, match="--show-dir"):
+        evaluate_detector(tiny_mask_rcnn(tmp_path), "x.pth", "--data", drawn, "--show-dir", tmp_path / "images")
 
 
-def test_errors_end_a_script_with_status_2(tmp_path):
-    script = ROOT / "detection" / "train.py"
-    done = subprocess.run([sys.executable, str(script), "nowhere.py"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["detection/train.py", "segmentation/test.py"])
+def test_script_exits_with_status_2_on_error(script):
+    words = [sys.executable, str(ROOT / script), "nowhere.py", *(["x.pth"] if "test" in script else [])]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: there is no config nowhere.py")
+    assert "nowhere.py" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("folder", ["detection", "segmentation"])
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [("dist_train.sh", ["x.py"]), ("dist_train.sh", ["8", "x.py"]), ("dist_test.sh", ["x.py", "8"])],
+)
+def test_launcher_prints_usage(folder, script, arguments):
+    done = subprocess.run(["bash", ROOT / folder / script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{folder}/{script} CONFIG" in done.stderr
 
 
 # ----- checkpoints -----
 
 
 def test_missing_checkpoint(drawn, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint nowhere/x\.pth"):
-        run(segmentation_test.main, tiny_upernet(tmp_path), "nowhere/x.pth", "--data", drawn)
+    with pytest.raises(FileNotFoundError, match=r"nowhere/x\.pth"):
+        evaluate_segmenter(tiny_upernet(tmp_path), "nowhere/x.pth", "--data", drawn)
 
 
-def test_resume_and_load_from(drawn, tmp_path):
-    with pytest.raises(ValueError, match="--resume goes on with a run, --load-from starts one"):
+def test_resume_and_load_from_exclude_each_other(drawn, tmp_path):
+    with pytest.raises(ValueError, match=r"--resume.*--load-from"):
         segment(tiny_upernet(tmp_path), drawn, tmp_path, "--resume", "a.pth", "--load-from", "b.pth")
 
 
 @pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, {"state_dict": {}, "meta": {"iter": 1}, "message_hub": {}}])
-def test_weights_alone_are_no_run(drawn, tmp_path, content):
-    """Bare ones, and the best checkpoint of a run, which is without the optimizer."""
+def test_checkpoint_without_optimizer_cannot_be_resumed(drawn, tmp_path, content):
+    """Bare weights, and the best checkpoint of a run, which mmengine saves without the optimizer."""
     write_checkpoint(tmp_path / "weights.pth", content)
-    with pytest.raises(ValueError, match=r"weights\.pth holds no run to go on with: use --load-from"):
+    with pytest.raises(ValueError, match=r"weights\.pth"):
         segment(tiny_upernet(tmp_path), drawn, tmp_path, "--resume", tmp_path / "weights.pth")
 
 
-def test_nothing_to_resume(drawn, tmp_path, capsys):
-    segment(tiny_upernet(tmp_path, "train_cfg = dict(max_iters=1)\n"), drawn, tmp_path, "--resume")
-    assert "run holds no checkpoint to go on from: this run begins" in capsys.readouterr().err
+def test_resume_without_checkpoint_starts_from_scratch(drawn, tmp_path):
+    more = "train_cfg = dict(max_iters=1)\ndefault_hooks = dict(checkpoint=dict(interval=1))\n"
+    segment(tiny_upernet(tmp_path, more), drawn, tmp_path, "--resume")
+    assert (tmp_path / "run" / "iter_1.pth").exists()
 
 
-def test_a_run_is_not_overwritten(drawn, tmp_path):
-    """Neither by one that starts anew, nor by one that goes on from elsewhere."""
+def test_existing_run_is_not_overwritten(drawn, tmp_path):
+    """Neither by a new run, nor by one resumed from another folder."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "iter_2.pth").write_bytes(b"")
     for start in ([], ["--load-from", "b.pth"], ["--resume", tmp_path / "other" / "iter_4.pth"]):
-        with pytest.raises(
-            ValueError, match=r"iter_2\.pth is there already: go on with it by --resume, or .*--work-dir"
-        ):
+        with pytest.raises(ValueError, match=r"iter_2\.pth"):
             segment(tiny_upernet(tmp_path), drawn, tmp_path, *start)
 
 
@@ -147,29 +157,31 @@ def test_a_run_is_not_overwritten(drawn, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "folder", "advice"),
+    ("config", "folder", "source"),
     [
-        ("detection/mask_rcnn_nat_mini_3x.py", "data/coco", "it is part of COCO 2017"),
-        ("segmentation/upernet_nat_mini_160k.py", "data/ade/ADEChallengeData2016", "it is part of ADE20K"),
-        ("segmentation/mask2former_dinat_large_cityscapes_semantic.py", "data/cityscapes", "it is part of Cityscapes"),
-        ("quickstart/mask_rcnn.py", "data/shapes", "make_data.py shapes data/shapes"),
+        ("detection/mask_rcnn_nat_mini_3x.py", "data/coco", r"cocodataset\.org"),
+        ("segmentation/upernet_nat_mini_160k.py", "data/ade/ADEChallengeData2016", r"sceneparsing\.csail\.mit\.edu"),
+        ("segmentation/mask2former_dinat_large_cityscapes_semantic.py", "data/cityscapes", r"cityscapes-dataset\.com"),
+        ("quickstart/mask_rcnn.py", "data/shapes", r"tools/make_data\.py"),
     ],
 )
-def test_data_that_is_not_there(config, folder, advice, tmp_path, monkeypatch):
+def test_missing_dataset(config, folder, source, tmp_path, monkeypatch):
+    """The error names the folder, and where to get the dataset."""
     monkeypatch.chdir(tmp_path)
-    main = detection_train.main if "rcnn" in config else segmentation_train.main
-    with pytest.raises(FileNotFoundError, match=rf"there is no {folder}.*{advice}.*name another folder with --data"):
-        run(main, ROOT / "configs" / config)
+    train = train_detector if "rcnn" in config else train_segmenter
+    with pytest.raises(FileNotFoundError, match=rf"{folder}.*{source}"):
+        train(ROOT / "configs" / config)
 
 
 @pytest.mark.parametrize("folder", ["coco_ade", "shapes/mine"])
-def test_data_of_names_that_begin_or_lie_like_known_ones(folder, tmp_path):
-    """No advice is better than a wrong one."""
-    with pytest.raises(FileNotFoundError, match=rf"there is no .*{folder}, which .* of the config reads: put or link"):
-        run(segmentation_train.main, tiny_upernet(tmp_path), "--data", tmp_path / folder)
+def test_missing_dataset_with_a_similar_name(folder, tmp_path):
+    """The error suggests no source for a folder that only resembles a known dataset."""
+    with pytest.raises(FileNotFoundError, match=folder) as caught:
+        train_segmenter(tiny_upernet(tmp_path), "--data", tmp_path / folder)
+    assert not any(source in str(caught.value) for source in ("cocodataset", "sceneparsing", "make_data"))
 
 
-def test_labels_of_cityscapes_that_are_not_written(tmp_path):
+def test_missing_label_maps_of_cityscapes(tmp_path):
     from mmseg.registry import DATASETS
 
     from natzoo.openmmlab.data import CheckDataHook, set_data_root
@@ -181,89 +193,79 @@ def test_labels_of_cityscapes_that_are_not_written(tmp_path):
     Image.new("RGB", (64, 32)).save(tmp_path / "leftImg8bit" / "val" / "ulm" / "ulm_000000_000019_leftImg8bit.png")
     init_default_scope("mmseg")
     loader = SimpleNamespace(dataset=DATASETS.build(cfg.val_dataloader.dataset))
-    message = r"000019_gtFine_labelTrainIds\.png, but .*: it is written by .* createTrainIdLabelImgs\.py from"
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(FileNotFoundError, match=r"000019_gtFine_labelTrainIds\.png.*createTrainIdLabelImgs\.py"):
         CheckDataHook().before_val(SimpleNamespace(val_dataloader=loader, model=torch.nn.Identity()))
 
 
-def test_maps_that_are_not_written(tmp_path):
+def test_missing_panoptic_maps(tmp_path):
     (tmp_path / "cityscapes").mkdir()
     config = ROOT / "configs" / "segmentation" / "mask2former_dinat_large_cityscapes_panoptic.py"
-    message = (
-        r"there is no .*cityscapes_panoptic_train\.json, .*: it is written by cityscapesscripts' createPanopticImgs"
-    )
-    with pytest.raises(FileNotFoundError, match=message):
-        run(segmentation_train.main, config, "--data", tmp_path / "cityscapes")
+    with pytest.raises(FileNotFoundError, match=r"cityscapes_panoptic_train\.json.*createPanopticImgs"):
+        train_segmenter(config, "--data", tmp_path / "cityscapes")
 
 
 def test_missing_annotations(shapes, tmp_path):
     (shapes / "instances_training.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"there is no .*instances_training\.json, which train_dataloader"):
+    with pytest.raises(FileNotFoundError, match=r"instances_training\.json"):
         detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path)
 
 
 @pytest.mark.parametrize("split", ["training", "validation"])
-def test_annotated_picture_that_is_absent(shapes, tmp_path, split):
-    """Also in the validation set, which is read only after hours."""
-    picture = sorted((shapes / "images" / split).iterdir())[2]
-    picture.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=rf"instances_{split}\.json names .*{picture.name}, but there is no such file"
-    ):
+def test_missing_image(shapes, tmp_path, split):
+    """Also of the validation set, before training starts."""
+    image = sorted((shapes / "images" / split).iterdir())[2]
+    image.unlink()
+    with pytest.raises(FileNotFoundError, match=image.name) as caught:
         detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path)
+    assert f"instances_{split}.json" in str(caught.value)
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
-def test_label_picture_that_is_absent(shapes, tmp_path):
+def test_missing_label_map(shapes, tmp_path):
     (shapes / "annotations" / "training" / "0003.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"names .*annotations/training/0003\.png, but there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"annotations/training/0003\.png"):
         segment(tiny_upernet(tmp_path), shapes, tmp_path)
 
 
-def test_annotations_without_a_class_of_the_config(shapes, tmp_path):
+def test_annotations_without_classes_of_config(shapes, tmp_path):
     for split in ("training", "validation"):
         change(shapes / f"instances_{split}.json", lambda coco: [c.update(name="x") for c in coco["categories"]])
-    with pytest.raises(
-        ValueError, match=r"instances_training\.json has 0 of the config's 3 classes \(circle, square, triangle\)"
-    ):
+    with pytest.raises(ValueError, match=r"instances_training\.json"):
         detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path)
 
 
 @pytest.mark.parametrize("split", ["training", "validation"])
-def test_label_beyond_the_classes(shapes, tmp_path, split):
+def test_label_beyond_classes(shapes, tmp_path, split):
     path = shapes / "annotations" / split / "0001.png"
     labels = np.array(Image.open(path))
     labels[5, 5] = 77
     Image.fromarray(labels).save(path)
     more = "train_cfg = dict(max_iters=2, val_interval=1)\n"
-    with pytest.raises(ValueError, match=r"0001\.png has the label 76, but there are only 4 classes, 0 to 3"):
+    with pytest.raises(ValueError, match=r"0001\.png.*\b76\b"):
         segment(tiny_upernet(tmp_path, more), shapes, tmp_path)
 
 
 @pytest.mark.parametrize("head", ["roi_head.bbox_head", "roi_head.mask_head"])
 def test_detection_head_for_other_classes(shapes, tmp_path, head):
-    with pytest.raises(
-        ValueError,
-        match=rf"model\.{head} is for 80 classes, but .*instances_training\.json is read with 3: set num_classes=3",
-    ):
+    with pytest.raises(ValueError, match=rf"model\.{head}.*instances_training\.json"):
         detect(tiny_mask_rcnn(tmp_path), shapes, tmp_path, "--cfg-options", f"model.{head}.num_classes=80")
 
 
 def test_segmentation_head_for_other_classes(shapes, tmp_path):
-    with pytest.raises(ValueError, match=r"model\.decode_head is for 3 classes, but .* is read with 4"):
+    with pytest.raises(ValueError, match=r"model\.decode_head"):
         segment(tiny_upernet(tmp_path), shapes, tmp_path, "--cfg-options", "model.decode_head.num_classes=3")
 
 
-def test_ignored_pixels_are_no_error(shapes, tmp_path):
+def test_ignored_pixels_are_accepted(shapes, tmp_path):
     for path in (shapes / "annotations" / "training").glob("*.png"):
         labels = np.array(Image.open(path))
-        labels[:20] = 0  # ignore
+        labels[:20] = 0  # read as the ignore label
         Image.fromarray(labels).save(path)
     segment(tiny_upernet(tmp_path, "train_cfg = dict(max_iters=1)\n"), shapes, tmp_path)
 
 
-def test_odd_annotations(shapes, tmp_path):
-    """Pictures without objects, crowds, boxes without area, an annotation of no picture: all harmless."""
+def test_unusual_annotations(shapes, tmp_path):
+    """Images without objects, crowds, empty boxes and annotations of unknown images are accepted."""
 
     def edit(coco):
         first, second, third, *_ = coco["images"]

@@ -1,4 +1,4 @@
-"""Panoptic maps: what stands in for panopticapi, and a Mask2Former that is trained and evaluated on them."""
+"""Panoptic maps: the replacement of panopticapi, the datasets, and a Mask2Former trained and evaluated on them."""
 
 import json
 from pathlib import Path
@@ -9,21 +9,19 @@ import torch
 from mmengine.structures import PixelData
 from PIL import Image
 from pycocotools.coco import COCO
-from runs import ROOT, load_config, losses, run, tiny_mask2former
+from runs import ROOT, evaluate_segmenter, load_config, losses, tiny_mask2former, train_segmenter
 
-from natzoo.openmmlab.panoptic import id2rgb, rgb2id
-from segmentation import test as segmentation_test
-from segmentation import train as segmentation_train
+from natzoo.openmmlab.panopticapi import id2rgb, rgb2id
 
 CLASSES = ("circle", "square", "triangle", "ground")  # the last is stuff
 
 
-def write_panoptic(folder, name, pictures):
-    """Writes maps {image id: (numbers [H, W], {number: category})} in COCO's layout, and gives the file of it."""
+def write_panoptic(folder, name, maps):
+    """Write image id -> (segment ids [H, W], segment id -> category) in COCO's layout; return the annotation file."""
     (folder / name).mkdir()
     content = {"images": [], "annotations": [], "categories": []}
     content["categories"] = [{"id": i, "name": n, "isthing": int(n != "ground")} for i, n in enumerate(CLASSES, 1)]
-    for key, (numbers, categories) in pictures.items():
+    for key, (numbers, categories) in maps.items():
         file = f"{key:04d}.png"
         height, width = numbers.shape
         Image.fromarray(id2rgb(numbers)).save(folder / name / file)
@@ -40,7 +38,7 @@ def write_panoptic(folder, name, pictures):
 
 
 def evaluate(path, predicted):
-    """mmdet's metric for maps as Mask2Former gives them: class + 1000 instance, classes counted from 0."""
+    """Return mmdet's metrics for maps in Mask2Former's encoding: class + 1000 * instance, with classes from 0."""
     from mmdet.evaluation import CocoPanopticMetric
 
     metric = CocoPanopticMetric(ann_file=str(path), seg_prefix=str(path.with_suffix("")))
@@ -61,17 +59,17 @@ def evaluate(path, predicted):
     return metric.evaluate(len(annotated["images"]))
 
 
-def test_colours_are_numbers():
+def test_conversion_between_colors_and_ids():
     assert rgb2id(np.array([[[1, 2, 3], [255, 255, 255]]], np.uint8)).tolist() == [[1 + 2 * 256 + 3 * 65536, 2**24 - 1]]
     numbers = np.random.default_rng(0).integers(0, 2**24, (5, 7))
     assert id2rgb(numbers).dtype == np.uint8
     assert (rgb2id(id2rgb(numbers)) == numbers).all()
 
 
-def test_quality_by_hand(tmp_path):
-    """A circle found to 4/5, ground found to 5/6 with what the circle left, a square missed, a triangle made up."""
+def test_quality_of_a_worked_example(tmp_path):
+    """A circle with IoU 4/5, ground with IoU 5/6, a missed square and a false triangle."""
     truth = np.full((10, 12), 4)  # ground
-    truth[:, :5], truth[:, 10], truth[:, 11] = 1, 2, 0  # circle, square, nothing
+    truth[:, :5], truth[:, 10], truth[:, 11] = 1, 2, 0  # circle, square, unlabeled
     found = np.full((10, 12), 3)
     found[:, :4], found[:, 10], found[:, 11] = 1000, 1002, 1002
     path = write_panoptic(tmp_path, "maps", {7: (truth, {4: 4, 1: 1, 2: 2})})
@@ -85,20 +83,20 @@ def test_quality_by_hand(tmp_path):
 
 @pytest.fixture
 def panoptic_shapes(shapes):
-    """The drawn shapes as panoptic maps, beside their pictures."""
+    """The drawn shapes with panoptic maps next to the images."""
     for split in ("training", "validation"):
-        coco, pictures = COCO(shapes / f"instances_{split}.json"), {}
+        coco, maps = COCO(shapes / f"instances_{split}.json"), {}
         for key, image in coco.imgs.items():
             numbers, categories = np.ones((image["height"], image["width"]), int), {1: 4}
             for number, annotation in enumerate(coco.imgToAnns[key], 300):
                 numbers[coco.annToMask(annotation) == 1] = number
                 categories[number] = annotation["category_id"]
-            pictures[key] = (numbers, categories)
-        write_panoptic(shapes, f"panoptic_{split}", pictures)
+            maps[key] = (numbers, categories)
+        write_panoptic(shapes, f"panoptic_{split}", maps)
     return shapes
 
 
-def test_perfect_maps(panoptic_shapes):
+def test_perfect_predictions(panoptic_shapes):
     path = panoptic_shapes / "panoptic_validation.json"
     predicted = {}
     for annotation in json.loads(path.read_text())["annotations"]:
@@ -112,21 +110,21 @@ def test_perfect_maps(panoptic_shapes):
     assert scores["coco_panoptic/PQ"] == scores["coco_panoptic/PQ_th"] == scores["coco_panoptic/PQ_st"] == 100
 
 
-def test_from_training_to_evaluation(panoptic_shapes, tmp_path):
+def test_training_and_evaluation(panoptic_shapes, tmp_path):
     config, folder = tiny_mask2former(tmp_path), tmp_path / "folder"
     options = ["--data", panoptic_shapes, "--work-dir", folder]
-    run(segmentation_train.main, config, *options)
+    train_segmenter(config, *options)
     found = losses(folder)
     assert sorted(found) == [1, 2]
     assert all(np.isfinite(loss) for loss in found.values())
-    scores = run(segmentation_test.main, config, folder / "iter_2.pth", *options, "--show-dir", tmp_path / "pictures")
+    scores = evaluate_segmenter(config, folder / "iter_2.pth", *options, "--show-dir", tmp_path / "images")
     assert {"coco_panoptic/PQ", "coco_panoptic/PQ_th", "coco_panoptic/PQ_st"} <= scores.keys()
-    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 3
 
 
-# ----- data sets whose files list the classes in an order of their own -----
+# ----- datasets whose files list the classes in another order -----
 
-# As the scripts write them: the image's id, its file_name, the picture, its map.
+# As the preparation scripts write them: image id, file_name, image file, panoptic map.
 NAMES = {
     "ade20k": ("ADE_val_00000001", "ADE_val_00000001.jpg", "ADE_val_00000001.jpg", "ADE_val_00000001.png"),
     "cityscapes": (
@@ -136,11 +134,11 @@ NAMES = {
         "ulm_000000_000019_gtFine_panoptic.png",
     ),
 }
-SPELLED = {"window": "window ", "airplane": "plane"}  # by prepare_ade20k_pan_seg.py
+SCRIPT_NAMES = {"window": "window ", "airplane": "plane"}  # of prepare_ade20k_pan_seg.py
 
 
-def panoptic_set(folder, data):
-    """Makes up a picture of a thing and stuff where a config expects it: the data set, the metric, a perfect map."""
+def make_panoptic_dataset(folder, data):
+    """Write an image of one thing and one stuff region; return its dataset, the evaluator and a perfect prediction."""
     from mmdet.registry import DATASETS
     from mmengine.evaluator import Evaluator
     from mmengine.registry import init_default_scope
@@ -151,18 +149,18 @@ def panoptic_set(folder, data):
     set_data_root(cfg, folder)
     init_default_scope("mmdet")
     described = DATASETS.get(cfg.val_dataloader.dataset.type).METAINFO
-    backwards = described["classes"][::-1]  # as no file of mmdet's has them
+    backwards = described["classes"][::-1]  # unlike any file that mmdet expects
     things = described["thing_classes"]
     categories = [
-        {"id": i, "name": SPELLED.get(name, name), "isthing": int(name in things)}
+        {"id": i, "name": SCRIPT_NAMES.get(name, name), "isthing": int(name in things)}
         for i, name in enumerate(backwards, 7)
     ]
-    key, file_name, picture_name, map_name = NAMES[data]
+    key, file_name, image_name, map_name = NAMES[data]
     prefix = cfg.val_dataloader.dataset.data_prefix
-    picture, seg = Path(folder, prefix.img, picture_name), Path(folder, prefix.seg)
-    picture.parent.mkdir(parents=True)
+    image, seg = Path(folder, prefix.img, image_name), Path(folder, prefix.seg)
+    image.parent.mkdir(parents=True)
     seg.mkdir(parents=True)
-    Image.new("RGB", (64, 32)).save(picture)
+    Image.new("RGB", (64, 32)).save(image)
     numbers = np.full((32, 64), 500)
     numbers[:, 20:] = 90000
     Image.fromarray(id2rgb(numbers)).save(seg / map_name)
@@ -185,8 +183,8 @@ def panoptic_set(folder, data):
 
 
 @pytest.mark.parametrize("data", NAMES)
-def test_classes_are_told_by_their_names(tmp_path, data):
-    dataset, evaluator, perfect = panoptic_set(tmp_path, data)
+def test_classes_are_matched_by_name(tmp_path, data):
+    dataset, evaluator, perfect = make_panoptic_dataset(tmp_path, data)
     assert len(dataset) == 1
     assert len(dataset.cat_ids) == len(dataset.metainfo["classes"])
     sample = dataset[0]["data_samples"]

@@ -1,21 +1,25 @@
-"""The benchmark: what it writes, that it compares like with like, and that it refuses what is wrong."""
+"""tools/benchmark.py: what it writes, that it compares equal problems, and what it refuses."""
 
 import csv
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import benchmark
 import pytest
 import torch
-from benchmarks import layers, models, ops, timing
-from benchmarks.entry import Entry, LeftOut, Setting, Subject
-from benchmarks.memory import peak_mb_in_fresh_process
+from benchmarks import gpu, layers, models, ops
+from benchmarks.entry import Entry, LeftOut, Setting
+from benchmarks.memory import peak_mb_in_new_process
 from benchmarks.report import COLUMNS
 
+from natten import profiler
+from natten.profiler import Timer, schedule
 from natzoo import command_line
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools" / "benchmark.py"
 SETTING = Setting("float32", torch.get_num_threads(), "cpu")
 TINY = "b1_8x8_h2_d8_k3"
 CASES = (TINY, "b2_13_h1_d8_k3_dil3", "b1_6x7x8_h2_d8_k2x3x2", "b1_9x8_h2_d8_k3_causal", "b1_9x8_h2_d8_k4x2_norpb")
@@ -23,7 +27,7 @@ PASSES = ("forward", "forward+backward")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    """The real command."""
+    """Run the command in a process of its own."""
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
 
 
@@ -46,6 +50,11 @@ def entry_of(provider: str, case: str = TINY, pass_name: str = "forward+backward
     return Entry("ops", case, case, provider, pass_name, SETTING._replace(dtype=dtype))
 
 
+def check(entry: Entry) -> None:
+    subject = ops.make(entry)
+    subject.check(subject.run(entry))
+
+
 # ----- the commands ---------------------------------------------------------------------------------------------------
 
 
@@ -66,18 +75,22 @@ def test_ops(tmp_path):
         assert row["peak_memory_mb"] == row["images_per_s"] == ""
         assert row["torch_version"] == torch.__version__
         assert all(row[name] for name in ("timm_version", "natten_version", "cpu_model", "date"))
-    lines = done.stdout.splitlines()
-    assert lines[0].split()[:3] == ["provider", "pass", "case"]
-    assert len(lines) == 1 + 1 + len(rows) + 1
-    assert lines[-1] == f"wrote {out}"
+    assert all(provider in done.stdout for provider in providers)
+
+
+def test_published_tables_have_the_same_columns():
+    for kind in benchmark.KINDS:
+        with (ROOT / "assets" / "benchmarks" / f"{kind}.csv").open(newline="") as file:
+            assert tuple(next(csv.reader(file))) == COLUMNS
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Small measurements of the machine's limits, and a made-up peak memory, which takes a process to measure."""
-    monkeypatch.setattr(timing, "GEMM_SIDE", 128)
-    monkeypatch.setattr(timing, "COPY_BYTES", 2**20)
-    monkeypatch.setattr(benchmark, "peak_mb_in_fresh_process", lambda entry, script: 1.5)
+    """Measure the limits of the machine on small matrices, and make up the peak memory, which takes a process."""
+    monkeypatch.setitem(profiler.MATRIX_SIDE, "cpu", 128)
+    monkeypatch.setitem(profiler.COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setattr(profiler, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(benchmark, "peak_mb_in_new_process", lambda entry, script: 1.5)
 
 
 def test_models(tmp_path, quick):
@@ -93,6 +106,11 @@ def test_models(tmp_path, quick):
     assert float(rows[0]["gflop"]) > 2 * 2 * float(rows[1]["gflop"])  # two images, and twice as much backward
 
 
+def test_a_training_step_in_16_bits_uses_autocast():
+    entry = Entry("models", "step_b1_32", "step_b1_32", "test_vit", "step", SETTING._replace(dtype="bfloat16"))
+    assert models.make(entry).run(entry).dtype == torch.float32
+
+
 def test_convolutions_with_groups_count_twice_as_much_backward(tmp_path, quick):
     out = tmp_path / "models.csv"
     cases = ["inference_b1_32", "step_b1_32"]
@@ -106,7 +124,8 @@ def test_layers(tmp_path, quick):
     out = tmp_path / "layers.csv"
     benchmark.main(["layers", "--case", TINY, "--repeats", "2", "--out", str(out)])
     rows = read(out)
-    assert [row["provider"] for row in rows] == 2 * list(layers.PROVIDERS)
+    providers = ["natten-cpu", "natten-reference", "timm-window", "timm-shifted-window"]
+    assert [row["provider"] for row in rows] == 2 * providers
     for row in rows:
         check_figures(row)
         assert row["peak_memory_mb"] == "1.5"
@@ -116,9 +135,40 @@ def test_layers(tmp_path, quick):
         assert float(row["gflop"]) == pytest.approx(2 * work / 1e9, rel=1e-4)
 
 
+def test_gpu_rehearsal(tmp_path, quick):
+    """The measurements for a GPU run, with tiny shapes on the CPU."""
+    out = tmp_path / "gpu.csv"
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(["gpu", "--rehearse", "--repeats", "1", "--out", str(out)])
+    assert end.value.code == 0
+    rows = read(out)
+    assert {row["kind"] for row in rows} == set(gpu.PARTS)
+    for row in rows:
+        check_figures(row)
+    with_bias, without = (
+        {row["pass"] for row in rows if row["group"] == "bias and dtype" and row["case"].endswith("norpb") is is_off}
+        for is_off in (False, True)
+    )
+    assert with_bias == without == set(PASSES)
+
+
+def test_gpu_plan():
+    """Each group compares natten with something, or with itself."""
+    for part in gpu.PARTS:
+        for entries in gpu.plan(part, "cuda:0", False):
+            assert {entry.provider for entry in entries} & gpu.OURS
+            assert len(entries) == len(set(entries)) >= 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_needs_a_gpu():
+    with pytest.raises(ValueError, match="CUDA"):
+        benchmark.main(["gpu"])
+
+
 def test_memory_is_what_a_call_adds():
     case = "b8_56x56_h2_d32_k7"
-    measured = peak_mb_in_fresh_process(Entry("layers", case, case, "natten-cpu", "forward", SETTING), str(SCRIPT))
+    measured = peak_mb_in_new_process(Entry("layers", case, case, "natten-cpu", "forward", SETTING), str(SCRIPT))
     assert measured == pytest.approx(5 * 8 * 56 * 56 * 64 * 4 / 1e6, rel=0.2)  # qkv, attention's output, the layer's
 
 
@@ -130,35 +180,37 @@ def test_list(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "named"),
     [
-        ("ops --case wibble", "case 'wibble' is unknown"),
-        ("ops --case b1_8x8_h2_d8_k9", "kernel_size * dilation is 9 * 1"),
-        ("ops --provider natten-cpu wibble", "provider 'wibble' is unknown: use natten-cpu"),
-        ("layers --case b1_8_h2_d8_k3", "must have two axes"),
-        ("layers --provider gather", "provider 'gather' is unknown: use natten-cpu"),
-        ("models --case step_b0_224", "case 'step_b0_224' is unknown"),
-        ("models --provider wibble", "provider 'wibble' is unknown"),
-        ("ops --device wibble", "device 'wibble' cannot be used here"),
-        ("memory models step_b1_32 nat_mini inference", "models has no pass 'inference'"),
-        (f"ops --case {TINY} --provider flex_attention --out .", "is a folder"),
+        ("ops --case wibble", "'wibble'"),
+        ("ops --case b1_8x8_h2_d8_k9", "'b1_8x8_h2_d8_k9'"),
+        ("ops --provider natten-cpu wibble", "'wibble'"),
+        ("layers --case b1_8_h2_d8_k3", "'b1_8_h2_d8_k3'"),
+        ("layers --provider gather", "'gather'"),
+        ("models --case step_b0_224", "'step_b0_224'"),
+        ("models --provider wibble", "'wibble'"),
+        ("ops --device wibble", "'wibble'"),
+        ("ops --dtype tf32", "--dtype tf32"),
+        ("memory models step_b1_32 nat_mini inference", "'inference'"),
+        (f"ops --case {TINY} --provider flex_attention --out .", "--out"),
+        ("gpu wibble --rehearse", "'wibble'"),
     ],
 )
-def test_user_mistakes_end_in_one_line(arguments, words, capsys):
+def test_mistakes_end_in_one_line(arguments, named, capsys):
     with pytest.raises(SystemExit) as error:
         command_line.run(lambda: benchmark.main(arguments.split()))
     assert error.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert words in line
+    assert named in line
 
 
 def test_nothing_left_to_time(tmp_path, capsys):
     out = tmp_path / "layers.csv"
-    with pytest.raises(ValueError, match="nothing could be timed"):
+    with pytest.raises(ValueError, match="--provider"):
         benchmark.main(["layers", "--case", f"{TINY}_norpb", "--provider", "timm-window", "--out", str(out)])
     assert not out.exists()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["left out"] * 2
+    assert ["timm-window" in line for line in lines] == [True] * 2
 
 
 # ----- what is compared -----------------------------------------------------------------------------------------------
@@ -169,48 +221,49 @@ def test_nothing_left_to_time(tmp_path, capsys):
 def test_providers_agree_with_the_reference(provider, case):
     for pass_name in PASSES:
         for dtype in ("float32", "bfloat16"):
-            subject = ops.make(entry_of(provider, case, pass_name, dtype))
-            subject.check(subject.run())
+            check(entry_of(provider, case, pass_name, dtype))
 
 
 @pytest.mark.slow  # compiles
 @pytest.mark.parametrize("case", CASES)
 def test_flex_attention_agrees_with_the_reference(case):
-    subject = ops.make(entry_of("flex_attention", case, "forward"))
-    subject.check(subject.run())
-    with pytest.raises(LeftOut, match="no backward pass"):
+    check(entry_of("flex_attention", case, "forward"))
+    with pytest.raises(LeftOut):
         ops.make(entry_of("flex_attention", case))
 
 
 @pytest.mark.parametrize("wrong", range(3))
 def test_a_wrong_result_is_refused(wrong):
-    subject = ops.make(entry_of("natten-reference"))
-    result = [x.detach().clone() for x in subject.run()]
+    entry = entry_of("natten-reference")
+    subject = ops.make(entry)
+    result = [x.detach().clone() for x in subject.run(entry)]
     subject.check(tuple(result))
     result[wrong].view(-1)[5] += 0.01
-    with pytest.raises(LeftOut, match="its result is wrong"):
+    with pytest.raises(LeftOut):
         subject.check(tuple(result))
     result[wrong].view(-1)[5] = float("nan")
-    with pytest.raises(LeftOut, match="its result is wrong"):
+    with pytest.raises(LeftOut):
         subject.check(tuple(result))
 
 
-def test_what_takes_too_much_memory_is_left_out():
-    for provider, case in (("sdpa", "b1_200x304_h2_d32_k7"), ("flex_attention", "b1_200x304_h2_d32_k7")):
-        with pytest.raises(LeftOut, match="GiB, more than"):
-            ops.make(entry_of(provider, case, "forward"))
+def test_too_large_cases_are_left_out():
+    for provider in ("sdpa", "flex_attention"):
+        with pytest.raises(LeftOut, match="GiB"):
+            ops.make(entry_of(provider, "b1_200x304_h2_d32_k7", "forward"))
 
 
-def test_work():
+def test_minimal_work():
     main = ops.parse("b8_56x56_h2_d32_k7")
-    tensor_gb = 8 * 56 * 56 * 2 * 32 * 4 / 1e9
-    assert main.work("forward", 4) == pytest.approx((0.3147, 4 * tensor_gb), rel=1e-4)
-    assert main.work("forward+backward", 4) == pytest.approx((0.3147 * 3.5, 12 * tensor_gb), rel=1e-4)
-    assert ops.parse("b1_4_h1_d8_k3_causal").work("forward", 4)[0] == pytest.approx(4 * 8 * (1 + 2 + 3 + 3) / 1e9)
+    tensor_gb, table_gb = 8 * 56 * 56 * 2 * 32 * 4 / 1e9, 2 * 13 * 13 * 4 / 1e9
+    work = {name: main.work(name, torch.float32) for name in PASSES}
+    assert work["forward"] == pytest.approx((0.3147, 4 * tensor_gb + table_gb), rel=1e-4)
+    assert work["forward+backward"] == pytest.approx((0.3147 * 3.5, 12 * tensor_gb + 3 * table_gb), rel=1e-4)
+    causal = ops.parse("b1_4_h1_d8_k3_causal").work("forward", torch.float32)
+    assert causal.gflop == pytest.approx(4 * 8 * (1 + 2 + 3 + 3) / 1e9)
 
 
 def test_default_groups():
-    """Each can be planned, and compares what its name says."""
+    """Each group can be planned and compares what its name says."""
     setting = SETTING._replace(threads=2)
     for module in (ops, layers, models):
         for group in module.GROUPS:
@@ -237,63 +290,83 @@ def test_default_groups():
     }
 
 
+@pytest.mark.parametrize("module", [ops, layers])
+def test_the_compiled_backend_of_the_device_is_the_default(module):
+    for device, provider in (("cpu", "natten-cpu"), ("cuda:0", "natten-cuda")):
+        providers = [
+            entry.provider for entry in module.plan("b8_7x7_h16_d32_k7", None, SETTING._replace(device=device))
+        ]
+        assert [name for name in providers if name in ("natten-cpu", "natten-cuda")] == [provider] * 2
+
+
 # ----- timing ---------------------------------------------------------------------------------------------------------
 
 
-DEVICE = torch.device("cpu")
-
-
 @pytest.fixture
-def make_contestant(monkeypatch):
-    """Makes contestants whose calls take as long as they say by a clock of their own, and note their name."""
+def make_timer(monkeypatch):
+    """Return a function that makes timers whose calls advance a simulated clock and record their name."""
     now = [0.0]
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(profiler.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(profiler, "WARM_UP_S", 0.0)
 
-    def make(milliseconds: float, name: str = "", calls: list | None = None, needs_grad: bool = False):
+    def make(milliseconds: float, name: str = "", calls: list | None = None, **options):
         def call() -> None:
             now[0] += milliseconds / 1e3
             if calls is not None:
                 calls.append((name, torch.is_grad_enabled()))
 
-        return timing.Contestant(Subject(call, 0.0, 0.0, needs_grad), torch.get_num_threads(), DEVICE)
+        return Timer(call, torch.device("cpu"), **options)
 
     return make
 
 
-def test_contestants_run_in_turns(make_contestant):
+def test_timers_take_turns(make_timer):
     calls = []
-    contestants = [make_contestant(ms, name, calls) for name, ms in (("a", 20), ("b", 21), ("slow", 90))]
-    timing.interleave(contestants, rounds=9, patience_s=0.03, title="")
-    assert [len(contestant.samples_ms) for contestant in contestants] == [9, 9, 3]
-    order = " ".join(name for name, _ in calls[3:])  # after the warm-up
+    timers = [make_timer(ms, name, calls) for name, ms in (("a", 20), ("b", 21), ("slow", 90))]
+    turns = schedule(timers, rounds=9, patience_s=0.03)
+    calls.clear()  # of the warm-up
+    for timer in turns:
+        timer.sample()
+    assert [len(timer.samples_ms) for timer in timers] == [9, 9, 3]
+    order = " ".join(name for name, _ in calls)
     assert order == "a b slow b a a b a b slow b a a b a b slow b a a b"
-    assert contestants[2].percentiles() == pytest.approx((90, 90, 90))
+    assert [timers[2].percentile(percent) for percent in (20, 50, 80)] == pytest.approx([90, 90, 90])
 
 
-def test_short_calls_fill_a_sample(make_contestant):
-    contestant = make_contestant(3)
-    assert contestant.warm_up() == pytest.approx(3)
-    assert contestant.number == 8
-    contestant.sample()
-    assert contestant.samples_ms == pytest.approx([3])
-
-
-def test_autograd_is_on_only_where_asked_for(make_contestant):
+def test_short_calls_fill_a_sample(make_timer):
     calls = []
-    for needs_grad in (False, True):
-        make_contestant(20, needs_grad=needs_grad, calls=calls).sample()
+    timer = make_timer(3, calls=calls)
+    assert timer.warm_up() == pytest.approx(3)
+    calls.clear()
+    timer.sample()
+    assert timer.samples_ms == pytest.approx([3])
+    assert 3 * len(calls) >= profiler.SAMPLE_MS
+
+
+def test_calls_on_other_inputs_take_turns(make_timer):
+    calls = []
+    timer = make_timer(10, "one", calls, others=[lambda: calls.append(("other", True))])
+    timer.sample()
+    assert [name for name, _ in calls] == ["one", "other"]
+    assert timer.samples_ms == pytest.approx([5])
+
+
+def test_calls_run_in_their_context(make_timer):
+    calls = []
+    for enabled in (False, True):
+        make_timer(20, calls=calls, context=partial(torch.set_grad_enabled, enabled)).sample()
     assert calls == [("", False), ("", True)]
 
 
-def test_threads_change_between_samples(make_contestant):
+def test_threads_change_between_samples(make_timer):
     before, calls = torch.get_num_threads(), []
-    contestant = make_contestant(20, calls=calls)
+    timer = make_timer(20, calls=calls, threads=before)
     try:
         torch.set_num_threads(before + 1)
-        contestant.sample()
+        timer.sample()
         assert torch.get_num_threads() == before
-        assert len(calls) == 2  # one for the new threads, not timed
-        contestant.sample()
+        assert len(calls) == 2  # the first starts the threads and is not timed
+        timer.sample()
         assert len(calls) == 3
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""tools/convert.py: every form into every other, and what it refuses."""
+"""tools/convert.py: every format into every other, and what it refuses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RECORD = {
 
 @pytest.fixture
 def convert(monkeypatch, capsys, tmp_path):
-    """Runs the tool in tmp_path: (exit status, what it printed). In this process, since starting one takes seconds."""
+    """Return a function that runs the tool in tmp_path, in this process, and returns its status and its output."""
 
     def call(*arguments):
         monkeypatch.chdir(tmp_path)
@@ -60,7 +60,7 @@ def model():
 
 @pytest.fixture
 def trained(model, tmp_path):
-    """A checkpoint of train.py, whose averaged weights are those to take."""
+    """A checkpoint of train.py with EMA weights."""
     content = {
         "epoch": 3,
         "model": {name: torch.zeros_like(value) for name, value in model.state_dict().items()},
@@ -76,12 +76,12 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_there_and_back_through_every_form(convert, trained, model, tmp_path):
-    """Bit-equal at the end; each form is one that its readers know."""
+def test_every_format(convert, trained, model, tmp_path):
+    """Weights stay bit-equal through all formats, and each format can be read."""
     source = "last.pth"
     for target in ("a.safetensors", "hf/a", "b.pth", "c.pkl", "d.bin", "e.safetensors"):
         status, text = convert(source, target)
-        assert (status, target in text, "float32, sha256" in text) == (0, True, True), text
+        assert (status, target in text, "float32" in text) == (0, True, True), text
         source = target
     expected = model.state_dict()
     for name in ("a.safetensors", "hf/a/model.safetensors", "b.pth", "c.pkl", "d.bin", "e.safetensors"):
@@ -91,14 +91,14 @@ def test_there_and_back_through_every_form(convert, trained, model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
-def test_what_train_py_noted_stays_with_the_weights(convert, trained, tmp_path):
+def test_the_record_of_train_py_is_kept(convert, trained, tmp_path):
     assert convert("last.pth", "a.safetensors")[0] == 0
     assert read_checkpoint(tmp_path / "a.safetensors")["record"] == json.loads(json.dumps(RECORD))
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
 
 
-def test_a_folder_for_transformers(convert, trained, model, tmp_path):
+def test_folder_for_transformers(convert, trained, model, tmp_path):
     assert convert("last.pth", "hf/nat")[0] == 0
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "hf" / "nat").eval()
     assert type(loaded) is natzoo.hf.NatForImageClassification
@@ -108,11 +108,11 @@ def test_a_folder_for_transformers(convert, trained, model, tmp_path):
     processor = AutoImageProcessor.from_pretrained(tmp_path / "hf" / "nat")
     assert (dict(processor.size), list(processor.image_mean)) == ({"shortest_edge": 128}, [0.1, 0.2, 0.3])
     status, text = convert("last.pth", "hf/nat")
-    assert status == 2 and "exists already" in text
+    assert status == 2 and "hf/nat" in text
 
 
-def test_a_folder_tells_what_it_is(convert, trained, model, tmp_path):
-    """Class names, preparation and shape come back, though the folder has no timm name."""
+def test_folder_without_a_timm_name(convert, trained, model, tmp_path):
+    """Class names, preprocessing and architecture are restored from the folder."""
     assert convert("last.pth", "hf/nat")[0] == 0
     assert convert("hf/nat", "hf/again")[0] == 0
     assert convert("hf/again", "again.pth")[0] == 0
@@ -123,7 +123,7 @@ def test_a_folder_tells_what_it_is(convert, trained, model, tmp_path):
     assert same(restored.state_dict(), model.state_dict())
 
 
-def test_vit_with_a_bias_as_a_folder_and_back(convert, tmp_path):
+def test_vit_with_a_bias(convert, tmp_path):
     model = timm.create_model("vitrpb_small", depth=1, num_classes=3, img_size=64)
     write_checkpoint(tmp_path / "a.pth", model.state_dict())
     assert convert("a.pth", "hf", "--model", "vitrpb_small", "--model-kwargs", "depth=1", "img_size=64")[0] == 0
@@ -137,7 +137,7 @@ def test_dtype(convert, trained, tmp_path):
 
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "module._orig_mod."])
-def test_a_detector_keeps_its_parts_but_not_its_optimizer(convert, model, tmp_path, wrapper):
+def test_detector_without_its_optimizer(convert, model, tmp_path, wrapper):
     parts = {f"backbone.{name}": value for name, value in model.state_dict().items() if not name.startswith("head")}
     parts["roi_head.fc.weight"] = torch.ones(2)
     wrapped = {wrapper + name: value for name, value in parts.items()}
@@ -149,7 +149,7 @@ def test_a_detector_keeps_its_parts_but_not_its_optimizer(convert, model, tmp_pa
     assert "levels.0.blocks.0.attn.rpb" in names and not any(name.startswith(("backbone", "roi")) for name in names)
 
 
-def test_a_backbone_as_a_folder(convert, model, tmp_path):
+def test_backbone_as_a_folder(convert, model, tmp_path):
     parts = {f"backbone.{name}": x for name, x in model.state_dict().items() if not name.startswith(("head", "norm"))}
     for stage in range(4):
         parts |= {f"backbone.norm{stage}.{kind}": torch.rand(16 * 2**stage) for kind in ("weight", "bias")}
@@ -165,7 +165,7 @@ def test_a_backbone_as_a_folder(convert, model, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_segmenter_of_transformers(convert, tmp_path):
+def test_segmenter_of_transformers(convert, tmp_path):
     config = natzoo.hf.NatConfig(**KWARGS, out_features=["stage1", "stage2", "stage3", "stage4"])
     backbone = natzoo.hf.NatBackbone(config)
     backbone.save_pretrained(tmp_path / "backbone")
@@ -180,33 +180,34 @@ def test_a_segmenter_of_transformers(convert, tmp_path):
     assert torch.equal(taken["norm2.bias"], backbone.hidden_states_norms["stage3"].bias)
 
 
-def test_a_record_that_asks_for_more_than_a_model(convert, tmp_path):
-    for record, text in (
-        ({}, "its model is missing"),
-        ({**RECORD, "model_kwargs": {"pretrained": True}}, "asks for pretrained"),
-        ({**RECORD, "model": "hf-hub:some/body"}, "none that timm knows"),
-        ({**RECORD, "model_kwargs": {"wibble": 1}}, "cannot be made with"),
+def test_invalid_records_are_refused(convert, tmp_path):
+    for record, named in (
+        ({}, "a.pth"),
+        ({**RECORD, "model_kwargs": {"pretrained": True}}, "pretrained"),
+        ({**RECORD, "model": "hf-hub:some/body"}, "hf-hub:some/body"),
+        ({**RECORD, "model_kwargs": {"wibble": 1}}, "wibble"),
     ):
         write_checkpoint(tmp_path / "a.pth", {"model": {"head.weight": torch.ones(3, 2)}, "record": record})
         status, message = convert("a.pth", "b.pth")
-        assert (status, text in message) == (2, True), message
+        assert (status, named in message) == (2, True), message
+        assert not (tmp_path / "b.pth").exists()
 
 
 def test_mistakes(convert, trained, model, tmp_path):
     write_checkpoint(tmp_path / "bare.pth", model.state_dict())
-    for arguments, text in (
-        (("nowhere.pth", "a.pth"), "there is no checkpoint nowhere.pth"),
-        (("nat_mimi", "a.pth"), "did you mean nat_mini"),
-        (("bare.pth", "a.zip"), "ends in '.zip', which is no form of weights"),
-        (("bare.pth", "last.pth"), "last.pth exists already"),
-        (("last.pth", "a.pth", "--model", "nat_tiny"), "is of the model 'nat_mini', not of 'nat_tiny'"),
-        (("bare.pth", "a.pkl", "--dtype", "bfloat16"), "cannot hold bfloat16"),
-        (("bare.pth", "folder"), "name it with --model"),
-        (("bare.pth", "folder", "--model", "wibble"), "there is no model 'wibble'"),
-        (("bare.pth", "a.pth", "--model", "dinat_s_tiny"), "of another model"),
-        (("bare.pth", "missing/a.pth"), "could not be written"),
+    for arguments, named in (
+        (("nowhere.pth", "a.pth"), "nowhere.pth"),
+        (("nat_mimi", "a.pth"), "nat_mini"),  # the nearest name
+        (("bare.pth", "a.zip"), ".zip"),
+        (("bare.pth", "last.pth"), "last.pth"),
+        (("last.pth", "a.pth", "--model", "nat_tiny"), "'nat_tiny'"),
+        (("bare.pth", "a.pkl", "--dtype", "bfloat16"), "bfloat16"),
+        (("bare.pth", "folder"), "--model"),
+        (("bare.pth", "folder", "--model", "wibble"), "'wibble'"),
+        (("bare.pth", "a.pth", "--model", "dinat_s_tiny"), "bare.pth"),
+        (("bare.pth", "missing/a.pth"), "missing/a.pth"),
     ):
         status, message = convert(*arguments)
         assert (status, "Traceback" in message) == (2, False), message
-        assert text in message
+        assert named in message
         assert not (tmp_path / "a.pth").exists() and not (tmp_path / "folder").exists()

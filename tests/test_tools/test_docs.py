@@ -1,87 +1,71 @@
-"""The pages: their links lead somewhere, their Python runs, their commands are taken by the programs, and run.
+"""The pages: links resolve, Python blocks run, printed commands exist, and tables match natzoo/zoo.yaml."""
 
-Every command that is printed must have a rule in rules.py. All of them are read by the parser of the program that they
-call, in every test run; slow tests then run them in a copy of the checkout, on small drawn data, with random weights in
-place of the published ones.
-"""
-
-import importlib.util
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
 
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints import find_entry, path_in_cache, write_weights, zoo_entries
+from natzoo.hf import save_folder
 from natzoo.hf.export import make_config
-from test_tools import pages, programs, rules, sandbox
-from test_tools.pages import PAGES, ROOT, name_of
-
-COMMANDS = pages.commands()
-TEXTS = list(dict.fromkeys(command.text for command in COMMANDS))
-needs_openmmlab = pytest.mark.skipif(
-    importlib.util.find_spec("mmdet") is None, reason="the extra openmmlab is not installed"
-)
-
-
-def parametrize(texts):
-    """A test for each command."""
-    marks = lambda text: needs_openmmlab if re.search("detection|segmentation|CONFIG", text) else ()  # noqa: E731
-    return pytest.mark.parametrize("text", [pytest.param(text, id=text, marks=marks(text)) for text in texts])
-
-
-@pytest.fixture
-def counted(record_property):
-    """Counts things, whose numbers conftest.py prints after all tests."""
-    return lambda what, number=1: record_property("pages", (what, number))
-
+from test_tools import programs
+from test_tools.pages import PAGES, ROOT, anchors, blocks, commands, links, name_of, tracked
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Links
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_links_and_anchors(counted):
-    number = 0
-    for page in PAGES:
-        for link in pages.links(page):
-            path, _, anchor = link.partition("#")
-            target = (page.parent / path).resolve() if path else page
-            assert target.exists(), f"{name_of(page)}: {link}"
-            if anchor:
-                assert anchor in pages.anchors(target), f"{name_of(page)}: {link}"
-            number += 1
-    assert number > 200
-    counted("links checked", number)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_and_anchors_resolve(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
-def test_every_picture_has_both_themes():
-    for page in PAGES:
-        for light in re.findall(r'src="([^"]+)_light\.png"', page.read_text()):
-            assert f'srcset="{light}_dark.png"' in page.read_text(), f"{name_of(page)}: {light}"
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_picture_has_both_themes(page):
+    text = page.read_text()
+    for light in re.findall(r'src="([^"]+)_light\.png"', text):
+        assert f'srcset="{light}_dark.png"' in text, light
+
+
+def test_page_names_are_unique():
+    names = [page.name for page in PAGES if page.name != "README.md"]
+    assert sorted(names) == sorted(set(names))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Python
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Published weights that the Python of a page loads.
-WEIGHTS = {
-    "README.md": ("dinat_mini",),
-    "NAT.md": ("nat_mini",),
-    "DiNAT.md": ("dinat_mini", "dinat_tiny", "dinat_s_tiny"),
-}
+
+def write_random_weights(name):
+    """Put random weights where the published ones are expected: in the cache, and as the hub's repository."""
+    model = timm.create_model(name)
+    path_in_cache(find_entry(name)).parent.mkdir(exist_ok=True)
+    write_weights(path_in_cache(find_entry(name)), model.state_dict())
+    if find_entry(name).hub:
+        save_folder(model, find_entry(name).hub)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if pages.blocks(page, "python")], ids=name_of)
-def test_python_blocks_run(page, tmp_path, monkeypatch, counted):
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "cache"))
-    for name in WEIGHTS.get(name_of(page), ()):
-        sandbox.classifier(name)
-    for block in pages.blocks(page, "python"):
+    code = "\n".join(blocks(page, "python"))
+    for name, entry in zoo_entries().items():
+        loaded = rf'"{name}", pretrained=True|locate\("{name}"\)' + (f'|"{entry.hub}"' if entry.hub else "")
+        if re.search(loaded, code):
+            write_random_weights(name)
+    for block in blocks(page, "python"):
         exec(compile(block, name_of(page), "exec"), {})
-        counted("blocks of Python run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,68 +73,66 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, counted):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_command_has_a_rule(counted):
-    missing = [command for command in COMMANDS if rules.find(command.text) is None]
-    assert not missing, "give each a rule in tests/test_tools/rules.py: " + "; ".join(map(str, missing))
-    used = {rules.find(text).pattern for text in TEXTS}
-    assert not [rule.pattern for rule in rules.RULES if rule.pattern not in used], "rules for no command"
-    for rule in rules.RULES:
-        for path in re.findall(r"tests/\S+?\.py", rule.elsewhere):
-            assert (ROOT / path).is_file(), path
-    counted("commands printed", len(COMMANDS))
-    counted("different ones", len(TEXTS))
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=name_of)
+def test_bash_blocks_parse(page):
+    for block in blocks(page, "bash"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    return programs.checkout_of_links(tmp_path_factory.mktemp("links"))
+def example_commands():
+    """The commands of the pages, and the examples in the docstrings of the tools."""
+    found = {command: None for page in PAGES for command in commands(page)}
+    for path in tracked("tools/*.py", "natten/*.py"):
+        docstring = re.match(r'"""(.*?)"""', path.read_text(), re.DOTALL)
+        lines = re.findall(r"^ *(python (?:-m |tools/).*)$", docstring[1] if docstring else "", re.MULTILINE)
+        found |= {re.split(r" {2,}", line)[0]: None for line in lines}
+    return list(found)
 
 
-@parametrize(TEXTS)
-def test_command_is_taken(text, checkout, monkeypatch, counted):
-    monkeypatch.chdir(checkout)
-    programs.check(text, checkout)
-    counted("commands read by their programs")
+@pytest.mark.parametrize("command", example_commands())
+def test_command_is_accepted(command, monkeypatch):
+    if re.search("detection|segmentation|CONFIG", command):
+        pytest.importorskip("mmdet", reason="the extra openmmlab is not installed")
+    monkeypatch.chdir(ROOT)
+    programs.check(command)
 
 
-@parametrize(text for text in TEXTS if rules.find(text) and rules.find(text).quick)
-def test_quick_command_runs(text, checkout, monkeypatch, counted, tmp_path):
-    monkeypatch.chdir(checkout)
-    monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path))
-    ((_, *words),) = programs.calls(text, checkout)
-    try:
-        programs.call(words)
-    except SystemExit as left:
-        assert not left.code
-    counted("commands run")
-
-
-def in_order(text: str) -> int:
-    """What later commands need is made by earlier rules."""
-    return next(number for number, rule in enumerate(rules.RULES) if rule is rules.find(text))
-
-
-RUN = [text for text in TEXTS if rules.find(text) and not rules.find(text).elsewhere]
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """A copy of the checkout with drawn data, and stand-ins for published weights."""
-    folder = tmp_path_factory.mktemp("copy")
-    sandbox.copy_checkout(folder)
-    sandbox.draw_data(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NATZOO_CACHE_DIR", str(folder / "cache"))
-        sandbox.all_weights()
-    return folder
+_TRAIN = "--epochs 1 --warmup-epochs 0 --workers 0"
+_MM = "--cfg-options train_cfg.max_iters=2 train_cfg.val_interval=2 default_hooks.checkpoint.interval=2"
+_SCRIPTS = (  # each in the order in which a reader would run them
+    f"""
+    python tools/make_data.py digits data/digits
+    python classification/train.py data/digits --config configs/quickstart/nat.yml {_TRAIN}
+    bash classification/dist_train.sh configs/quickstart/nat.yml 2 data/digits --work-dir output/dist {_TRAIN}
+    python classification/validate.py data/digits --checkpoint output/nat/best.pth
+    python classification/predict.py data/digits/val/3 --checkpoint output/nat/best.pth --topk 3
+    python tools/convert.py output/nat/best.pth hf/nat
+    python tools/visualize.py attention data/digits/val/3/00*.png --checkpoint output/nat/best.pth --out attention.png
+    """,
+    f"""
+    python tools/make_data.py shapes data/shapes
+    python detection/train.py configs/quickstart/mask_rcnn.py {_MM}
+    python detection/test.py configs/quickstart/mask_rcnn.py output/mask_rcnn/iter_2.pth --show-dir output/detected
+    bash segmentation/dist_train.sh configs/quickstart/upernet.py 2 {_MM}
+    python segmentation/test.py configs/quickstart/upernet.py output/upernet/iter_2.pth
+    python tools/convert.py output/upernet/iter_2.pth backbone.pth --backbone
+    """,
+)
 
 
 @pytest.mark.slow
-@parametrize(sorted(RUN, key=in_order))
-def test_command_runs(text, copy, counted):
-    done = sandbox.run(rules.made_small(text, rules.find(text)), copy)
-    assert done.returncode == 0, f"{done.args[-1]}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    counted("commands run")
+@pytest.mark.parametrize("script", _SCRIPTS, ids=["classification", "openmmlab"])
+def test_commands_run(script, tmp_path):
+    if "detection" in script:
+        pytest.importorskip("mmdet", reason="the extra openmmlab is not installed")
+    for name in ("classification", "configs", "detection", "segmentation", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,29 +140,31 @@ def test_command_runs(text, copy, counted):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", entries())
-def test_published_figures(name):
-    """One row of NAT.md or DiNAT.md, with the config, the file and every figure."""
-    entry = entries()[name]
-    text = (ROOT / "NAT.md").read_text() + (ROOT / "DiNAT.md").read_text()
-    (row,) = re.findall(rf"^\| `{name}` \|.*\.pth.*$", text, re.MULTILINE)
-    assert f"({entry.url})" in row
-    assert "[config](configs/" in row or "21k" in name
-    assert entry.hub is None or f"(https://huggingface.co/{entry.hub})" in row
-    columns = [cell.strip().split(" ")[0] for cell in row.split("|")]
-    exact = entry.facts.get("parameters")
-    shown = dict(entry.facts) | ({"params": round(exact / 1e6, 1)} if exact else {})
-    order = ("size", "params", "macs", "top1", "box_ap", "mask_ap", "pq", "ap", "miou", "miou_ms")
-    figures = [str(shown[key]) for key in order if key in shown]
-    assert figures == [cell for cell in columns if cell in figures]
+def cells(row):
+    return [cell.strip().split(" ")[0] for cell in row.split("|")]
+
+
+@pytest.mark.parametrize("name", zoo_entries())
+def test_rows_of_published_files_match_the_zoo(name):
+    """Every table row that links a published file states its figures; the model cards have one row for each file."""
+    entry = zoo_entries()[name]
+    rows = [row for page in PAGES for row in re.findall(r"^\|.*\|$", page.read_text(), re.M) if f"({entry.url})" in row]
+    assert rows
+    keys = ("macs", "top1", "box_ap", "mask_ap", "pq", "ap", "miou", "miou_ms")
+    for row in rows:
+        assert not {str(entry.facts[key]) for key in keys if key in entry.facts} - set(cells(row)), row
+    card = next(row for row in rows if f"`{name}` |" in row)
+    assert entry.hub is None or f"(https://huggingface.co/{entry.hub})" in card
+    if "parameters" in entry.facts:
+        assert str(round(entry.facts["parameters"] / 1e6, 1)) in cells(card)
 
 
 @pytest.mark.parametrize("page", ["NAT.md", "DiNAT.md"])
-def test_architecture_tables(page):
+def test_architecture_tables_match_the_models(page):
     rows = re.findall(
         r"^\| `(\w+)` \| ([\d, ]+) \| (\d+) \| ([\d, ]+) \| (\d) \| (\S+) \| (\S+) \|$", (ROOT / page).read_text(), re.M
     )
-    assert len(rows) == {"NAT.md": 4, "DiNAT.md": 9}[page]
+    assert rows
     for name, depths, channels, heads, mlp_ratio, layer_scale, drop_path in rows:
         with torch.device("meta"):
             config = make_config(timm.create_model(name))
@@ -188,3 +172,15 @@ def test_architecture_tables(page):
         assert (config.embed_dim, config.mlp_ratio) == (int(channels), int(mlp_ratio))
         assert config.drop_path_rate == pytest.approx(float(drop_path))
         assert config.layer_scale_init_value == (0 if layer_scale == "-" else float(layer_scale))
+
+
+def test_results_of_the_readme_match_the_zoo():
+    rows = re.findall(r"^\| \[(NAT|DiNAT|DiNAT_s)-(\w+)\](.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert rows
+    for family, size, row in rows:
+        name = f"{family}_{size}".lower()
+        shown = re.findall(r"\d+\.\d", row)
+        of_tasks = [name, f"cascadedmaskrcnn_{name}", f"{name}_cascademaskrcnn", f"upernet_{name}", f"{name}_upernet"]
+        facts = [zoo_entries()[task].facts for task in of_tasks if task in zoo_entries()]
+        keys = ("top1", "box_ap", "mask_ap", "miou")
+        assert shown == [str(facts[0]["macs"]), *(str(f[key]) for f in facts for key in keys if key in f)], name

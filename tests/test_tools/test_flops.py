@@ -1,4 +1,4 @@
-"""tools/flops.py: one table for registered models, timm's and ours, and for configs."""
+"""tools/flops.py on registered models and on configs."""
 
 import csv
 from pathlib import Path
@@ -23,11 +23,11 @@ def test_another_size(capsys):
     flops.main(["nat_mini", "vit_tiny_patch16_224", "--size", "448", "448"])
     nat, vit = capsys.readouterr().out.splitlines()[1:]
     assert float(nat.split()[6]) == pytest.approx(4 * 2.7, rel=0.02)
-    assert float(vit.split()[6]) > 4 * 1.3  # made for one size, and its attention grows faster
+    assert float(vit.split()[6]) > 4 * 1.3  # has a fixed size, and its attention grows quadratically
 
 
 def test_per_layer_by_hand(tmp_path, capsys):
-    """The tokenizer's convolutions and the first layer of attention: 56 x 56 tokens, 2 heads of 32, windows of 49."""
+    """The stem and the first attention layer: 56 x 56 tokens, 2 heads of 32, windows of 49 tokens."""
     flops.main(["nat_mini", "--per-layer", "6", "--csv", str(tmp_path / "layers.csv")])
     assert "    levels.0 " in capsys.readouterr().out
     with (tmp_path / "layers.csv").open(newline="") as file:
@@ -46,15 +46,9 @@ def test_per_layer_by_hand(tmp_path, capsys):
     assert int(rows[""]["flops"]) == 2 * int(rows[""]["macs"])
 
 
-@pytest.mark.parametrize(
-    ("what", "error", "message"),
-    [
-        ("nat_huge", ValueError, "'nat_huge' is neither a config"),
-        ("nothing.py", FileNotFoundError, "there is no config nothing.py"),
-    ],
-)
-def test_unknown(what, error, message):
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize(("what", "error"), [("nat_huge", ValueError), ("nothing.py", FileNotFoundError)])
+def test_unknown_names(what, error):
+    with pytest.raises(error, match=what):
         flops.main([what])
 
 

@@ -1,16 +1,22 @@
-"""tools/plot.py: the pictures of the pages, small and in both themes, of the figures that the tables hold."""
+"""tools/plot.py: the figures of the pages are small, complete, readable, and show the numbers of the tables."""
 
+import itertools
+import math
+
+import matplotlib.pyplot as plt
 import plot
 import pytest
+from figures import published
+from figures.style import THEMES, log_ticks, themed
+from matplotlib.text import Text
 from PIL import Image
-from plots import diagrams, published
 
-from natzoo.checkpoints.zoo import entries
+from natzoo.checkpoints import zoo_entries
 
 
-@pytest.mark.parametrize("name", plot.PICTURES)
-def test_every_picture_is_there_in_both_themes(name):
-    light, dark = (plot.ASSETS / f"{name}_{theme}.png" for theme in ("light", "dark"))
+@pytest.mark.parametrize("name", plot.FIGURES)
+def test_files_in_both_themes(name):
+    light, dark = (plot.ASSETS / f"{name}_{theme}.png" for theme in THEMES)
     for path in (light, dark):
         assert path.stat().st_size < 150_000, path
     with Image.open(light) as one, Image.open(dark) as other:
@@ -18,23 +24,52 @@ def test_every_picture_is_there_in_both_themes(name):
         assert one.convert("L").getpixel((2, 2)) > 200 > 50 > other.convert("L").getpixel((2, 2))
 
 
-def test_pictures_are_drawn(tmp_path, capsys):
+@pytest.mark.parametrize("name", plot.FIGURES)
+def test_text_is_complete_and_does_not_overlap(name, monkeypatch):
+    drawn = []
+    draw = Text.draw
+
+    def record(text, renderer):
+        if text.get_visible() and len(text.get_text()) > 1:  # not the initials in the markers
+            drawn.append((text.get_text(), text.get_window_extent(renderer)))
+        draw(text, renderer)
+
+    monkeypatch.setattr(Text, "draw", record)
+    with themed("light") as theme:
+        figure = plot.FIGURES[name](theme)
+        figure.canvas.draw()
+    plt.close(figure)
+    assert drawn
+    page = figure.bbox
+    for text, box in drawn:
+        assert page.x0 <= box.x0 and page.y0 <= box.y0 and box.x1 <= page.x1 and box.y1 <= page.y1, f"{text} is cut off"
+    for (text, box), (other, other_box) in itertools.combinations(drawn, 2):
+        assert not box.overlaps(other_box), f"{text} overlaps {other}"
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.7, 15.4), (20, 90), (64.9, 162), (579, 1970), (1.2, 5.7), (0.03, 40)])
+def test_log_ticks_are_round_and_cover_the_data(low, high):
+    figure, axes = plt.subplots()
+    log_ticks(axes.xaxis, low, high)
+    ticks, (left, right) = axes.get_xticks(), axes.get_xlim()
+    plt.close(figure)
+    assert left < low and high < right
+    assert len(ticks) >= 3 and all(left <= tick <= right for tick in ticks)
+    assert {round(tick / 10 ** math.floor(math.log10(tick) + 1e-9), 6) for tick in ticks} <= {1, 2, 5}
+
+
+def test_figures_are_written(tmp_path):
     plot.main(["nat/compute", "natten/layer_memory", "--out", str(tmp_path)])
     assert len(list(tmp_path.glob("*/*.png"))) == 4
-    with pytest.raises(ValueError, match="there is no picture 'nat/nothing': name some of nat/intro"):
+    with pytest.raises(ValueError, match="nat/nothing"):
         plot.main(["nat/nothing"])
 
 
-def test_figures_are_those_of_the_zoo_and_of_the_peers():
+def test_published_results_equal_the_zoo_and_peers_csv():
     figures = {(row.family, row.size): row.figures for row in published.published()}
     assert len(figures) == 4 + 4 + 3 + 6
-    facts = entries()["cascadedmaskrcnn_dinat_s_tiny"].facts
+    facts = zoo_entries()["cascadedmaskrcnn_dinat_s_tiny"].facts
     found = figures["DiNAT_s", "Tiny"]
     assert (found["box_ap"], found["mask_ap"], found["box_macs"]) == (facts["box_ap"], facts["mask_ap"], facts["macs"])
-    assert found["miou"] == entries()["upernet_dinat_s_tiny"].facts["miou"]
+    assert found["miou"] == zoo_entries()["upernet_dinat_s_tiny"].facts["miou"]
     assert figures["Swin", "Base"]["top1"] == 83.5
-
-
-@pytest.mark.parametrize(("place", "first"), [(0, 0), (10, 7), (5, 2), (13, 7)])
-def test_windows_of_the_diagrams(place, first):
-    assert diagrams.window(14, 7, 1, place) == list(range(first, first + 7))

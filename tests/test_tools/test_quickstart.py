@@ -1,4 +1,4 @@
-"""The main job, as a new user runs it."""
+"""tools/quickstart.sh, as a new user runs it."""
 
 import os
 import re
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_quickstart(tmp_path):
-    """In a clone, with an environment of its own that borrows the packages installed here."""
+    """In a clone, with a new environment that uses the packages installed in this one."""
     copy = tmp_path / "copy"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(copy)], check=True)
     venv.create(copy / ".venv", with_pip=True)

@@ -1,5 +1,7 @@
-"""What `tools/benchmark.py` is made of.
+"""The parts of tools/benchmark.py.
 
-entry.py says what a row of the table is and what stands behind it; ops.py, layers.py and models.py make both, with the
-other implementations of the operator in rivals.py; timing.py and memory.py measure; report.py writes.
+- entry.py: what a measurement is (`Entry`) and the code it runs (`Subject`);
+- ops.py, layers.py, models.py: the measurements; rivals.py: other implementations of the operator;
+- timing.py, memory.py, report.py: how they are timed, how memory is measured, how results are written;
+- gpu.py, tiles.py, training.py: the subcommands of these names.
 """

@@ -1,6 +1,6 @@
-"""How much memory a call takes at its peak, beyond what was there before.
+"""Measure the peak memory of a call, beyond what was allocated before it.
 
-It is measured in a fresh process: what was freed may stay with an older one, and be used again unseen.
+On a CPU each call is measured in a new process, since a process keeps freed memory and reuses it unseen.
 """
 
 from __future__ import annotations
@@ -22,77 +22,79 @@ _STATUS = Path("/proc/self/status")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def peak_mb(entry: Entry, make: Callable[[Entry], Subject]) -> float:
-    """MB (1e6 bytes) that the first call of an entry adds to this process, or to the memory of its GPU.
+def gpu_peak_mb(entry: Entry, subject: Subject) -> float:
+    """Return the MB (1e6 bytes) that a call adds to the memory allocated on its GPU."""
+    torch.cuda.synchronize(entry.device)
+    before = torch.cuda.memory_allocated(entry.device)
+    torch.cuda.reset_peak_memory_stats(entry.device)
+    subject.run(entry)
+    return (torch.cuda.max_memory_allocated(entry.device) - before) / 1e6
 
-    The same with a batch of one runs before, so that libraries which are loaded on first use do not count.
+
+def peak_mb(entry: Entry, make: Callable[[Entry], Subject]) -> float:
+    """Return the MB (1e6 bytes) that the first call of an entry adds to this process, or to its GPU.
+
+    The same entry with batch size 1 runs first, so that libraries loaded on first use do not count.
     """
     torch.set_num_threads(entry.setting.threads)
-    _give_back_what_is_freed()
-    make(entry._replace(case=re.sub(r"b\d+_", "b1_", entry.case, count=1))).run()
+    _return_large_blocks()
+    warm_up = entry._replace(case=re.sub(r"b\d+_", "b1_", entry.case, count=1))
+    make(warm_up).run(warm_up)
     subject = make(entry)
-    _return_freed_memory()
     if entry.device.type == "cuda":
-        before = torch.cuda.memory_allocated(entry.device)
-        torch.cuda.reset_peak_memory_stats(entry.device)
-        subject.run()
-        return (torch.cuda.max_memory_allocated(entry.device) - before) / 1e6
-    with suppress(OSError):  # lets the peak begin here, where the system allows it
+        subject.run(entry)
+        return gpu_peak_mb(entry, subject)
+    _return_freed_memory()
+    with suppress(OSError):  # resets VmHWM, where the system permits it
         Path("/proc/self/clear_refs").write_text("5")
     before = _resident_bytes("VmRSS")
-    subject.run()
+    subject.run(entry)
     return (_resident_bytes("VmHWM") - before) / 1e6
 
 
-def peak_mb_in_fresh_process(entry: Entry, script: str) -> float:
-    """The same, by the subcommand `memory` of the script.
+def peak_mb_in_new_process(entry: Entry, script: str) -> float:
+    """Return `peak_mb` as measured by the subcommand `memory` of the script.
 
     Raises:
-        RuntimeError: with the last line of what it said, if that fails.
+        RuntimeError: if the process failed, with its last line of output.
     """
     setting = [f"--{name}={value}" for name, value in entry.setting._asdict().items()]
     words = (entry.kind, entry.case, entry.provider, entry.pass_name)
     done = subprocess.run([sys.executable, script, "memory", *words, *setting], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"memory of {entry} could not be measured: {(done.stderr.splitlines() or ['?'])[-1]}")
+        raise RuntimeError(f"memory of {entry} cannot be measured: {(done.stderr.splitlines() or ['?'])[-1]}")
     return float(done.stdout.split()[-2])
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library (glibc) keep what is freed, so that no call is charged with getting the same memory again.
-
-    As it is, large results are given back and fetched anew from call to call, by chance of what lies beside them.
-    """
+    """Make glibc keep freed memory, so that no timed call pays for getting it from the system again."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
-def _give_back_what_is_freed() -> None:
-    """Lets the C library (glibc) take large blocks from the system one by one, and give each back when it is freed.
-
-    Else what an earlier call left behind is used again, and hides a part of what this one takes.
-    """
+def _return_large_blocks() -> None:
+    """Make glibc return each large block to the system when it is freed, so that no later call reuses it unseen."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**16)
 
 
 def _return_freed_memory() -> None:
-    """Gives what was freed back to the system, where the C library can."""
+    """Return freed memory to the system, where the C library can."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident_bytes(field: str) -> int:
-    """Resident memory now (VmRSS) or at its peak (VmHWM).
+    """Return the resident memory now (VmRSS) or at its peak (VmHWM).
 
-    Not ru_maxrss where there is another way: on Linux that begins with the peak of the process that started this one.
+    On Linux ru_maxrss would start with the peak of the parent process.
     """
     if _STATUS.is_file():
         return int(re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())[1]) * 1024
-    import resource  # which Windows does not have
+    import resource  # not available on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

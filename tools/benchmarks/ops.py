@@ -1,7 +1,7 @@
-"""The operator on maps of real models, by every implementation that there is, and against itself where it may be slow.
+"""The operator: every implementation on the map sizes of real models, and natten under varied settings.
 
-A shape is written b8_56x56_h2_d32_k7_dil8_causal_norpb: batch, tokens of each axis, heads, head_dim, kernel_size and
-dilation (one value or one an axis), and whether it is causal or has no relative position bias.
+A shape is written b8_56x56_h2_d32_k7_dil8_causal_norpb: batch, tokens along each axis, heads, head_dim, kernel_size and
+dilation (one value, or one per axis), and optionally causal or without a relative position bias.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache, partial
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -18,11 +17,13 @@ from torch import Tensor
 import natten
 from benchmarks import rivals
 from benchmarks.entry import Entry, LeftOut, Setting, Subject, check_providers
-from benchmarks.windows import axis_windows
-from natten.geometry import Axis, make_axes
+from natten import profiler
+from natten.checks import make_axes
+from natten.geometry import Axis
+from natten.profiler import Work
 
 _MAIN = "b8_56x56_h2_d32_k7"
-SHAPES = (  # the cheap ones first
+SHAPES = (  # the fast ones first
     "b8_7x7_h16_d32_k7",
     "b8_14x14_h8_d32_k7",
     "b8_14x14_h8_d32_k7_dil2",
@@ -37,8 +38,8 @@ SHAPES = (  # the cheap ones first
     "b8_4096_h4_d32_k63",
     "b1_16x32x32_h4_d32_k5x7x7",
 )
-# Largest error, as a part of the largest number. Implementations sum in other orders, and may round weights to dtype.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+# Largest error relative to the largest number. Implementations differ in the order of sums and may round weights.
+_TOLERANCE = {"float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 4e-2}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
 class Case(NamedTuple):
-    """The shape of a problem; see the head of this file for how it is written."""
+    """The shape of a problem; the notation is described at the top of this file."""
 
     batch: int
     space: tuple[int, ...]
@@ -62,28 +63,39 @@ class Case(NamedTuple):
     def axes(self) -> tuple[Axis, ...]:
         return make_axes(self.space, self.kernel_size, 1, self.dilation, self.is_causal)
 
-    def work(self, pass_name: str, itemsize: int) -> tuple[float, float]:
-        """The least GFLOP, with logits computed again in backward; the least GB, with each tensor moved once a pass."""
-        pairs = prod(
-            [int((bias < 2 * axis.kernel_size - 1).sum()) for axis in self.axes for _, bias in [axis_windows(axis)]]
+    def work(self, pass_name: str, dtype: torch.dtype) -> Work:
+        """Return the minimal work of a pass."""
+        window = {"kernel_size": self.kernel_size, "dilation": self.dilation, "is_causal": self.is_causal}
+        work = profiler.minimal_work(
+            profiler.Problem(
+                batch=self.batch,
+                space=self.space,
+                heads=self.heads,
+                kv_heads=self.heads,
+                head_dim=self.head_dim,
+                value_dim=self.head_dim,
+                additional=0,
+                dtype=dtype,
+                has_rpb=self.has_rpb,
+                arguments=window,
+            ),
+            with_backward=pass_name != "forward",
         )
-        channels = self.batch * self.heads * self.head_dim
-        products, maps = (2, 4) if pass_name == "forward" else (7, 12)
-        return 2e-9 * products * channels * pairs, 1e-9 * maps * channels * prod(self.space) * itemsize
+        return work["forward"] if pass_name == "forward" else work["forward"].plus(work["backward"])
 
 
 def parse(name: str) -> Case:
-    """Reads a shape.
+    """Parse a shape.
 
     Raises:
-        ValueError: if it is not written as it must be, or no window of it exists.
+        ValueError: if the notation is wrong, or the windows do not fit into the map.
     """
     per_axis = r"\d+(?:x\d+)*"
     found = re.fullmatch(
         rf"b(\d+)_({per_axis})_h(\d+)_d(\d+)_k({per_axis})(?:_dil({per_axis}))?(_causal)?(_norpb)?", name
     )
     if not found:
-        raise ValueError(f"case {name!r} is unknown: name one of --list, or write a shape like {_MAIN}_dil8.")
+        raise ValueError(f"case {name!r} is unknown; use a name from --list or a shape such as {_MAIN}_dil8.")
     batch, space, heads, head_dim, kernel_size, dilation, causal, norpb = found.groups()
     case = Case(
         int(batch),
@@ -96,11 +108,11 @@ def parse(name: str) -> Case:
         norpb is None,
     )
     if not 1 <= len(case.space) <= 3 or 0 in (case.batch, case.heads, case.head_dim):
-        raise ValueError(f"case {name!r} must have 1 to 3 axes, and a batch, heads and head_dim of at least 1.")
+        raise ValueError(f"case {name!r} must have 1 to 3 axes, and a positive batch, heads and head_dim.")
     try:
         make_axes(case.space, case.kernel_size, 1, case.dilation, case.is_causal)
     except ValueError as error:
-        raise ValueError(f"case {name!r} does not exist: {error}") from error
+        raise ValueError(f"case {name!r} is invalid: {error}") from error
     return case
 
 
@@ -115,10 +127,10 @@ def _one_or_all(text: str) -> int | tuple[int, ...]:
 
 
 class Comparison(NamedTuple):
-    """Our own operator against itself; the first of `runs` is what the others are compared with.
+    """natten under varied settings; the first run is the baseline.
 
     Attributes:
-        runs: gives shapes and settings, from the setting asked for.
+        runs: returns shapes and settings, given the requested setting.
         passes: what is timed.
     """
 
@@ -137,18 +149,20 @@ GROUPS = (*COMPARISONS, *SHAPES)
 
 
 def plan(group: str, providers: list[str] | None, setting: Setting) -> list[Entry]:
-    """The entries of a group; all providers unless given, the compiled backend alone where it is compared with itself.
+    """Return the entries of a group, for all providers of the device by default.
 
     Raises:
-        ValueError: on an unknown group or provider.
+        ValueError: if the group or a provider is unknown.
     """
     check_providers(providers or (), PROVIDERS)
+    ours = f"natten-{setting.backend}"
     if group in COMPARISONS:
         runs, passes = COMPARISONS[group]
-        chosen = [(name, provider, s) for name, s in runs(setting) for provider in providers or ["natten-cpu"]]
+        chosen = [(name, provider, s) for name, s in runs(setting) for provider in providers or [ours]]
     else:
         passes = ("forward", "forward+backward")
-        chosen = [(group, provider, setting) for provider in providers or PROVIDERS]
+        default = [ours, "natten-reference", *rivals.RIVALS]
+        chosen = [(group, provider, setting) for provider in providers or default]
     for name, *_ in chosen:
         parse(name)
     entries = (Entry("ops", group, name, provider, pass_, s) for pass_ in passes for name, provider, s in chosen)
@@ -160,10 +174,8 @@ def plan(group: str, providers: list[str] | None, setting: Setting) -> list[Entr
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def make_problem(case: Case, dtype: torch.dtype, device: torch.device) -> rivals.Problem:
-    """The same random numbers for every provider."""
-    generator = torch.Generator().manual_seed(0)
+def _make_problem(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> rivals.Problem:
+    generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
@@ -177,8 +189,12 @@ def make_problem(case: Case, dtype: torch.dtype, device: torch.device) -> rivals
     )
 
 
-def make_natten(problem: rivals.Problem, pass_name: str, backend: str) -> rivals.Implementation:
-    """Our operator as the layers call it, on one packed tensor."""
+# All providers compute the same problem.
+_shared_problem = lru_cache(maxsize=1)(partial(_make_problem, seed=0))
+
+
+def _make_natten(problem: rivals.Problem, pass_name: str, backend: str) -> rivals.Implementation:
+    """natten as the layers call it, on one packed tensor."""
     function = getattr(natten, f"na{len(problem.axes)}d_qkvpacked")
     window = tuple(zip(*(axis[1:] for axis in problem.axes), strict=True))
     qkv_BX3Hd = problem.qkv_BX3Hd.clone().requires_grad_()
@@ -192,7 +208,7 @@ def make_natten(problem: rivals.Problem, pass_name: str, backend: str) -> rivals
 
 
 def _unpack(out_BXHd: Tensor, grad_BX3Hd: Tensor | None = None, grad_rpb: Tensor | None = None) -> list[Tensor]:
-    """Heads-first output, gradients of query, key and value, and that of rpb."""
+    """Return the output heads-first, and the gradients of query, key, value and rpb."""
     out = [rivals.heads_first(out_BXHd)]
     if grad_BX3Hd is not None:
         out += [rivals.heads_first(x) for x in grad_BX3Hd.unbind(-3)]
@@ -200,36 +216,44 @@ def _unpack(out_BXHd: Tensor, grad_BX3Hd: Tensor | None = None, grad_rpb: Tensor
 
 
 PROVIDERS = {
-    "natten-cpu": partial(make_natten, backend="cpu"),
-    "natten-reference": partial(make_natten, backend="reference"),
+    "natten-cpu": partial(_make_natten, backend="cpu"),
+    "natten-cuda": partial(_make_natten, backend="cuda"),
+    "natten-reference": partial(_make_natten, backend="reference"),
     **rivals.RIVALS,
 }
 
 
 @lru_cache(maxsize=2)
-def expected(case: Case, dtype: torch.dtype, device: torch.device, pass_name: str) -> list[Tensor]:
-    """What the reference gives in float32 for the numbers that `dtype` can hold."""
-    problem = make_problem(case, dtype, device)
+def _expected(case: Case, dtype: torch.dtype, device: torch.device, pass_name: str) -> list[Tensor]:
+    """Return the reference's results in float32, for inputs rounded to `dtype`."""
+    problem = _shared_problem(case, dtype, device)
     problem = problem._replace(**{name: x.float() for name, x in problem._asdict().items() if torch.is_tensor(x)})
-    implementation = make_natten(problem, pass_name, "reference")
-    return implementation.unpack(*implementation.call(pass_name)())
+    implementation = _make_natten(problem, pass_name, "reference")
+    with torch.enable_grad():
+        return implementation.unpack(*implementation.call(pass_name)())
 
 
 def make(entry: Entry) -> Subject:
-    """The code behind an entry.
+    """Return the code of an entry.
 
     Raises:
-        LeftOut, ValueError, RuntimeError: if the provider cannot take it.
+        LeftOut, ValueError, RuntimeError: if the provider does not support the case.
     """
-    case = parse(entry.case)
-    implementation = PROVIDERS[entry.provider](make_problem(case, entry.dtype, entry.device), entry.pass_name)
+    case, dtype, device = parse(entry.case), entry.dtype, entry.device
+    provider = PROVIDERS[entry.provider]
+    implementation = provider(_shared_problem(case, dtype, device), entry.pass_name)
+    work = case.work(entry.pass_name, dtype)
+    others = [
+        provider(_make_problem(case, dtype, device, seed), entry.pass_name).call(entry.pass_name)
+        for seed in range(1, profiler.input_sets(work.gbytes, device))
+    ]
 
     def check(result: tuple[Tensor, ...]) -> None:
-        right = expected(case, entry.dtype, entry.device, entry.pass_name)
-        for ours, theirs in zip(right, implementation.unpack(*result), strict=False):  # some have no gradient of rpb
+        right = _expected(case, dtype, device, entry.pass_name)
+        for ours, theirs in zip(right, implementation.unpack(*result), strict=False):  # rpb may have no gradient
             error = ((theirs.float() - ours).abs().max() / ours.abs().max()).item()
-            if not error <= _TOLERANCE[entry.dtype]:
-                raise LeftOut(f"its result is wrong, by {error:.1e} of the largest number")
+            if not error <= _TOLERANCE[entry.setting.dtype]:
+                raise LeftOut(f"wrong result: the error is {error:.1e} of the largest number")
 
-    gflop, gbytes = case.work(entry.pass_name, entry.dtype.itemsize)
-    return Subject(implementation.call(entry.pass_name), gflop, gbytes, entry.pass_name != "forward", check)
+    call = implementation.call(entry.pass_name)
+    return Subject(call, work, entry.pass_name != "forward", check, others=tuple(others))

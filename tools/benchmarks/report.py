@@ -1,4 +1,4 @@
-"""Results as rows: a CSV in long format, with the machine and the versions in every row, and a table to read."""
+"""Write results as a CSV in long format, with the machine and the versions in every row, and as a printed table."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from benchmarks.entry import Entry
 from benchmarks.timing import Timing
 from natzoo.checkpoints import write_table
 
+# The names stay as they are, since plots read older tables: percent_of_floor is the percent of limit, cpu_model the GPU
+# where there is one.
 COLUMNS = (
     *("kind", "group", "case", "provider", "pass", "dtype", "threads", "device"),
     *("p20_ms", "p50_ms", "p80_ms", "n", "gflop", "percent_of_gemm", "percent_of_floor"),
@@ -26,33 +28,33 @@ Row = dict[str, Any]
 
 
 def make_row(entry: Entry, timing: Timing, peak_memory_mb: float | None) -> Row:
-    """One row of the table; what a kind of measurement does not have is empty."""
-    subject = timing.subject
-    images_per_s = subject.batch / timing.p50 * 1e3 if subject.batch else None
+    """Return a row of the table. Columns that do not apply to a measurement are empty."""
+    subject, p50_ms = timing.subject, timing.timer.percentile(50)
+    images_per_s = subject.batch / p50_ms * 1e3 if subject.batch else None
     words = dict(zip(COLUMNS[:5], (entry.kind, entry.group, entry.case, entry.provider, entry.pass_name), strict=True))
     figures = {
-        "p20_ms": timing.p20,
-        "p50_ms": timing.p50,
-        "p80_ms": timing.p80,
-        "n": timing.count,
-        "gflop": subject.gflop,
-        "percent_of_gemm": timing.percent_of_gemm,
-        "percent_of_floor": timing.percent_of_floor,
-        "gemm_gflops": timing.gemm_gflops,
-        "copy_gb_s": timing.copy_gb_s,
+        "p20_ms": timing.timer.percentile(20),
+        "p50_ms": p50_ms,
+        "p80_ms": timing.timer.percentile(80),
+        "n": len(timing.timer.samples_ms),
+        "gflop": subject.work.gflop,
+        "percent_of_gemm": timing.percent_of_matmul,
+        "percent_of_floor": timing.percent_of_limit,
+        "gemm_gflops": timing.limits.matmul_gflops,
+        "copy_gb_s": timing.limits.copy_gb_s,
         "peak_memory_mb": peak_memory_mb,
         "images_per_s": images_per_s,
     }
-    return {**words, **entry.setting._asdict(), **figures, **_surroundings()}
+    return {**words, **entry.setting._asdict(), **figures, **_environment(entry.device)}
 
 
 @cache
-def _surroundings() -> Row:
+def _environment(device: torch.device) -> Row:
     return {
         "torch_version": torch.__version__,
         "timm_version": timm.__version__,
         "natten_version": natten.__version__,
-        "cpu_model": _cpu_model(),
+        "cpu_model": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -65,7 +67,7 @@ def _cpu_model() -> str:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """Writes all rows, replacing an older file."""
+    """Write all rows, replacing an older file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(path, COLUMNS, ({name: _format(row[name]) for name in COLUMNS} for row in rows))
 
@@ -83,16 +85,16 @@ _TITLES = {
     "p50_ms": "ms",
     "spread": "p20-p80",
     "relative": "relative",
-    "percent_of_gemm": "% GEMM",
-    "percent_of_floor": "% floor",
+    "percent_of_gemm": "% matmul",
+    "percent_of_floor": "% limit",
     "peak_memory_mb": "peak MB",
-    "images_per_s": "images/s",
+    "images_per_s": "img/s",
 }
 _WORDS = ("provider", "pass", "what")
 
 
 def format_table(rows: list[Row]) -> str:
-    """The rows to read, group by group; `relative` is the time over that of the first row of the group and pass."""
+    """Format rows as a table, by group. `relative` is the time over that of the first row of the group and pass."""
     first: dict[tuple[str, str], float] = {}
     lines = [_TITLES]
     for row in rows:
@@ -120,6 +122,6 @@ def _short(value: Any) -> str:
 
 
 def _line(values: dict[str, str], widths: dict[str, int]) -> str:
-    """Words to the left, figures to the right."""
+    """Align words to the left and numbers to the right."""
     cells = (values[n].ljust(width) if n in _WORDS else values[n].rjust(width) for n, width in widths.items())
     return "  ".join(cells).rstrip()

@@ -1,11 +1,12 @@
-"""The operator by other means: a gather in plain PyTorch, dense attention with a mask, flex_attention.
+"""Other implementations of the operator: gathered windows, masked dense attention, and flex_attention.
 
-B batch, H heads, N tokens of the flattened map, W keys of a window, d head_dim.
+B: batch, H: heads, X: spatial axes, N: tokens of the flattened map, d: head_dim. Of one axis, L: length,
+K: kernel_size; W: keys of a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf, prod
 from typing import NamedTuple
 
@@ -15,14 +16,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.entry import LeftOut, call_of
-from benchmarks.windows import axis_pairs, axis_windows, bias_index, flatten, padded_bias
-from natten.geometry import Axis
+from natten.geometry import Axis, axis_tiles
 
-MAX_GIB = 1.5  # largest tensor that an implementation may make for itself; a backward pass has several of them
+MAX_GIB = 1.5  # largest temporary tensor of an implementation; a backward pass has several of them
 
 
 class Problem(NamedTuple):
-    """Tensors of one case."""
+    """The tensors of a case."""
 
     axes: tuple[Axis, ...]
     qkv_BX3Hd: Tensor
@@ -30,18 +30,18 @@ class Problem(NamedTuple):
     grad_BXHd: Tensor
 
     def heads_first(self) -> list[Tensor]:
-        """Query, key and value [B, H, N, d], leaves with gradients: what the others are fastest with."""
+        """Return query, key and value [B, H, N, d], contiguous and requiring gradients, as the rivals prefer."""
         return [heads_first(x).contiguous().requires_grad_() for x in self.qkv_BX3Hd.unbind(-3)]
 
 
 class Implementation(NamedTuple):
-    """A provider's way to compute a problem.
+    """How a provider computes a problem.
 
     Attributes:
-        forward: gives the output, in the provider's layout.
-        inputs: tensors that `forward` depends on and that get gradients.
-        grad_out: gradient of the output, in that layout.
-        unpack: turns output and gradients into heads-first output, gradients of query, key, value and rpb.
+        forward: returns the output, in the provider's layout.
+        inputs: the inputs of `forward` that get gradients.
+        grad_out: gradient of the output, in the provider's layout.
+        unpack: turns output and gradients into the heads-first output and the gradients of query, key, value and rpb.
     """
 
     forward: Callable[[], Tensor]
@@ -50,7 +50,7 @@ class Implementation(NamedTuple):
     unpack: Callable[..., list[Tensor]] = lambda *tensors: list(tensors)
 
     def call(self, pass_name: str) -> Callable[[], tuple[Tensor, ...]]:
-        """What is timed; it returns the output, and after it the gradients if it goes backward."""
+        """Return the call to time: its results are the output and, in a backward pass, the gradients of `inputs`."""
         return call_of(pass_name, self.forward, self.inputs, self.grad_out)
 
 
@@ -61,21 +61,75 @@ def heads_first(x_BXHd: Tensor) -> Tensor:
 def _refuse_large(what: str, itemsize: int, *shape: int) -> None:
     size_gib = itemsize * prod(shape) / 2**30
     if size_gib > MAX_GIB:
-        raise LeftOut(f"{what} would take {size_gib:.1f} GiB, more than {MAX_GIB}")
+        raise LeftOut(f"{what} would take {size_gib:.1f} GiB; the limit is {MAX_GIB}")
 
 
-def make_gather(problem: Problem, pass_name: str) -> Implementation:
-    """Copies the keys and values of each window together, then two batched products."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows as index tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _axis_windows(axis: Axis) -> tuple[Tensor, Tensor]:
+    """Return the keys of each position on an axis and their bias indices, both [L, K].
+
+    The index is 2K - 1, past the end of the table, where a causal window leaves the map.
+    """
+    tiles = axis_tiles(axis, 1)
+    return tiles.key_TK[tiles.place_L], tiles.bias_TQK[tiles.place_L, 0]
+
+
+def _axis_pairs(axis: Axis) -> Tensor:
+    """Return the bias index of each pair of positions [L, L], 2K - 1 where the key is outside the window."""
+    key_LK, bias_LK = _axis_windows(axis)
+    outside = torch.full((axis.length, axis.length), 2 * axis.kernel_size - 1)
+    return outside.scatter_reduce(1, key_LK, bias_LK, "amin")  # a slot outside the map may repeat a real key
+
+
+def _flatten(tables: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Turn indices along each axis [L, K] into indices of the flattened axes of these sizes [N, W]."""
+    flat = tables[0]
+    for table, size in zip(tables[1:], sizes[1:], strict=True):
+        flat = (flat[:, None, :, None] * size + table[None, :, None, :]).flatten(2).flatten(0, 1)
+    return flat
+
+
+def _bias_index(axes: Sequence[Axis], tables: Sequence[Tensor]) -> Tensor:
+    """Turn bias indices along each axis into indices of a flattened `_padded_bias` [N, W]."""
+    return _flatten(tables, [2 * axis.kernel_size for axis in axes])
+
+
+def _padded_bias(rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
+    """Return the bias table with an entry of -inf for "outside" on each axis, [heads, 2K..]; one head without rpb."""
+    table = torch.zeros(1, *(2 * axis.kernel_size - 1 for axis in axes)) if rpb is None else rpb
+    return F.pad(table, (0, 1) * len(axes), value=-inf)
+
+
+def _dense_mask(problem: Problem) -> Tensor:
+    """Return the bias of each pair of tokens, -inf outside the window, [H, N, N]; one head without rpb."""
+    table = _padded_bias(problem.rpb, problem.axes).to(problem.qkv_BX3Hd)
+    tokens = prod([axis.length for axis in problem.axes])
+    _refuse_large("the mask", table.element_size(), table.shape[0], tokens, tokens)
+    index_NN = _bias_index(problem.axes, [_axis_pairs(axis) for axis in problem.axes]).to(table.device)
+    return table.flatten(1)[:, index_NN]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Implementations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _make_gather(problem: Problem, pass_name: str) -> Implementation:
+    """Gather the keys and values of each window, then two batched products."""
     q_BHNd, k_BHNd, v_BHNd = problem.heads_first()
     device, scale = q_BHNd.device, q_BHNd.shape[-1] ** -0.5
-    keys, entries = zip(*(axis_windows(axis) for axis in problem.axes), strict=True)
-    key_NW = flatten(keys, [axis.length for axis in problem.axes]).to(device)
-    bias_NW = bias_index(problem.axes, entries).to(device)
+    keys, entries = zip(*(_axis_windows(axis) for axis in problem.axes), strict=True)
+    key_NW = _flatten(keys, [axis.length for axis in problem.axes]).to(device)
+    bias_NW = _bias_index(problem.axes, entries).to(device)
     _refuse_large("the gathered keys", q_BHNd.element_size(), *q_BHNd.shape, key_NW.shape[1])
     rpb = None if problem.rpb is None else problem.rpb.clone().requires_grad_()
 
     def forward() -> Tensor:
-        bias_HNW = padded_bias(rpb, problem.axes, -inf).to(q_BHNd).flatten(1)[:, bias_NW]
+        bias_HNW = _padded_bias(rpb, problem.axes).to(q_BHNd).flatten(1)[:, bias_NW]
         k_BHNWd, v_BHNWd = k_BHNd[:, :, key_NW], v_BHNd[:, :, key_NW]
         logits_BHN1W = (q_BHNd * scale).unsqueeze(-2) @ k_BHNWd.mT + bias_HNW.unsqueeze(-2)
         return (logits_BHN1W.softmax(-1) @ v_BHNWd).squeeze(-2)
@@ -84,8 +138,8 @@ def make_gather(problem: Problem, pass_name: str) -> Implementation:
     return Implementation(forward, inputs, heads_first(problem.grad_BXHd).contiguous())
 
 
-def make_sdpa(problem: Problem, pass_name: str) -> Implementation:
-    """torch's scaled_dot_product_attention with a dense float mask, made beforehand; so rpb gets no gradient."""
+def _make_sdpa(problem: Problem, pass_name: str) -> Implementation:
+    """torch's scaled_dot_product_attention with a dense float mask made in advance; rpb gets no gradient."""
     q_BHNd, k_BHNd, v_BHNd = inputs = problem.heads_first()
     mask_1HNN = _dense_mask(problem)[None]
 
@@ -95,17 +149,17 @@ def make_sdpa(problem: Problem, pass_name: str) -> Implementation:
     return Implementation(forward, inputs, heads_first(problem.grad_BXHd).contiguous())
 
 
-def make_flex(problem: Problem, pass_name: str) -> Implementation:
-    """torch's flex_attention, compiled for this shape, with mask and bias made beforehand; rpb gets no gradient.
+def _make_flex(problem: Problem, pass_name: str) -> Implementation:
+    """torch's flex_attention, compiled for this shape, with mask and bias made in advance; rpb gets no gradient.
 
-    It looks both up in dense tables, which on a CPU is several times faster than to work them out from positions.
+    Mask and bias are read from dense tables, which on a CPU is several times faster than computing them from positions.
     """
     q_BHNd, k_BHNd, v_BHNd = inputs = problem.heads_first()
     if q_BHNd.device.type == "cpu":
         if pass_name != "forward":
             raise LeftOut("flex_attention has no backward pass on CPUs")
         for x in inputs:
-            x.requires_grad_(False)  # or it refuses, even where no graph is made
+            x.requires_grad_(False)  # it refuses inputs that require gradients, even under no_grad
     mask_HNN = _dense_mask(problem)
     is_seen_NN = ~mask_HNN[0].isinf()
 
@@ -117,7 +171,7 @@ def make_flex(problem: Problem, pass_name: str) -> Implementation:
 
     score_mod = None if problem.rpb is None else add_bias
     block_mask = create_block_mask(is_seen, None, None, *is_seen_NN.shape, device=q_BHNd.device.type)
-    torch._dynamo.config.recompile_limit = 64  # each shape is one
+    torch._dynamo.config.recompile_limit = 64  # every shape is compiled
     flex = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def forward() -> Tensor:
@@ -126,17 +180,8 @@ def make_flex(problem: Problem, pass_name: str) -> Implementation:
     return Implementation(forward, inputs, heads_first(problem.grad_BXHd).contiguous())
 
 
-def _dense_mask(problem: Problem) -> Tensor:
-    """The bias of each pair of tokens, -inf where the key is not in the window, [H, N, N]; one head without rpb."""
-    table = padded_bias(problem.rpb, problem.axes, -inf).to(problem.qkv_BX3Hd)
-    tokens = prod([axis.length for axis in problem.axes])
-    _refuse_large("the mask", table.element_size(), table.shape[0], tokens, tokens)
-    index_NN = bias_index(problem.axes, [axis_pairs(axis) for axis in problem.axes]).to(table.device)
-    return table.flatten(1)[:, index_NN]
-
-
 RIVALS: dict[str, Callable[[Problem, str], Implementation]] = {
-    "flex_attention": make_flex,
-    "sdpa": make_sdpa,
-    "gather": make_gather,
+    "flex_attention": _make_flex,
+    "sdpa": _make_sdpa,
+    "gather": _make_gather,
 }

@@ -1,4 +1,4 @@
-# Cascade Mask R-CNN with FPN, whose boxes come from four convolutions and one linear layer, with GIoU as their loss.
+# Cascade Mask R-CNN with FPN. The box heads have four convolutions and one linear layer, and use the GIoU loss.
 _base_ = "mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# COCO 2017, 36 epochs in batches of 16 (8 GPUs with 2 images each), multi-scale training, mixed precision.
+# COCO 2017, 36 epochs, total batch size 16 (8 GPUs with 2 images each), multi-scale training, mixed precision.
 _base_ = ["mmdet::_base_/datasets/coco_instance.py", "./runtime.py"]
 
 short_sides = dict(type="RandomChoiceResize", scales=[(side, 1333) for side in range(480, 801, 32)], keep_ratio=True)

@@ -1,7 +1,7 @@
-# ADE20K in crops of 640x640; --tta evaluates six sizes, each also mirrored.
+# ADE20K in crops of 640x640. --tta evaluates six scales with horizontal flips.
 _base_ = ["mmseg::_base_/datasets/ade20k_640x640.py", "./schedule_160k.py"]
 
 train_dataloader = dict(batch_size=2)
 sizes = [(int(2560 * ratio), int(640 * ratio)) for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)]
-# Of the base's pipeline for --tta the sizes alone differ.
+# Replace only the scales in the base's pipeline for --tta.
 _base_.tta_pipeline[1].transforms[0] = [dict(type="Resize", scale=size, keep_ratio=True) for size in sizes]

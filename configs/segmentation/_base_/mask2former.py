@@ -1,5 +1,5 @@
-# Parts of all Mask2Formers. The backbone: DiNAT-Large, whose 7x7 windows were stretched to 11x11, pretrained on
-# ImageNet-22K.
+# Settings shared by all Mask2Former configs. The backbone is DiNAT-Large, pretrained on ImageNet-22K with 7x7 windows,
+# whose position biases were interpolated to 11x11.
 _base_ = []
 
 backbone = dict(
@@ -10,7 +10,8 @@ backbone = dict(
     dilations=[[1, 14, 1], [1, 4, 1, 7], [1, 2, 1, 3] * 4 + [1, 3], [1, 1, 1, 1, 1]],
     init_cfg=dict(type="Pretrained", checkpoint="dinat_large_21k_11x11"),
 )
-# Its learning rate is a tenth of the heads'; norms and position biases do not decay. The longest name that fits counts.
+# The backbone's learning rate is a tenth of the heads'. Its norms and position biases have no weight decay. The longest
+# matching key applies.
 undecayed = dict(lr_mult=0.1, decay_mult=0.0)
 custom_keys = {
     "backbone": dict(lr_mult=0.1, decay_mult=1.0),
@@ -23,9 +24,9 @@ custom_keys = {
     "query_feat": dict(lr_mult=1.0, decay_mult=0.0),
     "level_embed": dict(lr_mult=1.0, decay_mult=0.0),
 }
-# What every run has, as runtime.py gives it to UPerNet.
+# Common to all runs, as in runtime.py for UPerNet.
 two_checkpoints = dict(checkpoint=dict(max_keep_ckpts=2))
 tensorboard = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
-# For mmdet, whose data ends with each epoch: where it never ends, a resumed run goes on in the middle of it. Crops are
-# padded to one size, so none are grouped by their shapes.
+# An infinite sampler lets a resumed run continue in the middle of the data (see SkipSeenDataHook). Crops are padded to
+# one size, so images need not be grouped by aspect ratio.
 endless = dict(sampler=dict(type="InfiniteSampler"), batch_sampler=None)

@@ -1,4 +1,4 @@
-# Mask2Former for instances, in mmdet: COCO with large-scale jittering, 100 epochs in batches of 16.
+# Mask2Former for instance segmentation, with mmdet: COCO, large-scale jittering, 100 epochs, total batch size 16.
 _base_ = ["./mask2former.py", "mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py"]
 
 custom_imports = dict(imports=["natzoo.openmmlab"])
@@ -9,7 +9,7 @@ train_cfg = dict(max_iters=737500, dynamic_intervals=[(735001, 737500)])
 default_hooks, visualizer = _base_.two_checkpoints, _base_.tensorboard
 train_dataloader = _base_.endless
 
-# For other data sets: parts that a config puts together with those of mask2former_ade20k.py or _cityscapes.py.
+# Pipeline steps for other datasets, combined with those of mask2former_ade20k.py or mask2former_cityscapes.py.
 pad = dict(type="BatchFixedSizePad", img_pad_value=0, pad_mask=True, mask_pad_value=0, pad_seg=False)
 load_image = dict(type="LoadImageFromFile", to_float32=True)
 load_annotations = dict(type="LoadAnnotations", with_bbox=True, with_mask=True)

@@ -1,4 +1,4 @@
-# What every run has: the backbones, TensorBoard, two checkpoints kept.
+# Common to all runs: register the backbones, log to TensorBoard, keep two checkpoints.
 _base_ = "mmseg::_base_/default_runtime.py"
 
 custom_imports = dict(imports=["natzoo.openmmlab"])

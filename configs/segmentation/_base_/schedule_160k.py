@@ -1,4 +1,4 @@
-# 160 000 iterations in batches of 16 (8 GPUs with 2 images each), mixed precision.
+# 160 000 iterations, total batch size 16 (8 GPUs with 2 images each), mixed precision.
 _base_ = "./runtime.py"
 
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=160000, val_interval=16000)

@@ -1,7 +1,7 @@
-# A small UPerNet for small sets, minutes on two cores: a config adds classes, pictures and how long.
+# A small UPerNet that trains in minutes on two cores. A config adds the classes and the dataset.
 _base_ = ["./upernet.py", "./runtime.py", "../../_base_/short_run.py"]
 
-norm_cfg = dict(type="GN", num_groups=8)  # batches are too small for statistics of their own
+norm_cfg = dict(type="GN", num_groups=8)  # batches are too small for BatchNorm
 model = dict(
     data_preprocessor=dict(size=(192, 192), test_cfg=dict(size_divisor=32)),
     backbone=dict(depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8), embed_dim=32, mlp_ratio=3.0, drop_path_rate=0.1),

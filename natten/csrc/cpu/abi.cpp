@@ -1,4 +1,4 @@
 #include "export.h"
 
-// To be raised, with natten/build.py's ABI, whenever plan.h or the exported functions change.
+// Increase this number, and ABI in natten/backends/cpu/build.py, whenever plan.h or the exported functions change.
 NATTEN_EXPORT int natten_abi() { return 1; }

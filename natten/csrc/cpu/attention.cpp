@@ -1,5 +1,5 @@
-// Fused attention, forward and backward: NAT, section 3 (arXiv:2204.07143), in the order of flash attention's backward
-// (arXiv:2205.14135): only the output and the logsumexp are kept between the two, weights are computed again.
+// Fused attention, forward and backward: NAT, section 3 (arXiv:2204.07143). As in FlashAttention (arXiv:2205.14135), only
+// the output and the logsumexp are saved for the backward pass, which recomputes the weights.
 #include <cfloat>
 #include <cmath>
 
@@ -12,15 +12,15 @@ namespace natten {
 // Forward
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The softmax of some rows, of which only sums are kept. Weights are taken relative to `largest`, the largest logit of the
-// first visit, as long as no logit exceeds it by so much that they could overflow. Lanes do not depend on each other.
+// The online softmax of several rows. Weights are relative to `largest`, the largest logit of the first visit, unless a
+// later logit is so much larger that they could overflow. Lanes are independent.
 struct Softmax {
   static constexpr float MOST = 8.f;
   Vec largest, sum;
 
   void clear() { largest = broadcast(-FLT_MAX), sum = Vec{}; }
 
-  // Logits become weights. Returns whether those before must be multiplied by `factor`, which is set only then.
+  // Converts logits to weights. Returns whether previous sums must be multiplied by `factor`, which is set only then.
   NATTEN_INLINE bool add(float* s, int keys, Vec& factor) {
     Vec top = load(s);
     for (int j = 1; j < keys; ++j) top = maximum(top, load(s + j * W));
@@ -159,8 +159,8 @@ class Backward {
   float scale_[MAX_ROWS][W];
   Vec lse_[MAX_ROWS], delta_[MAX_ROWS];
 
-  // The logsumexp of a row's queries, infinite in lanes without one, whose weights thus vanish; and `delta`, the sum over
-  // keys of weight times its gradient, which is the product of the output and its gradient, less the logsumexp's.
+  // Sets the logsumexp of a row's queries, infinite in lanes without a query, so that their weights are 0; and `delta`, the
+  // sum over keys of each weight times its gradient, which equals out * grad_out, summed over head_dim, minus grad_lse.
   void sum_up(const Block& block, int r) {
     float lse[W], delta[W];
     for (int lane = 0; lane < W; ++lane) {
@@ -177,7 +177,7 @@ class Backward {
     lse_[r] = natten::load(lse), delta_[r] = natten::load(delta);
   }
 
-  // Logits become weights, gradients of weights those of logits.
+  // Converts logits to weights, and gradients of weights to gradients of logits.
   NATTEN_INLINE void differentiate(int r, float* p, float* ds, int keys) {
     const Vec lse = lse_[r], delta = delta_[r];
     for (int j = 0; j < keys * W; j += W) {

@@ -1,4 +1,4 @@
-// The relative position bias of rows of queries, laid out as dot needs it, and the way back for its gradient.
+// The relative position bias of rows of queries, in the layout of dot, and the conversion of its gradient to a table.
 #pragma once
 
 #include <cstdint>
@@ -16,28 +16,28 @@ inline int64_t table_size(const Plan& plan) {
   return size;
 }
 
-// The bias of all kinds of rows of a submap, for a group of heads at a time. A kind has the same vectors for all heads.
+// The bias of all kinds of rows of a submap, for a group of heads. A kind uses the same table entries for all heads.
 class Bias {
  public:
-  // `gradients`: where the gradients of the tables of `first_head` and those after it are added; or null.
+  // Adds the gradients of the tables to `gradients`, which begins with head `first_head`; or null.
   Bias(const Call& call, float* gradients, int64_t first_head)
       : call_(call), size_(table_size(*call.plan)), gradients_(gradients), first_gradient_(first_head) {}
   ~Bias() { flush(); }
 
   bool has_table() const { return call_.rpb; }
 
-  // A new kind, with these entries, [vectors][W], of a head's table; -1 where a key is not in the window.
+  // Adds a kind with these entries of the table, [vectors][W]; -1 where a key is not in the window. Returns its index.
   int add_kind(std::vector<int> entries) {
     entries_.push_back(std::move(entries));
     return static_cast<int>(entries_.size()) - 1;
   }
 
-  // Makes values and gradients those of some heads, for all kinds there are.
+  // Computes the values of some heads, for all kinds, and resets the gradients.
   void prepare(int64_t first_head, int heads) {
     const bool is_same_head = first_head == first_head_ || !call_.rpb;
     if (heads == heads_ && is_same_head && kinds_ == entries_.size()) return;
     flush();
-    heads_ = 0;  // until all is in place: the destructor looks at it
+    heads_ = 0;  // until all is in place, since the destructor reads it
     first_head_ = first_head;
     kinds_ = entries_.size();
     stride_ = entries_[0].size();
@@ -50,11 +50,11 @@ class Bias {
     heads_ = heads;
   }
 
-  // The bias of a kind for the head-th head: [vectors][W]; -inf where a key is not in the window; 0 without a table.
+  // The bias of a kind for the head-th head, [vectors][W]: -inf where a key is not in the window, 0 without a table.
   float* value(int head, int kind) { return &values_[(head * kinds_ + kind) * stride_]; }
-  // What that received.
+  // Its gradient.
   float* gradient(int head, int kind) { return &sums_[(head * kinds_ + kind) * stride_]; }
-  // From one kind to the next.
+  // The distance from one kind to the next.
   int64_t stride() const { return stride_; }
 
  private:
@@ -63,7 +63,7 @@ class Bias {
   float* gradients_;
   int64_t first_gradient_, first_head_ = 0, stride_ = 0;
   int heads_ = 0;
-  size_t kinds_ = 0;  // that have values
+  size_t kinds_ = 0;  // kinds that have values
   std::vector<std::vector<int>> entries_;
   std::vector<float> values_, sums_;
 

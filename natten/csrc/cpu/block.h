@@ -1,12 +1,12 @@
-// A block: up to MAX_ROWS rows of W queries each, taken together because they meet the same keys. What a Map is.
+// Blocks, and the interface of a Map. A block is up to MAX_ROWS rows of W queries, which share most of their keys.
 //
-// A Map (lines.h, dense.h) cuts a submap into bands of blocks, holds the keys and values that a block meets, and applies
-// the three products of micro.h to them, one line of keys at a time: its weights stay in the nearest cache. The operators
-// (attention.cpp, halves.cpp) are written once, for any Map.
+// A Map (lines.h, dense.h) divides a submap into bands of blocks, stores the keys and values of a block, and applies the
+// three products of micro.h, one line of keys at a time, so that the weights stay in the L1 cache. The operators
+// (attention.cpp, unfused.cpp) are templates over the Map.
 //
 // run.h calls begin(submap, strip, head), then for_each_block(band, function) for all bands in order, then end(), which
-// writes the last gradients. In function(block), for_each_visit gives the lines of keys that the block meets; dot, gather,
-// scatter and add_bias_gradient take such a visit.
+// writes the last gradients. In function(block), for_each_visit visits the lines of keys that the block sees; dot, gather,
+// scatter and add_bias_gradient take it as argument.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +18,9 @@
 
 namespace natten {
 
-enum Side { KEYS, VALUES };  // of the two tensors that queries meet
+enum Side { KEYS, VALUES };
 
-// Which forms of them an operator uses.
+// Which products with keys and values an operator uses.
 struct Needs {
   bool dot[2], gather[2], grad[2];
 
@@ -29,7 +29,7 @@ struct Needs {
 
 constexpr TensorName SIDE_TENSOR[2] = {KEY, VALUE}, SIDE_GRADIENT[2] = {GRAD_KEY, GRAD_VALUE};
 
-// Into how many strips submaps are cut, along which axis.
+// Submaps are cut into `count` strips along `axis`.
 struct Strips {
   int axis, count;
 };
@@ -37,9 +37,9 @@ struct Strips {
 struct Block {
   int rows;
   int lanes[MAX_ROWS];        // queries of each row
-  Token token[MAX_ROWS][W];   // place of each query
+  Token token[MAX_ROWS][W];   // position of each query
 
-  // Calls function(r, lane, count) for the queries that stand side by side on the map.
+  // Calls function(r, lane, count) for each run of adjacent queries on the map.
   template <class Function>
   NATTEN_INLINE void for_each_run(const Function& function) const {
     for (int r = 0; r < rows; ++r)
@@ -51,8 +51,8 @@ struct Block {
   }
 };
 
-// Queries, or gradients of outputs, of a block: as rows of d, [MAX_ROWS][W][padded], and transposed, [MAX_ROWS][padded][W],
-// the MAX_ROWS at distances of `stride`.
+// Queries, or gradients of outputs, of a block: as rows of d, [MAX_ROWS][W][padded], and transposed, [MAX_ROWS][padded][W].
+// `stride` is the distance between the MAX_ROWS.
 struct BlockRows {
   float *natural, *transposed;
   int dim, padded, stride;
@@ -63,11 +63,11 @@ struct BlockRows {
     transposed = has_transposed ? scratch.take(MAX_ROWS * stride) : nullptr;
   }
 
-  // That lane of the rows from `r` on.
+  // One lane of the rows from `r` on.
   Rows lane_of_rows(int r, int lane) const { return {natural + r * stride + lane * padded, stride}; }
   ConstRows transposed_rows(int r) const { return {transposed + r * stride, stride}; }
 
-  // Lanes without a query become 0.
+  // Lanes without a query are set to 0.
   void load(const Block& block, const View& from, const RowFunctions& functions, float scale) {
     block.for_each_run([&](int r, int lane, int count) {
       functions.load(from.at(block.token[r][lane]), from.step[2], count, dim, padded, scale, lane_of_rows(r, lane)[0]);

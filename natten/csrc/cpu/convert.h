@@ -117,8 +117,8 @@ NATTEN_INLINE T from_float(float x) {
 
 // --- rows ------------------------------------------------------------------------------------------------------------
 
-// to[i] = scale * from[i] for i < count. Rows of `from` lie `step` bytes apart; those of `to` have `padded` floats, which
-// is dim rounded up to whole vectors, 0 beyond dim.
+// to[i] = scale * from[i] for i < count. Rows of `from` are `step` bytes apart. Rows of `to` have `padded` floats, which is
+// dim rounded up to whole vectors; they are 0 beyond dim.
 template <class T>
 void load_rows(const char* from, int64_t step, int count, int dim, int padded, float scale, float* to) {
   if (dim == 2 * W) {  // the same in one step
@@ -138,7 +138,7 @@ void load_rows(const char* from, int64_t step, int count, int dim, int padded, f
   }
 }
 
-// to[i] = scale[i] * from[i], or that much more.
+// to[i] = scale[i] * from[i], or += if IS_SUM.
 template <class T, bool IS_SUM>
 void store_rows(const float* from, int padded, int count, int dim, const float* scale, char* to, int64_t step) {
   for (int i = 0; i < count; ++i, from += padded, to += step) {

@@ -1,4 +1,4 @@
-// The Map of small submaps whose window is the whole of them: ordinary attention. All queries meet the same keys.
+// The Map for small submaps whose window is the whole submap: ordinary attention, where all queries see the same keys.
 #pragma once
 
 #include <vector>
@@ -10,7 +10,7 @@ namespace natten {
 
 class DenseMap {
  public:
-  // Beyond this the bias of all pairs, which this Map lays out, is too much: a LineMap serves.
+  // This Map stores the bias of all pairs. If there are more, LineMap is used.
   static constexpr int MAX_TOKENS = 256;
 
   static bool fits(const Plan& plan, const int (&n)[3]) {
@@ -25,7 +25,7 @@ class DenseMap {
 
   using Shared = Bias;
 
-  // Only for a problem that `fits` for some submap: all of those have kernel_size tokens an axis.
+  // Requires a problem that `fits` for some submap; those submaps have kernel_size tokens per axis.
   DenseMap(const Call& call, const Needs& needs, Bias& bias, Scratch& scratch, const Strips&)
       : plan_(*call.plan), bias_(bias), functions_(row_functions(plan_.dtype)), dim_(plan_.dim),
         padded_(round_up(dim_, W)) {
@@ -46,7 +46,7 @@ class DenseMap {
     for (int row = 0; row < rows_; ++row) bias_.add_kind(bias_entries(row));
   }
 
-  // Keys, with which all rows of the block meet.
+  // A line of keys. All rows of the block see it.
   struct Visit {
     int first_key, first_row, rows, keys;
   };
@@ -55,7 +55,7 @@ class DenseMap {
   int64_t weights_size() const { return int64_t(MAX_ROWS) * uncrowded(MOST_KEYS) * W; }
   Rows weights(float* memory) const { return {memory, int64_t(uncrowded(MOST_KEYS)) * W}; }
 
-  // `head`: its place among those of the bias.
+  // `head`: its index in the bias.
   void begin(const Submap& submap, int, int head) { submap_ = submap, head_ = head; }
 
   int bands() const { return 1; }
@@ -139,7 +139,7 @@ class DenseMap {
   Submap submap_;
   int first_row_ = 0, head_ = 0;
 
-  // Without a table all rows have the same bias: none.
+  // Without a table, all rows have the same bias of 0.
   ConstRows bias_rows(int first_key) const {
     const float* first = bias_.value(head_, bias_.has_table() ? first_row_ : 0);
     return {first + first_key * W, bias_.has_table() ? bias_.stride() : 0};
@@ -158,7 +158,7 @@ class DenseMap {
     return entry;
   }
 
-  // The table is linear in the distance of key and query.
+  // The index in the table is linear in key - query.
   int place_in_table(const Token& t) const { return (t.z * (2 * n_[1] - 1) + t.y) * (2 * n_[2] - 1) + t.x; }
 
   int blocks() const { return (rows_ + MAX_ROWS - 1) / MAX_ROWS; }

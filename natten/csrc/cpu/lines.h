@@ -1,8 +1,8 @@
-// The general Map: rows are queries that stand side by side on the last axis, in adjacent lines of the axis before it.
+// The general Map. Rows are adjacent queries on the last axis, in adjacent lines of the axis before it.
 //
-// Only the lines of keys that this band of blocks or a later one meets are held, in a ring (of three axes: whole planes):
-// each line is converted, transposed and, for gradients, written back once. Of long lines a strip is held. Where there is
-// but one line, neighbours on it take the place of rows in gather and scatter.
+// A ring buffer stores the lines of keys that this band of blocks or a later one sees (with three axes: whole planes). Each
+// line is converted, transposed and, for gradients, written back once. Of long lines, it stores a strip. If there is only
+// one line, neighbors on the line act as rows in gather and scatter.
 #pragma once
 
 #include <algorithm>
@@ -14,19 +14,19 @@
 
 namespace natten {
 
-// Queries side by side on a line, and where their windows begin.
+// Adjacent queries on a line, and the first keys of their windows.
 struct Group {
   int first, lanes, kind;
   KeyAccess access;
-  IntVec index;                 // first key of each lane, counted from that of lane 0; for PERMUTED
-  int place[W], lane_keys[W];   // first key of each lane, counted from the first that the line holds; number of keys
+  IntVec index;                 // first key of each lane, relative to that of lane 0; for PERMUTED
+  int place[W], lane_keys[W];   // first key of each lane, relative to the first stored key; number of keys
 };
 
-// Where the windows of a group begin, less the place of each query (with a table), and how many keys they have: groups
-// that agree in this have the same bias.
+// The first key of each window relative to its query (if there is a table), and the number of keys. Groups with the same
+// pattern have the same bias.
 using Pattern = std::array<int, 2 * W>;
 
-// What the maps of several heads have in common: the groups of a line, or of a strip of it, and their bias.
+// The groups of a line, or of a strip of it, and their bias. The maps of several heads share them.
 struct Groups : Bias {
   using Bias::Bias;
   std::vector<Group> all;
@@ -47,7 +47,7 @@ class LineMap {
     is_one_line_ = plan_.axis[0].length == 1 && plan_.axis[1].length == 1;
     const int strip = strips.axis == 2 ? (longest + strips.count - 1) / strips.count + 2 * kernel_[2] + 1 : longest;
     tokens_ = std::min(strip, longest);
-    // What lies beyond the last token stays 0.
+    // Elements beyond the last token remain 0.
     places_ = std::max(round_up(tokens_, W), tokens_ + kernel_[2]);
     place_stride_ = uncrowded((tokens_ + W + 7) / 8) * 8;
     lines_ = ring_lines();
@@ -64,24 +64,23 @@ class LineMap {
     std::fill_n(ones_, tokens_, 1.f);
   }
 
-  // A line of keys, and the rows of the block whose windows hold it.
+  // A line of keys, and the rows of the block whose windows contain it.
   struct Visit {
     int z, y;  // of the keys
     int first_row, rows, keys;
   };
 
-  // Floats that the weights of a visit take. They are to be zero at first.
+  // Number of floats in the weights of a visit. They must be initialized with zeros.
   int64_t weights_size() const {
     return is_one_line_ ? int64_t(kernel_[2] + 2 * BAND_PAD) * W : int64_t(MAX_ROWS) * uncrowded(kernel_[2]) * W;
   }
 
-  // The weights of a visit's rows, [rows][keys][W], in such memory.
+  // The weights of a visit, [rows][keys][W], in memory of this size.
   Rows weights(float* memory) const {
     return {memory + (is_one_line_ ? BAND_PAD * W : 0), int64_t(uncrowded(kernel_[2])) * W};
   }
 
-  // Takes up strip `strip` of a submap, whose head is the head-th of the bias. Strips of even
-  // number come first.
+  // Begins strip `strip` of a submap, whose head is the head-th of the bias. Even strips come first.
   void begin(const Submap& submap, int strip, int head) {
     submap_ = submap, head_ = head;
     for (int side : {KEYS, VALUES}) {
@@ -91,7 +90,7 @@ class LineMap {
     choose_range(strip);
   }
 
-  // Bands of blocks, to be worked on in order.
+  // Number of bands of blocks, which must be processed in order.
   int bands() const { return (end_[0] - begin_[0]) * bands_per_plane(); }
 
   // Calls function(block) for each block of a band.
@@ -106,10 +105,10 @@ class LineMap {
     }
   }
 
-  // To be called when all bands are done.
+  // Must be called after the last band.
   void end() { hold(packed_end_, packed_end_); }
 
-  // Calls function(visit) for each line of keys that the block meets.
+  // Calls function(visit) for each line of keys that the block sees.
   template <class Function>
   NATTEN_INLINE void for_each_visit(const Function& function) const {
     const int z = block_.token[0][0].z, y = block_.token[0][0].y;
@@ -122,7 +121,7 @@ class LineMap {
       }
   }
 
-  // s = query . key, plus the bias or plus nothing.
+  // s = query . key, plus the bias if is_biased
   void dot(const Visit& visit, const BlockRows& query, Side side, bool is_biased, Rows s) {
     const int64_t step = groups_.has_table() ? -int64_t(kernel_[2]) * W : 0;  // from one row's bias to the next's
     const float* keys = transposed_[side] + int64_t(slot(visit)) * padded_ * place_stride_ + group_->place[0];
@@ -183,7 +182,7 @@ class LineMap {
       for (int j = 0; j < kernel_[2] * W; j += W) store(to + j, load(to + j) + load(s[r] + j));
   }
 
-  // Where the keys of a visit stand in the window of a query, of which they are `count`.
+  // Returns the first slot of the keys of a visit in the window of a query, and sets their number.
   int first_slot(const Visit& visit, int r, int lane, int* count) const {
     const Token& t = block_.token[r][lane];
     const int a = visit.z - windows_[0].first[t.z] + windows_[0].missing[t.z];
@@ -201,7 +200,7 @@ class LineMap {
   const int dim_, padded_;
   int kernel_[3];
   bool is_one_line_;
-  int tokens_, places_, place_stride_, lines_;  // of a line; lines of the ring
+  int tokens_, places_, place_stride_, lines_;  // sizes of a line; number of lines in the ring
   float *natural_[2] = {}, *transposed_[2] = {}, *gradient_[2] = {}, *zeros_, *ones_;
 
   Submap submap_;
@@ -209,16 +208,16 @@ class LineMap {
   View view_[2], gradient_view_[2];
   Windows windows_[3];
   int begin_[3] = {}, end_[3] = {};  // queries of the strip
-  int origin_ = 0, key_end_ = 0;     // keys of a line that are held
-  int kept_begin_ = 0, packed_end_ = 0;  // lines of the ring
-  int own_begin_ = 0, own_end_ = 0;      // keys along the axis of the strips whose gradient no strip has written before
+  int origin_ = 0, key_end_ = 0;     // stored keys of a line
+  int kept_begin_ = 0, packed_end_ = 0;  // stored lines
+  int own_begin_ = 0, own_end_ = 0;      // keys along the axis of strips whose gradient this strip is the first to write
 
   Block block_;
   const Group* group_ = nullptr;
 
   int line(int z, int y) const { return z * submap_.n[1] + y; }
 
-  // --- what a strip holds --------------------------------------------------------------------------------------------
+  // --- storage of a strip --------------------------------------------------------------------------------------------
 
   int ring_lines() const {
     int n[2];
@@ -275,7 +274,7 @@ class LineMap {
     make_groups();
   }
 
-  // Writes back lines before `first`, and brings in those before `end`.
+  // Writes back the gradients of lines before `first`, and loads the lines before `end`.
   void hold(int first, int end) {
     for (; kept_begin_ < first; ++kept_begin_)
       for (int side : {KEYS, VALUES})
@@ -292,7 +291,7 @@ class LineMap {
     if (!needs_.is_loaded(side)) return;
     float* rows = natural_[side] + (needs_.gather[side] ? int64_t(ring) * places_ * padded_ : 0);
     functions_.load(view_[side].at(first_token(which)), view_[side].step[2], count, dim_, padded_, 1.f, rows);
-    if (count < tokens_)  // a shorter line than may have been here before
+    if (count < tokens_)  // a longer line may have been stored here before
       std::memset(rows + int64_t(count) * padded_, 0, sizeof(float) * (places_ - count) * padded_);
     if (!needs_.dot[side]) return;
     float* columns = transposed_[side] + int64_t(ring) * padded_ * place_stride_;
@@ -301,7 +300,7 @@ class LineMap {
         transpose(rows + int64_t(i) * padded_ + d, padded_, columns + int64_t(d) * place_stride_ + i, place_stride_);
   }
 
-  // Strips of odd number come later, and add to what their neighbours have written.
+  // Odd strips come later, and add to the gradients that their neighbors have written.
   void write_gradient(int side, int which) {
     const Token line = first_token(which);
     const int at[2] = {line.z, line.y};
@@ -397,7 +396,7 @@ class LineMap {
 
   int slot(const Visit& visit) const { return line(visit.z, visit.y) % lines_; }
 
-  // Where the bias of a visit's first row begins; that of the next row lies a line before.
+  // The offset of the bias of a visit's first row. The bias of the next row is one line earlier.
   int64_t bias_offset(const Visit& visit) const {
     if (!groups_.has_table()) return 0;
     const Token& t = block_.token[visit.first_row][0];
@@ -405,9 +404,9 @@ class LineMap {
     return int64_t(dz * (2 * kernel_[1] - 1) + dy) * kernel_[2] * W;
   }
 
-  // On a single line, neighbours take the place of rows. Calls function(lane, size, keys, step) for bands of up to MAX_ROWS
-  // lanes, which together meet `keys` keys: a neighbour's weights lie `step` floats further, zeros where it does not meet
-  // a key.
+  // On a single line, neighbors act as rows. Calls function(lane, size, keys, step) for bands of up to MAX_ROWS lanes, which
+  // together see `keys` keys. The weights of the next neighbor are `step` floats further, and 0 for keys that it does not
+  // see.
   template <class Function>
   NATTEN_INLINE void for_each_band(const Function& function) const {
     const int* key = group_->place;
@@ -417,17 +416,17 @@ class LineMap {
       while (end < group_->lanes && end - lane < MAX_ROWS && key[end] - key[end - 1] == move &&
              key[end] - key[lane] <= BAND_PAD)
         ++end;
-      // Lane + i meets the band's j-th key at its own j - i * move: at s + lane + i + (j - i * move) * W.
+      // The band's j-th key is key j - i * move of lane + i, with the weight at s + lane + i + (j - i * move) * W.
       function(lane, end - lane, key[end - 1] - key[lane] + group_->lane_keys[end - 1], int64_t(1 - move * W));
     }
   }
 
-  // What the loops over the lanes of a group need, in one place: the compiler keeps it in registers.
+  // The data of the loops over the lanes of a group, in one structure, so that the compiler keeps it in registers.
   struct Lanes {
     int count;
-    const int *key, *keys;  // first key of each, less origin; number of keys
+    const int *key, *keys;  // first key of each, minus origin_; number of keys
     ConstRows weights;
-    Rows rows;  // of queries or sums
+    Rows rows;  // queries or sums
     int64_t padded;
   };
 

@@ -1,7 +1,7 @@
-// The three products of attention on blocks that fit the registers. Everything else moves data to them.
+// The three products of attention, on blocks that fit into registers. All other files move data to them.
 //
-// Weights and logits of W queries stand side by side: s[key * W + lane]. A "row" is such a vector of queries; the
-// kernels take several rows that meet the same keys, so that what is loaded once is used several times.
+// Weights and logits of W queries are adjacent: s[key * W + lane]. A "row" is such a vector of queries. The kernels process
+// several rows with the same keys, so that each load is used several times.
 //
 //   dot      s[r][key][lane]  = bias + sum over d of  q[r][d][lane] * k[key][d]     logits, and gradients of weights
 //   gather   out[r][d]       += sum over keys of  s[r][key] * v[key][d]             output, gradient of queries
@@ -20,7 +20,7 @@ constexpr int DOT_BUDGET = REGISTERS >= 32 ? 24 : 12;  // accumulators of dot
 constexpr int MAX_DOT_KEYS = REGISTERS >= 32 ? 8 : 6;
 constexpr int SCATTER_KEYS = REGISTERS >= 32 ? 7 : 5;  // keys of scatter, two accumulators each
 
-// Rows that lie at equal distances, in floats.
+// Rows at equal distances, in floats.
 template <class T>
 struct Strided {
   T* first;
@@ -58,10 +58,10 @@ constexpr int dot_keys(int rows) {
   return keys > MAX_DOT_KEYS ? MAX_DOT_KEYS : keys;
 }
 
-// How dot finds the key of each lane, keys being transposed, k[d][position], or for SHARED not, k[position][d].
+// How dot finds the key of each lane. Keys are transposed, k[d][position], except for SHARED, k[position][d].
 enum KeyAccess {
-  SHIFTED,   // the keys of the lanes follow each other
-  PERMUTED,  // they lie within W positions: at those of an index vector
+  SHIFTED,   // the lanes have consecutive keys
+  PERMUTED,  // the keys are within W positions, given by an index vector
   SHARED,    // all lanes have the same key
 };
 
@@ -74,7 +74,7 @@ struct DotArguments {
   Rows s;          // [rows][keys][W]
 };
 
-constexpr int DOT_PIECE = 64;  // elements of d that are summed before they are added to the rest, for precision
+constexpr int DOT_PIECE = 64;  // elements of d that are summed separately, for precision
 
 template <int ROWS, int KEYS, KeyAccess ACCESS>
 void dot(const DotArguments& a, int first_key) {

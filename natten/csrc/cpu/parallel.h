@@ -1,4 +1,4 @@
-// Threads: OpenMP's if the compiler has it, which is then PyTorch's own pool; else threads made for the call.
+// Threads: with OpenMP, PyTorch's own pool; without, threads that are started for the call.
 #pragma once
 
 #include <atomic>
@@ -10,8 +10,8 @@
 
 namespace natten {
 
-// Calls function(i) for i in 0 .. count-1, each once, in any order; with one thread in none but
-// this one, since OpenMP hangs in a process forked after a parallel region. What a call throws is thrown here.
+// Calls function(i) once for each i in 0 .. count-1, in any order. With one thread, it uses the calling thread, because
+// OpenMP hangs in a process forked after a parallel region. Rethrows exceptions.
 template <class Function>
 void parallel_for(int64_t count, int threads, const Function& function) {
   if (threads > count) threads = static_cast<int>(count);

@@ -1,4 +1,4 @@
-// What a caller passes: one plan a problem, and the addresses of its tensors. Plain C: natten/backends/cpu.py packs it.
+// The structures that natten/backends/cpu passes: a plan per problem, and the addresses of its tensors.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +16,13 @@ struct Strides {
   int64_t batch, axis[3], head;
 };
 
-// Tensors of a problem. Not every operator has all of them.
+// The tensors of a problem. No operator has all of them. The order is that of TENSORS in natten/backends/kernels.py.
 enum TensorName { QUERY, KEY, VALUE, OUT, LSE, ATTN, GRAD_OUT, GRAD_LSE, GRAD_ATTN, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, TENSORS };
 
 struct Plan {
-  int64_t dtype;  // of all tensors but lse, grad_lse and the bias, which are float32
+  int64_t dtype;  // of all tensors except lse, grad_lse and the bias, which are float32
   int64_t batch, heads, dim;
-  Axis axis[3];  // problems of fewer axes have leading axes of one token, with a window of one
+  Axis axis[3];  // problems with fewer axes have leading axes of one token and a window of one
   double scale;
   Strides strides[TENSORS];
 };

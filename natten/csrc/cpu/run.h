@@ -1,4 +1,4 @@
-// Cuts a call into tasks, deals them to the threads, and gives each the Map that suits it.
+// Divides a call into tasks, distributes them over threads, and selects a Map for each.
 #pragma once
 
 #include <memory>
@@ -12,15 +12,15 @@
 namespace natten {
 
 constexpr int CHUNKS_PER_THREAD = 2, TASKS_PER_THREAD = 4, FEW_TASKS = 8;
-constexpr int64_t MAX_HEADS = 2;  // of a task: more do not fit the cache
-// Strips of the last axis hold at most so many queries, so that what a thread holds stays in its cache.
+constexpr int64_t MAX_HEADS = 2;  // heads per task; more do not fit into the cache
+// Largest number of queries in a strip of the last axis, so that the data of a thread fits into its cache.
 constexpr int64_t LONGEST_LINE = 1024, LONGEST_OF_MANY_LINES = 112;
 
-// Pieces of a submap, worked on apart: of the last axis if it is long, else of the first. With gradients, strips 0, 2, 4..
-// come before 1, 3, 5..: neighbours share keys, others must not.
+// Strips are pieces of a submap that are processed independently: pieces of the last axis if it is long, else of the first.
+// Neighboring strips share keys. With gradients, strips 0, 2, 4.. are processed before 1, 3, 5.., which must not share any.
 inline Strips choose_strips(const Call& call, bool has_gradients) {
   const Plan& plan = *call.plan;
-  const auto tokens = [&](int i) { return plan.axis[i].length / plan.axis[i].dilation; };  // of the shortest class
+  const auto tokens = [&](int i) { return plan.axis[i].length / plan.axis[i].dilation; };  // in the shortest class
   const int leading = plan.axis[0].length > 1 ? 0 : plan.axis[1].length > 1 ? 1 : 2;
   const int64_t longest = leading == 2 ? LONGEST_LINE : LONGEST_OF_MANY_LINES;
   const int axis = tokens(2) > longest ? 2 : leading;
@@ -32,8 +32,8 @@ inline Strips choose_strips(const Call& call, bool has_gradients) {
   return {axis, static_cast<int>(std::max<int64_t>(1, std::min(count, tokens(axis) / shortest)))};
 }
 
-// All heads of a token lie side by side in memory, so a task takes many heads, band by band: groups of heads, as few as
-// keep all threads busy. For dense submaps the bias is the larger: these take head by head, and all images in turn.
+// All heads of a token are adjacent in memory, so a task processes a group of heads, band by band. There are as few groups
+// as keep all threads busy. For dense submaps the bias is larger than the data; they have one head per group.
 inline int64_t count_head_groups(const Call& call, int strips) {
   int n[3];
   for (int i = 0; i < 3; ++i) n[i] = call.plan->axis[i].length / call.plan->axis[i].dilation;
@@ -44,8 +44,8 @@ inline int64_t count_head_groups(const Call& call, int strips) {
   return std::min(std::max(wanted, (call.plan->heads + MAX_HEADS - 1) / MAX_HEADS), call.plan->heads);
 }
 
-// Operator: a class template over the Map, made with (call, map, scratch), told of each submap by start(map, submap), and
-// called with (block) for each block.
+// Operator: a class template over the Map, with a constructor (call, map, scratch). start(map, submap) is called for each
+// submap, and operator()(block) for each block.
 template <template <class> class Operator>
 class Runner {
  public:
@@ -65,7 +65,7 @@ class Runner {
     groups_ = count_head_groups(call_, strips_.count);
     for (int phase = 0; phase < phases_; ++phase) {
       const int64_t chunks = count_chunks(tasks(phase));
-      // Each chunk has its own bias gradient, summed in order afterwards: the same sum whichever thread took it.
+      // Each chunk has its own bias gradient. They are summed in order afterwards, so the sum is deterministic.
       std::vector<std::vector<float>> gradients(chunks);
       parallel_for(chunks, call_.threads, [&](int64_t chunk) {
         const int64_t first = tasks(phase) * chunk / chunks, end = tasks(phase) * (chunk + 1) / chunks;
@@ -95,7 +95,7 @@ class Runner {
   int64_t first_head(int phase, int64_t task) const { return plan_.heads * (task / tasks_per_group(phase)) / groups_; }
   int64_t end_head(int phase, int64_t task) const { return plan_.heads * (task / tasks_per_group(phase) + 1) / groups_; }
 
-  // Pieces that threads take in turn: each sets up its maps anew, so they are few, but of nearly the same size.
+  // Chunks are the units of scheduling. Each creates its own maps, so there are few, of nearly equal size.
   int64_t count_chunks(int64_t tasks) const {
     const int64_t chunks = int64_t(CHUNKS_PER_THREAD) * call_.threads;
     return tasks % chunks == 0 || tasks > FEW_TASKS * chunks ? chunks : std::min(tasks, FEW_TASKS * chunks);
@@ -106,7 +106,7 @@ class Runner {
     return Submap(call_, first_head(phase, task), rest / residues_, rest % residues_);
   }
 
-  // What works on submaps that suit one kind of Map: a map for each head, and the operator.
+  // Processes the submaps of one kind of Map, with one map per head.
   template <class Map>
   class Worker {
    public:
@@ -160,7 +160,7 @@ class Runner {
   }
 };
 
-// Runs a whole call. 0, or 1 if memory ran out, or 2 if anything else failed: no exception leaves the library.
+// Runs a call. Returns a status as in export.h; no exception leaves the library.
 template <template <class> class Operator>
 int run(const Call& call) {
   try {

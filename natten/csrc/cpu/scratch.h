@@ -1,4 +1,4 @@
-// Memory that a thread keeps between calls: asking the system for it anew would cost more than a small problem.
+// Memory that a thread keeps between calls, because a new allocation can take longer than a small problem.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace natten {
 
-// An odd number of units: distances of a power of two would crowd the same sets of a cache.
+// An odd number of units, because distances of a power of two map to the same cache sets.
 constexpr int uncrowded(int units) { return units | 1; }
 
 inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -22,7 +22,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { release(); }
 
-  // Forgets everything taken before.
+  // Makes all memory available again.
   void reset() {
     size_t total = 0;
     for (const Block& block : blocks_) total += block.size;
@@ -33,11 +33,11 @@ class Scratch {
     if (!blocks_.empty()) blocks_.back().used = 0;
   }
 
-  // Uninitialised floats, on a cache line of their own.
+  // Returns uninitialized floats, aligned to a cache line.
   float* take(size_t floats) {
     const size_t size = (floats + 15) / 16 * 16;
 #if defined(__SANITIZE_ADDRESS__)
-    add(size);  // alone, so that an access beyond its end is seen
+    add(size);  // a separate allocation, so that the sanitizer detects accesses beyond its end
 #endif
     if (blocks_.empty() || blocks_.back().used + size > blocks_.back().size) add(std::max(size, size_t{1} << 16));
     Block& block = blocks_.back();

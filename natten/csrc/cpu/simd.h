@@ -1,7 +1,7 @@
-// Vectors of W floats, as wide as the machine has them, through the vector extensions that GCC and Clang share.
+// Vectors of W floats, of the width of the machine, with the vector extensions of GCC and Clang.
 //
-// Everything above this file is written in terms of `Vec`, `W` and the functions below; only here stand intrinsics, each
-// with a portable twin.
+// All other files use `Vec`, `W` and the functions below. Only this file contains intrinsics, each with a portable
+// alternative.
 #pragma once
 
 #include <cstdint>
@@ -87,8 +87,8 @@ NATTEN_INLINE Vec permute(Vec x, IntVec index) {
 #endif
 }
 
-// e^x within 2 units in the last place; exactly 0 below e^-87, NaN for NaN (if its lowest 9 bits are 0, as in all that arithmetic makes).
-// x <= 88.
+// e^x for x <= 88, within 2 units in the last place. Exactly 0 below e^-87. NaN for NaN, if its lowest 9 bits are 0, as in
+// every NaN that arithmetic produces.
 NATTEN_INLINE Vec exp(Vec x) {
   constexpr float LOG2_E = 1.44269504f, LOWEST = -87.f;
   const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -129,7 +129,7 @@ NATTEN_INLINE Vec log(Vec x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Transposition of W x W floats: log2(W) rounds, each of which exchanges blocks of a power of two
+// Transposition of W x W floats in log2(W) rounds, each of which exchanges blocks with a power of two as size
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <int DISTANCE>

@@ -1,4 +1,4 @@
-// Windows, and the submaps into which dilation cuts a problem: natten/geometry states the same for Python.
+// Windows, and the submaps into which dilation divides a problem. natten/geometry is the same definition in Python.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ struct Windows {
   int n = -1;                // tokens of the class
   std::vector<int> first;    // first key
   std::vector<int> end;      // one past the last
-  std::vector<int> missing;  // slots of a causal window that lie before the map
+  std::vector<int> missing;  // slots of a causal window before the map
 
   void make(const Axis& axis, int tokens) {
     if (n == tokens) return;
@@ -43,7 +43,7 @@ struct Token {
   int z, y, x;
 };
 
-// One tensor as a submap sees it: byte distances between its tokens.
+// A tensor in a submap: its first token, and the distances between tokens in bytes.
 struct View {
   char* base = nullptr;
   int64_t step[3] = {};

@@ -1,4 +1,5 @@
-// Fused attention, forward: NAT, section 3 (arXiv:2204.07143), with a running softmax over the keys of a window.
+// Fused attention, forward, without matrix instructions: NAT, section 3 (arXiv:2204.07143), with an online softmax over the
+// keys of a window.
 #include "groups.h"
 
 namespace natten {

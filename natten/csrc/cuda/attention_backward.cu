@@ -1,12 +1,13 @@
-// Fused attention, backward, in the order of flash attention (arXiv:2205.14135): weights are computed again from the
-// logsumexp. First the queries' gradients, rpb's and `delta`, then those of keys and values, each by whom it belongs to.
+// Fused attention, backward, without matrix instructions. As in FlashAttention (arXiv:2205.14135), the weights are
+// recomputed from the logsumexp. The first kernel computes the gradients of queries and rpb, and `delta`; the second those
+// of keys and values. Each group computes the gradient of its own token.
 #include "groups.h"
 
 namespace natten {
 
-constexpr int SLOTS = KERNEL_X < 32 ? KERNEL_X : 32;  // of a row of a window at a time
+constexpr int SLOTS = KERNEL_X < 32 ? KERNEL_X : 32;  // slots in a row of a window that are processed at a time
 
-// `grad_logits`: [GROUPS][SLOTS], shared; `table`: null if rpb has no gradient.
+// `grad_logits`: [GROUPS][SLOTS] in shared memory; `table`: null if rpb has no gradient.
 __device__ inline void differentiate_query(const Params& p, const Token& token, float* grad_logits, TableGradient* table) {
   const Submap& map = token.map;
   const Rows<const Storage> key(p, KEY, map), value(p, VALUE, map);

@@ -1,5 +1,5 @@
-// Fused attention, forward, with matrix instructions: flash attention (arXiv:2205.14135) on tiles of a map, as in
-// "Faster Neighborhood Attention" (arXiv:2403.04690); here with bias, and with columns skipped that no window holds.
+// Fused attention, forward, with matrix instructions: FlashAttention (arXiv:2205.14135) on tiles of a map, as in "Faster
+// Neighborhood Attention" (arXiv:2403.04690), but with a bias, and skipping columns outside all windows.
 #include "walk.h"
 
 namespace natten {
@@ -12,7 +12,7 @@ struct Attend {
   int first_block;
   Fragments query;
   UnitBias bias;
-  float scale, top[2], total[2], sum[SLICE][4];  // scale: of logits in units of log(2)
+  float scale, top[2], total[2], sum[SLICE][4];  // scale: includes log2(e), for exp2
 
   __device__ __forceinline__ Attend(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
       : p(p), tile(tile), unit(unit), shared(shared), first_block(slice * SLICE),
@@ -35,7 +35,7 @@ struct Attend {
     add_chunk_columns(weights, chunk.columns(1), first_block, sum);
   }
 
-  // Products become weights relative to the largest so far, which those before must follow.
+  // Converts logits to weights relative to the largest logit so far, and rescales the previous sums to it.
   __device__ __forceinline__ void weigh(float (&products)[CHUNK_ROWS][ROW_BLOCKS][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

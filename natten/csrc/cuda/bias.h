@@ -1,12 +1,12 @@
-// What products of rows begin with before they become weights: the bias of a pair where the column is in the token's
-// window, else minus infinity; divided by the scale, since the products are multiplied by it later.
+// The initial values of the products of queries and keys: the bias of a pair, or minus infinity if the column is not in the
+// token's window. They are divided by the scale, because the sums are multiplied by it later.
 #pragma once
 
 #include "tiles.h"
 
 namespace natten {
 
-// Copies a head's bias table to shared memory, with its margins, once a block, if that is what is there.
+// Copies the bias table of a head, with margins, to shared memory, once per block. Does nothing if it is not stored there.
 __device__ __forceinline__ void copy_table(const Params& p, int head, char* shared) {
   if (HAS_BIAS_FRAGMENTS || BIAS_BYTES == 0) return;
   float* to = reinterpret_cast<float*>(shared + BIAS_AT);
@@ -17,22 +17,23 @@ __device__ __forceinline__ void copy_table(const Params& p, int head, char* shar
   }
 }
 
-// Or makes fragments, once a tile, for each place on the last axis that its units have: one for each row of the table (one
-// in all without a table), and a last one of minus infinity, for rows that a half does not see.
+// Makes bias fragments, once per tile, for each position of units on the last axis: one per row of the table (or a single
+// one without a table), and a last one of minus infinity, for rows that a half does not see.
 __device__ __forceinline__ void make_fragments(const Params& p, const BlockTile& tile, char* shared) {
   if (!HAS_BIAS_FRAGMENTS) return;
   const int n = tile.map.n[2], lane = lane_index();
   const float factor = reciprocal_fast(p.scale);
   const float* table = HAS_RPB ? p.rpb + static_cast<long long>(tile.map.head) * TABLE : nullptr;
-  for (int group = 0; group < UNITS_X * FRAGMENTS_A_ROW; ++group) {
-    const int unit = group / FRAGMENTS_A_ROW, half = group % FRAGMENTS_A_ROW, token = lane / 4 + 8 * half;
+  for (int group = 0; group < UNITS_X * FRAGMENTS_PER_ROW; ++group) {
+    const int unit = group / FRAGMENTS_PER_ROW, half = group % FRAGMENTS_PER_ROW, token = lane / 4 + 8 * half;
     const int first = tile.at[2] + unit * UNIT_X, x = first + token;
     const Span columns = x < n ? columns_x(x, n) : Span{0, 0};
-    const int corner = tile.first_x + (first < n ? tile.first_column(first) : 0) - x;  // of the first column, less x
+    const int corner = tile.first_x + (first < n ? tile.first_column(first) : 0) - x;  // first column minus token
     float2* to = reinterpret_cast<float2*>(shared + BIAS_AT + unit * BIAS_FRAGMENTS * FRAGMENT_BYTES) + lane;
 #pragma unroll 1
-    for (int fragment = warp_index() * FRAGMENTS_A_ROW + half; fragment < BIAS_FRAGMENTS; fragment += WARPS * FRAGMENTS_A_ROW) {
-      const float* row = table + fragment / FRAGMENTS_A_ROW * TABLE_X + KERNEL_X - 1;
+    for (int fragment = warp_index() * FRAGMENTS_PER_ROW + half; fragment < BIAS_FRAGMENTS;
+         fragment += WARPS * FRAGMENTS_PER_ROW) {
+      const float* row = table + fragment / FRAGMENTS_PER_ROW * TABLE_X + KERNEL_X - 1;
       float found[ROW_BLOCKS * 2];
 #pragma unroll
       for (int k = 0; k < ROW_BLOCKS * 2; ++k) {
@@ -58,18 +59,18 @@ class UnitBias {
     else if (!IS_SEGMENTED) mask_columns(0);
   }
 
-  // Where a row of columns stands among those of the table, for the first half; the second sees it SIGN rows before.
+  // The table row of a row of columns, for the first half. For the second half it is SIGN rows earlier.
   __device__ __forceinline__ int table_row(const Place& at) const {
     const int row_z = RANK > 2 ? SIGN * (at.z - unit_.z) + KERNEL_Z - 1 : 0;
     const int row_y = RANK > 1 ? SIGN * (at.y - unit_.y) + KERNEL_Y - 1 : 0;
     return row_z * TABLE_Y + row_y;
   }
-  // Where the first column and the unit's first token stand in a row of the table.
+  // The entry in a table row for the first column and the unit's first token.
   __device__ __forceinline__ int entry_of_corner(int segment) const {
     return SIGN * (unit_.first_x + segment * COLUMNS - unit_.x) + KERNEL_X - 1;
   }
 
-  // For row `r` of a chunk.
+  // Sets the bias of row `r` of a chunk.
   __device__ __forceinline__ void get(const Chunk& chunk, int r, float (&bias)[ROW_BLOCKS][4]) {
     const Place at = chunk.place(r);
     if (IS_SEGMENTED) mask_columns(at.segment);
@@ -81,7 +82,7 @@ class UnitBias {
         find(chunk.is_seen(r, half), row_of_half, half, at.segment, bias);
         continue;
       }
-      const int fragment = row_of_half * FRAGMENTS_A_ROW + half % FRAGMENTS_A_ROW;
+      const int fragment = row_of_half * FRAGMENTS_PER_ROW + half % FRAGMENTS_PER_ROW;
       const char* from = shared_ + (chunk.is_seen(r, half) ? fragment : BIAS_FRAGMENTS - 1) * FRAGMENT_BYTES;
 #pragma unroll
       for (int block = 0; block < ROW_BLOCKS; ++block) {
@@ -93,11 +94,11 @@ class UnitBias {
 
  private:
   const Unit& unit_;
-  const char* shared_;  // with fragments, where this lane's numbers begin in those of the unit
+  const char* shared_;  // with fragments: the first number of this lane in those of the unit
   const float* table_;
   float factor_, mask_[ROW_BLOCKS][RANK > 1 ? 2 : 4];  // zero in a token's window, else minus infinity
 
-  // What a fragment would hold.
+  // Computes the values of one half from the table.
   __device__ __forceinline__ void find(bool is_seen, int row, int half, int segment, float (&bias)[ROW_BLOCKS][4]) const {
     const int first = (is_seen ? row * TABLE_X : 0) + entry_of_corner(segment) +
                       SIGN * (lane_index() % 4 * 2 - lane_index() / 4 - (RANK > 1 ? 0 : 8 * half));
@@ -110,7 +111,7 @@ class UnitBias {
 
   __device__ __forceinline__ void mask_columns(int segment) {
     const int x = unit_.first_x + segment * COLUMNS + lane_index() % 4 * 2;
-    // On maps of several axes both halves have the same x; where only the second has tokens there is no unit.
+    // With several axes both halves have the same x, and the first half of a unit always has tokens.
 #pragma unroll
     for (int i = 0; i < ROW_BLOCKS * (RANK > 1 ? 2 : 4); ++i) {
       const int block = RANK > 1 ? i / 2 : i / 4, item = RANK > 1 ? i % 2 : i % 4;

@@ -1,13 +1,13 @@
-// The gradient of rpb: that of an entry is the sum of gradients of logits over the pairs whose place in the table it is,
-// a diagonal of tokens and columns. Each warp adds up what its units give, and the block all of that.
+// The gradient of rpb. The gradient of a table entry is the sum of the gradients of logits over all pairs that use the
+// entry, which form diagonals in the matrix of tokens and columns. Each warp sums its units, and the block sums its warps.
 #pragma once
 
 #include "bias.h"
 
 namespace natten {
 
-// Where a lane's two numbers of a block lie in a fragment of 8 tokens by UNIT_COLUMNS columns: beside those of the next
-// block, so that a thread reads 16 bytes at a time.
+// The position of a lane's two numbers of a block in a fragment of 8 tokens by UNIT_COLUMNS columns. The numbers of two
+// blocks are adjacent, so that a thread reads 16 bytes at a time.
 __device__ __forceinline__ int fragment_place(int block, int lane) {
   const bool is_last = block == ROW_BLOCKS - 1 && ROW_BLOCKS % 2;
   return is_last ? block * 64 + lane * 2 : block / 2 * 128 + lane * 4 + block % 2 * 2;
@@ -36,13 +36,14 @@ __device__ __forceinline__ void store_fragment(const float (&from)[ROW_BLOCKS][2
   }
 }
 
-// On maps of several axes: a row of columns is, to a unit's second half, the row of the table that the row before was to
-// the first half, so that one sum serves both. Sums has add_line(line, row of the table, corner).
+// With several axes, the table row of a row of columns for the second half is that of the previous row of columns for the
+// first half. Both are added up here before they are added to the sums. Sums is the derived class, with the method
+// add_line(line, table row, corner).
 template <class Sums>
 class HeldRow {
  public:
-  // The gradients of a row of columns that for the first half is `row` of the table; `corner`: where the first column and
-  // token stand in it.
+  // Adds the gradients of a row of columns. `row`: its table row for the first half; `corner`: the entry in that row for
+  // the first column and token.
   __device__ __forceinline__ void add(int row, int corner, const float (&grad)[ROW_BLOCKS][4]) {
     if (held_ != row - 1 || corner_ != corner) flush();
     float line[ROW_BLOCKS][2];
@@ -54,7 +55,7 @@ class HeldRow {
     static_cast<Sums*>(this)->add_line(line, row - 1, corner);
     held_ = row, corner_ = corner;
   }
-  // What the first half added to the last row.
+  // Adds what the first half contributes to the last row.
   __device__ __forceinline__ void flush() {
     if (held_ != NOTHING) static_cast<Sums*>(this)->add_line(before_, held_, corner_);
     held_ = NOTHING;
@@ -68,13 +69,13 @@ class HeldRow {
   int held_ = NOTHING, corner_ = 0;
 };
 
-// Sums fragments, one for each row of the table, and their diagonals once in the end.
+// Sums the gradient as fragments, one per table row. Their diagonals are summed once at the end.
 class FragmentGradient : public HeldRow<FragmentGradient> {
  public:
   __device__ __forceinline__ FragmentGradient(float* sums, char*) : sums_(sums) {}
 
   __device__ __forceinline__ void add(int row, int, const float (&grad)[ROW_BLOCKS][4]) {
-    if (RANK > 1) return HeldRow::add(row, 0, grad);  // all corners are alike
+    if (RANK > 1) return HeldRow::add(row, 0, grad);  // all corners are equal
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float line[ROW_BLOCKS][2];
@@ -83,7 +84,7 @@ class FragmentGradient : public HeldRow<FragmentGradient> {
       add_line(line, half, 0);
     }
   }
-  // Rows beyond the table only ever receive zeros.
+  // Rows outside the table only receive zeros.
   __device__ __forceinline__ void add_line(const float (&line)[ROW_BLOCKS][2], int row, int) {
     float* to = sums_ + min(max(row, 0), GRADIENT_FRAGMENTS - 1) * (FRAGMENT_BYTES / 4);
     float sum[ROW_BLOCKS][2];
@@ -93,18 +94,18 @@ class FragmentGradient : public HeldRow<FragmentGradient> {
     store_fragment(sum, to);
   }
 
-  // The diagonals of the sums of all warps, on all threads of the block.
+  // Sums the diagonals over all warps, with all threads of the block.
   static __device__ __forceinline__ void sum_diagonals(const float* sums, float* out) {
     for (int i = threadIdx.x; i < TABLE; i += TILE_THREADS) {
       const int row = i / TABLE_X, first = i % TABLE_X - (KERNEL_X - 1) + REACH;
       float sum = 0;
-      for (int half = 0; half < FRAGMENTS_A_ROW; ++half)
+      for (int half = 0; half < FRAGMENTS_PER_ROW; ++half)
         for (int token = 0; token < 8; ++token) {
           const int column = first + token + 8 * half;
           if (column < 0 || column >= UNIT_COLUMNS) continue;
           const int place = fragment_place(column / 8, token * 4 + column % 8 / 2) + column % 2;
           for (int warp = 0; warp < WARPS; ++warp)
-            sum += sums[(warp * GRADIENT_FRAGMENTS + row * FRAGMENTS_A_ROW + half) * (FRAGMENT_BYTES / 4) + place];
+            sum += sums[(warp * GRADIENT_FRAGMENTS + row * FRAGMENTS_PER_ROW + half) * (FRAGMENT_BYTES / 4) + place];
         }
       out[i] = sum;
     }
@@ -114,7 +115,7 @@ class FragmentGradient : public HeldRow<FragmentGradient> {
   float* sums_;
 };
 
-// Sums diagonals row by row, and adds them to a table: where fragments are too large, or columns begin here and there.
+// Sums the diagonals of each row and adds them to a table. Used if fragments are too large, or if rows have segments.
 class DiagonalGradient : public HeldRow<DiagonalGradient> {
  public:
   __device__ __forceinline__ DiagonalGradient(float* table, char* scratch)
@@ -126,7 +127,7 @@ class DiagonalGradient : public HeldRow<DiagonalGradient> {
 
   __device__ __forceinline__ void add(int row, int corner, const float (&grad)[ROW_BLOCKS][4]) {
     if (RANK > 1) return HeldRow::add(row, corner, grad);
-    float line[DIAGONAL_BLOCKS][2];  // the second half's columns are, to it, 8 further to the left
+    float line[DIAGONAL_BLOCKS][2];  // relative to its tokens, the columns of the second half are shifted by 8
 #pragma unroll
     for (int i = 0; i < DIAGONAL_BLOCKS * 2; ++i) {
       const int block = i / 2, item = i % 2;
@@ -136,7 +137,7 @@ class DiagonalGradient : public HeldRow<DiagonalGradient> {
     add_line(line, row, corner - 8);
   }
 
-  // line: 8 tokens by columns, this thread's as in a fragment. Entries beyond the table only ever receive zeros.
+  // line: this thread's part of 8 tokens by columns, as in a fragment. Entries outside the table only receive zeros.
   template <int LINE_BLOCKS>
   __device__ __forceinline__ void add_line(const float (&line)[LINE_BLOCKS][2], int row, int corner) {
     if (row < 0 || row >= TABLE_ROWS) return;
@@ -169,7 +170,7 @@ using UnitGradient = FragmentGradient;
 using UnitGradient = DiagonalGradient;
 #endif
 
-// The gradient of rpb over all a block's work, in shared memory; or, if it is too large, where the result is to lie.
+// The gradient of rpb over all pieces of a block, in shared memory or, if it is too large, in the result itself.
 class BlockGradient {
  public:
   __device__ __forceinline__ BlockGradient(const Params& p, int head, int part, int slice, char* shared)

@@ -1,5 +1,5 @@
-// Fused attention, backward, second part, with matrix instructions: the gradients of keys and values. Here the tokens of
-// a tile are keys, and their columns the queries that see them.
+// Fused attention, backward, second part, with matrix instructions: the gradients of keys and values. The tokens of a tile
+// are keys, and its columns are the queries that attend to them.
 #define IS_INVERSE 1
 #include "walk.h"
 
@@ -13,7 +13,7 @@ struct DifferentiateKey {
   int first_block;
   Fragments key, value;
   UnitBias bias;
-  float scale, grad_key[SLICE][4], grad_value[SLICE][4];  // scale: of logits in units of log(2)
+  float scale, grad_key[SLICE][4], grad_value[SLICE][4];  // scale: includes log2(e), for exp2
 
   __device__ __forceinline__ DifferentiateKey(const Params& p, const BlockTile& tile, const Unit& unit, char* shared,
                                               int slice)
@@ -55,7 +55,7 @@ struct DifferentiateKey {
   }
 };
 
-// Brings the logsumexp, times log2(e), and delta of a stage's queries to shared memory.
+// Copies logsumexp * log2(e) and delta of the queries of a stage to shared memory.
 __device__ __forceinline__ void copy_statistics(const Rows<const float>& lse, const Rows<const float>& delta,
                                                 const BlockTile& tile, int first_row, char* buffer) {
   float2* statistics = reinterpret_cast<float2*>(buffer + 2 * COLUMN_BYTES);

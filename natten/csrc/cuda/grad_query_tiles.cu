@@ -1,5 +1,5 @@
-// Fused attention, backward, first part, with matrix instructions: the gradients of queries and rpb, and `delta`, the sum
-// over keys of weight times its gradient, which is the product of the output and its gradient, less the logsumexp's.
+// Fused attention, backward, first part, with matrix instructions: the gradients of queries and rpb, and `delta`. Delta is
+// the sum over keys of each weight times its gradient. It equals out * grad_out, summed over head_dim, minus grad_lse.
 #define HAS_GRADIENT HAS_RPB
 #include "bias_gradient.h"
 #include "walk.h"
@@ -15,7 +15,7 @@ struct DifferentiateQuery {
   Fragments query, grad_out;
   UnitBias bias;
   UnitGradient gradient;
-  float scale, lse[2], delta[2], sum[SLICE][4];  // scale: of logits in units of log(2)
+  float scale, lse[2], delta[2], sum[SLICE][4];  // scale: includes log2(e), for exp2
 
   __device__ __forceinline__ DifferentiateQuery(const Params& p, const BlockTile& tile, const Unit& unit, char* shared,
                                                 int slice, float* table)
@@ -69,7 +69,7 @@ struct DifferentiateQuery {
       for (int i = 0; i < ROW_BLOCKS * 4; ++i)
         grads[r][i / 4][i % 4] *= exp2_fast(weights[r][i / 4][i % 4] * scale - lse[i % 4 / 2]);
     add_chunk_columns(grads, chunk.columns(0), first_block, sum);
-    // Last, since it writes to shared memory, which the compiler lets no read overtake.
+    // Last, because it writes to shared memory, and the compiler does not move reads before a write.
     if (HAS_GRADIENT && first_block == 0)
 #pragma unroll
       for (int r = 0; r < CHUNK_ROWS; ++r) {
@@ -94,7 +94,7 @@ NATTEN_KERNEL(natten_grad_query_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
   const BlockGradient gradient(p, head, part, slice, shared);
   int first, end;
   share_of(p, part, first, end);
-  int x = -1, n = -1;  // for which there are fragments
+  int x = -1, n = -1;  // the position and class length that the bias fragments in shared memory belong to
   for (int piece = first; piece < end; ++piece) {
     BlockTile tile;
     if (!tile.locate(p, piece, head)) continue;

@@ -1,5 +1,5 @@
-// Kernels without matrix instructions, for every chip: a group of lanes works on one token, 8 numbers of a row a lane.
-// A block takes GROUPS tokens that follow each other on the last axis of a submap.
+// Shared code of the kernels without matrix instructions, which run on every GPU. A group of lanes processes one token,
+// with 8 elements of a row per lane. A block processes GROUPS consecutive tokens on the last axis of a submap.
 #pragma once
 
 #include "problem.h"
@@ -52,7 +52,7 @@ struct Items {
   }
 };
 
-// The product of two rows, known to all lanes of the group. All threads of a warp must come here.
+// The product of two rows, for all lanes of the group. All threads of the warp must call this.
 __device__ __forceinline__ float dot(const Items& a, const Items& b) {
   float sum = 0;
 #pragma unroll
@@ -68,23 +68,23 @@ __device__ __forceinline__ int largest_in_warp(int value) {
   return value;
 }
 
-// The row of a head's bias table for keys and a query at these places of the first two axes.
+// The row of a head's bias table for a key and a query at these positions on the first two axes.
 __device__ __forceinline__ const float* bias_row(const Params& p, int head, int key_z, int key_y, int z, int y) {
   if (!HAS_RPB) return nullptr;
   return p.rpb + head * static_cast<long long>(TABLE) +
          ((key_z - z + KERNEL_Z - 1) * TABLE_Y + key_y - y + KERNEL_Y - 1) * TABLE_X;
 }
 
-// The token of this group: its position, and the part of its window on each axis that exists.
+// The token of this group: its position, and its window on each axis.
 struct Token {
   Submap map;
-  int z, y, x;     // x is the last token of the class for groups beyond it
-  int first_x;     // that of the first group
+  int z, y, x;     // groups after the last token use that token
+  int first_x;     // x of the first group
   bool is_there;
   Span keys_z, keys_y, keys_x;
   int start_z, start_y, start_x;
 
-  // False, for all groups alike, if the piece is empty.
+  // Returns false, for all groups, if the piece is empty.
   __device__ __forceinline__ bool locate(const Params& p, int piece, int head) {
     int at[3];
     map.head = head;
@@ -98,7 +98,7 @@ struct Token {
   }
 };
 
-// The gradient of rpb that a block sums up, in shared memory if that holds it; each entry belongs to one thread.
+// The gradient of rpb that a block sums, in shared memory if it fits. Each entry belongs to one thread.
 class TableGradient {
  public:
   static constexpr int SHARED = TABLE <= 4096 ? TABLE : 1;
@@ -109,7 +109,7 @@ class TableGradient {
     for (int i = threadIdx.x; i < TABLE; i += THREADS) sums_[i] = 0;
     __syncthreads();
   }
-  // `value(group, entry)`: what a group adds to entry [row, entry]; entries are those of the last axis.
+  // Adds value(group, entry) of all groups to each entry of a table row. `entry` is an index on the last axis.
   template <class Value>
   __device__ __forceinline__ void add_row(int row_z, int row_y, Value value) {
     for (int i = threadIdx.x; i < TABLE_X; i += THREADS) {

@@ -1,5 +1,6 @@
-// Elements, and the instructions that C++ has no word for. Compiled with NATTEN_EMULATION, tests/emulation gives these
-// and the words of CUDA their meaning on a CPU. Fragments: PTX manual, "Matrix Fragments for mma.m16n8k16".
+// Element types, and PTX instructions without a C++ equivalent. If NATTEN_EMULATION is defined, tests/emulation implements
+// these and the CUDA keywords on a CPU. For the layout of fragments, see "Matrix Fragments for mma.m16n8k16" in the PTX
+// manual.
 #pragma once
 
 #ifdef NATTEN_EMULATION
@@ -7,7 +8,7 @@
 #else
 
 #define NATTEN_SHARED_MEMORY(name) extern __shared__ __align__(128) char name[]
-// The bounds: threads of a block, and blocks that a multiprocessor should hold at least.
+// Arguments after the name: threads per block and, optionally, the minimum of resident blocks per multiprocessor.
 #define NATTEN_KERNEL(name, ...) \
   extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ natten::Params p)
 
@@ -37,7 +38,7 @@ __device__ __forceinline__ uint16_t float_to_bfloat(float value) {
 #endif
 }
 
-// Tells the compiler that a pointer, which it cannot trace back to a parameter, is to global memory.
+// Tells the compiler that a pointer is to global memory, where it cannot derive that from a parameter.
 template <class T>
 __device__ __forceinline__ T* to_global(T* pointer) {
   __builtin_assume(__isGlobal(pointer));
@@ -66,7 +67,7 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes to shared memory, or zeros; seen by this thread after wait_copies, by others after a barrier.
+// Copies 16 bytes, or zeros, to shared memory. This thread sees them after wait_copies, others also need a barrier.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool is_there) {
   const int bytes = is_there ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
@@ -78,7 +79,7 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// COUNT matrices of 8 x 8 halves; lane 8 m + r gives the address of row r of matrix m.
+// Loads COUNT matrices of 8 x 8 halves. Lane 8 m + r provides the address of row r of matrix m.
 template <int COUNT, bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(unsigned* out, const void* row) {
   const unsigned at = shared_address(row);
@@ -100,14 +101,14 @@ __device__ __forceinline__ void load_matrices(unsigned* out, const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(at) : "memory");
 }
 
-// A number as the matrix instructions for float32 take it, rounded to 10 bits of fraction.
+// Rounds a number to TF32, with 10 bits of fraction, as the matrix instructions for float32 require.
 __device__ __forceinline__ unsigned round_to_tfloat(float value) {
   unsigned bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
 }
 
-// c[16][8] += a[16][DEPTH] b[DEPTH][8], DEPTH 16 or 8, of Tfloat 8; A, C in rows, B in columns.
+// c[16][8] += a[16][DEPTH] b[DEPTH][8]. DEPTH is 16 or 8, for Tfloat 8. A and C are row-major, B is column-major.
 template <class Element, int DEPTH>
 __device__ __forceinline__ void multiply_add(float* c, const unsigned* a, const unsigned* b) {
   if constexpr (Element::IS_TFLOAT)
@@ -148,7 +149,7 @@ struct Float {
   static __device__ __forceinline__ float narrow(float value) { return value; }
 };
 
-// Float32 that matrix products may round: PyTorch's "tf32".
+// Float32 that matrix products round to TF32.
 struct Tfloat : Float {
   static constexpr bool IS_TFLOAT = true;
 };
@@ -178,11 +179,11 @@ using Element = Half;
 #elif ELEMENT == 3
 using Element = Tfloat;
 #else
-#error "ELEMENT is 0 to 3"
+#error "ELEMENT must be 0 to 3"
 #endif
 using Storage = Element::Storage;
 
-// Two numbers as halves in a word, the first in the low bits.
+// Rounds two numbers to 16 bits and packs them into a word, the first in the low bits.
 __device__ __forceinline__ unsigned pack(float low, float high) {
 #if !defined(NATTEN_EMULATION) && __CUDA_ARCH__ >= 800 && ELEMENT == 1
   unsigned word;
@@ -199,7 +200,7 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
 __device__ __forceinline__ float low_of(unsigned word) { return Element::widen(static_cast<uint16_t>(word)); }
 __device__ __forceinline__ float high_of(unsigned word) { return Element::widen(static_cast<uint16_t>(word >> 16)); }
 
-// The product of what two words hold, one number each or two.
+// The product of two words, each with one number of 32 bits or two of 16 bits.
 __device__ __forceinline__ float dot(unsigned one, unsigned two) {
   if (sizeof(Storage) == 4) return __uint_as_float(one) * __uint_as_float(two);
   return low_of(one) * low_of(two) + high_of(one) * high_of(two);

@@ -1,16 +1,16 @@
-// A problem as a kernel sees it. What the compiler is told (natten/backends/cuda.py): the window of each axis
-// (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM, ELEMENT, HAS_RPB, and HAS_LONG_STEPS, whether so many bytes lie
-// between neighbours of a residue class that 32 such steps may overflow an int. What comes at run time: `Params`.
+// The description of a problem, for all kernels. Compile-time parameters, defined by natten/backends/cuda: the window of
+// each axis (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM, ELEMENT, HAS_RPB, and HAS_LONG_STEPS, whether 32 steps between
+// neighbors in a residue class may overflow an int of bytes. Run-time parameters: `Params`.
 //
-// Problems of fewer axes have leading axes of one token with a window of one. Dilation cuts each axis into residue
-// classes, each a small problem without dilation; natten/geometry states the same for Python.
+// Problems with fewer than three axes have leading axes of one token and a window of one. Dilation cuts each axis into
+// residue classes, which are small problems without dilation. natten/geometry is the same definition in Python.
 #pragma once
 
 #include "instructions.h"
 
 namespace natten {
 
-// As _TENSORS in natten/backends/cuda.py.
+// The order of _TENSORS in natten/backends/cuda.
 enum TensorName {
   QUERY, KEY, VALUE, OUT, LSE, ATTN, GRAD_OUT, GRAD_LSE, GRAD_ATTN, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, DELTA, TENSORS
 };
@@ -24,13 +24,13 @@ struct TensorView {
 struct Params {
   TensorView tensors[TENSORS];
   const float* rpb;    // [heads, 2K - 1 of each axis], contiguous; or null
-  float* partial_rpb;  // [heads, parts, 2K - 1 of each axis]: what each part adds to the gradient of rpb; or null
+  float* partial_rpb;  // [heads, parts, 2K - 1 of each axis], the contribution of each part to grad_rpb; or null
   float* grad_rpb;     // [heads, 2K - 1 of each axis]; or null
-  int pieces;          // of a head: what blocks work on
-  int parts;           // blocks that share the work of a head, where rpb has a gradient
+  int pieces;          // tiles per head, over all images and residue classes
+  int parts;           // blocks that share the pieces of a head, if rpb has a gradient
   int heads, dilation[3];
-  int tokens[3], longer[3];  // of a residue class along an axis, and how many classes have one more
-  int cuts[3];               // pieces of a class along an axis
+  int tokens[3], longer[3];  // tokens per residue class along each axis, and how many classes have one more
+  int cuts[3];               // pieces per residue class along each axis
   float scale;
 };
 
@@ -50,7 +50,7 @@ struct Span {
 // Windows along one axis of a residue class of n tokens: DiNAT's equations 1 and 2 (arXiv:2209.15001), with strides.
 template <int K, int STRIDE, bool IS_CAUSAL>
 struct Windows {
-  // First slot of the window of a query; negative where a causal window begins before the map.
+  // First key of the window of a query; negative where a causal window begins before the map.
   static __device__ __forceinline__ int start(int s, int n) {
     const int group = s / STRIDE * STRIDE;
     if (IS_CAUSAL) return min(group + STRIDE - 1, n - 1) - (K - 1);
@@ -59,7 +59,7 @@ struct Windows {
   static __device__ __forceinline__ int end(int s, int n) { return IS_CAUSAL ? s + 1 : start(s, n) + K; }
   static __device__ __forceinline__ Span keys(int s, int n) { return {max(start(s, n), 0), end(s, n)}; }
 
-  // The queries whose windows hold a key: an interval too, since neither end of a window ever moves back.
+  // The queries whose windows contain a key. They are an interval, because both ends of the window are monotonic.
   static __device__ __forceinline__ Span queries(int key, int n) {
     int first, last_group;
     if (IS_CAUSAL) {
@@ -84,7 +84,7 @@ struct Submap {
   int batch, head, residue[3], n[3];
 };
 
-// Takes the next digit of a mixed-radix number.
+// Removes and returns the next digit of a mixed-radix number.
 __device__ __forceinline__ int take(unsigned& index, int radix) {
   if (radix == 1) return 0;
   const unsigned rest = index / static_cast<unsigned>(radix), digit = index - rest * radix;
@@ -92,13 +92,13 @@ __device__ __forceinline__ int take(unsigned& index, int radix) {
   return static_cast<int>(digit);
 }
 
-// Finds the index-th piece of a head, of the given size, whose first token is written to `at`. False if it lies beyond a
-// class that is shorter than others.
+// Finds piece `index` of a head, for pieces of the given size. Sets the submap, and `at` to its first token. Returns false
+// if the piece is outside the submap, because the residue class is shorter than others.
 __device__ __forceinline__ bool locate(const Params& p, unsigned index, const int (&size)[3], Submap& map, int (&at)[3]) {
 #pragma unroll
   for (int i = 2; i >= 0; --i) {
     at[i] = map.residue[i] = 0, map.n[i] = 1;
-    if (i < 3 - RANK) continue;  // an axis that the compiler need not keep
+    if (i < 3 - RANK) continue;  // an unused axis
     at[i] = take(index, p.cuts[i]) * size[i];
     map.residue[i] = take(index, p.dilation[i]);
     map.n[i] = p.tokens[i] + (map.residue[i] < p.longer[i]);
@@ -107,7 +107,7 @@ __device__ __forceinline__ bool locate(const Params& p, unsigned index, const in
   return at[0] < map.n[0] && at[1] < map.n[1] && at[2] < map.n[2];
 }
 
-// Where a tensor's first row within a submap lies.
+// Address of the first row of a tensor in a submap.
 __device__ __forceinline__ char* base_of(const TensorView& view, const Submap& map, int element_bytes) {
   long long offset = map.batch * view.batch + map.head * view.head;
 #pragma unroll
@@ -115,7 +115,7 @@ __device__ __forceinline__ char* base_of(const TensorView& view, const Submap& m
   return view.data + offset * element_bytes;
 }
 
-// A tensor within a submap: rows of `dim` elements, one a token.
+// A tensor in a submap: one row of elements per token.
 #if HAS_LONG_STEPS
 using Step = long long;
 #else
@@ -138,7 +138,7 @@ struct Rows {
   }
 };
 
-// Which part of a head's work the block does, where the gradient of rpb is summed: pieces [first, end).
+// The pieces [first, end) of a head that a block processes, if blocks share them to sum the gradient of rpb.
 __device__ __forceinline__ void share_of(const Params& p, int part, int& first, int& end) {
   const long long pieces = p.pieces;
   first = static_cast<int>(pieces * part / p.parts);

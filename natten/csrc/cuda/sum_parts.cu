@@ -1,4 +1,4 @@
-// Adds up what the blocks of a backward kernel found for the gradient of rpb, in their order: the same from run to run.
+// Sums the partial gradients of rpb from the blocks of a backward kernel, in a fixed order. The result is deterministic.
 #include "problem.h"
 
 namespace natten {
@@ -8,12 +8,12 @@ constexpr int SUM_THREADS = 1024;
 NATTEN_KERNEL(natten_sum_parts, natten::SUM_THREADS) {
   using namespace natten;
   __shared__ float sums[SUM_THREADS];
-  // 32 entries a block, so that each warp reads them side by side; the warps share the parts.
+  // A block sums 32 entries. Each warp reads all of them, so that reads are coalesced; the warps share the parts.
   const int head = blockIdx.x % p.heads, entry = blockIdx.x / p.heads * 32 + threadIdx.x % 32;
   const float* from = p.partial_rpb + head * static_cast<long long>(p.parts) * TABLE;
   float sum = 0;
   if (entry < TABLE)
-#pragma unroll 8  // loads that do not wait for each other
+#pragma unroll 8  // independent loads
     for (int part = threadIdx.x / 32; part < p.parts; part += SUM_THREADS / 32)
       sum += from[part * static_cast<long long>(TABLE) + entry];
   sums[threadIdx.x] = sum;

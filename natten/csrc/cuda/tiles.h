@@ -1,24 +1,27 @@
-// What the kernels with matrix instructions share. A block takes a tile of tokens (queries; for the gradients of keys and
-// values, keys) of one submap, and holds the union of what they meet (keys; queries), its columns, in shared memory. Each
-// warp takes units of 16 tokens: two rows of 8 on the last two axes, or 16 in a line. The first 8 are rows 0 to 7 of a
-// matrix fragment, the others rows 8 to 15; all of one half have the same place on the first two axes, so that whether
-// a row of columns is in their window is one question for the warp.
+// Shared code of the kernels with matrix instructions.
 //
-// What the compiler is told besides problem.h (natten/backends/cuda_tiles.py chooses):
-//   TILE_Z, TILE_Y, TILE_X  tokens of a tile
-//   COLUMNS                 tokens of a row of columns in shared memory, a multiple of 8
-//   UNIT_COLUMNS            those of them that a unit looks at, a multiple of 8
-//   REACH                   how many tokens before the tile's first token a row of columns begins
-//   IS_SEGMENTED            whether rows, if long, are cut into segments of COLUMNS = UNIT_COLUMNS tokens instead
-//   CHUNK_ROWS              rows that a warp works on at a time
-//   STAGE_ROWS, IS_STAGED   rows that shared memory holds at a time; whether there may be more, and two such buffers
-//   WARPS, MIN_BLOCKS       of a block; blocks that a multiprocessor should hold
+// Tile: the tokens of one submap that a block processes. These are queries; for the gradients of keys and values, keys.
+// Columns: the union of the tokens that they attend to (or that attend to them). Shared memory holds the columns.
+// Unit: the 16 tokens that a warp processes at a time: two rows of 8 on the last two axes, or 16 in a line. Its first
+//   half is rows 0 to 7 of a matrix fragment, its second half rows 8 to 15. All tokens of a half have the same position on
+//   the first two axes, so the whole warp agrees on whether a row of columns is in the window of a half.
+//
+// Compile-time parameters in addition to those of problem.h; natten/backends/cuda/tiles.py chooses them:
+//   TILE_Z, TILE_Y, TILE_X  tokens per tile, along each axis
+//   COLUMNS                 tokens per row of columns in shared memory, a multiple of 8
+//   UNIT_COLUMNS            tokens per row of columns that a unit reads, a multiple of 8
+//   REACH                   distance from the start of a row of columns to the first token of the tile
+//   IS_SEGMENTED            whether long rows are cut into segments of COLUMNS = UNIT_COLUMNS tokens
+//   CHUNK_ROWS              rows that a warp processes at a time
+//   STAGE_ROWS, IS_STAGED   rows in shared memory at a time; whether there may be more rows, which takes two buffers
+//   WARPS, MIN_BLOCKS       warps per block; resident blocks per multiprocessor
 //   SLICES                  blocks that share head_dim of the results
-//   HAS_BIAS_FRAGMENTS      whether bias lies in shared memory as fragments (bias.h)
-//   IS_TABLE_SHARED         whether else the bias table is copied to shared memory
-//   HAS_GRADIENT_FRAGMENTS  whether each warp sums up its gradient as fragments (bias_gradient.h)
-//   GRADIENT_TABLES         copies of it in shared memory else: WARPS, or 1 that warps add to atomically, or 0
-//   SHARED_BYTES            of all that
+//   HAS_BIAS_FRAGMENTS      whether shared memory holds the bias as fragments (bias.h)
+//   IS_TABLE_SHARED         without bias fragments: whether shared memory holds the bias table
+//   HAS_GRADIENT_FRAGMENTS  whether each warp sums the gradient of the bias as fragments (bias_gradient.h)
+//   GRADIENT_TABLES         without gradient fragments: number of gradient tables in shared memory; WARPS, or 1 (warps add
+//                           atomically), or 0
+//   SHARED_BYTES            total size of shared memory
 #pragma once
 
 #include "problem.h"
@@ -27,36 +30,36 @@
 #define IS_INVERSE 0  // whether the block's tokens are keys
 #endif
 #ifndef HAS_GRADIENT
-#define HAS_GRADIENT 0  // whether rpb's gradient is summed up
+#define HAS_GRADIENT 0  // whether the kernel computes the gradient of rpb
 #endif
 
 namespace natten {
 
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= 256, "head_dim must be a multiple of 8 up to 256");
-static_assert(COLUMNS % 8 == 0 && UNIT_COLUMNS % 8 == 0, "see above");
+static_assert(COLUMNS % 8 == 0 && UNIT_COLUMNS % 8 == 0, "COLUMNS and UNIT_COLUMNS must be multiples of 8");
 
 constexpr int TILE_THREADS = WARPS * 32;
 constexpr int UNIT_Y = RANK > 1 ? 2 : 1, UNIT_X = RANK > 1 ? 8 : 16;
 constexpr int UNITS_Y = TILE_Y / UNIT_Y, UNITS_X = TILE_X / UNIT_X;
-static_assert(TILE_Y % UNIT_Y == 0 && TILE_X % UNIT_X == 0, "units fill a tile");
+static_assert(TILE_Y % UNIT_Y == 0 && TILE_X % UNIT_X == 0, "units must fill a tile");
 constexpr int UNITS = TILE_Z * UNITS_Y * UNITS_X;
-static_assert(!IS_STAGED || UNITS <= WARPS, "staged columns are seen once");
+static_assert(!IS_STAGED || UNITS <= WARPS, "with stages, each warp has at most one unit");
 
-constexpr int PIECE = 16 / sizeof(Storage), PIECES = HEAD_DIM / PIECE;  // elements of 16 bytes; those of a row
-static_assert(PIECE == 8 || PIECES % 2 == 0, "multiply_columns rounds no single piece");
-constexpr int STEPS = (PIECES + 1) / 2;  // of a product over head_dim, two pieces each, the last perhaps one
-// Blocks of 8 elements of a row of results, and those of them that this block of threads computes.
+constexpr int PIECE = 16 / sizeof(Storage), PIECES = HEAD_DIM / PIECE;  // elements per 16 bytes, and such pieces per row
+static_assert(PIECE == 8 || PIECES % 2 == 0, "multiply_columns does not round the operands of a single piece");
+constexpr int STEPS = (PIECES + 1) / 2;  // of a product over head_dim: two pieces per step, the last may have one
+// Blocks of 8 elements per row of results, and how many of them this thread block computes.
 constexpr int RESULT_BLOCKS = HEAD_DIM / 8, SLICE = (RESULT_BLOCKS + SLICES - 1) / SLICES;
-constexpr int ROW_BLOCKS = UNIT_COLUMNS / 8;           // of 8 columns
-constexpr int BLOCKS = CHUNK_ROWS * ROW_BLOCKS;
+constexpr int ROW_BLOCKS = UNIT_COLUMNS / 8;     // blocks of 8 columns per row
+constexpr int BLOCKS = CHUNK_ROWS * ROW_BLOCKS;  // and per chunk
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Shared memory: columns, bias, its gradient, some bytes for each warp, and where tensors begin
+// Layout of shared memory: columns, bias, gradient of the bias, scratch memory of each warp, base addresses of tensors
 // ---------------------------------------------------------------------------------------------------------------------
 
 constexpr bool IS_POWER = (PIECES & (PIECES - 1)) == 0;
-constexpr int PITCH = IS_POWER ? PIECES : PIECES | 1;  // pieces from one column to the next
-// The 8 rows of a matrix, wherever they begin, must lie in different banks: by an odd pitch, or by an exchange of pieces.
+constexpr int PITCH = IS_POWER ? PIECES : PIECES | 1;  // distance between columns, in pieces
+// The 8 rows of a matrix must be in different banks, wherever it begins. Either the pitch is odd, or pieces are swizzled.
 constexpr int SWIZZLE_MASK = !IS_POWER ? 0 : PIECES < 8 ? PIECES - 1 : 7;
 constexpr int SWIZZLE_SHIFT = !IS_POWER || PIECES >= 8 ? 0 : PIECES == 4 ? 1 : PIECES == 2 ? 2 : 3;
 __device__ __forceinline__ int swizzle(int column) { return (column >> SWIZZLE_SHIFT) & SWIZZLE_MASK; }
@@ -65,15 +68,16 @@ constexpr int STAGE_TOKENS = STAGE_ROWS * COLUMNS;
 constexpr int BUFFERS = IS_STAGED ? 2 : 1;
 constexpr int COLUMN_BYTES = STAGE_TOKENS * PITCH * 16;
 constexpr bool INVERSE = IS_INVERSE;
-constexpr int SIGN = INVERSE ? -1 : 1;  // of a column's place in the bias table, which is the key's less the query's
-constexpr int STATISTICS_BYTES = INVERSE ? STAGE_TOKENS * 8 : 0;  // two numbers of each query
+constexpr int SIGN = INVERSE ? -1 : 1;  // the bias index uses key - query = SIGN * (column - token)
+constexpr int STATISTICS_BYTES = INVERSE ? STAGE_TOKENS * 8 : 0;  // two numbers per query
 constexpr int BUFFER_BYTES = 2 * COLUMN_BYTES + STATISTICS_BYTES;
 
 constexpr int TABLE_ROWS = TABLE_Z * TABLE_Y;
-constexpr int FRAGMENTS_A_ROW = RANK > 1 ? 1 : 2;  // the halves of a unit in a line lie at different places of a row
+constexpr int FRAGMENTS_PER_ROW = RANK > 1 ? 1 : 2;  // on one axis, the halves of a unit have different positions in a row
 constexpr int FRAGMENT_BYTES = ROW_BLOCKS * 256;  // 8 tokens by UNIT_COLUMNS
-constexpr int BIAS_FRAGMENTS = (HAS_RPB ? TABLE_ROWS : 1) * FRAGMENTS_A_ROW + 1, GRADIENT_FRAGMENTS = TABLE_ROWS * FRAGMENTS_A_ROW;
-// Entries beyond the table may be read, for pairs that no window holds.
+constexpr int GRADIENT_FRAGMENTS = TABLE_ROWS * FRAGMENTS_PER_ROW;
+constexpr int BIAS_FRAGMENTS = (HAS_RPB ? TABLE_ROWS : 1) * FRAGMENTS_PER_ROW + 1;
+// For pairs outside the window, entries before and after the table may be read.
 constexpr int MARGIN = 2 * UNIT_COLUMNS + 32;
 constexpr int BIAS_BYTES = HAS_BIAS_FRAGMENTS         ? UNITS_X * BIAS_FRAGMENTS * FRAGMENT_BYTES
                            : HAS_RPB && IS_TABLE_SHARED ? (TABLE + 2 * MARGIN + 3) / 4 * 16
@@ -88,9 +92,10 @@ constexpr int DIAGONAL_BYTES = HAS_GRADIENT && !HAS_GRADIENT_FRAGMENTS ? 8 * DIA
 constexpr int WARP_BYTES = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES;
 constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES;
 constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES, BASES_AT = WARPS_AT + WARPS * WARP_BYTES;
-static_assert(SHARED_BYTES == BASES_AT + 128 && TENSORS <= 16, "cuda_tiles.py counts otherwise");
-static_assert(!IS_SEGMENTED || !(HAS_BIAS_FRAGMENTS || HAS_GRADIENT_FRAGMENTS), "segments begin here and there");
-static_assert(BIAS_AT % 16 == 0 && GRADIENT_AT % 16 == 0 && WARPS_AT % 16 == 0 && BASES_AT % 16 == 0, "read as vectors");
+static_assert(SHARED_BYTES == BASES_AT + 128 && TENSORS <= 16, "tiles.py computes another size of shared memory");
+static_assert(!IS_SEGMENTED || !(HAS_BIAS_FRAGMENTS || HAS_GRADIENT_FRAGMENTS), "fragments need rows without segments");
+static_assert(BIAS_AT % 16 == 0 && GRADIENT_AT % 16 == 0 && WARPS_AT % 16 == 0 && BASES_AT % 16 == 0,
+              "vector accesses need an alignment of 16 bytes");
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000); }
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
@@ -112,7 +117,7 @@ struct BlockTile {
   Submap map;
   int at[3];
   Span z, y, x;  // columns
-  int first_x;   // where rows of them begin in shared memory, which may be before the map
+  int first_x;   // position of the first token of a row of columns; may be before the map
   int segments, rows;
 
   __device__ __forceinline__ bool locate(const Params& p, int piece, int head) {
@@ -127,7 +132,7 @@ struct BlockTile {
     rows = (RANK > 2 ? z.end - z.first : 1) * (RANK > 1 ? y.end - y.first : 1) * segments;
     return true;
   }
-  // Where a row of columns lies.
+  // Returns the position of a row of columns.
   __device__ __forceinline__ Place place(int row) const {
     if (RANK == 1) return {0, 0, IS_SEGMENTED ? row : 0};
     const int segment = IS_SEGMENTED ? row % segments : 0;
@@ -136,8 +141,8 @@ struct BlockTile {
     const int height = y.end - y.first;
     return {z.first + row / height, y.first + row % height, segment};
   }
-  // Where in it the columns of the unit whose first token is at `x` begin: as near to them as a multiple of 8 can be, or,
-  // where gradients of bias are summed up as fragments, as far before the unit for all alike.
+  // Returns where the columns of the unit with first token `x` begin in a row. This is the largest possible multiple of
+  // 8. With gradient fragments it is the same distance before the unit for all units.
   __device__ __forceinline__ int first_column(int x) const {
     return HAS_GRADIENT_FRAGMENTS ? x - at[2] : (columns_x(x, map.n[2]).first - first_x) / 8 * 8;
   }
@@ -147,7 +152,7 @@ struct BlockTile {
   }
 };
 
-// Works out once for the block where each tensor's rows within the tile's submap begin, and keeps that in shared memory.
+// Computes the base address of each tensor in the submap of the tile, once per block, and stores it in shared memory.
 __device__ __forceinline__ void find_bases(const Params& p, const BlockTile& tile, char* shared) {
   const int name = threadIdx.x;
   if (name >= TENSORS) return;
@@ -159,13 +164,13 @@ __device__ __forceinline__ Rows<T> rows_of(const Params& p, TensorName name, con
   return Rows<T>(p, name, to_global(reinterpret_cast<char* const*>(shared + BASES_AT)[name]));
 }
 
-// Copies a stage of columns of two tensors, in the background; zeros where there are none. A thread takes the same piece
+// Copies a stage of columns of two tensors asynchronously, and zeros where there are none. A thread copies the same piece
 // of each of its rows.
 __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, const Rows<const Storage>& two,
                                              const BlockTile& tile, int first_row, char* buffer) {
   constexpr int LINE = COLUMNS * PIECES, LINE_THREADS = LINE < TILE_THREADS ? LINE : TILE_THREADS;
   constexpr int LINES = TILE_THREADS / LINE_THREADS;
-  constexpr bool IS_STEADY = RANK < 3 && !IS_SEGMENTED;  // whether rows are one step apart
+  constexpr bool IS_STEADY = RANK < 3 && !IS_SEGMENTED;  // whether the distance between rows is constant
   const int line = threadIdx.x / LINE_THREADS;
   for (int i = threadIdx.x % LINE_THREADS; i < LINE && line < LINES; i += LINE_THREADS) {
     const int piece = i % PIECES, column = i / PIECES;
@@ -197,21 +202,21 @@ __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, con
 
 struct Unit {
   int z, y, x;            // first token
-  bool is_there[2];       // whether this thread's tokens, one in each half, exist
-  int token_y[2], token_x[2];  // these, or the last that exist
-  Span z_span, y_span[2], x_span[2];  // columns of these tokens; empty where there are none
+  bool is_there[2];       // whether this thread's tokens, one per half, exist
+  int token_y[2], token_x[2];  // their positions, clamped to existing tokens
+  Span z_span, y_span[2], x_span[2];  // their columns; empty for a token that does not exist
   Span segment_span;
-  int first_row, end_row;  // of columns
+  int first_row, end_row;  // rows of columns
   int first_column;        // in a row of shared memory, a multiple of 8
-  int first_x;             // where that is, in segment 0
+  int first_x;             // position of that column, in segment 0
 
-  // False, for the whole warp, if the unit has no tokens.
+  // Returns false, for the whole warp, if the unit has no tokens.
   __device__ __forceinline__ bool locate(const BlockTile& tile, int index) {
     const int* n = tile.map.n;
     x = tile.at[2] + index % UNITS_X * UNIT_X, index /= UNITS_X;
     y = tile.at[1] + (RANK > 1 ? index % UNITS_Y * UNIT_Y : 0);
     z = RANK > 2 ? tile.at[0] + index / UNITS_Y : 0;
-    // A tile's last units may lie beyond the map.
+    // The last units of a tile may be outside the map.
     const int end_y = min(tile.at[1] + TILE_Y, n[1]), end_x = min(tile.at[2] + TILE_X, n[2]);
     if ((RANK > 2 && z >= min(tile.at[0] + TILE_Z, n[0])) || (RANK > 1 && y >= end_y) || x >= end_x) return false;
     z_span = columns_z(z, n[0]);
@@ -241,7 +246,7 @@ struct Unit {
   }
 };
 
-// This thread's rows of a tensor that belongs to the unit's tokens: lane / 4 of each half.
+// This thread's two rows of a tensor with one row per token of the unit: row lane / 4 of each half.
 template <class T>
 struct UnitRows {
   T* row[2];
@@ -250,7 +255,7 @@ struct UnitRows {
 #pragma unroll
     for (int half = 0; half < 2; ++half) row[half] = rows.at(unit.z, unit.token_y[half], unit.token_x[half]);
   }
-  // Fragment A of a step of two pieces (one in the last if they are odd in number), 4 bytes a register.
+  // Loads fragment A of one step: two pieces (the last step may have one), with 4 bytes per register.
   __device__ __forceinline__ void fragment(int step, unsigned (&a)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -261,7 +266,7 @@ struct UnitRows {
   }
 };
 
-// Registers as matrix instructions take them.
+// Rounds registers to the format of matrix instructions.
 template <int COUNT>
 __device__ __forceinline__ void round_operand(unsigned (&registers)[COUNT]) {
   if constexpr (Element::IS_TFLOAT) {
@@ -270,7 +275,7 @@ __device__ __forceinline__ void round_operand(unsigned (&registers)[COUNT]) {
   }
 }
 
-// Fragments of all steps, kept if that costs few registers.
+// Fragments of all steps. They stay in registers if they need few of them.
 struct Fragments {
   static constexpr bool IS_KEPT = PIECES <= 8;
   UnitRows<const Storage> rows;
@@ -292,7 +297,7 @@ struct Fragments {
   }
 };
 
-// sum[16][8 * ROW_BLOCKS] += the unit's rows times columns that follow each other in shared memory.
+// sum[16][8 * ROW_BLOCKS] += the unit's rows times consecutive columns in shared memory.
 __device__ __forceinline__ void multiply_columns(const Fragments& left, const char* columns, float (&sum)[ROW_BLOCKS][4]) {
   const int lane = lane_index(), exchange = swizzle(lane % 8);
   columns += lane % 8 * (PITCH * 16);
@@ -317,7 +322,7 @@ __device__ __forceinline__ void multiply_columns(const Fragments& left, const ch
         round_operand(b);
         multiply_add<Element, 2 * PIECE>(sum[block], a[0], b);
       }
-      if (PIECES % 2) {  // never of float32
+      if (PIECES % 2) {  // never for float32
         constexpr int LAST = PIECES - 1;
         load_matrices<1, false>(b, row + (LAST ^ exchange) * 16);
         multiply_add<Element, PIECE>(sum[block], a[LAST % 4 / 2], b);
@@ -328,8 +333,8 @@ __device__ __forceinline__ void multiply_columns(const Fragments& left, const ch
 
 #if ELEMENT == 3
 
-// sum[16][8 * SLICE] += the weights of a chunk times its columns. Columns 2 t and 2 t + 1 of a block, which thread t of a
-// row holds, stand as t and t + 4 in the product: the order of a sum is free.
+// sum[16][8 * SLICE] += the weights of a chunk times its columns. Thread t of a row holds columns 2 t and 2 t + 1 of a
+// block; in the product they are columns t and t + 4, since the order of a sum does not matter.
 __device__ __forceinline__ void add_chunk_columns(const float (&weights)[CHUNK_ROWS][ROW_BLOCKS][4], const char* columns,
                                                   int first_block, float (&sum)[SLICE][4]) {
   const int column = lane_index() % 4 * 2, place = lane_index() / 4;
@@ -355,12 +360,12 @@ __device__ __forceinline__ void add_chunk_columns(const float (&weights)[CHUNK_R
 
 #else
 
-// sum[16][8 * SLICE] += weights[16][8 or 16] times the columns of one block of a chunk or two, which begin at FIRST and,
-// for the second, STEP further.
+// sum[16][8 * SLICE] += weights[16][8 or 16] times the columns of one or two blocks of a chunk. The first block begins at
+// column FIRST, the second at FIRST + STEP.
 template <int BLOCK_COUNT, int FIRST, int STEP>
 __device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const char* columns, int first_block,
                                             float (&sum)[SLICE][4]) {
-  // A matrix is 8 columns by a piece: those of two blocks come first where there are two, then those of further pieces.
+  // A matrix is 8 columns by one piece. With two blocks, their matrices come first, then those of the next pieces.
   constexpr int AT_ONCE = 4 / BLOCK_COUNT;
   const int lane = lane_index(), exchange = swizzle(lane % 8), matrix = lane / 8;
   const char* row = columns + (FIRST + lane % 8 + matrix % BLOCK_COUNT * STEP) * (PITCH * 16);
@@ -385,7 +390,7 @@ __device__ __forceinline__ void add_columns(const unsigned (&weights)[4], const 
   }
 }
 
-// sum[16][8 * SLICE] += the weights of a chunk, from a block on, times its columns.
+// sum[16][8 * SLICE] += the weights of a chunk times its columns, beginning with block BLOCK.
 template <int BLOCK = 0>
 __device__ __forceinline__ void add_chunk_columns(const float (&weights)[CHUNK_ROWS][ROW_BLOCKS][4], const char* columns,
                                                   int first_block, float (&sum)[SLICE][4]) {
@@ -403,7 +408,7 @@ __device__ __forceinline__ void add_chunk_columns(const float (&weights)[CHUNK_R
 
 #if ELEMENT == 3
 
-// Writes a unit's result: a thread has 8 bytes of a row, and those of its neighbours follow.
+// Writes a unit's result. A thread writes 8 bytes of a row, its neighbors the following bytes.
 __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const float (&factor)[2], const Rows<Storage>& to,
                                            const Unit& unit, const BlockTile&, int first_block, char*) {
   const UnitRows<Storage> rows(to, unit);
@@ -418,7 +423,7 @@ __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const f
 
 #else
 
-// Writes a unit's result, by way of the warp's shared memory so that each thread writes 16 bytes.
+// Writes a unit's result through the warp's shared memory, so that each thread writes 16 bytes.
 __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const float (&factor)[2], const Rows<Storage>& to,
                                   const Unit& unit, const BlockTile& tile, int first_block, char* shared) {
   const int lane = lane_index();
@@ -447,18 +452,18 @@ __device__ __forceinline__ void store_unit(const float (&sum)[SLICE][4], const f
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A unit's columns, some at a time
+// Chunks of a unit's columns
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A chunk: CHUNK_ROWS rows of columns that follow each other, of which some may not matter to the unit.
+// CHUNK_ROWS consecutive rows of columns. The unit may not see all of them.
 class Chunk {
  public:
-  // Rows from `row` on, and before it if shared memory, which holds [stage_first, stage_first + STAGE_ROWS), ends too soon.
+  // The chunk begins with `row`, or earlier if the stage, rows [stage_first, stage_first + STAGE_ROWS), ends too soon.
   __device__ __forceinline__ Chunk(const BlockTile& tile, const Unit& unit, int row, int stage_first, const char* buffer)
       : tile_(tile), unit_(unit), row_(row), first_(min(row, stage_first + STAGE_ROWS - CHUNK_ROWS)),
         token_((first_ - stage_first) * COLUMNS + unit.first_column), buffer_(buffer) {}
   __device__ __forceinline__ Place place(int r) const { return tile_.place(first_ + r); }
-  // Whether a half of the unit sees a row, and has not met it before.
+  // Whether a half of the unit sees a row that no earlier chunk contained.
   __device__ __forceinline__ bool is_seen(int r, int half) const {
     return first_ + r >= row_ && unit_.sees(place(r), half);
   }
@@ -469,11 +474,11 @@ class Chunk {
     for (int i = 0; i < CHUNK_ROWS * 2; ++i) found |= is_seen(i / 2, i % 2);
     return found;
   }
-  // The unit's columns of a row, of the first tensor or the second.
+  // The unit's columns of row r, of the first or the second tensor.
   __device__ __forceinline__ const char* columns(int tensor, int r = 0) const {
     return buffer_ + tensor * COLUMN_BYTES + token_ * (PITCH * 16) + r * (COLUMNS * PITCH * 16);
   }
-  // Two numbers of each of them.
+  // The two numbers of each of these columns.
   __device__ __forceinline__ const float2* statistics(int r) const {
     return reinterpret_cast<const float2*>(buffer_ + 2 * COLUMN_BYTES) + token_ + r * COLUMNS;
   }
@@ -484,6 +489,6 @@ class Chunk {
   int row_, first_, token_;
   const char* buffer_;
 };
-static_assert(CHUNK_ROWS <= STAGE_ROWS, "a chunk lies in one stage");
+static_assert(CHUNK_ROWS <= STAGE_ROWS, "a chunk must fit into a stage");
 
 }  // namespace natten

@@ -1,11 +1,11 @@
-// The walk of a block over its tile: stages of columns, units, chunks of rows.
+// The loops of a block over its tile: stages of columns, units, chunks of rows.
 #pragma once
 
 #include "bias.h"
 
 namespace natten {
 
-// Gives Work rows [row, end) of the columns that shared memory holds from first_row on.
+// Passes rows [row, end) of columns to `work`, chunk by chunk. Shared memory holds rows from first_row on.
 template <class Work>
 __device__ __forceinline__ void add_rows(Work& work, const BlockTile& tile, const Unit& unit, int row, int end,
                                          int first_row, const char* buffer) {
@@ -16,14 +16,15 @@ __device__ __forceinline__ void add_rows(Work& work, const BlockTile& tile, cons
   }
 }
 
-// Finds the only unit of a warp; one without rows, of whose tokens the first is read, where there is none.
+// Finds the only unit of a warp. Returns false if there is none, and sets a unit without rows, whose first token is
+// readable.
 __device__ __forceinline__ bool find_unit(const BlockTile& tile, Unit& unit) {
   if (warp_index() < UNITS && unit.locate(tile, warp_index())) return true;
   unit = {};
   return false;
 }
 
-// With stages, of which one is copied while another is worked on. Each warp has one unit at most.
+// Processes a tile in stages. The next stage is copied during the computation. Each warp has at most one unit.
 template <class Work, class Copy, class Make>
 __device__ __forceinline__ void walk_stages(const BlockTile& tile, char* shared, Copy copy, Make make) {
   Unit unit;
@@ -46,7 +47,7 @@ __device__ __forceinline__ void walk_stages(const BlockTile& tile, char* shared,
   if (has_unit) work.finish();
 }
 
-// With one unit a warp at most: what its Work reads of its tokens arrives with the columns.
+// Processes a tile with at most one unit per warp. `make` reads the unit's tokens while the columns are copied.
 template <class Work, class Make>
 __device__ __forceinline__ void walk_units(const BlockTile& tile, char* shared, Make make) {
   Unit unit;
@@ -59,9 +60,9 @@ __device__ __forceinline__ void walk_units(const BlockTile& tile, char* shared, 
   work.finish();
 }
 
-// Makes a Work of each unit of this warp, by make(unit); calls its add(chunk) for each chunk of the unit's columns, and
-// finish(). copy(first_row, buffer) brings a stage of columns to shared memory. has_fragments: whether those of the tile's
-// bias are there already.
+// Processes a tile. For each unit of this warp, creates a Work with make(unit), calls work.add(chunk) for each chunk of the
+// unit's columns, and then work.finish(). copy(first_row, buffer) copies a stage of columns to shared memory.
+// has_fragments: whether shared memory already contains the bias fragments of the tile.
 template <class Work, class Copy, class Make>
 __device__ __forceinline__ void walk(const Params& p, const BlockTile& tile, char* shared, bool has_fragments, Copy copy,
                                      Make make) {

@@ -1,1 +1,0 @@
-"""Detection: scripts around natzoo.openmmlab."""

@@ -1,0 +1,380 @@
+"""The cuda backend: kernels in CUDA C++ (natten/csrc/cuda), compiled by NVRTC when a call first needs them.
+
+Each problem has a plan: which kernels to launch, with how many blocks, and all their parameters except the addresses of
+tensors. Plans are cached. Inputs must be finite, as for the reference backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from math import prod
+from struct import Struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from natten.backends.cuda import driver, nvrtc
+from natten.backends.cuda.driver import Kernel
+from natten.backends.cuda.tiles import Tile, choose_tile
+from natten.backends.kernels import DTYPES, TENSORS, KernelBackend, check_layout, unsupported_input, warn_fallback
+from natten.checks import cached, check_rpb
+from natten.geometry import Axis
+
+NAME = "cuda"
+# The compute capability that the kernels need, and that the kernels with matrix instructions need.
+LEAST_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
+
+_TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out * grad_out per query, an intermediate result of backward
+_VIEW_WORDS = 6
+_PARAMS = Struct(f"={len(_TENSORS) * _VIEW_WORDS}q 3q 3i 3i 3i 3i 3i f")  # `Params` in problem.h
+_TABLES = _VIEW_WORDS * len(_TENSORS)  # index of rpb; partial_rpb and grad_rpb follow
+_TFLOAT = 3  # ELEMENT of Tfloat in instructions.h: float32 that matrix instructions round to TF32
+_NO_AXIS = Axis(1, 1, 1, 1, False)
+
+_GROUP_THREADS = 128  # THREADS in groups.h
+_SUM_THREADS, _SUM_ENTRIES = 1024, 32  # threads and table entries per block in sum_parts.cu
+_WAVES = 2  # waves of blocks that sum the gradient of the bias table
+_RESIDENT_GROUPS = 8  # approximate number of blocks of a kernel in groups.h that fit on a multiprocessor
+_MOST_PARTIAL_BYTES = 64 << 20
+_LEAST_SCALE = 1e-30
+# Largest distance in bytes between neighbors in a residue class for which 32 such steps fit into an int.
+_MOST_SHORT_STEP = 2**31 // 32 - 1
+
+
+def unsupported_reason(query: Tensor) -> str | None:
+    """Return why this backend cannot run a call with such a query (or value), or None if it can."""
+    device = query.device
+    if device.type == "mps":
+        return warn_fallback(f"there are no kernels for {device.type} devices")
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    reason = unsupported_input(query)
+    if reason is not None:
+        return reason
+    reason = _unsupported_device(device.index)
+    return reason if reason is None else warn_fallback(reason)
+
+
+@cache
+def _unsupported_device(device: int) -> str | None:
+    """Return why kernels cannot run on a device, or None if they can."""
+    if torch.version.hip:
+        return "there are no kernels for ROCm"
+    gpu = _properties(device)
+    capability = gpu.major, gpu.minor
+    reason = unsupported_capability(capability)
+    if reason is not None:
+        return reason
+    try:
+        nvrtc.architecture(capability)
+        driver.bindings()
+    except (nvrtc.Unavailable, ImportError) as error:
+        return str(error)
+    return None
+
+
+def unsupported_capability(capability: tuple[int, int]) -> str | None:
+    """Return why there are no kernels for GPUs of a compute capability, or None if there are."""
+    if capability >= LEAST_CAPABILITY:
+        return None
+    return f"the GPU has compute capability {capability[0]}.{capability[1]}; the kernels need 7.5 or higher"
+
+
+_properties = cache(torch.cuda.get_device_properties)
+
+
+def may_round_float32() -> bool:
+    """Return whether PyTorch may compute products of float32 matrices on GPUs in TF32, with 10 bits of fraction."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _with_aligned_rows(x: Tensor) -> Tensor:
+    """Return the tensor, or a copy, with rows that are contiguous and aligned to 16 bytes."""
+    items = 16 // x.element_size()
+    *strides, last = x.stride()
+    if last == 1 and x.data_ptr() % 16 == 0 and not any(stride % items for stride in strides):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """One launch: a kernel, the number of blocks, and the parameters with empty addresses."""
+
+    kernel: Kernel
+    blocks: int
+    parameters: bytes
+
+
+class Plan(NamedTuple):
+    """The launches of a problem.
+
+    Attributes:
+        steps: the launches, in order.
+        partial: number of floats in the workspace for partial gradients of rpb.
+    """
+
+    steps: tuple[Step, ...]
+    partial: int
+
+
+def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor | None) -> Tensor | None:
+    """Launch the kernels of one op; see `KernelBackend` for the arguments.
+
+    Returns:
+        The gradient of rpb, or None if the op has none.
+    """
+    shaped = tensors["QUERY"] if "QUERY" in tensors else tensors["VALUE"]
+    if op == "attention_backward":
+        tensors["DELTA"] = torch.empty_like(tensors["LSE"], memory_format=torch.contiguous_format)
+    is_ordered = torch.are_deterministic_algorithms_enabled()
+    is_rounded = shaped.dtype == torch.float32 and may_round_float32()
+    plan = _plan(op, shaped, axes, scale, rpb, is_ordered, is_rounded, tuple(tensors), *tensors.values())
+    table = None if rpb is None else rpb.detach().float().contiguous()
+    partial = grad_rpb = None
+    if op.endswith("_backward") and rpb is not None:
+        make = rpb.new_empty if plan.steps else rpb.new_zeros
+        grad_rpb = make(rpb.shape, dtype=torch.float32)
+        partial = grad_rpb.new_empty(plan.partial)
+    addresses = [(_VIEW_WORDS * _TENSORS.index(name), x.data_ptr()) for name, x in tensors.items() if x is not None]
+    for index, x in enumerate((table, partial, grad_rpb), start=_TABLES):
+        if x is not None:
+            addresses.append((index, x.data_ptr()))
+    if len(plan.steps) > 1:
+        driver.prepare([step.kernel for step in plan.steps], shaped.device.index)
+    for step in plan.steps:
+        parameters = (ctypes.c_int64 * (_PARAMS.size // 8)).from_buffer_copy(step.parameters)
+        for index, address in addresses:
+            parameters[index] = address
+        driver.launch(step.kernel, step.blocks, parameters, shaped.device.index)
+    return None if grad_rpb is None else grad_rpb.to(rpb.dtype)
+
+
+@cached
+def _plan(
+    op: str,
+    shaped: Tensor,
+    axes: tuple[Axis, ...],
+    scale: float,
+    rpb: Tensor | None,
+    is_ordered: bool,
+    is_rounded: bool,
+    names: tuple[str, ...],
+    *tensors: Tensor | None,
+) -> Plan:
+    """Return the plan of a problem whose query (or value) is `shaped`, for the named tensors.
+
+    Raises:
+        ValueError: if a tensor does not match `shaped`.
+    """
+    check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
+    given = dict(zip(names, tensors, strict=True))
+    for name, x in given.items():
+        if x is not None:
+            check_layout(name, x, shaped, axes)
+    gpu = _properties(shaped.device)
+    planner = _Planner(shaped, axes, scale, rpb is not None, is_ordered, is_rounded, given, gpu)
+    if shaped.numel():
+        getattr(planner, op)()
+    return Plan(tuple(planner.steps), planner.partial)
+
+
+def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) -> tuple[Step, ...]:
+    """Return the launches of a problem on a GPU, which need not be present.
+
+    Args:
+        op: "attention" or "attention_backward".
+        shaped: a heads-last query, on any device.
+        axes: the axes of the problem.
+        has_rpb: whether the problem has a bias.
+        gpu: an object with the attributes `major`, `minor`, `multi_processor_count` and
+            `shared_memory_per_block_optin` of `torch.cuda.get_device_properties`.
+    """
+    is_ordered = torch.are_deterministic_algorithms_enabled()
+    planner = _Planner(shaped, axes, 1.0, has_rpb, is_ordered, may_round_float32(), {}, gpu)
+    if shaped.numel():
+        getattr(planner, op)()
+    return tuple(planner.steps)
+
+
+class _Planner:
+    """Collects the launches of a problem. It has one method per op."""
+
+    def __init__(self, shaped: Tensor, axes, scale, has_rpb: bool, is_ordered: bool, is_rounded: bool, tensors, gpu):
+        self.axes = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
+        self.batch, self.heads, self.dim = shaped.shape[0], shaped.shape[-2], shaped.shape[-1]
+        self.element, self.gpu = DTYPES[shaped.dtype], gpu
+        self.tiled_element = _TFLOAT if self.element == 0 and is_rounded else self.element
+        self.scale, self.has_rpb, self.is_ordered = scale, has_rpb, is_ordered
+        self.views = self._views(tensors, 3 - len(axes))
+        self.has_long_steps = any(
+            abs(stride) * axis.dilation * x.element_size() > _MOST_SHORT_STEP
+            for x in tensors.values()
+            if x is not None
+            for stride, axis in zip(x.stride()[1:], axes, strict=False)
+        )
+        self.table = prod(2 * axis.kernel_size - 1 for axis in self.axes)
+        self.steps: list[Step] = []
+        self.partial = 0
+
+    def _views(self, tensors: dict, no_axes: int) -> tuple[int, ...]:
+        words = []
+        for name in _TENSORS:
+            x = tensors.get(name)
+            strides = (0,) * 5 if x is None else (x.stride(0), *(0,) * no_axes, *x.stride()[1 : 5 - no_axes])
+            words += (0, *strides)
+        return tuple(words)
+
+    # Ops
+
+    def attention(self) -> None:
+        tile = self._tile("forward")
+        if tile is None:
+            self._add_group("attention.cu", "natten_attention")
+        else:
+            self._add_tiled("attention_tiles.cu", "natten_attention_tiles", tile)
+
+    def attention_backward(self) -> None:
+        query_tile, key_tile = self._tile("grad_query"), self._tile("grad_key_value")
+        is_tiled = query_tile is not None and key_tile is not None
+        parts = None
+        if self.has_rpb:
+            parts = self._parts(query_tile.size, query_tile.min_blocks) if is_tiled else self._parts(self._group_size())
+        if is_tiled:
+            self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", query_tile, parts)
+            self._add_tiled("grad_key_value_tiles.cu", "natten_grad_key_value_tiles", key_tile)
+        else:
+            self._add_group("attention_backward.cu", "natten_grad_query", parts)
+            self._add_group("attention_backward.cu", "natten_grad_key_value")
+        if self.has_rpb:
+            self._add_sum(parts)
+
+    def query_key(self) -> None:
+        self._add_group("unfused.cu", "natten_query_key")
+
+    def query_key_backward(self) -> None:
+        self._add_group("unfused.cu", "natten_query_key_grad_query")
+        self._add_group("unfused.cu", "natten_query_key_grad_key")
+        if self.has_rpb:
+            parts = self._parts(self._group_size())
+            self._add_group("unfused.cu", "natten_query_key_grad_rpb", parts)
+            self._add_sum(parts)
+
+    def weight_value(self) -> None:
+        self._add_group("unfused.cu", "natten_weight_value")
+
+    def weight_value_backward(self) -> None:
+        self._add_group("unfused.cu", "natten_weight_value_grad_weight")
+        self._add_group("unfused.cu", "natten_weight_value_grad_value")
+
+    # Launches
+
+    def _tile(self, kind: str) -> Tile | None:
+        """Return the tile of a kernel with matrix instructions.
+
+        Returns None if there is no such kernel for the dtype, scale, GPU and window.
+        """
+        gpu = self.gpu
+        is_divisor = _LEAST_SCALE < self.scale < 1 / _LEAST_SCALE  # kernels divide the bias by the scale
+        if self.tiled_element == 0 or not is_divisor or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
+            return None
+        return choose_tile(
+            kind,
+            self.axes,
+            self.dim,
+            maps=self.batch * self.heads,
+            has_rpb=self.has_rpb,
+            processors=gpu.multi_processor_count,
+            most_shared_bytes=gpu.shared_memory_per_block_optin,
+            is_ordered=self.is_ordered,
+            item_bytes=4 if self.tiled_element == _TFLOAT else 2,
+        )
+
+    def _group_size(self) -> tuple[int, int, int]:
+        lanes = 1 << (self.dim // 8 - 1).bit_length()
+        return 1, 1, _GROUP_THREADS // lanes
+
+    def _cuts(self, size: Sequence[int]) -> list[int]:
+        """Return the number of pieces of a given size per residue class, along each axis."""
+        return [-(-axis.length // (axis.dilation * q)) for axis, q in zip(self.axes, size, strict=True)]
+
+    def _pieces(self, size: Sequence[int]) -> int:
+        """Return the number of pieces of a given size per head, over all images and residue classes."""
+        return self.batch * prod(self._cuts(size)) * prod(axis.dilation for axis in self.axes)
+
+    def _parts(self, size: Sequence[int], resident: int = _RESIDENT_GROUPS) -> int:
+        """Return how many blocks share the pieces of a head if each sums a partial gradient of the bias table.
+
+        The blocks make up a few waves, with `resident` blocks per multiprocessor. With fewer blocks, most of the GPU
+        waits for the slowest one. Each further block costs another partial table.
+        """
+        most = max(1, _MOST_PARTIAL_BYTES // (4 * self.table * self.heads))
+        return min(self._pieces(size), most, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
+
+    def _add_group(self, source: str, name: str, parts: int | None = None) -> None:
+        kernel = Kernel(source, name, self._definitions(self.element), _GROUP_THREADS)
+        self._add(kernel, self._group_size(), parts)
+
+    def _add_tiled(self, source: str, name: str, tile: Tile, parts: int | None = None) -> None:
+        definitions = (*self._definitions(self.tiled_element), *tile.definitions())
+        kernel = Kernel(source, name, definitions, tile.threads, tile.shared_bytes)
+        self._add(kernel, tile.size, parts, tile.slices)
+
+    def _add_sum(self, parts: int) -> None:
+        self.partial = self.heads * parts * self.table
+        kernel = Kernel("sum_parts.cu", "natten_sum_parts", self._definitions(self.element), _SUM_THREADS)
+        self._add(kernel, (1, 1, 1), parts, blocks=-(-self.table // _SUM_ENTRIES) * self.heads)
+
+    def _add(self, kernel: Kernel, size, parts: int | None, slices: int = 1, blocks: int | None = None) -> None:
+        """Add a launch over the pieces of a given size.
+
+        Args:
+            parts: number of blocks that share the pieces of a head; by default one block per piece.
+            slices: number of blocks that share head_dim.
+            blocks: total number of blocks, if it does not follow from the other arguments.
+        """
+        pieces = self._pieces(size)
+        parts = pieces if parts is None else parts
+        blocks = parts * slices * self.heads if blocks is None else blocks
+        if max(blocks, pieces) >= 2**31:
+            raise ValueError(
+                f"query needs {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31; split the batch."
+            )
+        classes = [divmod(axis.length, axis.dilation) for axis in self.axes]
+        parameters = _PARAMS.pack(
+            *self.views,
+            *(0, 0, 0),
+            *(pieces, parts, self.heads),
+            *(axis.dilation for axis in self.axes),
+            *(tokens for tokens, _ in classes),
+            *(longer for _, longer in classes),
+            *self._cuts(size),
+            self.scale,
+        )
+        self.steps.append(Step(kernel, blocks, parameters))
+
+    def _definitions(self, element: int) -> tuple[str, ...]:
+        definitions = [f"HEAD_DIM={self.dim}", f"ELEMENT={element}", f"HAS_RPB={int(self.has_rpb)}"]
+        definitions.append(f"HAS_LONG_STEPS={int(self.has_long_steps)}")
+        for letter, axis in zip("ZYX", self.axes, strict=True):
+            definitions.append(f"KERNEL_{letter}={axis.kernel_size}")
+            definitions.append(f"STRIDE_{letter}={axis.stride}")
+            definitions.append(f"CAUSAL_{letter}={int(axis.is_causal)}")
+        return tuple(definitions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The interface of natten.backends.Backend
+# ---------------------------------------------------------------------------------------------------------------------
+
+_backend = KernelBackend(launch, _with_aligned_rows)
+attention, attention_backward = _backend.attention, _backend.attention_backward
+query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
+weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward

@@ -1,0 +1,175 @@
+"""Load CUDA kernels once per device, and launch them on PyTorch's current stream.
+
+The driver is not touched before the first launch. No function here waits for the device or allocates memory on it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from natten.backends.cuda import nvrtc
+
+_DEFAULT_SHARED_BYTES = 48 << 10  # the shared memory that a block may use without setting an attribute
+
+
+class Kernel(NamedTuple):
+    """A kernel: its source, definitions and launch configuration.
+
+    Attributes:
+        source: name of a file in natten/csrc/cuda.
+        name: name of the function.
+        definitions: macros, as "NAME=VALUE".
+        threads: threads per block.
+        shared_bytes: dynamic shared memory per block.
+    """
+
+    source: str
+    name: str
+    definitions: tuple[str, ...]
+    threads: int
+    shared_bytes: int = 0
+
+
+@functools.cache
+def bindings():
+    """Return the module cuda.bindings.driver."""
+    from cuda.bindings import driver
+
+    return driver
+
+
+def launch(kernel: Kernel, blocks: int, parameters: ctypes.Array, device: int) -> None:
+    """Enqueue a kernel on the current stream of a device.
+
+    Args:
+        parameters: the kernel's only parameter, a structure.
+
+    Raises:
+        RuntimeError: if the driver fails, or if a CUDA graph is being captured and the kernel is not loaded yet.
+        nvrtc.Unavailable: if the kernel cannot be compiled.
+    """
+    driver = bindings()
+    addresses = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+    with _Context(device):
+        function = _functions.get((device, kernel)) or _load(kernel, device)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        threads, shared_bytes = kernel.threads, kernel.shared_bytes
+        result = driver.cuLaunchKernel(
+            function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(addresses), 0
+        )
+        _check(result)
+
+
+def prepare(kernels: Sequence[Kernel], device: int) -> None:
+    """Compile and load the kernels of a problem in parallel, except those that are loaded already.
+
+    Raises:
+        nvrtc.Unavailable: if one cannot be compiled.
+    """
+    missing = [kernel for kernel in kernels if (device, kernel) not in _functions]
+    if len(missing) < 2 or torch.cuda.is_current_stream_capturing():
+        return
+    codes = machine_codes(missing, torch.cuda.get_device_capability(device))
+    with _Context(device):
+        for kernel, code in zip(missing, codes, strict=True):
+            _load(kernel, device, code)
+
+
+def machine_codes(kernels: Iterable[Kernel], capability: tuple[int, int]) -> list[bytes]:
+    """Return the machine code of several kernels, from the cache or compiled now, in parallel.
+
+    Raises:
+        nvrtc.Unavailable: if one cannot be compiled.
+    """
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda k: nvrtc.machine_code(k.source, k.definitions, capability), kernels))
+
+
+def _check(result: tuple):
+    status, *values = result
+    if int(status):
+        _, text = bindings().cuGetErrorString(status)
+        raise RuntimeError(f"the CUDA driver failed: {(text or b'').decode() or status.name}")
+    return values[0] if values else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loaded functions, one per kernel and device
+# ---------------------------------------------------------------------------------------------------------------------
+
+_functions: dict[tuple[int, Kernel], object] = {}
+_lock = threading.Lock()
+
+
+def _load(kernel: Kernel, device: int, code: bytes | None = None):
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "CUDA graph capture cannot compile or load a kernel of natten; before the capture, run the model once with "
+            "the same shapes and dtypes."
+        )
+    with _lock:
+        found = _functions.get((device, kernel))
+        if found is None:
+            if code is None:
+                capability = torch.cuda.get_device_capability(device)
+                code = nvrtc.machine_code(kernel.source, kernel.definitions, capability)
+            module = _check(bindings().cuModuleLoadData(code))
+            found = _check(bindings().cuModuleGetFunction(module, kernel.name.encode()))
+            if kernel.shared_bytes > _DEFAULT_SHARED_BYTES:
+                attributes = bindings().CUfunction_attribute
+                limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                _check(bindings().cuFuncSetAttribute(found, limit, kernel.shared_bytes))
+                # Percent of the L1 cache to use as shared memory, so that several blocks fit on a multiprocessor.
+                carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                _check(bindings().cuFuncSetAttribute(found, carveout, 100))
+            _functions[device, kernel] = found
+        return found
+
+
+def _reset() -> None:
+    """Forget all loaded modules. A forked child cannot use those of its parent, nor a lock that was held."""
+    global _lock
+    _lock = threading.Lock()
+    _functions.clear()
+    _primary_context.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The device's context
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _primary_context(device: int):
+    """Return the context that PyTorch uses too."""
+    return _check(bindings().cuDevicePrimaryCtxRetain(_check(bindings().cuDeviceGet(device))))
+
+
+class _Context:
+    """Make a device's context current. Autograd threads may have no context, or that of another device."""
+
+    __slots__ = ("context", "is_pushed")
+
+    def __init__(self, device: int):
+        self.context = _primary_context(device)
+
+    def __enter__(self) -> None:
+        self.is_pushed = int(_check(bindings().cuCtxGetCurrent())) != int(self.context)
+        if self.is_pushed:
+            _check(bindings().cuCtxPushCurrent(self.context))
+
+    def __exit__(self, *error) -> None:
+        if self.is_pushed:
+            _check(bindings().cuCtxPopCurrent())

@@ -1,0 +1,455 @@
+"""Choose how the kernels with matrix instructions cut a problem into tiles. natten/csrc/cuda/tiles.h defines the terms.
+
+Neighboring tiles read many of the same columns, so a larger tile reads fewer columns per token. A smaller tile leaves
+room for several blocks on a multiprocessor, which hide each other's latency. `choose_tile` tries all possible tiles and
+returns the one with the lowest cost, which is estimated from the bytes that a tile copies to shared memory and the
+instructions that it issues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import chain, product
+from math import ceil, prod
+from typing import NamedTuple
+
+from natten.geometry import Axis
+
+KINDS = ("forward", "grad_query", "grad_key_value")
+
+_LONG_AXIS = 1 << 12  # on longer axes, only some tiles are examined
+_MOST_WARPS = 8  # per block
+_MOST_UNITS = 32  # per tile
+_MOST_ROW_BLOCKS = 8  # blocks of 8 columns in a row that is not cut into segments
+_LARGE_DIM = 128  # for a larger head_dim, rows that are not cut into segments may be too large
+# A multiprocessor reserves this much of its shared memory per block, in addition to what the block requests.
+_RESERVED_BYTES = 1 << 10
+_MAY_HAVE_FRAGMENTS, _MAY_HAVE_GRADIENT_FRAGMENTS = True, True  # tests set these to False
+_MOST_TABLE_BYTES, _MOST_GRADIENT_BYTES = 48 << 10, 32 << 10  # limits for tables in shared memory, without fragments
+_BASES_BYTES = 128  # base addresses of tensors
+_STAGE_CHUNKS = (1, 2, 4, 8)  # possible numbers of chunks per stage
+
+# The cost model, in instructions per warp, counted in the machine code for sm_90.
+_STAGE_COST = 120.0  # per stage
+_COLUMNS_COST = {"forward": 33.0, "grad_query": 52.0, "grad_key_value": 39.0}  # per block of 8 columns of a unit
+# Instructions that could be issued while shared memory delivers the operands of a block, without those of products.
+_SHARED_TIME = {"forward": 16.0, "grad_query": 32.0, "grad_key_value": 24.0}
+# Products per block of columns, and their costs; all per 16 elements of head_dim. Keys of the first cost: item bytes.
+_PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}
+_PRODUCT_COST, _PRODUCT_TIME, _PRODUCT_SHARED_TIME = {2: 1.5, 4: 3.5}, 6.5, 8.0
+_UNIT_COST, _TILE_COST = 270.0, 360.0  # per unit, per tile
+_COPY_COST, _FRAGMENT_COST = 5.0, 29.0  # to copy 16 bytes per lane, to make a fragment
+_TABLE_COST, _DIAGONAL_COST = 20.0, 25.0  # per block of columns whose bias, or whose gradient, is not a fragment
+_BYTES_PER_INSTRUCTION = 6.0  # that a multiprocessor receives while it issues one instruction
+
+_CHUNK_BLOCKS = {"forward": 8, "grad_query": 4, "grad_key_value": 2}  # blocks of 8 columns per chunk, small head_dim
+_MOST_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}  # largest head_dim per block
+# Pairs of a largest head_dim (float32 counts twice) and the resident warps per multiprocessor that do not spill
+# registers: with 16 warps a thread has 128 registers, with 12 it has 168, with 8 it has 255.
+_RESIDENT_WARPS = {
+    "forward": ((32, 16), (64, 12), (256, 8)),
+    "grad_query": ((64, 12), (256, 8)),
+    "grad_key_value": ((32, 16), (64, 12), (256, 8)),
+}
+# Where a thread keeps more values: on three axes, with stages, or with large chunks and a gradient.
+_FEWER_RESIDENT_WARPS, _FEWEST_RESIDENT_WARPS = 12, 8
+
+
+class Tile(NamedTuple):
+    """The parameters that tiles.h is compiled with, under its names."""
+
+    size: tuple[int, int, int]
+    columns: int
+    unit_columns: int
+    reach: int
+    is_segmented: bool
+    chunk_rows: int
+    stage_rows: int
+    is_staged: bool
+    warps: int
+    min_blocks: int
+    slices: int
+    has_bias_fragments: bool
+    is_table_shared: bool
+    has_gradient_fragments: bool
+    gradient_tables: int
+    shared_bytes: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def definitions(self) -> tuple[str, ...]:
+        words = {
+            "TILE_Z": self.size[0],
+            "TILE_Y": self.size[1],
+            "TILE_X": self.size[2],
+            "COLUMNS": self.columns,
+            "UNIT_COLUMNS": self.unit_columns,
+            "REACH": self.reach,
+            "IS_SEGMENTED": int(self.is_segmented),
+            "CHUNK_ROWS": self.chunk_rows,
+            "STAGE_ROWS": self.stage_rows,
+            "IS_STAGED": int(self.is_staged),
+            "WARPS": self.warps,
+            "MIN_BLOCKS": self.min_blocks,
+            "SLICES": self.slices,
+            "HAS_BIAS_FRAGMENTS": int(self.has_bias_fragments),
+            "IS_TABLE_SHARED": int(self.is_table_shared),
+            "HAS_GRADIENT_FRAGMENTS": int(self.has_gradient_fragments),
+            "GRADIENT_TABLES": self.gradient_tables,
+            "SHARED_BYTES": self.shared_bytes,
+        }
+        return tuple(f"{name}={value}" for name, value in words.items())
+
+
+class _Layout(NamedTuple):
+    """The layout of columns and bias in shared memory, in the terms of tiles.h."""
+
+    columns: int
+    unit_columns: int
+    reach: int
+    is_segmented: bool
+    has_bias_fragments: bool
+    has_gradient_fragments: bool
+
+    @property
+    def fragment_bytes(self) -> int:
+        """Size of a fragment: 8 tokens by the columns of a unit."""
+        return 32 * self.unit_columns
+
+
+class _Stage(NamedTuple):
+    """The rows of columns in shared memory at a time, whether there may be more of them, and the number of warps."""
+
+    rows: int
+    is_staged: bool
+    warps: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How far windows reach
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
+
+
+def _window(axis: Axis, s: int, n: int) -> tuple[int, int]:
+    """Return the first key of query s in a class of n tokens, and one past the last key.
+
+    This is `geometry.first_key` for plain numbers.
+    """
+    group = s - s % axis.stride
+    if axis.is_causal:
+        leader = min(group + axis.stride - 1, n - 1)
+        return max(leader - axis.kernel_size + 1, 0), s + 1
+    leader = min(group + axis.stride // 2, n - 1)
+    first = min(max(leader - axis.kernel_size // 2, 0), n - axis.kernel_size)
+    return first, first + axis.kernel_size
+
+
+def _span(axis: Axis, is_inverse: bool, s: int, n: int) -> tuple[int, int]:
+    """Return the columns of a token, as in problem.h: the keys of a query or, if inverse, the queries of a key."""
+    if not is_inverse:
+        return _window(axis, s, n)
+    k, stride = axis.kernel_size, axis.stride
+    if axis.is_causal:
+        first, last, sees_all = s, s + k - stride, s + k >= n
+    else:
+        reach = k // 2 - stride // 2
+        first, last, sees_all = 0 if s < k else max(_multiple(s - (k - 1) + reach, stride), 0), s + reach, s >= n - k
+    return first, n if sees_all else min(last // stride * stride + stride, n)
+
+
+def _starts(axis: Axis, n: int, size: int) -> Iterator[int]:
+    """Yield the first token of each tile of a class of n tokens.
+
+    For a long class, skip most of the tiles in the middle, which are all alike.
+    """
+    edge = _multiple(2 * axis.kernel_size + (axis.stride + 1) * size, size)
+    if n <= max(_LONG_AXIS, 4 * edge):
+        return iter(range(0, n, size))
+    return chain(range(0, edge, size), range((n - edge) // size * size, n, size))
+
+
+def _classes(axis: Axis) -> set[int]:
+    """Return the lengths of the residue classes."""
+    longest = -(-axis.length // axis.dilation)
+    return {longest, axis.length // axis.dilation} if axis.dilation > 1 else {longest}
+
+
+@cache
+def widest(axis: Axis, is_inverse: bool, size: int) -> int:
+    """Return the largest number of columns that a tile of `size` tokens has on an axis, in any residue class."""
+    return max(before + after for before, after in _reaches(axis, is_inverse, size))
+
+
+@cache
+def average(axis: Axis, is_inverse: bool, size: int) -> float:
+    """Return the average number of columns that a tile of `size` tokens has on an axis."""
+    reaches = _reaches(axis, is_inverse, size)
+    return sum(before + after for before, after in reaches) / len(reaches)
+
+
+@cache
+def farthest(axis: Axis, is_inverse: bool, size: int) -> tuple[int, int]:
+    """Return how far the columns of a tile reach at most: before its first token, and after it (to the end)."""
+    reaches = _reaches(axis, is_inverse, size)
+    return max(before for before, _ in reaches), max(after for _, after in reaches)
+
+
+@cache
+def _reaches(axis: Axis, is_inverse: bool, size: int) -> list[tuple[int, int]]:
+    found = []
+    for n in _classes(axis):
+        for s in _starts(axis, n, size):
+            first, end = _span(axis, is_inverse, s, n)[0], _span(axis, is_inverse, min(s + size, n) - 1, n)[1]
+            found.append((s - first, end - s))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice of a tile
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def choose_tile(
+    kind: str,
+    axes: tuple[Axis, Axis, Axis],
+    dim: int,
+    maps: int,
+    has_rpb: bool,
+    processors: int,
+    most_shared_bytes: int,
+    is_ordered: bool,
+    item_bytes: int = 2,
+) -> Tile | None:
+    """Return the tile for a kernel, or None if no tile fits.
+
+    Args:
+        kind: the kernel, one of KINDS.
+        axes: three axes; the leading ones have one token if the problem has fewer axes.
+        dim: head_dim.
+        maps: number of images times number of heads.
+        has_rpb: whether the problem has a bias.
+        processors: number of multiprocessors of the GPU.
+        most_shared_bytes: limit of shared memory per block.
+        is_ordered: whether the gradient of rpb must be deterministic.
+        item_bytes: bytes per element: 2, or 4 for float32 in TF32.
+    """
+    arguments = (kind, axes, dim, maps, has_rpb, processors, most_shared_bytes, is_ordered, item_bytes)
+    return min(tiles_and_costs(*arguments), key=lambda found: found[1], default=(None, 0.0))[0]
+
+
+def tiles_and_costs(
+    kind: str, axes, dim, maps, has_rpb, processors, most_shared_bytes, is_ordered, item_bytes=2
+) -> Iterator[tuple[Tile, float]]:
+    """Yield all tiles that `choose_tile` compares, each with its estimated cost."""
+    chooser = _Chooser(kind, axes, dim, has_rpb, most_shared_bytes, is_ordered, item_bytes)
+    return ((tile, chooser.cost(tile, maps, processors)) for tile in chooser.tiles())
+
+
+class _Chooser:
+    def __init__(self, kind, axes, dim: int, has_rpb: bool, most_shared_bytes: int, is_ordered: bool, item_bytes: int):
+        self.kind, self.axes, self.item_bytes = kind, axes, item_bytes
+        self.wide = dim * item_bytes // 2  # head_dim in units of 2 bytes
+        self.has_rpb, self.most_shared_bytes, self.is_ordered = has_rpb, most_shared_bytes, is_ordered
+        self.is_inverse = kind == "grad_key_value"
+        self.rank = 3 if axes[0].kernel_size > 1 else 2 if axes[1].kernel_size > 1 else 1
+        self.unit = (1, 2, 8) if self.rank > 1 else (1, 1, 16)
+        self.longest = [-(-axis.length // axis.dilation) for axis in axes]
+        self.table = prod(2 * axis.kernel_size - 1 for axis in axes)
+        self.table_rows = self.table // (2 * axes[2].kernel_size - 1)
+        self.fragments_per_row = 1 if self.rank > 1 else 2
+        self.pieces = self.wide // 8  # 16-byte pieces per row
+        is_large = item_bytes == 4 and dim > 64  # results and operands together would spill registers
+        most_slice_dim = _MOST_SLICE_DIM[kind] // (2 if is_large else 1)
+        self.slices = -(-dim // most_slice_dim)
+        self.slice_results = -(-(dim // 8) // self.slices)
+        self.chunk_blocks = _CHUNK_BLOCKS[kind] if self.wide <= 32 else max(_CHUNK_BLOCKS[kind] // 2, 2)
+        resident = (warps for most, warps in _RESIDENT_WARPS[kind] if self.wide <= most)
+        self.most_resident_warps = next(resident, _FEWEST_RESIDENT_WARPS)
+        self.has_gradient = has_rpb and kind == "grad_query"
+
+    def tiles(self) -> Iterator[Tile]:
+        """Yield all tiles that fit."""
+        for size in product(*(self._sizes(i) for i in range(3))):
+            units = prod(-(-q // u) for q, u in zip(size, self.unit, strict=True))
+            if units <= _MOST_UNITS:
+                yield from self._tiles_of_size(size, units)
+
+    def _sizes(self, i: int) -> list[int]:
+        """Return the possible sizes of a tile along an axis: multiples of the unit, up to the length of the axis."""
+        unit = self.unit[i]
+        most = min(_multiple(self.longest[i], unit), unit * _MOST_UNITS)
+        return list(range(unit, most + 1, unit))
+
+    def _tiles_of_size(self, size, units: int) -> Iterator[Tile]:
+        for layout in self._layouts(size[2]):
+            met = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, size, strict=True)]
+            rows = met[0] * met[1] * (-(-met[2] // layout.columns) if layout.is_segmented else 1)
+            chunk_rows = max(1, min(self.chunk_blocks // (layout.unit_columns // 8), rows))
+            for chunk in {chunk_rows, 1} if self.wide > _LARGE_DIM else {chunk_rows}:
+                for stage in self._stages(units, rows, chunk):
+                    tile = self._tile(size, layout, chunk, stage)
+                    if self._fits(tile):
+                        yield tile
+
+    def _layouts(self, size_x: int) -> Iterator[_Layout]:
+        """Yield the possible layouts. Long rows of columns are cut into segments, for which there are no fragments."""
+        is_unsegmented = False
+        may_have_gradient = self.has_gradient and _MAY_HAVE_GRADIENT_FRAGMENTS
+        for has_gradient in (False, True) if may_have_gradient else (False,):
+            reach, begins, unit_columns = self._place_columns(size_x, has_gradient)
+            if unit_columns <= 8 * _MOST_ROW_BLOCKS:
+                is_unsegmented = True
+                for has_bias in (True, False) if _MAY_HAVE_FRAGMENTS else (False,):
+                    yield _Layout(max(begins) + unit_columns, unit_columns, reach, False, has_bias, has_gradient)
+        if is_unsegmented and self.wide <= _LARGE_DIM:
+            return
+        segment = 8 * max(self.chunk_blocks, 4) if self.wide <= _LARGE_DIM else 16
+        yield _Layout(segment, segment, 0, True, False, False)
+
+    def _place_columns(self, size_x: int, has_gradient_fragments: bool) -> tuple[int, set[int], int]:
+        """Return the layout of a row of columns.
+
+        Returns:
+            REACH; the possible values of `BlockTile::first_column` in tiles.h; UNIT_COLUMNS.
+        """
+        axis, unit = self.axes[2], self.unit[2]
+        reach = farthest(axis, self.is_inverse, unit if has_gradient_fragments else size_x)[0]
+        begins, most = set(), 0
+        for n in _classes(axis):
+            for at in _starts(axis, n, size_x):
+                for x in range(at, min(at + size_x, n), unit):
+                    first = _span(axis, self.is_inverse, x, n)[0]
+                    end = _span(axis, self.is_inverse, min(x + unit, n) - 1, n)[1]
+                    begin = x - at if has_gradient_fragments else (first - at + reach) // 8 * 8
+                    begins.add(begin)
+                    most = max(most, end - at + reach - begin)
+        return reach, begins, _multiple(most, 8)
+
+    def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[_Stage]:
+        if units > _MOST_WARPS:
+            for warps in range(1, _MOST_WARPS + 1):
+                yield _Stage(rows, False, warps)
+            return
+        yield _Stage(rows, False, units)
+        for chunks in _STAGE_CHUNKS:
+            if chunks * chunk_rows < rows:
+                yield _Stage(chunks * chunk_rows, True, units)
+
+    def _fits(self, tile: Tile) -> bool:
+        """Return whether a tile fits the GPU and, if the problem needs that, sums gradients in a fixed order."""
+        is_ordered = tile.warps == 1 or tile.has_gradient_fragments or tile.gradient_tables == tile.warps
+        return tile.shared_bytes <= self.most_shared_bytes and (
+            is_ordered or not (self.has_gradient and self.is_ordered)
+        )
+
+    def _tile(self, size, layout: _Layout, chunk_rows: int, stage: _Stage) -> Tile:
+        pitch = self.pieces if self.pieces & (self.pieces - 1) == 0 else self.pieces | 1
+        tokens = stage.rows * layout.columns
+        buffer = tokens * pitch * 32 + (tokens * 8 if self.is_inverse else 0)
+        has_table, bias = self._bias(size, layout)
+        tables, gradient = self._gradient(layout, stage.warps)
+        blocks = layout.unit_columns // 8 + (self.rank == 1)
+        has_diagonals = self.has_gradient and not layout.has_gradient_fragments
+        diagonals = 8 * (_multiple(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
+        warp = max((16 * (self.slice_results + 1) * 16 if self.item_bytes == 2 else 0), diagonals)
+        shared = (2 if stage.is_staged else 1) * buffer + bias + gradient + stage.warps * warp + _BASES_BYTES
+        resident = self._resident_warps(layout, chunk_rows, stage) // stage.warps
+        fitting = (self.most_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES)
+        return Tile(
+            size=tuple(size),
+            columns=layout.columns,
+            unit_columns=layout.unit_columns,
+            reach=layout.reach,
+            is_segmented=layout.is_segmented,
+            chunk_rows=chunk_rows,
+            stage_rows=stage.rows,
+            is_staged=stage.is_staged,
+            warps=stage.warps,
+            min_blocks=max(1, min(fitting, resident)),
+            slices=self.slices,
+            has_bias_fragments=layout.has_bias_fragments,
+            is_table_shared=has_table,
+            has_gradient_fragments=layout.has_gradient_fragments,
+            gradient_tables=tables,
+            shared_bytes=shared,
+        )
+
+    def _resident_warps(self, layout: _Layout, chunk_rows: int, stage: _Stage) -> int:
+        """Return the number of warps for which a multiprocessor has registers."""
+        most, chunk = self.most_resident_warps, chunk_rows * layout.unit_columns
+        is_large_stage = stage.is_staged and self.wide > 32
+        if self.kind != "forward" and (layout.is_segmented or is_large_stage or chunk > 32):
+            return _FEWEST_RESIDENT_WARPS
+        if self.rank > 2 or is_large_stage or (self.is_inverse and chunk > 16):
+            return min(most, _FEWER_RESIDENT_WARPS)
+        return most
+
+    def _bias(self, size, layout: _Layout) -> tuple[bool, int]:
+        """Return whether shared memory holds the bias as a table, and the bytes of the table or of the fragments."""
+        if layout.has_bias_fragments:
+            rows = self.table_rows if self.has_rpb else 1
+            return False, size[2] // self.unit[2] * (rows * self.fragments_per_row + 1) * layout.fragment_bytes
+        table = _multiple(self.table + 2 * (2 * layout.unit_columns + 32), 4) * 4
+        is_shared = self.has_rpb and table <= _MOST_TABLE_BYTES
+        return is_shared, table * is_shared
+
+    def _gradient(self, layout: _Layout, warps: int) -> tuple[int, int]:
+        """Return the number of gradient tables in shared memory, and the bytes of the tables or of the fragments."""
+        if layout.has_gradient_fragments:
+            return 0, warps * self.table_rows * self.fragments_per_row * layout.fragment_bytes
+        one = _multiple(self.table, 4) * 4
+        fits = [count for count in (warps, 1) if count * one <= _MOST_GRADIENT_BYTES]
+        tables = fits[0] if fits and self.has_gradient else 0
+        return tables, tables * one
+
+    def cost(self, tile: Tile, maps: int, processors: int) -> float:
+        """Estimate the time of all tiles of a problem, in instructions per multiprocessor. Only comparisons matter."""
+        tiles = maps * prod(
+            ceil(n / q) * a.dilation for n, q, a in zip(self.longest, tile.size, self.axes, strict=True)
+        )
+        met = [average(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True)]
+        read = 4 * self.wide * prod(met) + 6 * self.wide * prod(tile.size)
+        one = self._instructions(tile)
+        # One block reads while another computes; a staged block does both at the same time.
+        reading, overlapped = read / _BYTES_PER_INSTRUCTION, min(tile.min_blocks * (1.5 if tile.is_staged else 1), 2)
+        one *= 1 + 6 / (tile.min_blocks * tile.warps)  # with few warps, the multiprocessor idles
+        one = max(reading, one) + min(reading, one) / overlapped
+        blocks, at_a_time = tiles * tile.slices, processors * tile.min_blocks
+        return one * (max(blocks, at_a_time) if blocks < 4 * at_a_time else blocks)
+
+    def _instructions(self, tile: Tile) -> float:
+        """Estimate the instructions that a block issues for a tile."""
+        steps = self.wide / 16 * _PRODUCTS[self.kind]
+        column_cost = max(
+            _COLUMNS_COST[self.kind] + _PRODUCT_COST[self.item_bytes] * steps,
+            _PRODUCT_TIME * steps,
+            _SHARED_TIME[self.kind] + _PRODUCT_SHARED_TIME * steps,
+        )
+        column_cost += _TABLE_COST * (not tile.has_bias_fragments)
+        column_cost += _DIAGONAL_COST * (self.has_gradient and not tile.has_gradient_fragments)
+        unit_met = [widest(axis, self.is_inverse, u) for axis, u in zip(self.axes, self.unit, strict=True)]
+        rows = unit_met[0] * unit_met[1]
+        stages = 1
+        if tile.is_segmented:
+            rows *= -(-unit_met[2] // tile.unit_columns) + (unit_met[2] % tile.unit_columns > 0) / 2
+        if tile.is_staged:  # in each stage, all warps wait for the slowest
+            met = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True)]
+            lines = met[0] * met[1] * (-(-met[2] // tile.columns) if tile.is_segmented else 1)
+            stages = -(-lines // tile.stage_rows)
+            rows = max(rows, stages * min(rows, tile.stage_rows))
+        units = prod(-(-q // u) for q, u in zip(tile.size, self.unit, strict=True))
+        chunks = -(-rows // tile.chunk_rows) * tile.chunk_rows
+        work = -(-units // tile.warps) * tile.warps * (_UNIT_COST + chunks * tile.unit_columns / 8 * column_cost)
+        work += tile.warps * (_TILE_COST + stages * _STAGE_COST)
+        work += stages * tile.stage_rows * tile.columns * self.pieces / 16 * _COPY_COST
+        if tile.has_bias_fragments:
+            work += tile.size[2] / self.unit[2] * self.table_rows * self.fragments_per_row * _FRAGMENT_COST
+        return work

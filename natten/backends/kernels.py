@@ -1,0 +1,169 @@
+"""What the backends with compiled kernels share: supported inputs, layout checks, and the outputs they allocate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+from natten.geometry import Axis
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as numbered in the kernels
+# In the order of TensorName in csrc/cpu/plan.h and csrc/cuda/problem.h.
+TENSORS = (
+    *("QUERY", "KEY", "VALUE", "OUT", "LSE", "ATTN", "GRAD_OUT", "GRAD_LSE", "GRAD_ATTN"),
+    *("GRAD_QUERY", "GRAD_KEY", "GRAD_VALUE"),
+)
+_FLOAT32 = ("LSE", "GRAD_LSE", "DELTA")  # one float32 value per query and head
+
+
+def unsupported_input(query: Tensor) -> str | None:
+    """Return why no kernel supports such a query (or value), or None if one does."""
+    if query.dtype not in DTYPES:
+        return f"dtype {query.dtype} is not supported; use float32, bfloat16 or float16"
+    dim = query.shape[-1]
+    if dim % 8 or dim > 256:
+        return f"head_dim {dim} is not supported; use a multiple of 8 up to 256"
+    return None
+
+
+@cache
+def warn_fallback(reason: str) -> str:
+    """Warn, once per reason, that calls fall back to the reference backend. Return the reason."""
+    warnings.warn(
+        f"natten falls back to plain PyTorch, which is several times slower: {reason}", RuntimeWarning, stacklevel=2
+    )
+    return reason
+
+
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """Return the tensor, or a copy, with a last dimension of stride 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_layout(name: str, x: Tensor, shaped: Tensor, axes: tuple[Axis, ...]) -> None:
+    """Check a heads-last tensor of a problem whose query (or value) is `shaped`.
+
+    The public functions check their arguments; this protects kernels from operators that are called directly.
+
+    Raises:
+        ValueError: if the dtype, shape or device does not match.
+    """
+    items = {"ATTN": (_window_size(axes),), "GRAD_ATTN": (_window_size(axes),)}
+    expected = shaped.shape[:-1] if name in _FLOAT32 else (*shaped.shape[:-1], *items.get(name, (shaped.shape[-1],)))
+    dtype = torch.float32 if name in _FLOAT32 else shaped.dtype
+    if (x.dtype, x.shape, x.device) != (dtype, expected, shaped.device):
+        raise ValueError(
+            f"{name.lower()} is {x.dtype} of heads-last shape {tuple(x.shape)} on {x.device}; "
+            f"expected {dtype} of shape {tuple(expected)} on {shaped.device}"
+        )
+
+
+class KernelBackend:
+    """The functions of `natten.backends.Backend` on top of compiled kernels.
+
+    Args:
+        launch: ``launch(op, axes, scale, rpb, **tensors) -> grad_rpb`` runs the kernels of one op, which is the name of
+            a method below, on heads-last tensors named as in `TENSORS`. It returns the gradient of rpb in rpb's dtype,
+            or None if the op has none.
+        with_usable_rows: returns a tensor, or a copy of it, whose rows of head_dim values the kernels can read.
+    """
+
+    def __init__(self, launch: Callable[..., Tensor | None], with_usable_rows: Callable[[Tensor], Tensor]):
+        self._launch = launch
+        self._rows = with_usable_rows
+
+    # Fused attention, heads-last
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output [B, X, H, d] in the query's dtype and the logsumexp [B, X, H] in float32, contiguous."""
+        query, key, value = map(self._rows, (query, key, value))
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        self._launch("attention", axes, scale, rpb, QUERY=query, KEY=key, VALUE=value, OUT=out, LSE=lse)
+        return out, lse
+
+    def attention_backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        axes: Sequence[Axis],
+        scale: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of query, key and value as one tensor [B, X, 3, H, d], and that of rpb."""
+        query, key, value, out, grad_out = map(self._rows, (query, key, value, out, grad_out))
+        grad_qkv = query.new_empty((*query.shape[:-2], 3, *query.shape[-2:]))
+        grad_query, grad_key, grad_value = grad_qkv.unbind(-3)
+        grad_rpb = self._launch(
+            "attention_backward",
+            axes,
+            scale,
+            rpb,
+            QUERY=query,
+            KEY=key,
+            VALUE=value,
+            OUT=out,
+            LSE=lse,
+            GRAD_OUT=grad_out,
+            GRAD_LSE=grad_lse,
+            GRAD_QUERY=grad_query,
+            GRAD_KEY=grad_key,
+            GRAD_VALUE=grad_value,
+        )
+        return grad_qkv, grad_rpb
+
+    # Unfused attention, heads-first
+
+    def query_key(self, query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
+        """Return the unscaled logits [B, H, X, W]; -inf in slots of a causal window before the map."""
+        query, key = map(self._rows, (query, key))
+        attn = query.new_empty((*query.shape[:-1], _window_size(axes)))
+        self._launch("query_key", axes, 1.0, rpb, **_heads_last(QUERY=query, KEY=key, ATTN=attn))
+        return attn
+
+    def query_key_backward(
+        self, grad_attn: Tensor, query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gradients of query, key and rpb."""
+        query, key, grad_attn = self._rows(query), self._rows(key), with_contiguous_rows(grad_attn)
+        grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
+        tensors = _heads_last(QUERY=query, KEY=key, GRAD_ATTN=grad_attn, GRAD_QUERY=grad_query, GRAD_KEY=grad_key)
+        grad_rpb = self._launch("query_key_backward", axes, 1.0, rpb, **tensors)
+        return grad_query, grad_key, grad_rpb
+
+    def weight_value(self, attn: Tensor, value: Tensor, axes: Sequence[Axis]) -> Tensor:
+        """Return the sums [B, H, X, d] of values weighted by attn [B, H, X, W]."""
+        attn, value = with_contiguous_rows(attn), self._rows(value)
+        out = value.new_empty(value.shape)
+        self._launch("weight_value", axes, 1.0, None, **_heads_last(VALUE=value, ATTN=attn, OUT=out))
+        return out
+
+    def weight_value_backward(
+        self, grad_out: Tensor, attn: Tensor, value: Tensor, axes: Sequence[Axis]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of attn and value."""
+        attn, value, grad_out = with_contiguous_rows(attn), self._rows(value), self._rows(grad_out)
+        grad_attn, grad_value = attn.new_empty(attn.shape), value.new_empty(value.shape)
+        tensors = _heads_last(VALUE=value, ATTN=attn, GRAD_OUT=grad_out, GRAD_ATTN=grad_attn, GRAD_VALUE=grad_value)
+        self._launch("weight_value_backward", axes, 1.0, None, **tensors)
+        return grad_attn, grad_value
+
+
+def _heads_last(**tensors: Tensor) -> dict[str, Tensor]:
+    return {name: x.movedim(1, -2) for name, x in tensors.items()}
+
+
+def _window_size(axes: Sequence[Axis]) -> int:
+    return prod([axis.kernel_size for axis in axes])

@@ -1,0 +1,509 @@
+"""Argument validation: every check of the public functions and layers, and its message.
+
+Checks that succeed return the validated problem: the axes, or the window arguments with one value per axis. Checks that
+fail raise ValueError with a message that starts with the offending argument.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from numbers import Integral
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from natten.geometry import Axis, Margin, margin
+
+IntOrTuple = int | Sequence[int]
+BoolOrTuple = bool | Sequence[bool]
+Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]
+
+WINDOW_PADDINGS = ("shift", "zeros", "valid")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cache
+#
+# It pays for small maps: on a 7x7 map with one head, validating a call takes 20 us, and 5 us from the cache, of about
+# 30 us for the whole call.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_RESULTS = 4096  # per cached function
+
+
+def cached(function: Callable[P, R]) -> Callable[P, R]:
+    """Cache a function of tensors and plain values by the layout of the tensors and the values.
+
+    The function takes positional arguments. It may read the dtype, device, shape and strides of its tensors, but not
+    their contents, and must not return None. Errors are not cached, and neither are calls with symbolic sizes or
+    calls that torch.compile traces.
+    """
+    results: dict[tuple, Any] = {}
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            key = tuple(map(_cache_key, args))
+            result = results.get(key)
+        except TypeError:  # a symbolic size has no hash
+            return function(*args, **kwargs)
+        if result is None:
+            result = function(*args, **kwargs)
+            if len(results) >= MAX_RESULTS:
+                results.clear()
+            results[key] = result
+        return result
+
+    return wrapper
+
+
+_PLAIN_TYPES = {int, float, bool, str, type(None)}  # looked up first: isinstance(value, Tensor) is slow
+
+
+def _cache_key(value: Any) -> tuple:
+    """Return a hashable key that includes the type, because True == 1."""
+    kind = type(value)
+    if kind in _PLAIN_TYPES:
+        return value, kind
+    if isinstance(value, (tuple, list)):
+        return tuple(value), tuple(map(type, value))
+    if isinstance(value, Tensor):
+        return value.dtype, value.device, value.shape, value.stride()
+    return value, kind
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole calls
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cached
+def check_fused(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple,
+    dilation: IntOrTuple,
+    is_causal: BoolOrTuple,
+) -> tuple[Axis, ...]:
+    """Validate a fused call whose query, key and value [B, *space, heads, head_dim] have the same shape."""
+    check_tensors(rank, query=query, key=key, value=value)
+    axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    check_rpb(rpb, axes, query.shape[-2], query.dtype, query.device)
+    return axes
+
+
+@cached
+def check_packed(
+    rank: int,
+    qkv: Tensor,
+    rpb: Tensor | None,
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple,
+    dilation: IntOrTuple,
+    is_causal: BoolOrTuple,
+) -> tuple[Axis, ...]:
+    """Validate a fused call with packed qkv [B, *space, 3, heads, head_dim]."""
+    check_packing(rank, qkv)
+    query = qkv.select(-3, 0)
+    check_tensors(rank, qkv=query)
+    axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    check_rpb(rpb, axes, query.shape[-2], query.dtype, query.device)
+    return axes
+
+
+@cached
+def check_composed(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple,
+    dilation: IntOrTuple,
+    is_causal: BoolOrTuple,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    window_padding: str,
+) -> tuple[tuple[Axis, ...], tuple[Margin, ...]]:
+    """Validate any fused call; return the axes of the padded map and its margins, none for window_padding="shift"."""
+    check_window_padding(window_padding)
+    check_attention(rank, query, key, value)
+    check_additional(additional_keys, additional_values, key, value)
+    space: Sequence[int] = query.shape[1:-2]
+    margins: tuple[Margin, ...] = ()
+    if window_padding != "shift":
+        margins = make_margins(space, check_window(rank, kernel_size, stride, dilation, is_causal), window_padding)
+        space = [margin.before + length + margin.behind for margin, length in zip(margins, space, strict=True)]
+    axes = make_axes(space, kernel_size, stride, dilation, is_causal)
+    check_rpb(rpb, axes, query.shape[-2], query.dtype, query.device)
+    return axes, margins
+
+
+@cached
+def check_qk(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    rpb: Tensor | None,
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple,
+    is_causal: BoolOrTuple,
+) -> tuple[Axis, ...]:
+    """Validate a call of na*_qk with query and key [B, heads, *space, head_dim]."""
+    check_tensors(rank, query=query, key=key)
+    if key.shape != query.shape:
+        raise ValueError(
+            f"key has shape {tuple(key.shape)}, but query has shape {tuple(query.shape)}; they must be equal."
+        )
+    axes = make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
+    check_rpb(rpb, axes, query.shape[1], query.dtype, query.device)
+    return axes
+
+
+@cached
+def check_av(
+    rank: int,
+    attn: Tensor,
+    value: Tensor,
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple,
+    is_causal: BoolOrTuple,
+) -> tuple[Axis, ...]:
+    """Validate a call of na*_av with attn [B, heads, *space, window] and value [B, heads, *space, head_dim]."""
+    check_tensors(rank, attn=attn, value=value)
+    axes = make_axes(value.shape[2:-1], kernel_size, 1, dilation, is_causal)
+    expected = (*value.shape[:-1], prod([axis.kernel_size for axis in axes]))
+    if attn.shape != expected:
+        raise ValueError(
+            f"attn has shape {tuple(attn.shape)}, but this value and kernel_size require {tuple(expected)}."
+        )
+    return axes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Window
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def per_axis(value: Any, rank: int, name: str, kind: type) -> tuple:
+    """Return an argument given as one value, or as one value per axis, as a tuple of `rank` values.
+
+    Args:
+        kind: int or bool; integers of NumPy and symbolic integers of torch.compile are accepted as int.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    if len(values) != rank or not all(_is_kind(item, kind) for item in values):
+        raise ValueError(f"{name} must be one {kind.__name__} or a sequence of {rank}, one per axis, but is {value!r}.")
+    return tuple(item if isinstance(item, torch.SymInt) else kind(item) for item in values)
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, (int, torch.SymInt, Integral))
+
+
+def check_window(
+    rank: int, kernel_size: IntOrTuple, stride: IntOrTuple, dilation: IntOrTuple, is_causal: BoolOrTuple
+) -> Window:
+    """Return the four window arguments as tuples with one value per axis.
+
+    Raises:
+        ValueError: if kernel_size < 2, stride < 1, stride > kernel_size, dilation < 1, or the number of values is not
+            1 or `rank`.
+    """
+    kernel_size = per_axis(kernel_size, rank, "kernel_size", int)
+    stride = per_axis(stride, rank, "stride", int)
+    dilation = per_axis(dilation, rank, "dilation", int)
+    is_causal = per_axis(is_causal, rank, "is_causal", bool)
+    for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True)):
+        if k < 2:
+            raise ValueError(f"kernel_size = {k} on axis {axis} is too small; use at least 2.")
+        if not 1 <= s <= k:
+            raise ValueError(f"stride = {s} on axis {axis} must be between 1 and kernel_size = {k}.")
+        if d < 1:
+            raise ValueError(f"dilation = {d} on axis {axis} must be at least 1.")
+    return kernel_size, stride, dilation, is_causal
+
+
+def make_axes(
+    space: Sequence[int],
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: BoolOrTuple = False,
+) -> tuple[Axis, ...]:
+    """Return the validated axes of a problem on a map with the given lengths in tokens.
+
+    Raises:
+        ValueError: as `check_window`, or if kernel_size * dilation exceeds the length of an axis.
+    """
+    window = check_window(len(space), kernel_size, stride, dilation, is_causal)
+    axes = tuple(Axis(*values) for values in zip(space, *window, strict=True))
+    for index, axis in enumerate(axes):
+        if axis.kernel_size * axis.dilation > axis.length:
+            raise ValueError(
+                f"kernel_size * dilation = {axis.kernel_size} * {axis.dilation} = {axis.kernel_size * axis.dilation} "
+                f"exceeds the length {axis.length} of axis {index} of a {'x'.join(map(str, space))} map; use a smaller "
+                f"window, or the layer NeighborhoodAttention{len(axes)}D, which pads."
+            )
+    return axes
+
+
+def check_window_padding(window_padding: str) -> None:
+    """Raise ValueError if `window_padding` is unknown."""
+    if window_padding not in WINDOW_PADDINGS:
+        raise ValueError(
+            f"window_padding = {window_padding!r} is unknown; use one of {', '.join(map(repr, WINDOW_PADDINGS))}."
+        )
+
+
+def make_margins(space: Sequence[int], window: Window, window_padding: str) -> tuple[Margin, ...]:
+    """Return the margin of each axis for a validated window and window_padding "zeros" or "valid".
+
+    Raises:
+        ValueError: if a stride is above 1, or if an axis is too short to hold a single window.
+    """
+    margins = []
+    for index, axis in enumerate(Axis(*values) for values in zip(space, *window, strict=True)):
+        if axis.stride > 1:
+            raise ValueError(
+                f"stride = {axis.stride} on axis {index} is not supported with window_padding={window_padding!r}; use "
+                "stride 1, or window_padding='shift'."
+            )
+        margins.append(margin(axis, window_padding))
+        if margins[-1].count < 1:
+            raise ValueError(
+                f"window_padding='valid' leaves no query on axis {index}: a window with kernel_size "
+                f"{axis.kernel_size} and dilation {axis.dilation} spans {axis.length + 1 - margins[-1].count} tokens, "
+                f"but the axis has {axis.length}; use a smaller window."
+            )
+    return tuple(margins)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_tensors(rank: int, **tensors: Tensor) -> None:
+    """Check that the tensors have rank + 3 dimensions, one floating-point dtype and one device.
+
+    Raises:
+        ValueError: naming the first tensor that does not.
+    """
+    (first_name, first), *others = tensors.items()
+    for name, x in tensors.items():
+        if x.dim() != rank + 3:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, but {rank}-D neighborhood attention requires {rank + 3} "
+                f"dimensions: batch, {rank} spatial, heads and head_dim."
+            )
+        if x.shape[-1] == 0:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; its last dimension must not be empty.")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}; use a floating-point dtype.")
+    for name, x in others:
+        _check_same_kind(name, x, first_name, first)
+
+
+def _check_same_kind(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.dtype != like.dtype or x.device != like.device:
+        raise ValueError(
+            f"{name} is {x.dtype} on {x.device}, but {like_name} is {like.dtype} on {like.device}; convert one of them."
+        )
+
+
+def check_packing(rank: int, qkv: Tensor) -> None:
+    """Raise ValueError unless qkv has the dimensions [B, *space, 3, heads, head_dim]."""
+    if qkv.dim() != rank + 4 or qkv.shape[-3] != 3:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}, but must have {rank + 4} dimensions: batch, {rank} spatial, 3 (query, "
+            "key, value), heads and head_dim."
+        )
+
+
+def check_attention(rank: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check heads-last query, key and value. Key and value may have fewer heads, and value another head_dim.
+
+    Raises:
+        ValueError: naming the first tensor that does not fit.
+    """
+    check_tensors(rank, query=query, key=key, value=value)
+    for name, x in {"key": key, "value": value}.items():
+        if x.shape[:-2] != query.shape[:-2]:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, but query has shape {tuple(query.shape)}; batch and spatial "
+                "dimensions must be equal."
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key has head_dim {key.shape[-1]}, but query has {query.shape[-1]}; they must be equal.")
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if value.shape[-2] != kv_heads:
+        raise ValueError(f"value has {value.shape[-2]} heads, but key has {kv_heads}; they must be equal.")
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(
+            f"key and value have {kv_heads} heads, but query has {heads}; the number of query heads must be a multiple."
+        )
+
+
+def check_additional(
+    additional_keys: Tensor | None, additional_values: Tensor | None, key: Tensor, value: Tensor
+) -> None:
+    """Check additional keys and values [B, N, heads, head_dim] against the key and value of the map.
+
+    Raises:
+        ValueError: naming the tensor that does not fit or is missing.
+    """
+    if additional_keys is None and additional_values is None:
+        return
+    if additional_keys is None or additional_values is None:
+        missing = "additional_keys" if additional_keys is None else "additional_values"
+        raise ValueError(f"{missing} is missing; give additional_keys and additional_values together, or neither.")
+    tokens = additional_keys.shape[1] if additional_keys.dim() > 1 else 0
+    pairs = {"additional_keys": (additional_keys, key), "additional_values": (additional_values, value)}
+    for name, (x, like) in pairs.items():
+        expected = (like.shape[0], tokens, *like.shape[-2:])
+        if tuple(x.shape) != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, but this call requires {tuple(expected)}: batch, tokens, heads "
+                "and head_dim."
+            )
+        _check_same_kind(name, x, "key", like)
+
+
+def check_rpb(rpb: Tensor | None, axes: Sequence[Axis], heads: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Check a relative position bias of shape [heads, 2K-1 per axis], in float32 or the query's dtype.
+
+    Raises:
+        ValueError: if its shape, dtype or device does not fit.
+    """
+    if rpb is None:
+        return
+    expected = (heads, *(2 * axis.kernel_size - 1 for axis in axes))
+    if tuple(rpb.shape) != expected:
+        raise ValueError(
+            f"rpb has shape {tuple(rpb.shape)}, but {heads} heads and this kernel_size require {expected}."
+        )
+    if rpb.dtype not in (dtype, torch.float32):
+        raise ValueError(f"rpb has dtype {rpb.dtype}; use float32 or the dtype of the query, {dtype}.")
+    if rpb.device != device:
+        raise ValueError(f"rpb is on {rpb.device}, but query is on {device}; move one of them.")
+
+
+def check_merged(outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor]) -> None:
+    """Check the arguments of `merge_attentions`.
+
+    Raises:
+        ValueError: naming the tensor that does not fit.
+    """
+    if len(outputs) < 2 or len(outputs) != len(lse_tensors):
+        raise ValueError(
+            f"outputs and lse_tensors have {len(outputs)} and {len(lse_tensors)} items; give two or more of each, and "
+            "equally many."
+        )
+    first = outputs[0]
+    for index, (output, lse) in enumerate(zip(outputs, lse_tensors, strict=True)):
+        if (output.shape, output.dtype, output.device) != (first.shape, first.dtype, first.device):
+            raise ValueError(
+                f"outputs[{index}] is {output.dtype} of shape {tuple(output.shape)} on {output.device}, but outputs[0] "
+                f"is {first.dtype} of shape {tuple(first.shape)} on {first.device}; they must match."
+            )
+        if lse.shape != output.shape[:-1] or lse.device != output.device:
+            raise ValueError(
+                f"lse_tensors[{index}] has shape {tuple(lse.shape)} on {lse.device}, but its output requires "
+                f"{tuple(output.shape[:-1])} on {output.device}."
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_heads(dim: int, num_heads: int, order: str) -> None:
+    """Raise ValueError unless num_heads divides dim.
+
+    Args:
+        order: the order of the layer's arguments, for the message: NATTEN up to 0.14.4 had another one.
+    """
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"num_heads = {num_heads} does not divide dim = {dim}; the order of arguments is {order}.")
+
+
+def check_layer_options(stride: Sequence[int], attn_drop: float, window_padding: str) -> None:
+    """Raise ValueError if options of a layer cannot be combined, or if window_padding is unknown."""
+    has_stride = any(s > 1 for s in stride)
+    if attn_drop > 0 and has_stride:
+        raise ValueError(f"attn_drop = {attn_drop} is not supported with a stride above 1; use 0.")
+    check_window_padding(window_padding)
+    if window_padding != "shift" and (attn_drop > 0 or has_stride):
+        raise ValueError(
+            f"window_padding={window_padding!r} supports neither a stride above 1 nor attn_drop; use 'shift'."
+        )
+
+
+def check_layer_input(x: Tensor, rank: int, dim: int) -> None:
+    """Raise ValueError unless x has shape [B, *space, dim]."""
+    if x.dim() != rank + 2 or x.shape[-1] != dim:
+        raise ValueError(
+            f"input has shape {tuple(x.shape)}, but this layer takes {rank + 2} dimensions, channels last: batch, "
+            f"{rank} spatial and {dim} channels."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments of other releases, accepted without effect
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Keyword arguments of na1d, na2d and na3d since NATTEN 0.17.4, which tune kernels that do not exist here.
+TUNING = frozenset(
+    (
+        "attention_kwargs",
+        "backward_kv_splits",
+        "backward_kv_tile_shape",
+        "backward_q_tile_shape",
+        "backward_use_pt_reduction",
+        "kernel_schedule",
+        "kv_tile_shape",
+        "q_tile_shape",
+        "run_persistent_kernel",
+        "torch_compile",
+        "xformers_kwargs",
+    )
+)
+
+
+def ignore_tuning(function: str, names: Iterable[str]) -> None:
+    """Ignore the keyword arguments in `TUNING`, with one warning for each.
+
+    Raises:
+        TypeError: for any other keyword argument.
+    """
+    for name in names:
+        if name not in TUNING:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        if not torch.compiler.is_compiling():  # torch.compile cannot trace warnings
+            _warn_ignored(name)
+
+
+@functools.cache
+def _warn_ignored(name: str) -> None:
+    warnings.warn(f"{name} has no effect; natten chooses its kernels itself.", UserWarning, stacklevel=2)

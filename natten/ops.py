@@ -1,0 +1,490 @@
+"""Operators, autograd and composition: everything between the public functions and the backends.
+
+- Operators: torch.ops.natten.* are opaque to torch.compile and choose their backend at run time. Each forward operator
+  has a backward operator. Fused attention saves its inputs, output and logsumexp for backward, and nothing of size
+  tokens x window. In eager mode the backend is called directly, bypassing the dispatcher.
+- Autograd: a torch.autograd.Function around each pair of operators.
+- Composition: features that no backend implements natively are built from features that all of them implement.
+
+Inputs are already validated (natten/checks.py), except for `attend_composed` and calls of torch.ops.natten.*.
+
+Shape suffixes: B batch, X the spatial axes, H heads, d head_dim, N additional tokens, W keys per window.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from natten import backends
+from natten.backends import reference
+from natten.backends.reference import accumulation_dtype, is_autocast, no_autocast
+from natten.checks import Window, cached, check_composed, check_merged, make_axes
+from natten.geometry import Axis, Margin
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autocast
+# ---------------------------------------------------------------------------------------------------------------------
+
+_AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def apply_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the tensors in the autocast dtype, like the inputs of a matrix product; float64 and integers are kept.
+
+    All but the first may be None.
+    """
+    device = tensors[0].device.type
+    if not is_autocast(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x is not None and x.dtype in _AUTOCAST_DTYPES else x for x in tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+#
+# is_causal is a list of int because torch.jit.trace, which fvcore uses, does not support lists of bool.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_FUSED_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float scale, str? backend"
+_UNFUSED_WINDOW = "int[] kernel_size, int[] dilation, int[] is_causal, str? backend"
+
+for _name, _schema in {
+    "attention_forward": f"(Tensor query, Tensor key, Tensor value, Tensor? rpb, {_FUSED_WINDOW}) -> (Tensor, Tensor)",
+    "attention_backward": (
+        "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor out, "
+        f"Tensor lse, {_FUSED_WINDOW}) -> (Tensor, Tensor)"
+    ),
+    "query_key_forward": f"(Tensor query, Tensor key, Tensor? rpb, {_UNFUSED_WINDOW}) -> Tensor",
+    "query_key_backward": (
+        f"(Tensor grad_attn, Tensor query, Tensor key, Tensor? rpb, {_UNFUSED_WINDOW}) -> (Tensor, Tensor, Tensor)"
+    ),
+    "weight_value_forward": f"(Tensor attn, Tensor value, {_UNFUSED_WINDOW}) -> Tensor",
+    "weight_value_backward": f"(Tensor grad_out, Tensor attn, Tensor value, {_UNFUSED_WINDOW}) -> (Tensor, Tensor)",
+}.items():
+    torch.library.define(f"natten::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+@cached
+def _make_axes(space, kernel_size, stride, dilation, is_causal) -> tuple[Axis, ...]:
+    return make_axes(space, kernel_size, stride, dilation, [bool(causal) for causal in is_causal])
+
+
+def _empty_grad_rpb(rpb: Tensor | None, like: Tensor) -> Tensor:
+    """Return an empty gradient of rpb; operators cannot return None."""
+    return like.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape)
+
+
+# Fused attention, heads-last
+
+
+@torch.library.impl("natten::attention_forward", "default")
+def _attention_op(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale, backend):
+    axes = _make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    return backends.choose(query, backend).attention(query, key, value, rpb, axes, scale)
+
+
+@torch.library.register_fake("natten::attention_forward")
+def _attention_fake(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale, backend):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
+
+
+@torch.library.impl("natten::attention_backward", "default")
+def _attention_backward_op(
+    grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale, backend
+):
+    axes = _make_axes(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    grad_qkv, grad_rpb = backends.choose(query, backend).attention_backward(
+        grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale
+    )
+    return grad_qkv, _empty_grad_rpb(None, query) if grad_rpb is None else grad_rpb
+
+
+@torch.library.register_fake("natten::attention_backward")
+def _attention_backward_fake(
+    grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale, backend
+):
+    shape = (*query.shape[:-2], 3, *query.shape[-2:])
+    return query.new_empty(shape), _empty_grad_rpb(rpb, query)
+
+
+# Unfused attention, heads-first
+
+
+@torch.library.impl("natten::query_key_forward", "default")
+def _query_key_op(query, key, rpb, kernel_size, dilation, is_causal, backend):
+    axes = _make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
+    return backends.choose(query, backend).query_key(query, key, rpb, axes).contiguous()
+
+
+@torch.library.register_fake("natten::query_key_forward")
+def _query_key_fake(query, key, rpb, kernel_size, dilation, is_causal, backend):
+    return query.new_empty((*query.shape[:-1], prod(kernel_size)))
+
+
+@torch.library.impl("natten::query_key_backward", "default")
+def _query_key_backward_op(grad_attn, query, key, rpb, kernel_size, dilation, is_causal, backend):
+    axes = _make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
+    grads = backends.choose(query, backend).query_key_backward(grad_attn, query, key, rpb, axes)
+    grad_query, grad_key, grad_rpb = grads
+    grad_rpb = _empty_grad_rpb(None, query) if grad_rpb is None else grad_rpb
+    return grad_query.contiguous(), grad_key.contiguous(), grad_rpb
+
+
+@torch.library.register_fake("natten::query_key_backward")
+def _query_key_backward_fake(grad_attn, query, key, rpb, kernel_size, dilation, is_causal, backend):
+    return query.new_empty(query.shape), key.new_empty(key.shape), _empty_grad_rpb(rpb, query)
+
+
+@torch.library.impl("natten::weight_value_forward", "default")
+def _weight_value_op(attn, value, kernel_size, dilation, is_causal, backend):
+    axes = _make_axes(value.shape[2:-1], kernel_size, 1, dilation, is_causal)
+    return backends.choose(value, backend).weight_value(attn, value, axes).contiguous()
+
+
+@torch.library.register_fake("natten::weight_value_forward")
+def _weight_value_fake(attn, value, kernel_size, dilation, is_causal, backend):
+    return value.new_empty(value.shape)
+
+
+@torch.library.impl("natten::weight_value_backward", "default")
+def _weight_value_backward_op(grad_out, attn, value, kernel_size, dilation, is_causal, backend):
+    axes = _make_axes(value.shape[2:-1], kernel_size, 1, dilation, is_causal)
+    grads = backends.choose(value, backend).weight_value_backward(grad_out, attn, value, axes)
+    return tuple(grad.contiguous() for grad in grads)
+
+
+@torch.library.register_fake("natten::weight_value_backward")
+def _weight_value_backward_fake(grad_out, attn, value, kernel_size, dilation, is_causal, backend):
+    return attn.new_empty(attn.shape), value.new_empty(value.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Direct calls
+#
+# For small maps the dispatcher and autograd take longer than the kernel, so eager calls skip them where possible.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _needs_dispatcher(*tensors: Tensor | None) -> bool:
+    """Return whether something must see the operator: torch.compile, a tracer, a profiler, a mode, a subclass, ..."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+        or _is_transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(x is not None and (type(x) not in _PLAIN_TENSORS or x.is_meta) for x in tensors)
+        or torch.overrides.has_torch_function(tensors)
+    )
+
+
+def _is_transformed() -> bool:
+    """Return whether torch.func or forward-mode differentiation is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    return not torch.compiler.is_compiling() and _is_transformed()
+
+
+def _fused_window(axes: Sequence[Axis]) -> list[list[int]]:
+    """Return kernel_size, stride, dilation and is_causal as operators take them."""
+    return [list(values) for values in zip(*axes, strict=True)][1:]
+
+
+def _unfused_window(axes: Sequence[Axis]) -> list[list[int]]:
+    kernel_size, _, dilation, is_causal = _fused_window(axes)
+    return [kernel_size, dilation, is_causal]
+
+
+def _unpack(qkv: Sequence[Tensor]) -> Sequence[Tensor]:
+    return qkv[0].unbind(-3) if len(qkv) == 1 else qkv
+
+
+def _attention(qkv: Sequence[Tensor], rpb, axes, scale, backend) -> tuple[Tensor, Tensor]:
+    query, key, value = _unpack(qkv)
+    if _needs_dispatcher(query, key, value, rpb):
+        return torch.ops.natten.attention_forward(query, key, value, rpb, *_fused_window(axes), scale, backend)
+    return backends.choose(query, backend).attention(query, key, value, rpb, axes, scale)
+
+
+def _attention_backward(grad_out, grad_lse, qkv, rpb, out, lse, axes, scale, backend) -> tuple[Tensor, Tensor | None]:
+    query, key, value = _unpack(qkv)
+    tensors = grad_out, grad_lse, query, key, value, rpb, out, lse
+    if _needs_dispatcher(*tensors):
+        return torch.ops.natten.attention_backward(*tensors, *_fused_window(axes), scale, backend)
+    return backends.choose(query, backend).attention_backward(*tensors, axes, scale)
+
+
+def _query_key(query, key, rpb, axes, backend) -> Tensor:
+    if _needs_dispatcher(query, key, rpb):
+        return torch.ops.natten.query_key_forward(query, key, rpb, *_unfused_window(axes), backend)
+    return backends.choose(query, backend).query_key(query, key, rpb, axes).contiguous()
+
+
+def _query_key_backward(grad_attn, query, key, rpb, axes, backend) -> tuple[Tensor, Tensor, Tensor | None]:
+    tensors = grad_attn, query, key, rpb
+    if _needs_dispatcher(*tensors):
+        return torch.ops.natten.query_key_backward(*tensors, *_unfused_window(axes), backend)
+    return backends.choose(query, backend).query_key_backward(*tensors, axes)
+
+
+def _weight_value(attn, value, axes, backend) -> Tensor:
+    if _needs_dispatcher(attn, value):
+        return torch.ops.natten.weight_value_forward(attn, value, *_unfused_window(axes), backend)
+    return backends.choose(value, backend).weight_value(attn, value, axes).contiguous()
+
+
+def _weight_value_backward(grad_out, attn, value, axes, backend) -> tuple[Tensor, Tensor]:
+    tensors = grad_out, attn, value
+    if _needs_dispatcher(*tensors):
+        return torch.ops.natten.weight_value_backward(*tensors, *_unfused_window(axes), backend)
+    return backends.choose(value, backend).weight_value_backward(*tensors, axes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autograd
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """(rpb, axes, scale, backend, qkv) or (rpb, axes, scale, backend, query, key, value) -> (out, lse)."""
+
+    @staticmethod
+    def forward(rpb, axes, scale, backend, *qkv):
+        return _attention(qkv, rpb, axes, scale, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rpb, ctx.axes, ctx.scale, ctx.backend, *qkv = inputs
+        ctx.save_for_backward(rpb, *output, *qkv)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        rpb, out, lse, *qkv = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grad_qkv, grad_rpb = _attention_backward(
+            grad_out, grad_lse, qkv, rpb, out, lse, ctx.axes, ctx.scale, ctx.backend
+        )
+        grads = (grad_qkv,) if len(qkv) == 1 else grad_qkv.unbind(-3)
+        return (None if rpb is None else grad_rpb), None, None, None, *grads
+
+
+class _QueryKey(torch.autograd.Function):
+    """(rpb, axes, backend, query, key) -> attn."""
+
+    @staticmethod
+    def forward(rpb, axes, backend, query, key):
+        return _query_key(query, key, rpb, axes, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rpb, ctx.axes, ctx.backend, query, key = inputs
+        ctx.save_for_backward(rpb, query, key)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_attn):
+        rpb, query, key = ctx.saved_tensors
+        grad_query, grad_key, grad_rpb = _query_key_backward(grad_attn, query, key, rpb, ctx.axes, ctx.backend)
+        return (None if rpb is None else grad_rpb), None, None, grad_query, grad_key
+
+
+class _WeightValue(torch.autograd.Function):
+    """(axes, backend, attn, value) -> out."""
+
+    @staticmethod
+    def forward(axes, backend, attn, value):
+        return _weight_value(attn, value, axes, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.axes, ctx.backend, attn, value = inputs
+        ctx.save_for_backward(attn, value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        return None, None, *_weight_value_backward(grad_out, *ctx.saved_tensors, ctx.axes, ctx.backend)
+
+
+# Function.apply inspects the signature of `forward` in every call; a stored signature saves that time.
+for _function in (_Attention, _QueryKey, _WeightValue):
+    _function.forward.__signature__ = inspect.signature(_function.forward)
+
+
+def attend(
+    qkv: Sequence[Tensor], rpb: Tensor | None, axes: tuple[Axis, ...], scale: float | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Compute fused attention that the backends support natively.
+
+    Args:
+        qkv: query, key and value [B, X, H, d], or one packed tensor [B, X, 3, H, d].
+
+    Returns:
+        Output [B, X, H, d] in the query's dtype and logsumexp [B, X, H] in the accumulation dtype.
+    """
+    scale = qkv[0].shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = backends.requested(backend)
+    if backends.is_plain(backend):
+        return reference.attention(*_unpack(qkv), rpb, axes, scale)
+    if _needs_grad(*qkv, rpb):
+        return _Attention.apply(rpb, axes, scale, backend, *qkv)
+    return _attention(qkv, rpb, axes, scale, backend)
+
+
+def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], backend: str | None) -> Tensor:
+    """Compute the unscaled logits [B, H, X, W] of heads-first query and key."""
+    backend = backends.requested(backend)
+    if backends.is_plain(backend):
+        return reference.query_key(query, key, rpb, axes)
+    if _needs_grad(query, key, rpb):
+        return _QueryKey.apply(rpb, axes, backend, query, key)
+    return _query_key(query, key, rpb, axes, backend)
+
+
+def weight_value(attn: Tensor, value: Tensor, axes: tuple[Axis, ...], backend: str | None) -> Tensor:
+    """Compute the sums [B, H, X, d] of heads-first values, weighted by attn [B, H, X, W]."""
+    backend = backends.requested(backend)
+    if backends.is_plain(backend):
+        return reference.weight_value(attn, value, axes)
+    if _needs_grad(attn, value):
+        return _WeightValue.apply(axes, backend, attn, value)
+    return _weight_value(attn, value, axes, backend)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Composition
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def attend_composed(
+    rank: int,
+    qkv: Sequence[Tensor],
+    window: Window,
+    rpb: Tensor | None,
+    scale: float | None,
+    backend: str | None,
+    additional: tuple[Tensor | None, Tensor | None],
+    window_padding: str,
+) -> tuple[Tensor, Tensor]:
+    """Compute fused attention with any feature, by reducing it to what the backends support.
+
+    - Fewer key and value heads (grouped-query and multi-query attention): the heads are repeated; query head h reads
+      key/value head h div (heads / key/value heads).
+    - A different value head_dim: the smaller head_dim is padded with zeros, which change neither logits nor output.
+    - window_padding "zeros" and "valid": the map is padded with zeros so that no window of interest is shifted, and
+      the output is cropped.
+    - Additional keys and values: the attention to them alone is merged with the attention to the window by logsumexp.
+
+    Args:
+        qkv: query, key and value, heads-last, not validated.
+        window: kernel_size, stride, dilation and is_causal, not validated.
+        additional: keys and values [B, N, H, d], or None and None, not validated.
+
+    Returns:
+        Output [B, X, H, value head_dim] and logsumexp [B, X, H].
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    query, key, value, *additional = apply_autocast(*qkv, *additional)
+    axes, margins = check_composed(rank, query, key, value, rpb, *window, *additional, window_padding)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    value_dim = value.shape[-1]
+
+    key, value, *additional = (x if x is None else _repeat_heads(x, query.shape[-2]) for x in (key, value, *additional))
+    query, key, value = (_pad_map(x, margins) for x in (query, key, value))
+    out, lse = attend(_pad_head_dims(query, key, value), rpb, axes, scale, backend)
+    out = out[..., :value_dim]
+    query, out, lse = (_crop_map(x, margins) for x in (query, out, lse))
+    if additional[0] is not None and additional[0].shape[1] > 0:
+        out, lse = merge_attentions(*zip((out, lse), _attend_to_all(query, *additional, scale), strict=True))
+    return out.contiguous(), lse.contiguous()
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeat each head: [..., fewer heads, d] -> [..., heads, d]."""
+    times = 1 if x.shape[-2] == heads else heads // x.shape[-2]
+    return x if times == 1 else x.unsqueeze(-2).expand(*x.shape[:-1], times, x.shape[-1]).flatten(-3, -2)
+
+
+def _pad_head_dims(*tensors: Tensor) -> list[Tensor]:
+    dim = max(x.shape[-1] for x in tensors)
+    return [x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in tensors]
+
+
+def _pad_map(x_BXHd: Tensor, margins: Sequence[Margin]) -> Tensor:
+    if not any(margin.before or margin.behind for margin in margins):
+        return x_BXHd
+    # F.pad takes the last axis first, and both ends of each.
+    ends = (end for margin in reversed(margins) for end in (margin.before, margin.behind))
+    return F.pad(x_BXHd, (0, 0, 0, 0, *ends))
+
+
+def _crop_map(x: Tensor, margins: Sequence[Margin]) -> Tensor:
+    """Crop a padded map [B, X, H] or [B, X, H, d] to the queries of interest."""
+    for dim, margin in enumerate(margins, start=1):
+        x = x.narrow(dim, margin.first, margin.count)
+    return x
+
+
+def merge_attentions(
+    outputs: Sequence[Tensor],
+    lse_tensors: Sequence[Tensor],
+    torch_compile: bool = True,
+    use_autograd_fix: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Merge attentions of the same queries to disjoint sets of keys into one attention to all of these keys.
+
+    Each output is weighted by the softmax of its logsumexp. Gradients flow to outputs and logsumexps, and are those of
+    attention to all keys.
+
+    Args:
+        outputs: two or more outputs [..., heads, head_dim] with the same shape and dtype, heads-last.
+        lse_tensors: the logsumexp of each output, [..., heads]. -inf marks a set without keys; at least one
+            logsumexp per query must be finite.
+        torch_compile, use_autograd_fix: ignored; accepted for compatibility with NATTEN 0.20 and later.
+
+    Returns:
+        The merged output in the dtype of the outputs, and the merged logsumexp in float32 (float64 for float64).
+
+    Raises:
+        ValueError: naming the tensor that does not fit.
+    """
+    check_merged(outputs, lse_tensors)
+    dtype = accumulation_dtype(outputs[0].dtype)
+    with no_autocast(outputs[0]):
+        lses = torch.stack([lse.to(dtype) for lse in lse_tensors])
+        weights = lses.softmax(0).unsqueeze(-1)
+        out = sum(weight * output for weight, output in zip(weights, outputs, strict=True))
+        return out.to(outputs[0].dtype), lses.logsumexp(0)
+
+
+def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Compute output and logsumexp of queries [B, X, H, d] that all attend to all keys [B, N, H, d]."""
+    with no_autocast(query):
+        dtype = accumulation_dtype(query.dtype)
+        q_BHXd = query.flatten(1, -3).movedim(-2, 1).to(dtype) * scale
+        k_BHNd, v_BHNd = (x.movedim(-2, 1).to(dtype) for x in (key, value))
+        logits_BHXN = q_BHXd @ k_BHNd.mT
+        out_BXHd = (logits_BHXN.softmax(-1) @ v_BHNd).movedim(1, -2)
+        lse_BXH = logits_BHXN.logsumexp(-1).movedim(1, -1)
+        space = query.shape[:-1]
+        return out_BXHd.reshape(*space, value.shape[-1]).to(query.dtype), lse_BXH.reshape(space)

@@ -1,0 +1,198 @@
+"""Find weight files: turn a published name, a path, a URL or a Hugging Face repository into a file on this machine.
+
+The published checkpoints are listed in natzoo/zoo.yaml.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import socket
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies
+
+import yaml
+
+from natzoo.checkpoints.download import DownloadError, cache_folder, fetch
+
+ZOO_FILE = Path(__file__).parents[1] / "zoo.yaml"
+_HUB_SCHEME = "hf-hub:"
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_SUFFIXES = (".pth", ".tar", ".pt", ".bin", ".safetensors", ".pkl")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ZooEntry(NamedTuple):
+    """A published checkpoint.
+
+    Attributes:
+        name: registered model name for classifiers, file name without its extension for all others.
+        task: "classification", "detection", "segmentation" or "mask2former".
+        url: address on the project's site.
+        hub: Hugging Face repository with the same weights, or None.
+        sha256: hash of the file at `url`, or None if it was never published.
+        facts: all other fields in the list: parameters, MACs, published results.
+    """
+
+    name: str
+    task: str
+    url: str
+    hub: str | None
+    sha256: str | None
+    facts: Mapping[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Approximate file size in bytes: four per parameter."""
+        return 4 * self.facts.get("parameters", round(1e6 * self.facts.get("params", 0)))
+
+
+@cache
+def zoo_entries() -> dict[str, ZooEntry]:
+    """Return all published checkpoints by name, in the order of natzoo/zoo.yaml."""
+    # CSafeLoader is eight times faster than SafeLoader, and this runs during `import natzoo`.
+    content = yaml.load(ZOO_FILE.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    site = content.pop("site")
+    return {name: _entry(name, task, site, facts) for task, rows in content.items() for name, facts in rows.items()}
+
+
+def _entry(name: str, task: str, site: str, facts: dict[str, Any]) -> ZooEntry:
+    facts = dict(facts)
+    return ZooEntry(name, task, site + facts.pop("file"), facts.pop("hub", None), facts.pop("sha256", None), facts)
+
+
+def find_entry(name: str) -> ZooEntry:
+    """Return the published checkpoint with this name; timm's tag after a dot is optional.
+
+    Raises:
+        ValueError: if there is none; suggests similar names.
+    """
+    entries = zoo_entries()
+    entry = entries.get(name) or entries.get(name.split(".")[0])
+    if entry is None:
+        similar = difflib.get_close_matches(name, entries, n=3)
+        hint = f"did you mean {', '.join(similar)}?" if similar else "`python tools/download.py list` shows all names."
+        raise ValueError(f"{name!r} is neither a file nor a published checkpoint: {hint}")
+    return entry
+
+
+def locate_entry(entry: ZooEntry) -> Path:
+    """Return the file of a published checkpoint; download it first if necessary.
+
+    Tries the project's site, then the Hugging Face repository.
+
+    Raises:
+        DownloadError: if no source provides the file.
+    """
+    try:
+        return fetch([entry.url], path_in_cache(entry), entry.sha256, entry.size)
+    except DownloadError as error:
+        if entry.hub is None:
+            raise
+        try:
+            return _locate_on_hub(entry.hub)
+        except DownloadError as second:
+            raise DownloadError(f"{error} The Hugging Face hub failed too ({second}).") from second
+
+
+def path_in_cache(entry: ZooEntry) -> Path:
+    """Return the path of a published checkpoint in the cache folder."""
+    return cache_folder() / _file_name(entry.url)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any source
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def locate(what: str | os.PathLike) -> Path:
+    """Return the file that holds some weights; download it first if necessary.
+
+    Args:
+        what: one of
+
+            - the path of a file;
+            - the path of a folder written by transformers or timm;
+            - the name of a published checkpoint: a registered model or an entry of natzoo/zoo.yaml;
+            - a URL;
+            - "hf-hub:OWNER/NAME" or "hf-hub:OWNER/NAME@REVISION", a Hugging Face repository.
+
+    Raises:
+        ValueError: if it is none of these.
+        FileNotFoundError: if it is a path without a file.
+        DownloadError: if no source provides the file; reports the failure of each source.
+    """
+    path, text = Path(what), str(what)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _locate_in_folder(path)
+    if text.startswith(_HUB_SCHEME):
+        return _locate_on_hub(text.removeprefix(_HUB_SCHEME))
+    if urlsplit(text).scheme in ("http", "https"):
+        return _locate_url(text)
+    if path.suffix in _SUFFIXES or len(path.parts) > 1:
+        raise FileNotFoundError(f"{path} does not exist; check the path.")
+    return locate_entry(find_entry(text))
+
+
+def _locate_in_folder(folder: Path) -> Path:
+    for name in _HUB_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} is a folder without {' or '.join(_HUB_FILES)}; give the path of a file.")
+
+
+def _locate_url(url: str) -> Path:
+    for entry in zoo_entries().values():
+        if entry.url == url:
+            return locate_entry(entry)
+    # A folder per URL, so that files with the same name do not collide.
+    folder = cache_folder() / "others" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    return fetch([url], folder / _file_name(url))
+
+
+def _file_name(url: str) -> str:
+    name = Path(unquote(urlsplit(url).path)).name
+    if name in ("", ".."):
+        raise ValueError(f"{url} contains no file name.")
+    return name
+
+
+def _locate_on_hub(repository: str) -> Path:
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+    identity, _, revision = repository.partition("@")
+    failure: Exception | None = None
+    is_offline = is_unreachable(constants.ENDPOINT)  # the library would retry for half a minute
+    for name in _HUB_FILES:
+        try:
+            return Path(hf_hub_download(identity, name, revision=revision or None, local_files_only=is_offline))
+        except Exception as error:  # the library raises errors of several other libraries
+            failure = error
+            is_missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+            if not (is_missing or is_offline):
+                break  # only a missing file is a reason to try the next name
+    host = urlsplit(constants.ENDPOINT).netloc or constants.ENDPOINT
+    reason = f"{host} cannot be resolved" if is_offline else (str(failure).strip().splitlines() or ["unknown"])[0]
+    raise DownloadError(f"{repository} on the Hugging Face hub: cannot get {' or '.join(_HUB_FILES)} ({reason})")
+
+
+def is_unreachable(url: str) -> bool:
+    """Return whether the host name of a URL cannot be resolved; always False behind a proxy."""
+    if getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(url).hostname, None)
+    except OSError:
+        return True
+    return False

@@ -1,0 +1,294 @@
+"""Layers shared by all model families. Feature maps are channels-last.
+
+Shape suffixes: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from natten import NeighborhoodAttention2D
+from natzoo.checkpoints import load_weights, read_weights
+
+log = logging.getLogger("natzoo")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PatchEmbed(nn.Module):
+    """Embed non-overlapping PxP patches: [B, in_chans, H, W] -> [B, H/P, W/P, embed_dim], with zero padding."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int = 4, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **dd)
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        height, width = x_BCHW.shape[-2:]
+        x_BCHW = F.pad(x_BCHW, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        return self.norm(to_nhwc(self.proj(x_BCHW)))
+
+
+class LeanMlp(Mlp):
+    """timm's Mlp with less activation memory: GELU is recomputed in the backward pass instead of storing its output.
+
+    A training step needs a fifth less memory and 2% more time. torch.compile, which decides on recomputation itself,
+    and torch.jit.trace see the plain Mlp.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_lean = torch.is_grad_enabled() and self.training and not self.drop1.p and type(self.act) is nn.GELU
+        if not is_lean or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return super().forward(x)
+        return self.drop2(_GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias))
+
+
+class _GeluLinear(torch.autograd.Function):
+    """linear(gelu(x), weight, bias), saving only x and weight for the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = bias.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_rows = grad.flatten(0, -2)
+        hidden_rows = F.gelu(x).to(grad.dtype).flatten(0, -2)
+        grad_hidden = (grad @ weight.to(grad.dtype)).to(x.dtype)  # dtypes differ under autocast
+        return (
+            torch.ops.aten.gelu_backward(grad_hidden, x),
+            (grad_rows.mT @ hidden_rows).to(weight.dtype),
+            grad_rows.sum(0).to(ctx.bias_dtype),
+        )
+
+
+class NeighborhoodBlock(nn.Module):
+    """Pre-norm transformer block with neighborhood attention, [B, H, W, dim] -> [B, H, W, dim].
+
+    See NAT (arXiv:2204.07143), figure 5.
+
+    Args:
+        dim: number of channels.
+        num_heads: number of attention heads.
+        kernel_size: window size in tokens.
+        dilation: dilation of the window.
+        mlp_ratio: ratio of the MLP's hidden channels to dim.
+        qkv_bias: add a bias to the qkv projection.
+        proj_drop: dropout rate after the output projections of attention and MLP.
+        attn_drop: dropout rate on attention weights.
+        drop_path: stochastic depth rate of each of the two branches.
+        layer_scale: initial value of the learned scale of each branch; None for no scale.
+        attn: attention layer to use instead, [B, H, W, dim] -> [B, H, W, dim].
+    """
+
+    gamma1: nn.Parameter | None
+    gamma2: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int = 7,
+        dilation: int = 1,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        attn: nn.Module | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = attn or NeighborhoodAttention2D(
+            dim, num_heads, kernel_size, dilation, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = LeanMlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        for name in ("gamma1", "gamma2"):
+            gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale, **dd))
+            self.register_parameter(name, gamma)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        x_BHWC = x_BHWC + self.drop_path(_scale(self.attn(self.norm1(x_BHWC)), self.gamma1))
+        return x_BHWC + self.drop_path(_scale(self.mlp(self.norm2(x_BHWC)), self.gamma2))
+
+
+def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else x * gamma
+
+
+class Classifier(nn.Module):
+    """Base class of all models: pooling, dropout and a linear classifier, and timm's interface to them.
+
+    A subclass sets the attributes below, calls `init_classifier` at the end of its constructor, and implements
+    `forward_features`.
+
+    Attributes:
+        num_features: channels of the final feature map.
+        patch_embed: embeds images, ending with a norm.
+        norm: final norm.
+    """
+
+    num_features: int
+    patch_embed: Any
+    norm: nn.Module
+    output_fmt = "NHWC"
+
+    def init_classifier(self, num_classes: int, global_pool: str, drop_rate: float, **dd: Any) -> None:
+        """Create the classifier.
+
+        Args:
+            num_classes: number of classes; 0 for no classifier.
+            global_pool: "avg", or "" to classify each token.
+            drop_rate: dropout rate before the classifier.
+            dd: device and dtype.
+
+        Raises:
+            ValueError: if global_pool is unknown.
+        """
+        if global_pool not in ("avg", ""):
+            raise ValueError(f"global_pool is {global_pool!r}; use 'avg' or ''.")
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.head_hidden_size = self.num_features
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+    @torch.jit.ignore
+    def load_pretrained(self, path: str, prefix: str = "") -> None:
+        """Load a weight file; timm calls this for `pretrained=True`. Keeps a classifier for other classes."""
+        for note in load_weights(self, read_weights(path), path, new_classifier=True):
+            log.warning("%s: %s", path, note)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters without weight decay: the relative position biases."""
+        return {name for name, _ in self.named_parameters() if name.endswith("rpb")}
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one; `global_pool` stays the same unless given."""
+        weight = self.patch_embed.norm.weight
+        global_pool = self.global_pool if global_pool is None else global_pool
+        self.init_classifier(num_classes, global_pool, self.head_drop.p, device=weight.device, dtype=weight.dtype)
+        self.head.apply(init_linear)
+
+    def forward_features(self, x_BCHW: Tensor) -> Tensor:
+        """Compute the final, normalized feature map [B, H, W, num_features]."""
+        raise NotImplementedError
+
+    def forward_head(self, x_BHWC: Tensor, pre_logits: bool = False) -> Tensor:
+        """Compute logits [B, num_classes] from the final feature map; with `pre_logits`, the pooled features."""
+        x = x_BHWC.mean((1, 2)) if self.global_pool == "avg" else x_BHWC
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def format_intermediate(self, x_BHWC: Tensor, norm: bool, output_fmt: str) -> Tensor:
+        """Convert a feature map for the output of `forward_intermediates`."""
+        feature = self.norm(x_BHWC) if norm else x_BHWC
+        return to_nchw(feature).contiguous() if output_fmt == "NCHW" else feature
+
+    def prune_end(self, prune_norm: bool, prune_head: bool) -> None:
+        """Remove the final norm and the classifier, for `prune_intermediate_layers`."""
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.num_classes = 0
+            self.head = nn.Identity()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x_BCHW))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_blocks(blocks: Iterable[nn.Module], x_BHWC: Tensor, use_checkpoint: bool) -> Tensor:
+    """Apply blocks in order; with `use_checkpoint`, training recomputes them in the backward pass to save memory."""
+    for block in blocks:
+        is_checkpointed = use_checkpoint and block.training and not torch.jit.is_scripting()
+        x_BHWC = checkpoint(block, x_BHWC) if is_checkpointed else block(x_BHWC)
+    return x_BHWC
+
+
+def check_dilations(dilations: Sequence[Sequence[int]] | None, depths: Sequence[int]) -> list[list[int]]:
+    """Return one dilation per block, as one list per stage; None means 1 everywhere.
+
+    Raises:
+        ValueError: if the number of dilations differs from the number of blocks; names the stage.
+    """
+    if dilations is None:
+        return [[1] * depth for depth in depths]
+    if len(dilations) != len(depths):
+        raise ValueError(f"dilations has {len(dilations)} stages, but depths has {len(depths)}.")
+    for stage, (values, depth) in enumerate(zip(dilations, depths, strict=True)):
+        if len(values) != depth:
+            raise ValueError(
+                f"dilations[{stage}] has {len(values)} values, but depths[{stage}] is {depth}; use one dilation per "
+                "block."
+            )
+    return [list(values) for values in dilations]
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Return stochastic depth rates that rise linearly from 0 in the first block to `rate` in the last."""
+    last = max(sum(depths) - 1, 1)
+    rates = iter(rate * block / last for block in range(sum(depths)))
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def check_output_fmt(output_fmt: str) -> None:
+    """Raise ValueError unless `forward_intermediates` supports this format."""
+    if output_fmt not in ("NCHW", "NHWC"):
+        raise ValueError(f"output_fmt is {output_fmt!r}; use 'NCHW' or 'NHWC'.")
+
+
+def init_linear(module: nn.Module) -> None:
+    """Initialize a linear layer: weights normal with std 0.02, truncated at 2; biases 0. Ignore all other layers."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def to_nchw(x_BHWC: Tensor) -> Tensor:
+    """Convert channels-last to channels-first."""
+    return x_BHWC.permute(0, 3, 1, 2)
+
+
+def to_nhwc(x_BCHW: Tensor) -> Tensor:
+    """Convert channels-first to channels-last."""
+    return x_BCHW.permute(0, 2, 3, 1)

@@ -1,1 +1,0 @@
-"""Segmentation: scripts around natzoo.openmmlab."""

@@ -1,0 +1,96 @@
+"""Problems for the GPU tests, and the precisions in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import natten
+from natten.checks import make_axes
+
+
+class Machine(NamedTuple):
+    """Where a test runs."""
+
+    device: torch.device
+    backend: str
+
+    @property
+    def is_rehearsal(self) -> bool:
+        return self.device.type == "cpu"
+
+
+CUDA, REHEARSAL = Machine(torch.device("cuda:0"), "cuda"), Machine(torch.device("cpu"), "cpu")
+
+# dtype, its unit roundoff, and the setting for products of float32 matrices.
+PRECISIONS = {
+    "bfloat16": (torch.bfloat16, 2.0**-7, "highest"),
+    "float16": (torch.float16, 2.0**-10, "highest"),
+    "float32": (torch.float32, 2.0**-23, "highest"),
+    "tf32": (torch.float32, 2.0**-10, "high"),
+}
+
+
+@contextmanager
+def float32_products(setting: str) -> Iterator[None]:
+    """Set the precision of float32 matrix products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def make_inputs(
+    machine: Machine, batch, space, heads, dim, kernel_size, dtype=torch.bfloat16, seed=0, has_rpb=True
+) -> tuple[Tensor, Tensor | None]:
+    """Return a random packed qkv [batch, *space, 3, heads, dim] and a bias table in float32 or None."""
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    kernel_size = (kernel_size,) * len(space) if isinstance(kernel_size, int) else kernel_size
+    options = {"generator": generator, "device": machine.device}
+    qkv = torch.randn(batch, *space, 3, heads, dim, **options).to(dtype)
+    rpb = torch.randn(heads, *(2 * k - 1 for k in kernel_size), **options) if has_rpb else None
+    return qkv, rpb
+
+
+def run_step(qkv: Tensor, rpb: Tensor | None, backend: str, *window, seed: int = 1) -> list[Tensor]:
+    """Return output, logsumexp and the gradients of qkv and rpb."""
+    attend = getattr(natten, f"na{qkv.dim() - 4}d_qkvpacked")
+    leaves = [x.detach().requires_grad_() for x in (qkv, rpb) if x is not None]
+    bias = leaves[1] if rpb is not None else None
+    out, lse = attend(leaves[0], *window, rpb=bias, return_lse=True, backend=backend)
+    generator = torch.Generator(qkv.device).manual_seed(seed)
+    grads = [torch.randn(x.shape, generator=generator, device=qkv.device).to(x.dtype) for x in (out, lse)]
+    return [out, lse, *torch.autograd.grad((out, lse), leaves, grads)]
+
+
+def kernel_size_of(rank: int, window: tuple) -> tuple[int, ...]:
+    """Return the kernel_size of a window with one value per axis."""
+    return tuple(axis.kernel_size for axis in make_axes((1 << 20,) * rank, *window))
+
+
+def small_calls(machine: Machine) -> None:
+    """Run every kind of kernel once on a small problem, for compute-sanitizer."""
+    for precision in ("bfloat16", "float32", "tf32"):
+        dtype, _, products = PRECISIONS[precision]
+        for space, dim, window in (
+            ((11, 13), 32, (5, 1, (1, 2), False)),
+            ((9, 17), 24, ((3, 4), 2, 1, (True, False))),
+            ((100,), 16, (70,)),
+            ((4, 5, 9), 16, (3,)),
+            ((5, 20, 20), 32, (5,)),
+        ):
+            qkv, rpb = make_inputs(machine, 1, space, 2, dim, kernel_size_of(len(space), window), dtype)
+            with float32_products(products):
+                run_step(qkv, rpb, machine.backend, *window)
+    q, k, v = (torch.randn(1, 2, 9, 11, 8, device=machine.device, requires_grad=True) for _ in range(3))
+    rpb = torch.randn(2, 5, 5, device=machine.device, requires_grad=True)
+    attn = natten.na2d_qk(q, k, 3, 2, rpb=rpb, backend=machine.backend).softmax(-1)
+    natten.na2d_av(attn, v, 3, 2, backend=machine.backend).sum().backward()
+    if not machine.is_rehearsal:
+        torch.cuda.synchronize()

@@ -1,0 +1,122 @@
+"""Time the tiles that a CUDA kernel could use, to check the choice of natten/backends/cuda/tiles.py.
+
+For each kernel of a problem, the most promising tiles are timed while the other kernels keep theirs: the tiles of least
+cost, and for each number of warps per multiprocessor the tile of least cost. The first row of a kernel is the chosen
+tile. Shapes are written as for `ops`; the dtype is bfloat16.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from unittest import mock
+
+import torch
+
+from benchmarks import ops
+from natten.backends import cuda
+from natten.backends.cuda import driver
+from natten.backends.cuda.tiles import KINDS, Tile, tiles_and_costs
+from natten.geometry import Axis
+from natten.profiler import Timer, find_gpu, input_sets
+
+
+def run(shapes: Sequence[str], most: int, is_dry_run: bool, capability: str) -> None:
+    """Print the tiles of each kernel of some shapes, with their times unless it is a dry run.
+
+    Raises:
+        ValueError: if a shape or the capability is unknown, or there is no GPU.
+    """
+    cases = {name: ops.parse(name) for name in shapes}
+    if is_dry_run:
+        gpu = find_gpu(capability)
+    elif torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+    else:
+        raise ValueError("tiles needs a CUDA device; use --dry-run to list the tiles without one.")
+    for name, case in cases.items():
+        forward, backward = ([], []) if is_dry_run else _operator_calls(case)
+        for kind in KINDS:
+            print(f"{name} {kind}")
+            found = likely_tiles(case, kind, gpu, most)
+            if not is_dry_run:
+                _compile_all(case, kind, [tile for tile, _ in found], gpu)
+            for tile, cost in found:
+                time = ""
+                if not is_dry_run:
+                    call, *others = forward if kind == "forward" else backward
+                    with using(kind, tile):
+                        time = f"{Timer(call, torch.device('cuda:0'), others).median_ms() * 1e3:8.1f} us, "
+                print(f"  {time}cost {cost / found[0][1]:.2f}: {describe(tile)}", flush=True)
+
+
+def likely_tiles(case: ops.Case, kind: str, gpu, most: int) -> list[tuple[Tile, float]]:
+    """Return the tiles to time with their costs, the chosen tile first.
+
+    Args:
+        case: the problem.
+        kind: one of KINDS.
+        gpu: properties of the GPU.
+        most: number of tiles.
+    """
+    axes = (*(Axis(1, 1, 1, 1, False),) * (3 - len(case.axes)), *case.axes)
+    limits = (gpu.multi_processor_count, gpu.shared_memory_per_block_optin, False)
+    found = tiles_and_costs(kind, axes, case.head_dim, case.batch * case.heads, case.has_rpb, *limits)
+    ranked = sorted(found, key=lambda tile_and_cost: tile_and_cost[1])
+    by_warps: dict[int, tuple[Tile, float]] = {}
+    for tile, cost in ranked:
+        by_warps.setdefault(tile.warps * tile.min_blocks, (tile, cost))
+    others = [found for found in (*by_warps.values(), *ranked) if found != ranked[0]]
+    return [ranked[0], *dict.fromkeys(others)][:most]
+
+
+@contextmanager
+def using(kind: str, tile: Tile) -> Iterator[None]:
+    """Make the kernels of a kind use a tile."""
+    choose = cuda.choose_tile
+
+    def choose_or_use(asked: str, *arguments, **named):
+        return tile if asked == kind else choose(asked, *arguments, **named)
+
+    with (
+        mock.patch.object(cuda, "choose_tile", choose_or_use),
+        mock.patch.object(cuda, "_plan", inspect.unwrap(cuda._plan)),  # without its cache
+    ):
+        yield
+
+
+def describe(tile: Tile) -> str:
+    size = "x".join(map(str, tile.size))
+    words = [f"{size}, {tile.warps} warps x {tile.min_blocks} blocks, {tile.chunk_rows} rows"]
+    words += [f"stages of {tile.stage_rows}"] * tile.is_staged + ["segments"] * tile.is_segmented
+    words += ["bias fragments"] * tile.has_bias_fragments + ["gradient fragments"] * tile.has_gradient_fragments
+    return ", ".join(words) + f", {tile.shared_bytes >> 10} KiB"
+
+
+def _compile_all(case: ops.Case, kind: str, tiles: list[Tile], gpu) -> None:
+    """Compile the kernels of all tiles on all cores."""
+    query = torch.empty(case.batch, *case.space, case.heads, case.head_dim, dtype=torch.bfloat16, device="meta")
+    kernels = set()
+    for tile in tiles:
+        with using(kind, tile):
+            for op in ("attention", "attention_backward"):
+                kernels |= {step.kernel for step in cuda.launches(op, query, case.axes, case.has_rpb, gpu)}
+    driver.machine_codes(kernels, (gpu.major, gpu.minor))
+
+
+def _operator_calls(case: ops.Case) -> tuple[list[Callable[[], object]], list[Callable[[], object]]]:
+    """Return forward and backward passes of the backend on inputs that together exceed the L2 cache."""
+    device, maps = torch.device("cuda:0"), (case.heads, case.head_dim)
+    gbytes = 3e-9 * case.batch * prod(case.space) * prod(maps) * 2
+    scale, forward, backward = case.head_dim**-0.5, [], []
+    for _ in range(max(2, input_sets(gbytes, device))):
+        qkv = torch.randn(case.batch, *case.space, 3, *maps, device=device).bfloat16()
+        table = (case.heads, *(2 * axis.kernel_size - 1 for axis in case.axes))
+        inputs = (*qkv.unbind(-3), torch.randn(table, device=device) if case.has_rpb else None)
+        out, lse = cuda.attention(*inputs, case.axes, scale)
+        forward.append(lambda inputs=inputs: cuda.attention(*inputs, case.axes, scale))
+        saved = (torch.randn_like(out), None, *inputs, out, lse)
+        backward.append(lambda saved=saved: cuda.attention_backward(*saved, case.axes, scale))
+    return forward, backward

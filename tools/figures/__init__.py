@@ -1,0 +1,1 @@
+"""Figures drawn by tools/plot.py and tools/visualize.py."""

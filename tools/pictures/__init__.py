@@ -1,1 +1,0 @@
-"""What tools/visualize.py draws: one file a command, and what they share (style.py, models.py, overlay.py)."""
