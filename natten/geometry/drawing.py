@@ -216,6 +216,16 @@ def add_legend(figure: Any, seen: Iterable[int], palette: Palette, ncols: int) -
     )
 
 
+def settle_layout(figure: Any) -> None:
+    """Repeat the layout of a matplotlib figure until it is stable.
+
+    Matplotlib arranges a figure once per draw. For axes with a fixed aspect ratio one pass is not enough: titles are
+    placed outside the figure or on top of each other.
+    """
+    for _ in range(4):
+        figure.draw_without_rendering()
+
+
 def draw(axes: Sequence[Axis], queries: Sequence[Sequence[int] | None] = (None,), theme: str = "light") -> Any:
     """Draw the `planes` of each query side by side.
 
@@ -238,11 +248,12 @@ def draw(axes: Sequence[Axis], queries: Sequence[Sequence[int] | None] = (None,)
     maps = list(itertools.chain.from_iterable(planes(axes, query) for query in queries))
     rows, columns = maps[0][1].shape
     height = min(max(3.4 * rows / columns, 0.5), 8.0)
-    figure = Figure((max(3.4 * len(maps), 4.8), height + 1.6), dpi=150, layout="compressed", facecolor=palette.page)
-    figure.suptitle(describe(axes), color=palette.ink, fontsize=11)
+    figure = Figure((max(3.4 * len(maps), 5.6), height + 1.6), dpi=150, layout="compressed", facecolor=palette.page)
+    figure.suptitle(describe(axes), color=palette.ink, fontsize=10)
     for panel, (title, parts) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
         draw_parts(panel, parts, palette)
         panel.set_title(title, color=palette.ink, fontsize=9)
     seen = {part for _, parts in maps for part in parts.unique().tolist()}
     add_legend(figure, seen, palette, ncols=min(len(maps), 2))
+    settle_layout(figure)
     return figure

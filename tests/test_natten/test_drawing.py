@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from brute_force import axis_window as slots_of
+from drawn_text import check_saved_figures
 from PIL import Image
 
 from natten.checks import make_axes
@@ -52,7 +53,8 @@ def test_only_planes_with_keys_are_shown():
 
 
 @pytest.mark.parametrize("theme", drawing.PALETTES)
-def test_figure(theme, tmp_path):
+def test_figure(theme, monkeypatch, tmp_path):
+    check_saved_figures(monkeypatch)
     out = tmp_path / "new" / "windows.png"
     window = ["--size", "9x9", "--kernel-size", "3", "--dilation", "2,1", "--stride", "2", "--causal", "1"]
     command.main([*window, "--query", "0,0", "--query", "4,4", "--theme", theme, "--out", str(out)])
@@ -61,6 +63,20 @@ def test_figure(theme, tmp_path):
         found = {"#{:02x}{:02x}{:02x}".format(*color) for _, color in image.convert("RGB").getcolors(1 << 20)}
     palette = drawing.PALETTES[theme]
     assert found.issuperset((palette.page, *palette.parts))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--size 12x16 --kernel-size 5x3 --stride 3x2 --dilation 2x4 --causal 1",
+        "--size 30 --kernel-size 6 --stride 3 --dilation 2 --causal",
+        "--size 4x8x8 --kernel-size 3x5x5 --causal 0 --query 2,4,4 --query 3,0,0",
+    ],
+)
+def test_text_of_figures_is_complete(options, monkeypatch, tmp_path):
+    saved = check_saved_figures(monkeypatch)
+    command.main([*options.split(), "--out", str(tmp_path / "windows.png")])
+    assert len(saved) == 1
 
 
 def test_command_prints_the_problem_without_warnings():

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import visualize
+from drawn_text import check_saved_figures
 from figures import attention, neighborhood, receptive_field, saliency
 from figures.curves import read_summary
 from figures.models import load_model
@@ -47,7 +48,8 @@ def image(tmp_path):
 
 @pytest.fixture
 def texts(monkeypatch):
-    """Titles and axis labels of all saved figures."""
+    """Titles and axis labels of all saved figures, none of which may be cut off or overlap another."""
+    check_saved_figures(monkeypatch)
     found = []
     draw = Figure.savefig
 
@@ -66,7 +68,7 @@ def texts(monkeypatch):
 # ----- curves --------------------------------------------------------------------------------------------------------
 
 
-def test_curves(tmp_path):
+def test_curves(texts, tmp_path):
     for name in ("nat", "dinat"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.csv").write_text("epoch,train_loss,val_loss,top1\n0,2.0,1.9,30\n1,1.0,0.9,70\n")
@@ -89,7 +91,7 @@ def test_missing_and_empty_summary(tmp_path):
 # ----- attention -----------------------------------------------------------------------------------------------------
 
 
-def test_attention_of_a_checkpoint(checkpoint, image, tmp_path):
+def test_attention_of_a_checkpoint(checkpoint, image, texts, tmp_path):
     out = tmp_path / "attention.png"
     visualize.main(["attention", image, image, "--checkpoint", checkpoint, "--out", str(out)])
     with Image.open(out) as drawn:

@@ -31,7 +31,7 @@ def draw_nat_intro(theme: Theme) -> plt.Figure:
         "Window attention (Swin)\none block of a fixed grid": swin,
         "Neighborhood attention\nthe nearest tokens": [_window(side, size, 1, place) for place in queries],
     }
-    figure, axes = image_grid(1, 3, WIDTH / 3, 3.75)
+    figure, axes = image_grid(1, 3, WIDTH / 3, 3.7)
     for panel, (title, keys) in zip(axes[0], panels.items(), strict=True):
         _draw_grid(panel, theme, side, zip(queries, keys, strict=False))
         panel.set_title(title)

@@ -72,7 +72,7 @@ def load_model(spec: str, pretrained: bool, device: torch.device) -> LoadedModel
         path = Path(file or spec).absolute()
         model, record = restore(file or spec, name if file else None)
         name = name if file else path.parent.name
-        weights = f"weights of {path.name}"
+        weights = path.name
     else:
         torch.manual_seed(0)
         model, record = create_model(name, {"pretrained": pretrained}).eval(), {"classes": None}

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from figures.style import Theme, image_grid
 from natten.checks import make_axes
 from natten.geometry import Axis
-from natten.geometry.drawing import Palette, Part, add_legend, axis_window, draw_parts, parts_of
+from natten.geometry.drawing import Palette, Part, add_legend, axis_window, draw_parts, parts_of, settle_layout
 from natzoo.classification.options import positive
 
 HELP = "the window of a query, plain, dilated, causal and strided, as PNG or as animated GIF"
@@ -45,9 +45,9 @@ def make_problems(size: int, kernel_size: int, dilation: int, stride: int) -> di
     """
     space = (size, size)
     return {
-        f"Neighborhood attention\n{kernel_size}x{kernel_size}": make_axes(space, kernel_size),
+        f"Plain\nwindow {kernel_size}x{kernel_size}": make_axes(space, kernel_size),
         f"Dilated\ndilation {dilation}": make_axes(space, kernel_size, 1, dilation),
-        "Causal\non both axes": make_axes(space, kernel_size, is_causal=True),
+        "Causal\nboth axes": make_axes(space, kernel_size, is_causal=True),
         f"Strided\nstride {stride}": make_axes(space, kernel_size, stride),
     }
 
@@ -63,7 +63,7 @@ def draw_windows(problems: dict[str, tuple[Axis, ...]], size: int, theme: Theme)
     """Draw a row per place of the query and a column per problem."""
     center = size // 2
     places = {"corner": (0, 0), "border": (center, size - 1), "interior": (center, center)}
-    figure, table = image_grid(len(places), len(problems), 2.0, 2.05)
+    figure, table = image_grid(len(places), len(problems), 1.75, 2.05)
     seen = set()
     for row, (place, query) in zip(table, places.items(), strict=True):
         for axes, (title, problem) in zip(row, problems.items(), strict=True):
@@ -103,8 +103,8 @@ def to_gif(problems: dict[str, tuple[Axis, ...]], size: int, theme: Theme) -> by
     for axes, (title, problem) in zip(table[0], problems.items(), strict=True):
         meshes.append(draw_parts(axes, parts_of(problem, queries[0]), theme.windows))
         axes.set_title(title, fontsize=9)
-    canvas.draw()
-    figure.set_layout_engine("none")  # keeps everything in place from here on
+    settle_layout(figure)
+    figure.set_layout_engine("none")  # keeps everything in place in all frames
     frames = []
     for query in tqdm(queries, desc="frames", leave=False, disable=None):
         text.set_text(caption(plain, query))

@@ -18,10 +18,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from PIL import Image
 from tqdm import tqdm
 
-from natten.geometry.drawing import PALETTES, Palette
+from natten.geometry.drawing import PALETTES, Palette, settle_layout
 from natzoo.checkpoints import write_atomically
 
 WIDTH = 9.0  # inches; pages show figures about 880 pixels wide, which makes 10 pt text 14 pixels high
+MIN_WIDTH = 5.0  # inches
 PAGE_DPI = 200  # figures of the pages: twice the shown width, for high-density screens
 DPI = 150
 PAGE_COLORS = 96  # palette size of the PNG files of the pages; a larger palette only makes the files larger
@@ -89,14 +90,11 @@ def themed(name: str) -> Iterator[Theme]:
 def image_grid(rows: int, columns: int, width: float, height: float) -> tuple[plt.Figure, Any]:
     """Create a figure with a grid of axes without ticks for images.
 
-    The "compressed" layout is required: with "constrained", titles of axes with a fixed aspect ratio can leave the
-    figure.
-
     Args:
         rows: number of rows.
         columns: number of columns.
         width: width per column in inches.
-        height: height per row in inches.
+        height: height per row in inches. Narrow figures are widened to MIN_WIDTH, which leaves room for the title.
 
     Returns:
         The figure, and its axes as an array [rows, columns].
@@ -104,7 +102,7 @@ def image_grid(rows: int, columns: int, width: float, height: float) -> tuple[pl
     return plt.subplots(
         rows,
         columns,
-        figsize=(width * columns, height * rows),
+        figsize=(max(width * columns, MIN_WIDTH), height * rows),
         layout="compressed",
         squeeze=False,
         subplot_kw={"xticks": [], "yticks": []},
@@ -167,6 +165,7 @@ def to_png(figure: plt.Figure, dpi: int = DPI, colors: int | None = None) -> byt
         colors: palette size; RGB if None.
     """
     content, smaller = io.BytesIO(), io.BytesIO()
+    settle_layout(figure)
     figure.savefig(content, format="png", dpi=dpi)
     plt.close(figure)
     with Image.open(content) as image:
