@@ -1,4 +1,4 @@
-"""How every script of the project ends: user mistakes in one line with status 2, never a traceback."""
+"""How every program of the project ends: user errors are printed on one line and exit with status 2."""
 
 from __future__ import annotations
 
@@ -7,31 +7,36 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-MISTAKES = (ValueError, OSError, NotImplementedError, ImportError)  # what a user can mend
+# Errors that the user can fix.
+USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
 
 
 def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
-    """Runs a script's main function and turns what a user can mend into one line on stderr and exit status 2.
+    """Call the main function of a program and exit without a traceback on a user error or Ctrl-C.
 
-    On Ctrl-C it says so, and `after_interrupt`. NATTEN_TRACEBACK=1 in the environment shows where an error was raised.
+    Set NATTEN_TRACEBACK=1 in the environment to see where an error was raised.
+
+    Args:
+        main: the function.
+        after_interrupt: hint to print after Ctrl-C.
     """
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has had enough, as `head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
-    except MISTAKES as error:
+    except USER_ERRORS as error:
         if os.environ.get("NATTEN_TRACEBACK"):
             raise
-        print(f"error: {_text(error)}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("; ".join(filter(None, ("interrupted", after_interrupt))), file=sys.stderr)
         sys.exit(130)
 
 
-def _text(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and not error.filename:
         return error.strerror
     return str(error)

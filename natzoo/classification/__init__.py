@@ -1,7 +1,12 @@
-"""Training, evaluation and use of image classifiers; the scripts run from anywhere.
+"""Train, evaluate and use image classifiers.
 
-Three scripts, and what they are assembled from, from the data to the run:
-readers.py, shards.py (where images come from) · images.py (data sets, seeds) · augmentation.py · loaders.py (batches) ·
-models.py · parts.py (loss, optimizer, schedule) · evaluation.py, real_labels.py · devices.py · world.py (processes) ·
-interruption.py (signals) · checkpoints.py · runlog.py · options.py · train.py · validate.py · predict.py
+The three programs are train.py, validate.py and predict.py; launch.py runs them on several GPUs. They share:
+
+- options.py: command-line options and YAML recipes
+- data/: readers (folders, tar files, hub datasets), datasets, transforms, and the loader that batches them
+- factory.py: model, loss, optimizer and learning-rate schedule from the options
+- inference.py: trained models from checkpoints
+- evaluation.py: top-1 and top-5 accuracy
+- distributed.py, device.py, signals.py: processes, devices and precision, interruption
+- checkpoints.py, logger.py: the files of a run
 """

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which files there are, what they hold, and from which one a run may go on."""
+"""Checkpoints of a run: which files are written, what they hold, and which of them a run can resume from."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from natzoo.checkpoints import read_checkpoint, write_checkpoint
 from natzoo.checkpoints.write import sync
 from natzoo.classification.distributed import World
 
-# Where things are and how they are shown does not matter to a run.
-_PLACES = (
+# Options that a resumed run may change without notice: they do not affect the result.
+_NO_EFFECT = (
     *("data", "config", "work_dir", "output", "experiment", "resume", "device", "threads", "workers"),
     *("log_interval", "compile", "save_interval", "keep_last", "grad_accum"),
 )
-# A run that goes on with another of these would not be the same run.
-_KEPT_OPTIONS = ("seed", "opt", "batch_size", "model_ema", "amp", "layer_decay", "decay_rpb")
-# What a run's last checkpoint holds.
+# Options that a resumed run must not change.
+_FIXED = ("seed", "opt", "batch_size", "model_ema", "amp", "layer_decay", "decay_rpb")
+# Keys of last.pth. The format is stable: runs resume from checkpoints of earlier versions.
 KEYS = (
-    *("model", "model_ema", "record", "epoch", "best", "best_epoch"),  # best.pth too
+    *("model", "model_ema", "record", "epoch", "best", "best_epoch"),  # also in best.pth
     *("update", "totals", "skipped", "optimizer", "scaler", "options", "processes", "images"),
 )
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """Return the folder of the run: --work-dir, or --output and --experiment."""
+    """Return the folder of a run: --work-dir, else --output and --experiment, else output/<config or model name>."""
     if args.work_dir:
         return Path(args.work_dir)
     return Path(args.output) / (args.experiment or (Path(args.config).stem if args.config else args.model))
 
 
 class CheckpointSaver:
-    """last.pth, from which a run goes on; best.pth, the weights of the best epoch; and those of the last epochs.
+    """Writes last.pth (to resume from), best.pth (weights of the best epoch) and epoch-N.pth (the last epochs).
 
-    Each is written by the first process alone, whole or not at all.
+    Only the main process writes. A file is replaced as a whole: a crash or a full disk leaves the previous one.
 
     Args:
-        folder: the run's folder.
-        keep: of how many epochs, the last ones, the checkpoint stays as epoch-N.pth.
+        folder: folder of the run.
+        keep: number of epochs whose checkpoints are kept as epoch-N.pth.
         world: the processes.
     """
 
@@ -59,13 +59,13 @@ class CheckpointSaver:
             write_checkpoint(self.best, weights)
 
     def keep_epoch(self, epoch: int) -> None:
-        """Keeps last.pth as the checkpoint of that epoch, and removes older ones than the last `keep`."""
+        """Keep last.pth as epoch-N.pth and remove those of older epochs."""
         if not self.world.is_main_process or self.keep == 0:
             return
         kept, temporary = self.folder / f"epoch-{epoch:04d}.pth", self.folder / ".epoch.pth.tmp"
         temporary.unlink(missing_ok=True)
         try:
-            os.link(self.last, temporary)  # costs nothing: saving last.pth anew leaves this file alone
+            os.link(self.last, temporary)  # no copy: the next save replaces last.pth and leaves this file alone
         except OSError:
             shutil.copyfile(self.last, temporary)
             sync(temporary)
@@ -77,69 +77,75 @@ class CheckpointSaver:
 
 
 def load_resume_state(args: argparse.Namespace, world: World) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that --resume means, if any: its path and what it holds, made with the same options.
+    """Read the checkpoint to resume from, if any, and check that its options fit.
 
-    On another number of processes, `args.grad_accum` is changed so that an update is of the same images.
+    If the number of processes changed, set `args.grad_accum` so that an update still has the same number of images.
+
+    Returns:
+        the path and the content, or None for a new run.
 
     Raises:
-        ValueError: if the run's folder holds a run that --resume does not mean, which would be overwritten; if the
-            checkpoint was made with options that another run would need, or lacks something.
-        FileNotFoundError: if there is no such file.
+        ValueError: if the folder holds a run that would be overwritten, or the checkpoint cannot be resumed.
+        FileNotFoundError: if the file does not exist.
     """
     last = run_folder(args) / "last.pth"
-    if args.resume == "auto" or _is_started_again(args, last):
-        chosen = last if last.exists() else None
-        if chosen is None:
-            world.say(f"the run begins: there is no {last} yet")
+    if args.resume == "auto" or _is_restart(args, last):
+        path = last if last.exists() else None
+        if path is None:
+            world.print(f"No checkpoint found in {last.parent}; starting from scratch.")
     else:
-        chosen = None if args.resume is None else Path(args.resume)
-        if last.exists() and (chosen is None or chosen.resolve().parent != last.resolve().parent):
-            raise ValueError(f"{last} is there already: go on with it by --resume, or give the run a new --work-dir.")
-    if chosen is None:
+        path = None if args.resume is None else Path(args.resume)
+        if last.exists() and (path is None or path.resolve().parent != last.resolve().parent):
+            raise ValueError(f"{last} already exists; continue that run with --resume, or choose a new --work-dir.")
+    if path is None:
         return None
-    state = read_checkpoint(chosen)
+    state = read_checkpoint(path)
     missing = sorted(set(KEYS) - state.keys())
     if missing:
-        raise ValueError(f"{chosen} cannot be resumed, it lacks {', '.join(missing)}: use --initial-checkpoint.")
-    theirs = state["options"]
-    for key in _KEPT_OPTIONS:
-        _check_same(chosen, key, theirs.get(key), getattr(args, key))
-    steps = theirs["grad_accum"] * state["processes"]
+        raise ValueError(f"{path} has no {', '.join(missing)} to resume from; use --initial-checkpoint.")
+    options = state["options"]
+    for key in _FIXED:
+        _check_equal(path, key, options.get(key), getattr(args, key))
+    steps = options["grad_accum"] * state["processes"]
     if steps % world.size:
         raise ValueError(
-            f"{chosen} cannot be resumed by {world.size} processes: its updates are of {steps} batches of "
-            f"{args.batch_size} images, which they cannot share evenly."
+            f"{path} has updates of {steps} batches of {args.batch_size} images, which {world.size} processes cannot "
+            "share evenly; change the number of processes."
         )
     if args.grad_accum != steps // world.size:
         args.grad_accum = steps // world.size
-        world.say(f"--grad-accum is {args.grad_accum}, to keep {steps * args.batch_size} images an update")
-    for key, ours in vars(args).items():
-        if theirs.get(key) != ours and key not in _PLACES:
-            world.say(f"resumed with another {key}: {ours!r} instead of {theirs.get(key)!r}")
-    return chosen, state
+        world.print(f"Set --grad-accum {args.grad_accum} to keep {steps * args.batch_size} images per update.")
+    for key, value in vars(args).items():
+        if options.get(key) != value and key not in _NO_EFFECT:
+            world.print(f"Resuming with {key} = {value!r}; the checkpoint has {options.get(key)!r}.")
+    return path, state
 
 
-def _is_started_again(args: argparse.Namespace, last: Path) -> bool:
-    """Whether torchrun has started this run again, with the command that last.pth was made by, after a process died."""
+def _is_restart(args: argparse.Namespace, last: Path) -> bool:
+    """Return whether torchrun restarted, after a process died, the command that wrote last.pth."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not last.exists():
         return False
     return read_checkpoint(last).get("options", {}).get("resume") == args.resume
 
 
-def check_same_run(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises ValueError if a checkpoint is of another model or other data than this run: has not all that it has."""
-    for key, value in ours.items():
-        _check_same(path, key, theirs.get(key), value)
+def check_same_run(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Check that a checkpoint has all values of this run.
+
+    Raises:
+        ValueError: naming the file and the first value that differs.
+    """
+    for key, value in current.items():
+        _check_equal(path, key, saved.get(key), value)
 
 
-def _check_same(path: Path, key: str, theirs: Any, ours: Any) -> None:
-    if theirs != ours:
+def _check_equal(path: Path, key: str, saved: Any, current: Any) -> None:
+    if saved != current:
         raise ValueError(
-            f"{path} cannot be resumed: its {key} is {_shown(theirs)}, but this run's is {_shown(ours)}: go on with "
-            "what it was made with, or give the run a new --work-dir."
+            f"{path} has {key} = {_shorten(saved)} but this run has {_shorten(current)}; resume with the original "
+            "value, or choose a new --work-dir."
         )
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(value)} in all)"
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(value)} in total)"

@@ -1,7 +1,7 @@
-"""The processes of a run, as torchrun starts them, one a GPU; a script started alone is a group of one.
+"""The processes of a run: one per GPU, started by torchrun, or a single one.
 
-Numbers that the processes agree on travel over gloo between CPUs, which leaves the GPUs' queues alone; those of
-GPUs, the gradients, over NCCL.
+Values that the processes agree on are exchanged between CPUs over Gloo, which does not interrupt the GPUs. Gradients on
+GPUs are reduced over NCCL.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tqdm import tqdm
 import natten
 from natten import backends
 from natzoo.classification.signals import Interrupted, SignalHandler
-from natzoo.command_line import MISTAKES
+from natzoo.command_line import USER_ERRORS
 
 T = TypeVar("T")
 
 
 class World(NamedTuple):
-    """Which process this is, and how many there are; `local` means on this machine."""
+    """The rank of this process and the number of processes; `local` means on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -39,20 +39,20 @@ class World(NamedTuple):
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the process that speaks and writes."""
+        """Whether this process prints and writes files."""
         return self.rank == 0
 
     @property
     def nodes(self) -> int:
         return -(-self.size // self.local_size)
 
-    def say(self, text: str) -> None:
-        """Prints a line, above a progress bar if there is one; the first process does."""
+    def print(self, text: str) -> None:
+        """Print a line in the main process, above the progress bar if there is one."""
         if self.is_main_process:
-            tqdm.write(text.encode(errors="backslashreplace").decode())  # a file's name may be no UTF-8
+            tqdm.write(text.encode(errors="backslashreplace").decode())  # file names may not be valid UTF-8
 
     def sum(self, *values: float) -> list[float]:
-        """The sum of each value over all processes, in float64; all must call it."""
+        """Return the sum of each value over all processes, in float64. All processes must call it."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
@@ -60,7 +60,7 @@ class World(NamedTuple):
         return sums.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of each process, in the order of their world; all must call it."""
+        """Return the values of all processes in the order of their ranks. All processes must call it."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -68,49 +68,49 @@ class World(NamedTuple):
         return values
 
     def local_main_first(self, function: Callable[[], T]) -> T:
-        """The function's value, called by one process a machine before the others: what it downloads, they find."""
+        """Call a function in one process per machine first, so that the others find what it downloads."""
         if self.local_rank > 0:
             self.sum(0)
             return function()
         try:
             return function()
         finally:
-            self.sum(0)  # also where it fails: so it will for the others
+            self.sum(0)  # also on an error, which the other processes will then raise too
 
-    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model with gradients averaged over all processes after each backward pass."""
+    def data_parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Wrap a model so that backward passes average the gradients over all processes."""
         if self.size == 1:
             return model
         return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
-    def check_same(self, remedy: str, /, **what: Any) -> None:
-        """Checks that all processes have the same of everything; all must call it.
+    def check_same(self, remedy: str, /, **values: Any) -> None:
+        """Check that all processes have the same values. All processes must call it.
 
         Args:
-            remedy: what to do where they have not.
-            what: plain values, by what they are called in the error's text.
+            remedy: what to do if they differ, for the message.
+            values: plain values by name.
 
         Raises:
-            ValueError: naming the first process that has another value, and how it differs.
+            ValueError: naming the first process with another value.
         """
-        found = self.gather((socket.gethostname(), what))
-        first_host, first = found[0]
-        for rank, (host, theirs) in enumerate(found):
-            for name, value in theirs.items():
-                if value != first[name]:
+        gathered = self.gather((socket.gethostname(), values))
+        main_host, expected = gathered[0]
+        for rank, (host, found) in enumerate(gathered):
+            for name, value in found.items():
+                if value != expected[name]:
                     raise ValueError(
-                        f"rank {rank} on {host} has the {name} {value}, but rank 0 on {first_host} has {first[name]}: "
+                        f"{name} differs: {value} on rank {rank} ({host}), {expected[name]} on rank 0 ({main_host}); "
                         f"{remedy}."
                     )
 
-    def raise_if_signalled(self, signal_handler: SignalHandler) -> None:
-        """Raises Interrupted in all processes if any of them was told to end; all must call it."""
-        if self.sum(signal_handler.received is not None) != [0]:
+    def raise_if_signalled(self, signals: SignalHandler) -> None:
+        """Raise Interrupted in all processes if any of them received a signal. All processes must call it."""
+        if self.sum(signals.received is not None) != [0]:
             raise Interrupted
 
 
 def kernel_fingerprint(device: torch.device) -> dict[str, str]:
-    """What computes attention in this process: backend, version and hash of natten's sources, version of torch."""
+    """Return the attention backend, the version and hash of natten's sources, and the version of torch."""
     probe = torch.empty(1, 7, 7, 1, 32, device=device)
     folder = Path(natten.__file__).parent
     sources = hashlib.sha256()
@@ -125,20 +125,21 @@ def kernel_fingerprint(device: torch.device) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def init_world(device: str, signal_handler: SignalHandler) -> Iterator[tuple[World, str]]:
-    """Makes this process one of those that torchrun started, until the block ends.
+def init_world(device: str, signals: SignalHandler) -> Iterator[tuple[World, str]]:
+    """Join the processes that torchrun started; leave them at the end of the block.
 
-    A mistake that all processes find is told by the first one alone; of one that another finds, its rank is told.
+    An error that all processes raise is printed only by the main process. Another process prints its own error only if
+    the main process does not stop within ten seconds.
 
     Args:
-        device: --device; "auto" and "cuda" become the GPU of this process.
-        signal_handler: knows whether torchrun is ending this process.
+        device: the option --device; "auto" and "cuda" become the GPU of this process.
+        signals: knows whether torchrun is stopping this process.
 
     Yields:
-        the world, and the device's name.
+        the world, and the name of the device.
 
     Raises:
-        ValueError: if there are fewer GPUs than processes on this machine, or all are sent to one.
+        ValueError: if there are fewer GPUs than processes on this machine, or if --device names a single GPU for all.
     """
     if "RANK" not in os.environ:
         yield World(), device
@@ -147,11 +148,12 @@ def init_world(device: str, signal_handler: SignalHandler) -> Iterator[tuple[Wor
     try:
         is_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         if device.startswith("cuda:") and world.local_size > 1:
-            raise ValueError(f"--device {device} puts all processes on one GPU: use cuda, which gives each its own.")
+            raise ValueError(f"--device {device} puts all processes on one GPU; use cuda for one GPU per process.")
         if is_cuda:
             if torch.cuda.device_count() < world.local_size:
                 raise ValueError(
-                    f"{world.local_size} processes share {torch.cuda.device_count()} GPUs here: start one a GPU."
+                    f"--device {device}: {torch.cuda.device_count()} GPUs for {world.local_size} processes on this "
+                    "machine; start one process per GPU."
                 )
             device = f"cuda:{world.local_rank}"
             torch.cuda.set_device(device)
@@ -161,15 +163,15 @@ def init_world(device: str, signal_handler: SignalHandler) -> Iterator[tuple[Wor
     except SystemExit:
         dist.destroy_process_group()
         raise
-    except MISTAKES as error:
+    except USER_ERRORS as error:
         if not world.is_main_process:
-            for _ in range(100):  # for the first one to find the same, whereupon torchrun ends this one
+            for _ in range(100):  # give the main process time to raise the same error; torchrun then stops this one
                 time.sleep(0.1)
-                if signal_handler.received:
+                if signals.received:
                     sys.exit(2)
-            print(f"on rank {world.rank}:", file=sys.stderr)
+            print(f"rank {world.rank}:", file=sys.stderr)
         raise error
     except RuntimeError as error:
         if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
             raise
-        sys.exit(f"rank {world.rank} lost another process, which has ended: its message, if any, says why.")
+        sys.exit(f"rank {world.rank} lost the connection to another process; see the error of that process, if any.")

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier over all images of a loader, shared among the processes of a run."""
+"""Accuracy of a classifier on a data set that is shared among the processes of a run."""
 
 from __future__ import annotations
 
@@ -23,86 +23,90 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     skip_bad_images: bool = False,
     world: World | None = None,
-    between_batches: Callable[[], None] = lambda: None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent and the mean cross entropy over all readable images of all processes.
+    """Compute accuracy and loss over the readable images of all processes. All processes must call it.
 
     Args:
-        model: the model, on the device.
-        loader: this process's share of the images.
-        device: where to compute.
-        autocast: the precision.
-        skip_bad_images: whether to leave out images that cannot be read.
-        world: the processes, all of which must call this.
-        between_batches: called before each batch, by all processes as many times; may raise.
+        model: the model, on `device`.
+        loader: the share of this process.
+        device: device of the computation.
+        autocast: creates the context of each forward pass.
+        skip_bad_images: leave out images that cannot be read instead of raising.
+        world: the processes.
+        before_batch: called before each batch, equally often in all processes; may raise.
 
     Returns:
-        top1, top5, loss, and `count`, the number of images.
+        top1 and top5 in percent, loss (mean cross entropy) and count (number of images).
 
     Raises:
-        ValueError: if an image cannot be read and they are not to be skipped, or if none can.
+        ValueError: if an image cannot be read and `skip_bad_images` is off, or if no image can be read.
     """
     world = world or World()
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)  # right, right among five, loss, images
-    total = None if isinstance(loader.dataset, IterableDataset) else len(loader)  # of streams nobody knows
-    bar = tqdm(total=total, desc="evaluate", leave=False, disable=None if world.is_main_process else True)
+    sums = torch.zeros(4, dtype=torch.float64)  # correct in top 1, correct in top 5, loss, images
+    total = None if isinstance(loader.dataset, IterableDataset) else len(loader)  # streams have no known length
+    bar = tqdm(total=total, desc="Evaluate", leave=False, disable=None if world.is_main_process else True)
     batches = iter(loader)
     with bar:
         while True:
             batch = next(batches, None)
             if world.sum(batch is not None) == [0]:  # shares differ in length
                 break
-            between_batches()
+            before_batch()
             if batch is None:
                 continue
             check_bad_images(loader.dataset, skip_bad_images)
             x_BCHW, target_B = (part.to(device, non_blocking=True) for part in batch)
             target_BT = target_B.reshape(len(target_B), -1)
-            counts = (target_BT >= 0).any(1)
-            if counts.any():
+            is_labelled_B = (target_BT >= 0).any(1)
+            if is_labelled_B.any():
                 with autocast():
-                    logits_BK = model(x_BCHW[counts])
-                sums += _sums(logits_BK.float(), target_BT[counts])
+                    logits_BK = model(x_BCHW[is_labelled_B])
+                sums += _batch_sums(logits_BK.float(), target_BT[is_labelled_B])
             bar.update()
     top1, top5, loss, count = world.sum(*sums.tolist())
     if count == 0:
-        raise ValueError(f"none of the images in {loader.dataset.where} can be read.")
+        raise ValueError(f"{loader.dataset.source} has no readable image.")
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "count": int(count)}
 
 
-def _sums(logits_BK: Tensor, target_BT: Tensor) -> Tensor:
-    """How many images are right, right among five, the sum of their losses, and their number.
+def _batch_sums(logits_BK: Tensor, target_BT: Tensor) -> Tensor:
+    """Return the number of images correct in top 1 and in top 5, the sum of the losses, and the number of images.
 
-    Any of an image's targets will do, of which those below 0 are none; its loss is the mean over them.
+    An image may have several targets; negative ones are padding. Any of them counts as correct, and the loss of the
+    image is the mean over its targets.
     """
     best_B5 = logits_BK.topk(min(5, logits_BK.shape[1])).indices
-    is_right_B5 = (best_B5[:, :, None] == target_BT[:, None, :]).any(-1)
+    is_correct_B5 = (best_B5[:, :, None] == target_BT[:, None, :]).any(-1)
     is_target_BT = target_BT >= 0
     loss_BT = -logits_BK.log_softmax(-1).gather(1, target_BT.clamp(min=0)) * is_target_BT
     loss_B = loss_BT.sum(1) / is_target_BT.sum(1)
-    sums = (is_right_B5[:, 0].sum(), is_right_B5.any(1).sum(), loss_B.double().sum())
+    sums = (is_correct_B5[:, 0].sum(), is_correct_B5.any(1).sum(), loss_B.double().sum())
     return torch.tensor([*(value.item() for value in sums), len(logits_BK)], dtype=torch.float64)
 
 
-def check_classes(images: Any, num_classes: int, are_named: bool) -> None:
-    """Raises ValueError if a data set's classes cannot be those of the model.
+def check_classes(dataset: Any, num_classes: int, matched_by_name: bool) -> None:
+    """Check that the classes of a data set fit a model.
 
     Args:
-        images: the data set.
-        num_classes: classes of the model.
-        are_named: whether the data set's classes were found by name among the model's; else the numbers must agree.
+        dataset: the data set.
+        num_classes: number of classes of the model.
+        matched_by_name: whether the classes were looked up by name in the model; if not, the numbers must be equal.
+
+    Raises:
+        ValueError: if they do not fit.
     """
-    found = len(images.classes)
-    if found > num_classes or (found < num_classes and not are_named):
+    found = len(dataset.classes)
+    if found > num_classes or (found < num_classes and not matched_by_name):
         raise ValueError(
-            f"{images.where} has {found} classes, but the model has {num_classes}: check the data "
-            "folder, --class-map and --num-classes."
+            f"{dataset.source} has {found} classes but the model has {num_classes}; check the data folder, "
+            "--class-map and --num-classes."
         )
 
 
 class FlipTTA(nn.Module):
-    """A model that sees each image and its mirror image, and averages the two logits."""
+    """Test-time augmentation: average the logits of an image and of its mirror image."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

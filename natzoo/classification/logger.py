@@ -1,72 +1,117 @@
-"""What a run leaves to look at: TensorBoard events, summary.csv, and a line an epoch."""
+"""The log of a run: averages over an epoch, TensorBoard events and summary.csv."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import math
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from natzoo.checkpoints import write_table
 
+# Column names are part of the file format: other tools read them.
 COLUMNS = (
     *("epoch", "train_loss", "val_loss", "top1", "top5"),
     *("lr", "grad_norm", "images_per_s", "seconds", "bad_images"),
 )
 
 
-class RunLogger:
-    """Writes a run's figures; one that goes on from an earlier epoch drops what came after it.
+@dataclass
+class EpochMeters:
+    """Sums over the updates of an epoch so far. Field names are part of the checkpoint format.
 
-    Args:
-        folder: the run's folder.
-        first_epoch: the epoch that comes next; 0 for a new run.
-        first_step: the optimizer step that comes next.
+    Attributes:
+        loss: sum of the losses of updates that were not skipped.
+        losses: number of these updates.
+        norm: sum of the finite gradient norms; with fp16 a norm may be infinite where the loss is finite.
+        norms: number of these norms.
+        seconds: time spent.
     """
 
-    def __init__(self, folder: Path, first_epoch: int = 0, first_step: int = 0):
-        self.path = folder / "summary.csv"
-        self.rows = [row for row in _read(self.path) if int(row["epoch"]) < first_epoch]
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+    loss: float = 0.0
+    losses: int = 0
+    norm: float = 0.0
+    norms: int = 0
+    seconds: float = 0.0
 
-    def step(self, step: int, **figures: float) -> None:
-        """A point of each figure in TensorBoard, under train/.
+    def update(self, loss: float, norm: float) -> None:
+        """Add an update that was not skipped."""
+        self.loss += loss
+        self.losses += 1
+        if math.isfinite(norm):
+            self.norm += norm
+            self.norms += 1
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.losses if self.losses else math.nan
+
+    @property
+    def mean_norm(self) -> float:
+        return self.norm / self.norms if self.norms else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class RunLogger:
+    """Writes the figures of a run. A run that resumes from an earlier epoch drops the later rows.
+
+    Args:
+        folder: folder of the run.
+        first_epoch: number of the next epoch, 0 for a new run.
+        first_update: number of the next update.
+    """
+
+    def __init__(self, folder: Path, first_epoch: int = 0, first_update: int = 0):
+        self.path = folder / "summary.csv"
+        self.rows = [row for row in _read_rows(self.path) if int(row["epoch"]) < first_epoch]
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update)
+
+    def log_update(self, update: int, **figures: float) -> None:
+        """Write each figure to TensorBoard, under train/.
 
         Raises:
             OSError: if the disk is full.
         """
-        with self._naming_itself():
+        with self._name_folder_in_errors():
             for name, value in figures.items():
-                self.writer.add_scalar(f"train/{name}", value, step)
+                self.writer.add_scalar(f"train/{name}", value, update)
 
-    def epoch(self, step: int, **figures: float) -> None:
-        """A row of summary.csv, and the epoch's figures in TensorBoard; raises OSError as `step`."""
+    def log_epoch(self, update: int, **figures: float) -> None:
+        """Write a row of summary.csv, and the figures of the epoch to TensorBoard.
+
+        Raises:
+            OSError: if the disk is full.
+        """
         self.rows.append({name: _format(figures[name]) for name in COLUMNS})
-        with self._naming_itself():
+        with self._name_folder_in_errors():
             for name in ("val_loss", "top1", "top5"):
-                self.writer.add_scalar(f"val/{name.removeprefix('val_')}", figures[name], step)
-            self.writer.add_scalar("train/epoch_loss", figures["train_loss"], step)
+                self.writer.add_scalar(f"val/{name.removeprefix('val_')}", figures[name], update)
+            self.writer.add_scalar("train/epoch_loss", figures["train_loss"], update)
             self.writer.flush()
         write_table(self.path, COLUMNS, self.rows)
 
     def close(self) -> None:
-        """Writes what is left, and raises nothing: whatever ended the run has its own message."""
+        """Flush and close. Ignore a full disk, which must not hide the error that ended the run."""
         with contextlib.suppress(OSError):
             self.writer.close()
 
     @contextlib.contextmanager
-    def _naming_itself(self) -> Iterator[None]:
-        """Gives errors of the disk a text that says which file it was."""
+    def _name_folder_in_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            text = f"{self.writer.log_dir} could not be written; the checkpoints are unharmed ({error.strerror})."
+            text = f"{self.writer.log_dir} could not be written ({error.strerror}); the checkpoints are intact."
             raise OSError(error.errno, text) from error
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def _read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with path.open(newline="") as file:

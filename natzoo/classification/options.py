@@ -1,4 +1,4 @@
-"""The options of train.py: defaults here, overridden by a YAML file, overridden by the command line."""
+"""The options of train.py: defaults, overridden by a YAML file, overridden by the command line."""
 
 from __future__ import annotations
 
@@ -12,185 +12,244 @@ from typing import Any
 
 import yaml
 
-# More than cores only wait for each other; the processes of a machine share them. macOS does not tell those allowed.
+# The processes of a machine share its cores. macOS does not report the cores this process may use.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = max(1, min(8, _CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-_RESAMPLING = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+_INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line of train.py and the YAML file that it names.
+    """Parse the command line of train.py and the YAML file of --config.
 
     Raises:
-        ValueError: on a key or a value in the file that no option has; names the nearest right key.
-        FileNotFoundError: if the file, or one that it is based on, is missing.
+        ValueError: if the file has an unknown key (the message suggests the closest one) or an invalid value.
+        FileNotFoundError: if the file or one of its bases does not exist.
     """
     parser = make_parser()
     config = parser.parse_known_args(argv)[0].config
     if config is not None:
-        parser.set_defaults(**_checked(read_config(Path(config)), parser, config))
+        parser.set_defaults(**_check_config(read_config(Path(config)), parser, config))
     return parser.parse_args(argv)
 
 
-def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The keys of a YAML file over those of the file that its key `base` names, relative to its own folder.
+def read_config(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML file and its bases.
 
-    The entries of model_kwargs are merged one by one.
+    The key `base` names another file, relative to the folder of this one, whose keys this file overrides. Entries of
+    `model_kwargs` are merged.
+
+    Args:
+        path: the file.
+        derived: the files that lead to it through `base`.
     """
     path = path.resolve()
-    if path in above:
-        raise ValueError(f"{path} is its own base: remove one of the keys `base`.")
+    if path in derived:
+        raise ValueError(f"{path} is its own base; remove one of the keys `base`.")
     if not path.is_file():
-        given = f"that {above[-1]} names as its base" if above else "given to --config"
-        raise FileNotFoundError(f"there is no config {path}: check the path {given}.")
+        raise FileNotFoundError(
+            f"{path} does not exist; check {f'`base` in {derived[-1]}' if derived else '--config'}."
+        )
     try:
         config = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold lines `key: value`, but holds a {type(config).__name__}.")
+        raise ValueError(f"{path} is a {type(config).__name__}; it must consist of lines `key: value`.")
     base = config.pop("base", None)
     if base is None:
         return config
-    below = read_config(path.parent / str(base), (*above, path))
-    merged = {**below, **config}
+    inherited = read_config(path.parent / str(base), (*derived, path))
+    merged = {**inherited, **config}
     if isinstance(config.get("model_kwargs"), dict):
-        merged["model_kwargs"] = {**below.get("model_kwargs", {}), **config["model_kwargs"]}
+        merged["model_kwargs"] = {**inherited.get("model_kwargs", {}), **config["model_kwargs"]}
     return merged
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All options of train.py; each is a key of the YAML files too, with _ for -."""
+    """Return the parser of all options of train.py; each is also a key of the YAML files, with _ instead of -."""
     parser = argparse.ArgumentParser(
         description="Train an image classifier.",
-        usage="%(prog)s [DATA] [--config YAML] [options; --help lists them]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s [DATA] [--config YAML] [options]",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    flag = {"action": argparse.BooleanOptionalAction}
-    parser.add_argument("data", nargs="?", help="folder that holds train/ and val/, each with one folder a class")
+    flag = {"default": False, "action": argparse.BooleanOptionalAction}
+    number = {"type": float, "metavar": "X"}
+    count = {"type": positive, "metavar": "N"}
+    count_or_0 = {"type": non_negative, "metavar": "N"}
+    parser.add_argument("data", nargs="?", metavar="DATA", help="folder with train/ and val/, one subfolder per class")
     parser.add_argument("-c", "--config", metavar="YAML", help="file of options; the command line overrides it")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="", help="folder, tar, hfds/NAME or wds; by what DATA holds unless given")
-    add_column_options(group)
-    group.add_argument("--train-split", default="train", help="folder or tar file of the training images under DATA")
-    group.add_argument("--val-split", default="val", help="folder or tar file of the validation images under DATA")
-    group.add_argument("--class-map", metavar="FILE", help="text file of the classes in order, one a line")
-    group.add_argument("--synthetic", type=positive, metavar="N", help="N images of noise instead of DATA, for speed")
-    group.add_argument("--workers", type=non_negative, default=WORKERS, help="processes that load images, a GPU")
-    group.add_argument("--skip-bad-images", default=False, **flag, help="train on where an image cannot be read")
+    add_dataset_options(group)
+    group.add_argument("--train-split", default="train", metavar="NAME", help="name of the training split")
+    group.add_argument("--val-split", default="val", metavar="NAME", help="name of the validation split")
+    group.add_argument("--class-map", metavar="FILE", help="text file with one class name per line, in class order")
+    group.add_argument("--synthetic", **count, help="train on N images of noise instead of DATA, to measure speed")
+    group.add_argument("--workers", **count_or_0, default=WORKERS, help="data-loading workers per GPU")
+    group.add_argument("--skip-bad-images", **flag, help="continue when an image cannot be read")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="nat_tiny", help="a name that timm.create_model knows")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, help="KEY=VALUE for the model")
-    group.add_argument("--num-classes", type=positive, help="classes of the head; as many as the data has unless given")
-    group.add_argument("--img-size", type=positive, help="side of the image in pixels; the model's own unless given")
-    group.add_argument("--drop-path", type=float, help="rate of stochastic depth; the model's own unless given")
-    group.add_argument("--pretrained", default=False, **flag, help="start from the published weights")
-    group.add_argument("--initial-checkpoint", metavar="FILE", help="start from these weights: a file or a name")
+    group.add_argument("--model", default="nat_tiny", metavar="NAME", help="timm model name")
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=KeyValues,
+        metavar="KEY=VALUE",
+        help="arguments for the model",
+    )
+    group.add_argument("--num-classes", **count, help="number of classes (default: from the data)")
+    group.add_argument("--img-size", type=positive, metavar="PIXELS", help="image size (default: from the model)")
+    group.add_argument("--drop-path", **number, help="stochastic depth rate (default: from the model)")
+    group.add_argument("--pretrained", **flag, help="start from the published weights")
+    group.add_argument(
+        "--initial-checkpoint", metavar="FILE", help="start from these weights: a file or published name"
+    )
 
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--opt", default="adamw", help="a name that timm.optim knows")
-    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; only scaled by --lr-base-size")
-    group.add_argument("--lr-base-size", type=positive, help="scale --lr by the images of an update over this number")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="weight decay; none on norms, biases and rpb")
-    group.add_argument("--decay-rpb", default=False, **flag, help="decay the relative position biases too")
-    group.add_argument("--momentum", type=float, default=0.9, help="momentum, for optimizers that have one")
-    group.add_argument("--opt-eps", type=float, help="epsilon of the optimizer")
-    group.add_argument("--opt-betas", type=float, nargs="+", help="betas of the optimizer")
-    group.add_argument("--layer-decay", type=float, help="factor on the learning rate, a layer to the one before")
-    group.add_argument("--clip-grad", type=float, default=5.0, help="largest norm of the gradient; 0 for no limit")
-    group.add_argument("--batch-size", type=positive, default=128, help="images of a step, a GPU")
-    group.add_argument("--grad-accum", type=positive, default=1, help="steps whose gradients make one update")
-    group.add_argument("--skip-nonfinite", type=non_negative, default=3, help="updates without a finite loss to skip")
+    group.add_argument("--opt", default="adamw", metavar="NAME", help="timm optimizer name")
+    group.add_argument("--lr", **number, default=1e-3, help="peak learning rate")
+    group.add_argument("--lr-base-size", **count, help="multiply --lr by (images per update) / N")
+    group.add_argument("--weight-decay", **number, default=0.05, help="weight decay; not for norms, biases and rpb")
+    group.add_argument("--decay-rpb", **flag, help="apply weight decay to relative position biases")
+    group.add_argument("--momentum", **number, default=0.9, help="momentum, for optimizers that have one")
+    group.add_argument("--opt-eps", **number, help="optimizer epsilon (default: from the optimizer)")
+    group.add_argument("--opt-betas", **number, nargs="+", help="optimizer betas (default: from the optimizer)")
+    group.add_argument("--layer-decay", **number, help="layer-wise learning-rate decay factor")
+    group.add_argument("--clip-grad", **number, default=5.0, help="maximum gradient norm; 0 disables clipping")
+    group.add_argument("--batch-size", **count, default=128, help="batch size per GPU")
+    group.add_argument("--grad-accum", **count, default=1, help="gradient accumulation: batches per update")
+    group.add_argument(
+        "--skip-nonfinite", **count_or_0, default=3, help="stop after more than N updates in a row without finite loss"
+    )
 
     group = parser.add_argument_group("schedule")
-    group.add_argument("--epochs", type=positive, default=300, help="epochs of the schedule, warm-up included")
-    group.add_argument("--sched", default="cosine", help="a name that timm.scheduler knows, or none")
-    group.add_argument("--warmup-epochs", type=non_negative, default=20, help="epochs of linear warm-up")
-    group.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate that warm-up starts from")
-    group.add_argument("--min-lr", type=float, default=5e-6, help="learning rate at the end")
-    group.add_argument("--cooldown-epochs", type=non_negative, default=10, help="epochs at --min-lr after the schedule")
-    group.add_argument("--decay-epochs", type=positive, help="epochs between the decays of step, 90 unless given")
-    group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="epochs of multistep's")
-    group.add_argument("--decay-rate", type=float, help="factor of a decay, 0.1 unless given; poly: its power, or 1")
+    group.add_argument("--epochs", **count, default=300, help="epochs, including warm-up, without cooldown")
+    group.add_argument("--sched", default="cosine", metavar="NAME", help="cosine, poly, step, multistep or none")
+    group.add_argument("--warmup-epochs", **count_or_0, default=20, help="epochs of linear warm-up")
+    group.add_argument("--warmup-lr", **number, default=1e-6, help="initial learning rate of warm-up")
+    group.add_argument("--min-lr", **number, default=5e-6, help="final learning rate")
+    group.add_argument("--cooldown-epochs", **count_or_0, default=10, help="additional epochs at --min-lr")
+    group.add_argument("--decay-epochs", **count, help="step: epochs between decays (default: 90)")
+    group.add_argument(
+        "--decay-milestones",
+        type=int,
+        nargs="+",
+        default=[90, 180, 270],
+        metavar="EPOCH",
+        help="multistep: epochs of the decays",
+    )
+    group.add_argument(
+        "--decay-rate", **number, help="step and multistep: factor (default: 0.1); poly: power (default: 1)"
+    )
 
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
-    group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
-    group.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
-    group.add_argument("--vflip", type=float, default=0.0, help="probability of a vertical flip")
-    group.add_argument("--color-jitter", type=float, default=0.4, help="strength, where --aa is none")
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
-    group.add_argument("--train-interpolation", default="random", choices=["random", *_RESAMPLING], help="resampling")
-    group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
-    group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="filling of erased areas")
-    group.add_argument("--recount", type=positive, default=1, help="areas that random erasing erases")
-    group.add_argument("--mixup", type=float, default=0.8, help="mixup alpha; 0 for no mixup")
-    group.add_argument("--cutmix", type=float, default=1.0, help="cutmix alpha; 0 for no cutmix")
-    group.add_argument("--mixup-prob", type=float, default=1.0, help="share of batches mixed")
-    group.add_argument("--mixup-switch-prob", type=float, default=0.5, help="share of mixed batches that are cutmix")
-    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
-    group.add_argument("--bce-loss", default=False, **flag, help="binary cross entropy, each class apart")
-    group.add_argument("--bce-target-thresh", type=float, help="targets above it become 1, the rest 0")
+    group.add_argument("--scale", **number, nargs=2, default=[0.08, 1.0], help="area range of the random crop")
+    group.add_argument(
+        "--ratio", **number, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio range of the random crop"
+    )
+    group.add_argument("--hflip", **number, default=0.5, help="probability of a horizontal flip")
+    group.add_argument("--vflip", **number, default=0.0, help="probability of a vertical flip")
+    group.add_argument("--color-jitter", **number, default=0.4, help="color jitter strength, used with --aa none")
+    group.add_argument(
+        "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm AutoAugment policy, or none"
+    )
+    group.add_argument(
+        "--train-interpolation", default="random", choices=["random", *_INTERPOLATIONS], help="resize interpolation"
+    )
+    group.add_argument("--reprob", **number, default=0.25, help="random erasing: probability")
+    group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="random erasing: fill")
+    group.add_argument("--recount", **count, default=1, help="random erasing: number of areas")
+    group.add_argument("--mixup", **number, default=0.8, help="mixup alpha; 0 disables mixup")
+    group.add_argument("--cutmix", **number, default=1.0, help="cutmix alpha; 0 disables cutmix")
+    group.add_argument("--mixup-prob", **number, default=1.0, help="probability of mixup or cutmix per batch")
+    group.add_argument("--mixup-switch-prob", **number, default=0.5, help="probability of cutmix if both are enabled")
+    group.add_argument("--smoothing", **number, default=0.1, help="label smoothing")
+    group.add_argument("--bce-loss", **flag, help="binary cross entropy instead of cross entropy")
+    group.add_argument(
+        "--bce-target-thresh", **number, help="binary cross entropy: threshold that makes targets 0 or 1"
+    )
 
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--crop-pct", type=float, help="share of the image that evaluation keeps; the model's own")
-    group.add_argument("--interpolation", choices=_RESAMPLING, help="resampling in evaluation")
-    group.add_argument("--mean", type=float, nargs=3, help="mean of the three colours; the model's own unless given")
-    group.add_argument("--std", type=float, nargs=3, help="deviation of the colours; the model's own unless given")
-    group.add_argument("--val-batch-size", type=positive, help="images at a time; --batch-size unless given")
-    group.add_argument("--model-ema", default=False, **flag, help="keep an average of the weights, and evaluate that")
-    group.add_argument("--model-ema-decay", type=float, default=0.9998, help="decay of that average")
+    group.add_argument("--crop-pct", **number, help="center crop fraction (default: from the model)")
+    group.add_argument(
+        "--interpolation", choices=_INTERPOLATIONS, help="resize interpolation (default: from the model)"
+    )
+    group.add_argument("--mean", **number, nargs=3, help="mean of the color channels (default: from the model)")
+    group.add_argument("--std", **number, nargs=3, help="standard deviation of the channels (default: from the model)")
+    group.add_argument("--val-batch-size", **count, help="batch size of validation (default: --batch-size)")
+    group.add_argument("--model-ema", **flag, help="keep an exponential moving average of the weights and evaluate it")
+    group.add_argument("--model-ema-decay", **number, default=0.9998, help="decay of the moving average")
 
     group = parser.add_argument_group("run")
     group.add_argument(
         "--work-dir", metavar="DIR", action=_WorkDir, help="folder of the run (default: output/<config or model name>)"
     )
     group.add_argument(
-        "--output", default="output", action=_WorkDir, help="alias: --output DIR --experiment NAME is DIR/NAME"
+        "--output", default="output", metavar="DIR", action=_WorkDir, help="former option: parent folder of the run"
     )
-    group.add_argument("--experiment", metavar="NAME", action=_WorkDir, help="alias: see --output")
-    group.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="go on from the run's last checkpoint")
-    group.add_argument("--save-interval", type=non_negative, default=0, help="updates between saves; 0: every epoch")
-    group.add_argument("--keep-last", type=non_negative, default=0, help="last epochs whose checkpoints are kept too")
-    group.add_argument("--seed", type=int, default=42, help="everything random follows from it")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is the GPU if there is one")
-    group.add_argument("--threads", type=int, help="threads of the CPU; torch's choice unless given")
+    group.add_argument("--experiment", metavar="NAME", action=_WorkDir, help="former option: folder name in --output")
+    group.add_argument(
+        "--resume", nargs="?", const="auto", metavar="FILE", help="resume from the last checkpoint of the run, or FILE"
+    )
+    group.add_argument(
+        "--save-interval", **count_or_0, default=0, help="save every N updates; 0: after each epoch only"
+    )
+    group.add_argument("--keep-last", **count_or_0, default=0, help="also keep the checkpoints of the last N epochs")
+    group.add_argument("--seed", type=int, default=42, metavar="N", help="random seed")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto uses the GPU if there is one")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
     group.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision")
-    group.add_argument("--channels-last", default=False, **flag, help="memory format of convolutions")
-    group.add_argument("--grad-checkpointing", default=False, **flag, help="compute activations again to save memory")
-    group.add_argument("--compile", default=False, **flag, help="torch.compile the model")
-    group.add_argument("--log-interval", type=positive, default=10, help="updates between figures shown and logged")
+    group.add_argument("--channels-last", **flag, help="use the channels-last memory format")
+    group.add_argument("--grad-checkpointing", **flag, help="recompute activations to save memory")
+    group.add_argument("--compile", **flag, help="compile the model with torch.compile")
+    group.add_argument("--log-interval", **count, default=10, help="updates between log entries")
     return parser
 
 
-def add_column_options(parser: argparse._ActionsContainer) -> None:
-    """The names of a Hugging Face dataset's columns, as `HubReader` takes them."""
-    parser.add_argument("--input-key", default="image", metavar="NAME", help="column of the images, with hfds/NAME")
-    parser.add_argument("--target-key", default="label", metavar="NAME", help="column of the labels, with hfds/NAME")
+def add_dataset_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options that select the kind of data set."""
+    parser.add_argument(
+        "--dataset", default="", metavar="KIND", help="folder, tar, hfds/NAME or wds (default: detected from DATA)"
+    )
+    parser.add_argument("--input-key", default="image", metavar="NAME", help="hfds: image column")
+    parser.add_argument("--target-key", default="label", metavar="NAME", help="hfds: label column")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Show the default of an option, unless it is empty or the help text mentions one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        default = action.default
+        is_empty = default is None or default is False or default in ("", {}, argparse.SUPPRESS)
+        if is_empty or not action.option_strings or "default:" in text:
+            return text
+        values = default if isinstance(default, list) else [default]
+        shown = " ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
+        return f"{text} (default: {shown})"
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    return _at_least(text, 1)
+    """Parse an integer of at least 1."""
+    return _parse_int(text, minimum=1)
 
 
 def non_negative(text: str) -> int:
-    """A whole number of at least 0."""
-    return _at_least(text, 0)
+    """Parse an integer of at least 0."""
+    return _parse_int(text, minimum=0)
 
 
-def _at_least(text: str, least: int) -> int:
+def _parse_int(text: str, minimum: int) -> int:
     number = int(text)
-    if number < least:
-        raise ValueError(f"it must be at least {least}")
+    if number < minimum:
+        raise ValueError(f"it must be at least {minimum}")
     return number
 
 
 class _WorkDir(argparse.Action):
-    """Store an option that names the run folder; --output and --experiment override a --work-dir given earlier."""
+    """Store an option that names the folder of the run; --output and --experiment reset --work-dir."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, values)
@@ -199,14 +258,14 @@ class _WorkDir(argparse.Action):
 
 
 class KeyValues(argparse.Action):
-    """KEY=VALUE pairs into a dict, over those of the YAML file; values are Python literals, else strings."""
+    """Merge KEY=VALUE pairs into the dict of the YAML file; values are Python literals or strings."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         pairs = dict(getattr(namespace, self.dest) or {})
         for pair in values:
             key, equals, text = pair.partition("=")
             if not equals:
-                parser.error(f"{option_string} takes KEY=VALUE, but was given {pair!r}")
+                parser.error(f"{option_string} {pair!r} is not of the form KEY=VALUE")
             try:
                 pairs[key] = ast.literal_eval(text)
             except (ValueError, SyntaxError):
@@ -214,43 +273,43 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-def _checked(config: dict[str, Any], parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    """The file's values converted as the command line's would be."""
+def _check_config(config: dict[str, Any], parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+    """Convert the values of a YAML file as the command line would."""
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     checked = {}
     for key, value in config.items():
         if key not in actions:
-            nearest = difflib.get_close_matches(str(key), actions, n=1, cutoff=0.75)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else "train.py --help lists all keys."
-            raise ValueError(f"{path} has the unknown key {key!r}: {hint}")
+            closest = difflib.get_close_matches(str(key), actions, n=1, cutoff=0.75)
+            hint = f"did you mean {closest[0]!r}?" if closest else "train.py --help lists all keys."
+            raise ValueError(f"{path} has the unknown key {key!r}; {hint}")
         try:
             checked[key] = _convert(actions[key], value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} gives {key} the value {value!r}: {error}.") from error
+            raise ValueError(f"{path} has {key} = {value!r}; {error}.") from error
     return checked
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
     if value is None:
         if action.default is not None:
-            raise ValueError("it must have a value")
+            raise ValueError("a value is required")
         return None
     if action.dest == "resume":
-        raise ValueError("it belongs on the command line")
+        raise ValueError("pass it on the command line")
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise ValueError("it must be true or false")
         return value
     if isinstance(action, KeyValues):
         if not isinstance(value, dict):
-            raise ValueError("it must be lines `key: value`, indented")
+            raise ValueError("it must consist of indented lines `key: value`")
         return value
     if action.nargs in (2, 3, "+"):
         if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
             raise ValueError(f"it must be a list of {action.nargs if action.nargs != '+' else 'one or more'} numbers")
         return [action.type(item) for item in value]
     if isinstance(value, (list, dict)):
-        raise ValueError("it must be one value")
+        raise ValueError("it must be a single value")
     value = str(value) if action.type is None else action.type(str(value))
     if action.choices is not None and value not in action.choices:
         raise ValueError(f"it must be one of {', '.join(action.choices)}")

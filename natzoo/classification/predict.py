@@ -1,8 +1,4 @@
-"""Classify pictures with a trained model.
-
-python classification/predict.py cat.jpg holiday/ --checkpoint output/nat/best.pth
-python classification/predict.py holiday/ --model nat_mini --pretrained --grid holiday.png --json holiday.json
-"""
+"""Classify images with a trained model."""
 
 from __future__ import annotations
 
@@ -25,30 +21,30 @@ from natzoo.classification.data.readers import IMAGE_SUFFIXES
 from natzoo.classification.data.transforms import evaluation_transform, preprocessing
 from natzoo.classification.device import explain_memory_errors, pick_device
 from natzoo.classification.inference import add_model_options, class_names, requested_model
-from natzoo.classification.options import positive
+from natzoo.classification.options import HelpFormatter, positive
 
-GRID = 64  # more would make a picture too large to be drawn and looked at
-Answer = list[tuple[str, float]]  # class and probability, best first
+MAX_GRID_IMAGES = 64
+Prediction = list[tuple[str, float]]  # class name and probability, most likely first
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
-    """The files named, and the images of the folders named.
+    """Return the given files and all images below the given folders.
 
     Raises:
-        FileNotFoundError: on a path that is not there.
-        ValueError: on a folder without images.
+        FileNotFoundError: if a path does not exist.
+        ValueError: if a folder has no images.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
             if not images:
-                raise ValueError(f"the folder {path} holds no images.")
+                raise ValueError(f"{path} has no images.")
             found += images
         elif path.is_file():
             found.append(path)
         else:
-            raise FileNotFoundError(f"there is no picture {path}: check the path.")
+            raise FileNotFoundError(f"{path} does not exist.")
     return found
 
 
@@ -56,35 +52,35 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 def predict(
     model: nn.Module, images: Sequence[Image.Image], transform: Callable[[Image.Image], Tensor], topk: int = 5
 ) -> list[list[tuple[int, float]]]:
-    """For each picture the likeliest classes, best first, as (number, probability)."""
+    """Return the `topk` most likely classes of each image as (class number, probability), most likely first."""
     device = next(model.parameters()).device
     x_BCHW = torch.stack([transform(image) for image in images]).to(device)
-    probabilities = model.eval()(x_BCHW).float().softmax(-1)
-    values, classes = probabilities.topk(min(topk, probabilities.shape[-1]))
+    probabilities_BK = model.eval()(x_BCHW).float().softmax(-1)
+    values, classes = probabilities_BK.topk(min(topk, probabilities_BK.shape[-1]))
     return [list(zip(c, v, strict=True)) for c, v in zip(classes.tolist(), values.tolist(), strict=True)]
 
 
-def write_json(path: Path, answers: dict[Path, Answer]) -> None:
-    """{picture: [{"class": name, "probability": share}, ...]}, best first."""
+def write_json(path: Path, predictions: dict[Path, Prediction]) -> None:
+    """Write {image: [{"class": name, "probability": value}, ...]}, most likely first."""
     content = {
-        str(picture): [{"class": name, "probability": round(value, 6)} for name, value in answer]
-        for picture, answer in answers.items()
+        str(image): [{"class": name, "probability": round(value, 6)} for name, value in prediction]
+        for image, prediction in predictions.items()
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def write_grid(path: Path, answers: dict[Path, Answer], columns: int = 4) -> None:
-    """A PNG of all pictures, the classes under each with bars for their probabilities."""
+def write_grid(path: Path, predictions: dict[Path, Prediction], columns: int = 4) -> None:
+    """Write a PNG that shows each image above its classes and their probabilities as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(columns, len(answers))
-    rows = math.ceil(len(answers) / columns)
-    lines = max(map(len, answers.values()))
+    columns = min(columns, len(predictions))
+    rows = math.ceil(len(predictions) / columns)
+    lines = max(map(len, predictions.values()))
     heights = [1.0, 0.12 * lines] * rows
     figure, axes = plt.subplots(
         2 * rows,
@@ -96,16 +92,16 @@ def write_grid(path: Path, answers: dict[Path, Answer], columns: int = 4) -> Non
     )
     for panel in axes.flat:
         panel.axis("off")
-    for number, (picture, answer) in enumerate(answers.items()):
+    for number, (image, prediction) in enumerate(predictions.items()):
         row, column = divmod(number, columns)
-        above, below = axes[2 * row, column], axes[2 * row + 1, column]
-        above.imshow(read_image(picture))
-        above.set_title(picture.name[-28:], fontsize=7)
-        places = range(len(answer))
-        below.barh(places, [value for _, value in answer], color="C0", alpha=0.35)
-        for place, (name, value) in enumerate(answer):
-            below.text(0.01, place, f"{value:.0%} {name[:30]}", va="center", fontsize=7)
-        below.set(xlim=(0, 1), ylim=(lines - 0.5, -0.5))
+        top, bottom = axes[2 * row, column], axes[2 * row + 1, column]
+        top.imshow(read_image(image))
+        top.set_title(image.name[-28:], fontsize=7)
+        positions = range(len(prediction))
+        bottom.barh(positions, [value for _, value in prediction], color="C0", alpha=0.35)
+        for position, (name, value) in enumerate(prediction):
+            bottom.text(0.01, position, f"{value:.0%} {name[:30]}", va="center", fontsize=7)
+        bottom.set(xlim=(0, 1), ylim=(lines - 0.5, -0.5))
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     plt.close(figure)
@@ -113,42 +109,49 @@ def write_grid(path: Path, answers: dict[Path, Answer], columns: int = 4) -> Non
     write_atomically(path, lambda file: file.write(content.getvalue()))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Classify pictures.", allow_abbrev=False)
-    parser.add_argument("images", nargs="+", help="files, or folders of them")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run predict.py with a command line.
+
+    Raises:
+        ValueError: after all images are processed, if some of them could not be read.
+    """
+    parser = argparse.ArgumentParser(
+        description="Classify images with a trained model.", formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     add_model_options(parser)
-    parser.add_argument("--topk", type=positive, default=5, help="classes shown")
-    parser.add_argument("--batch-size", type=positive, default=32, help="pictures at a time")
-    parser.add_argument("--grid", type=Path, metavar="PNG", help=f"picture to draw, of the first {GRID} pictures")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the classes to")
+    parser.add_argument("--topk", type=positive, default=5, metavar="N", help="number of classes to print")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="batch size")
+    parser.add_argument("--grid", type=Path, metavar="PNG", help=f"draw the first {MAX_GRID_IMAGES} images")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions as JSON")
     args = parser.parse_args(argv)
 
     paths = find_images(args.images)
     model, record = requested_model(args, pick_device(args.device))
     transform = evaluation_transform(preprocessing(args, model, record))
     names = class_names(record, model.num_classes)
-    answers: dict[Path, Answer] = {}
-    broken: list[str] = []
-    for start in tqdm(range(0, len(paths), args.batch_size), desc="predict", leave=False, disable=None):
+    predictions: dict[Path, Prediction] = {}
+    errors: list[str] = []
+    for start in tqdm(range(0, len(paths), args.batch_size), desc="Predict", leave=False, disable=None):
         batch = {}
         for path in paths[start : start + args.batch_size]:
             try:
                 batch[path] = read_image(path)
             except ValueError as error:
-                broken.append(str(error))
+                errors.append(str(error))
                 if len(paths) > 1:
-                    tqdm.write(broken[-1])
+                    tqdm.write(errors[-1])
         if not batch:
             continue
         with explain_memory_errors("lower --batch-size"):
             found = predict(model, list(batch.values()), transform, args.topk)
         for path, classes in zip(batch, found, strict=True):
-            answers[path] = [(names[number], value) for number, value in classes]
-            tqdm.write(f"{path}: " + ", ".join(f"{name} {value:.1%}" for name, value in answers[path]))
+            predictions[path] = [(names[number], value) for number, value in classes]
+            tqdm.write(f"{path}: " + ", ".join(f"{name} {value:.1%}" for name, value in predictions[path]))
     if args.json:
-        write_json(args.json, answers)
-    if args.grid and answers:
-        write_grid(args.grid, dict(itertools.islice(answers.items(), GRID)))
-    if broken:
-        several = f"{len(broken)} of {len(paths)} pictures are left out; what is wrong with each is said above."
-        raise ValueError(several if len(paths) > 1 else broken[0])
+        write_json(args.json, predictions)
+    if args.grid and predictions:
+        write_grid(args.grid, dict(itertools.islice(predictions.items(), MAX_GRID_IMAGES)))
+    if errors:
+        summary = f"{len(errors)} of {len(paths)} images could not be read; see the messages above."
+        raise ValueError(summary if len(paths) > 1 else errors[0])

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, how schedulers of clusters say that a run's time is over, and Ctrl-C: it saves and leaves."""
+"""Stop a run between two steps on SIGTERM, SIGUSR1 (sent by cluster schedulers) or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from types import TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Under torchrun, one Ctrl-C may reach a process from the terminal and from torchrun: only a later one is another.
-_TWICE_S = 2.0
+# Under torchrun, one Ctrl-C may arrive twice, from the terminal and from torchrun. Later signals are new ones.
+_REPEAT_S = 2.0
 
 
 class Interrupted(Exception):
-    """Raised where a run leaves because of a signal."""
+    """Raised when a run stops because of a signal."""
 
 
 class SignalHandler:
-    """While entered, notes the signals instead of dying of them; from `handle_ctrl_c` on Ctrl-C too, but not a second.
+    """Context manager that records signals instead of letting them end the process.
+
+    Ctrl-C is recorded only after `handle_ctrl_c`, and only once: the second one raises KeyboardInterrupt.
 
     Attributes:
         received: the first signal, or None.
-        name: what to call it.
-        status: the exit status of a process that leaves because of it, or because another process was told to.
+        name: its name, for messages.
+        exit_status: exit status of a process that stops because of it, or because another process received one.
     """
 
     def __init__(self):
         self.received: signal.Signals | None = None
-        self._since = 0.0
+        self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -37,51 +39,52 @@ class SignalHandler:
         return self.received.name if self.received else "a signal to another process"
 
     @property
-    def status(self) -> int:
+    def exit_status(self) -> int:
         return 128 + (self.received or signal.SIGTERM)
 
     def __enter__(self) -> SignalHandler:
-        if threading.current_thread() is threading.main_thread():  # Python has signals handled there alone
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            self._previous = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def handle_ctrl_c(self) -> None:
-        """Makes Ctrl-C a signal to save and leave, where there is now something to save; a second one ends at once."""
-        is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as in a shell's background
+        """Record Ctrl-C as well, from now on; call it when there is something to save."""
+        is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # in a background job of a shell
         if self._previous and not is_ignored and signal.SIGINT not in self._previous:
-            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._record)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _record(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if self.received is None:
-            self.received, self._since = signal.Signals(number), now
+            self.received, self._received_at = signal.Signals(number), now
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-                os.write(2, b"\nleaving after this step; Ctrl-C again leaves at once\n")  # print is not for handlers
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop now\n")  # print is not reentrant
             return
-        is_another = now - self._since > (_TWICE_S if "RANK" in os.environ else 0)
-        if self.received == signal.SIGINT and number != signal.SIGUSR1 and is_another:  # torchrun's second is SIGTERM
+        is_new = now - self._received_at > (_REPEAT_S if "RANK" in os.environ else 0)
+        # torchrun sends SIGTERM for the second Ctrl-C.
+        if self.received == signal.SIGINT and number != signal.SIGUSR1 and is_new:
             raise KeyboardInterrupt
 
 
 def ignore_signals_in_worker(_: int = 0) -> None:
-    """Makes a loading process deaf to the signals, unless its own parent sends SIGTERM to end it.
+    """Make a data-loading worker ignore the signals, except a SIGTERM from its own parent.
 
-    They reach every process of a job. A loader that died of one would take the run with it in the middle of a step; one
-    that ignored them all could not be ended.
+    A scheduler signals every process of a job. A worker that died of it would end the run in the middle of a step; a
+    worker that ignored every SIGTERM could not be stopped.
     """
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey_parent, daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
 
 
-def _obey_parent() -> None:
+def _exit_on_sigterm_of_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

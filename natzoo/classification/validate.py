@@ -1,10 +1,4 @@
-"""Evaluate classifiers: top-1 and top-5 accuracy on a folder of images.
-
-python classification/validate.py DATA --checkpoint output/nat/best.pth
-python classification/validate.py IMAGENET --model nat_mini --pretrained --amp bf16
-python classification/validate.py IMAGENET --models 'nat_*' 'dinat_*' --pretrained --results-file results.csv
-torchrun --standalone --nproc-per-node 8 classification/validate.py IMAGENET --model nat_mini --pretrained
-"""
+"""Evaluate image classifiers: top-1 and top-5 accuracy."""
 
 from __future__ import annotations
 
@@ -12,6 +6,7 @@ import argparse
 import fnmatch
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +14,7 @@ import torch
 from torch import nn
 
 from natzoo.checkpoints import DownloadError, write_table, zoo_entries
-from natzoo.classification.data.datasets import Images, RealLabelsDataset, gather_bad_images
+from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset, gather_bad_images
 from natzoo.classification.data.loader import create_evaluation_loader, create_validation_dataset, uses_shards
 from natzoo.classification.data.readers import read_class_map
 from natzoo.classification.data.transforms import preprocessing
@@ -27,10 +22,10 @@ from natzoo.classification.device import autocast_context, enable_tf32, explain_
 from natzoo.classification.distributed import World, init_world
 from natzoo.classification.evaluation import FlipTTA, check_classes, evaluate
 from natzoo.classification.inference import add_model_options, requested_model
-from natzoo.classification.options import WORKERS, add_column_options, non_negative, positive
+from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, non_negative, positive
 from natzoo.classification.signals import Interrupted, SignalHandler
 
-# timm's, and what was published beside what was found.
+# timm's columns, then ours.
 COLUMNS = (
     *("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"),
     *("loss", "images", "published_top1", "difference"),
@@ -38,98 +33,113 @@ COLUMNS = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Evaluate image classifiers.", allow_abbrev=False)
-    parser.add_argument("data", nargs="?", help="folder that holds val/, or one folder a class")
+    parser = argparse.ArgumentParser(
+        description="Evaluate image classifiers.", formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("data", nargs="?", metavar="DATA", help="folder with val/, or with one subfolder per class")
     add_model_options(parser)
-    parser.add_argument("--models", nargs="+", metavar="PATTERN", help="all published models of such names: 'nat_*'")
-    parser.add_argument("--results-file", type=Path, metavar="CSV", help="table to write, a row a model")
-    parser.add_argument("--dataset", default="", help="folder, tar, hfds/NAME or wds; by what DATA holds unless given")
-    add_column_options(parser)
-    parser.add_argument("--val-split", default="val", help="folder or tar file of the images under DATA")
-    parser.add_argument("--class-map", metavar="FILE", help="text file of the classes in order, one a line")
-    parser.add_argument("--real-labels", nargs="?", const="", metavar="JSON", help="score by ImageNet's real labels")
-    parser.add_argument("--tta", choices=["none", "flip"], default="none", help="average with the mirrored image")
-    parser.add_argument("--batch-size", type=positive, default=256, help="images at a time, a GPU")
-    parser.add_argument("--workers", type=non_negative, default=WORKERS, help="processes that load images, a GPU")
+    parser.add_argument("--models", nargs="+", metavar="PATTERN", help="evaluate all published models: 'nat_*'")
+    parser.add_argument("--results-file", type=Path, metavar="CSV", help="write a table with one row per model")
+    add_dataset_options(parser)
+    parser.add_argument("--val-split", default="val", metavar="NAME", help="name of the validation split")
+    parser.add_argument("--class-map", metavar="FILE", help="text file with one class name per line, in class order")
+    parser.add_argument(
+        "--real-labels", nargs="?", const="", metavar="JSON", help="use ImageNet's reassessed labels (ReaL)"
+    )
+    parser.add_argument("--tta", choices=["none", "flip"], default="none", help="flip: average with the mirrored image")
+    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="batch size per GPU")
+    parser.add_argument(
+        "--workers", type=non_negative, default=WORKERS, metavar="N", help="data-loading workers per GPU"
+    )
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision")
-    parser.add_argument("--channels-last", action="store_true", help="memory format of convolutions")
-    parser.add_argument("--skip-bad-images", action="store_true", help="go on where an image cannot be read")
-    parser.set_defaults(synthetic=None, seed=0)  # of train.py, which the loaders ask for
+    parser.add_argument("--channels-last", action="store_true", help="use the channels-last memory format")
+    parser.add_argument("--skip-bad-images", action="store_true", help="leave out images that cannot be read")
+    parser.set_defaults(synthetic=None, seed=0)  # options of train.py that the data loader reads
     return parser
 
 
 def chosen_models(patterns: list[str]) -> list[str]:
-    """Names of the published ImageNet-1K classifiers that match.
+    """Return the names of the published ImageNet-1K classifiers that match any of the patterns.
 
     Raises:
-        ValueError: if none does.
+        ValueError: if there is none.
     """
     known = [name for name, entry in zoo_entries().items() if "top1" in entry.facts]
     chosen = [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     if not chosen:
-        raise ValueError(f"no published classifier is named {' or '.join(patterns)}: there are {', '.join(known)}.")
+        raise ValueError(f"--models {' '.join(patterns)} matches none of the published models: {', '.join(known)}.")
     return chosen
 
 
-def obtain(args: argparse.Namespace, device: torch.device, world: World) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that the options name, and its record.
+def load_everywhere(args: argparse.Namespace, device: torch.device, world: World) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the requested model in all processes.
+
+    Returns:
+        the model and its record.
 
     Raises:
         DownloadError: in all processes, if one of them could not download it.
-        ValueError, FileNotFoundError: as `requested_model`.
+        ValueError, FileNotFoundError: as raised by `requested_model`.
     """
-    found, reason = None, None
+    loaded, reason = None, None
     try:
-        found = world.local_main_first(lambda: requested_model(args, device))
+        loaded = world.local_main_first(lambda: requested_model(args, device))
     except DownloadError as error:
         reason = str(error)
     reasons = [reason for reason in world.gather(reason) if reason is not None]
     if reasons:
         raise DownloadError(reasons[0])
-    return found
+    return loaded
 
 
-def validate(args: argparse.Namespace, world: World, signal_handler: SignalHandler) -> dict[str, Any]:
-    """Evaluates the model that the options name, and returns its row of the table.
+def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> dict[str, Any]:
+    """Evaluate the requested model.
+
+    Returns:
+        what `evaluate` returns, and `row`, its row of the table.
 
     Raises:
-        Interrupted: if a signal tells any of the processes to end.
+        Interrupted: if any of the processes received a signal.
     """
     device = pick_device(args.device)
     enable_tf32(device)
-    model, record = obtain(args, device, world)
+    model, record = load_everywhere(args, device, world)
     config = preprocessing(args, model, record)
     classes = read_class_map(args.class_map) or record["classes"]
     if classes is None and uses_shards(args):
         classes = [str(number) for number in range(model.num_classes)]
-    images = create_validation_dataset(args, classes, config, world)
-    check_classes(images, model.num_classes, are_named=record["classes"] is not None)
+    dataset = create_validation_dataset(args, classes, config, world)
+    check_classes(dataset, model.num_classes, matched_by_name=record["classes"] is not None)
     if args.real_labels is not None:
-        if not isinstance(images, Images):
-            raise ValueError("--real-labels goes by the names of files, which shards do not keep: use folders or tar.")
-        images = RealLabelsDataset(images, args.real_labels or None)
-    loader = create_evaluation_loader(images, args.batch_size, args.workers, device.type == "cuda", world)
+        if not isinstance(dataset, ImageDataset):
+            raise ValueError("--real-labels needs file names, which webdataset shards lack; use folders or tar files.")
+        dataset = RealLabelsDataset(dataset, args.real_labels or None)
+    loader = create_evaluation_loader(dataset, args.batch_size, args.workers, device.type == "cuda", world)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     name = args.model or record["model"]
-    seen: nn.Module = FlipTTA(model) if args.tta == "flip" else model
-    autocast, stop = autocast_context(args.amp, device), functools.partial(world.raise_if_signalled, signal_handler)
-    result = evaluate(seen, loader, device, autocast, args.skip_bad_images, world, stop)
-    bad = gather_bad_images(images, world)
-    is_usual = args.real_labels is None and args.tta == "none" and config == preprocessing(argparse.Namespace(), model)
-    row = _row(name, model, config, result, is_published=args.pretrained and is_usual)
-    world.say(
-        f"{name} on {images.where}: {result['count']} images, "
+    evaluated: nn.Module = FlipTTA(model) if args.tta == "flip" else model
+    autocast, check = autocast_context(args.amp, device), functools.partial(world.raise_if_signalled, signals)
+    result = evaluate(evaluated, loader, device, autocast, args.skip_bad_images, world, check)
+    bad = gather_bad_images(dataset, world)
+    is_comparable = (
+        args.real_labels is None and args.tta == "none" and config == preprocessing(argparse.Namespace(), model)
+    )
+    row = _make_row(name, model, config, result, is_published=args.pretrained and is_comparable)
+    world.print(
+        f"{name} on {dataset.source}: {result['count']} images, "
         f"top-1 {result['top1']:.2f}%, top-5 {result['top5']:.2f}%, loss {result['loss']:.4f}"
-        + (f"; published top-1 {row['published_top1']}%" if row["published_top1"] != "" else "")
-        + "\n  ".join([f"; {len(bad)} unreadable images left out:", *bad] if bad else ())
+        + (f" (published: {row['published_top1']}%)" if row["published_top1"] != "" else "")
+        + "\n  ".join([f"\n{len(bad)} unreadable images were left out:", *bad] if bad else ())
     )
     return {**result, "row": row}
 
 
-def _row(name: str, model: nn.Module, config: dict, result: dict[str, float], is_published: bool) -> dict[str, Any]:
-    known = zoo_entries().get(name.split(".")[0])
-    published = known.facts.get("top1", "") if known and is_published else ""
+def _make_row(
+    name: str, model: nn.Module, config: dict, result: dict[str, float], is_published: bool
+) -> dict[str, Any]:
+    entry = zoo_entries().get(name.split(".")[0])
+    published = entry.facts.get("top1", "") if entry and is_published else ""
     return {
         "model": name,
         "top1": round(result["top1"], 3),
@@ -147,35 +157,31 @@ def _row(name: str, model: nn.Module, config: dict, result: dict[str, float], is
     }
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Returns the figures of the last model."""
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run validate.py with a command line and return the figures of the last model."""
     args = make_parser().parse_args(argv)
     if args.models and (args.model or args.checkpoint or not args.pretrained):
-        raise ValueError(
-            "--models names published models: give it with --pretrained, without --model and --checkpoint."
-        )
-    with SignalHandler() as signal_handler, init_world(args.device, signal_handler) as (world, args.device):
+        raise ValueError("--models requires --pretrained, and cannot be combined with --model or --checkpoint.")
+    with SignalHandler() as signals, init_world(args.device, signals) as (world, args.device):
         rows, failed = [], []
         for name in chosen_models(args.models) if args.models else [args.model]:
             args.model = name
             try:
                 with explain_memory_errors("lower --batch-size, or use --amp bf16"):
-                    result = validate(args, world, signal_handler)
-            except DownloadError as error:  # the next one may be here already
+                    result = validate(args, world, signals)
+            except DownloadError as error:  # continue; the next model may be in the cache
                 if not args.models:
                     raise
-                world.say(f"{name} is left out: {error}")
+                world.print(f"Skipped {name}: {error}")
                 failed.append(name)
                 continue
             except Interrupted:
-                world.say(f"stopped by {signal_handler.name}")
-                sys.exit(signal_handler.status)
+                world.print(f"Stopped by {signals.name}.")
+                sys.exit(signals.exit_status)
             rows.append(result.pop("row"))
             if args.results_file and world.is_main_process:
                 args.results_file.parent.mkdir(parents=True, exist_ok=True)
                 write_table(args.results_file, COLUMNS, rows)
         if failed:
-            raise ValueError(
-                f"{len(failed)} of {len(failed) + len(rows)} models could not be had: {', '.join(failed)}."
-            )
+            raise ValueError(f"{', '.join(failed)}: not available ({len(failed)} of {len(failed) + len(rows)} models).")
     return result

@@ -1,4 +1,4 @@
-"""A tiny data set and the options of a run of seconds on it."""
+"""A tiny data set, and the options of a run on it that takes seconds."""
 
 import multiprocessing
 import os
@@ -15,7 +15,7 @@ CLASSES = ("amber", "blue", "crimson")
 
 @pytest.fixture
 def data(tmp_path):
-    """Three classes told apart by colour: 24 training and 9 validation images each of 16x16 pixels."""
+    """Three classes that differ in color, each with 24 training and 9 validation images of 16x16 pixels."""
     noise = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 9)):
         for number, name in enumerate(CLASSES):
@@ -30,7 +30,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def tiny(data, tmp_path):
-    """Makes the command line of a tiny run; further options override."""
+    """A function that returns the command line of a tiny run; its arguments override options."""
 
     def options(*more, epochs=2):
         return [
@@ -53,7 +53,7 @@ def run_folder(tmp_path):
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Runs train.py until a signal comes after so many updates."""
+    """A function that runs train.py and sends a signal after a number of updates."""
 
     def run(updates, options, number=signal.SIGTERM):
         original, calls = train.Trainer.update_weights, []
@@ -66,9 +66,9 @@ def stop_after(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(train.Trainer, "update_weights", update_weights)
-            with pytest.raises(SystemExit) as left:
+            with pytest.raises(SystemExit) as exit_info:
                 train.main(options)
-        assert left.value.code == 128 + number
-        assert not multiprocessing.active_children()  # the loading processes are gone too
+        assert exit_info.value.code == 128 + number
+        assert not multiprocessing.active_children()  # the data-loading workers have stopped too
 
     return run

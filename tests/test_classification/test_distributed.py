@@ -1,4 +1,4 @@
-"""Several processes: what one process with accumulation computes, one voice, signals, and killed ones started again."""
+"""Runs of several processes: same result as one process, output, signals, and restarts of killed processes."""
 
 import contextlib
 import fcntl
@@ -30,7 +30,7 @@ SCRIPT = Path(__file__).parents[2] / "classification" / "dist_train.sh"
 
 @pytest.fixture
 def config(data, tmp_path):
-    """A recipe of a run of seconds."""
+    """A recipe of a run that takes seconds."""
     options = {
         **{"model": "nat_mini", "img_size": 16, "crop_pct": 1.0, "device": "cpu", "threads": 1, "workers": 1},
         "model_kwargs": {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16, "kernel_size": 3},
@@ -44,7 +44,7 @@ def config(data, tmp_path):
 
 @pytest.fixture
 def launch(config, data):
-    """Starts a run of several processes; returns the launcher, whose output is merged."""
+    """A function that starts a run of several processes and returns the launcher, with its output merged."""
     started = []
 
     def start(count, *more, output=subprocess.PIPE, **environment):
@@ -61,6 +61,7 @@ def launch(config, data):
 
 
 def losses(folder):
+    """Return the logged training loss by update."""
     events = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=True).Reload()
     return {event.step: event.value for event in events.Scalars("train/loss")}
 
@@ -69,10 +70,10 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
 
 
@@ -83,12 +84,12 @@ def assert_same_run(one, other):
     assert (one["epoch"], one["update"], one["best"]) == (other["epoch"], other["update"], other["best"])
 
 
-def test_two_processes_compute_what_one_computes_with_accumulation(launch, config, data, tmp_path):
+def test_two_processes_equal_one_with_accumulation(launch, config, data, tmp_path):
     run = launch(2, "--experiment", "two", "--epochs", "3")
-    output, _ = run.communicate(timeout=300)
+    output, _ = run.communicate(timeout=900)
     assert run.returncode == 0, output
-    assert output.count("72 images of 3 classes") == 1  # one process speaks
-    assert "nodes 1 x processes 2 x batch 4 x accumulation 1 = 8 images an update" in output
+    assert output.count("Epoch 3/3") == 1  # only the main process prints
+    assert "8 images per update" in output
     assert "\r" not in output  # no progress bar in a pipe
     train.main([str(data), "-c", str(config), "--experiment", "one", "--epochs", "3", "--grad-accum", "2"])
     two, one = losses(tmp_path / "output" / "two"), losses(tmp_path / "output" / "one")
@@ -99,45 +100,53 @@ def test_two_processes_compute_what_one_computes_with_accumulation(launch, confi
     assert scores[0] == pytest.approx(scores[1])
 
 
+class Terminal:
+    """A pseudo-terminal of 120 columns whose output is read by a thread."""
+
+    def __init__(self):
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+        self.written = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        with contextlib.suppress(OSError):  # closed
+            while content := os.read(self.master, 65536):
+                self.written.append(content)
+
+    def text(self):
+        return b"".join(self.written).decode(errors="replace")
+
+    def close(self):
+        """Return the whole output after the process has ended."""
+        os.close(self.slave)
+        self.reader.join(timeout=600)
+        return self.text()
+
+
 @pytest.fixture
 def terminal():
-    """A terminal to write to, and what was written."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
-    written = []
-
-    def read():
-        with contextlib.suppress(OSError):  # closed
-            while content := os.read(master, 65536):
-                written.append(content)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-
-    def text():
-        os.close(slave)
-        reader.join(timeout=60)
-        return b"".join(written).decode()
-
-    yield slave, text
-    os.close(master)
+    """A pseudo-terminal for the output of a process."""
+    made = Terminal()
+    yield made
+    os.close(made.master)
 
 
-def test_a_signal_saves_and_the_run_goes_on_with_one_process(launch, config, data, tmp_path, terminal):
-    """Within an epoch, with loading processes that the signal reaches too; in a terminal, where one process speaks."""
+def test_signal_saves_and_one_process_resumes_the_run(launch, config, data, tmp_path, terminal):
+    """In a terminal, within an epoch, with data-loading workers that receive the signal too."""
     folder = tmp_path / "output" / "stopped"
-    run = launch(2, "--experiment", "stopped", "--epochs", "300", output=terminal[0])
-    wait_for(lambda: run.poll() is not None or list(folder.glob("tensorboard/*")))
-    time.sleep(1)
+    run = launch(2, "--experiment", "stopped", "--epochs", "300", output=terminal.slave)
+    wait_for(lambda: run.poll() is not None or "loss=" in terminal.text())
     run.send_signal(signal.SIGUSR1)
-    run.wait(timeout=60)
-    output = terminal[1]()
+    run.wait(timeout=600)
+    output = terminal.close()
     assert run.returncode == 128 + signal.SIGUSR1
-    assert output.count("stopped by SIGUSR1 after") == 1, output
+    assert output.count("Stopped by SIGUSR1") == 1, output
     assert "Traceback" not in output
-    assert len(re.findall(r"\repoch 1/300: +0%\|.*\| 0/2700 ", output)) == 1  # one bar begins
-    assert re.search(r"\repoch 1/300: .*\| [1-9]\d*/2700 .*update.*, loss=\d\.\d+, lr=", output)
-    assert max(map(len, re.findall(r"epoch 1/300: [^\r\n\]]*\]", output))) <= 120  # none is wrapped
+    assert len(re.findall(r"\rEpoch 1/300: +0%\|.*\| 0/2700 ", output)) == 1  # one bar starts
+    assert re.search(r"\rEpoch 1/300: .*\| [1-9]\d*/2700 .*update.*, loss=\d\.\d+, lr=", output)
+    assert max(map(len, re.findall(r"Epoch 1/300: [^\r\n\]]*\]", output))) <= 120  # no line is wrapped
     state = read_checkpoint(folder / "last.pth")
     assert state["processes"] == 2
     done = state["epoch"] * 9 + state["update"]
@@ -149,23 +158,24 @@ def test_a_signal_saves_and_the_run_goes_on_with_one_process(launch, config, dat
     assert sorted(losses(folder)) == list(range(9 * (state["epoch"] + 1)))
 
 
-def test_processes_with_other_kernels_are_told(launch, tmp_path):
-    """The second process is made to use another backend than the first."""
+def test_processes_with_different_kernels_are_refused(launch, tmp_path):
+    """The second process uses another attention backend than the first."""
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/sh\n[ "$LOCAL_RANK" = 1 ] && export NATTEN_BACKEND=reference\nexec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
     run = launch(2, PYTHON_EXEC=str(python), NATTEN_BACKEND="cpu")
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=600)
     assert run.returncode == 2
     assert "Traceback" not in output
-    assert "has the attention backend reference, but rank 0 on" in output
-    assert output.count("error: ") == 1, output  # what both find, one says
+    assert re.search("error: attention backend .*reference on rank 1", output)
+    assert output.count("error: ") == 1, output  # only the main process prints it
     assert 'train.py", line' not in output
 
 
-def test_the_launcher_takes_options_for_data_and_says_what_an_older_torchrun_lacks(config, tmp_path):
+def test_launcher_command_lines(config, tmp_path):
+    """CONFIG GPUS and the former order GPUS CONFIG, an older torchrun, usage errors, and no PyTorch."""
     torch_folder = tmp_path / "torch"
     (torch_folder / "distributed").mkdir(parents=True)
     (torch_folder / "distributed" / "run.py").write_text("")
@@ -173,27 +183,27 @@ def test_the_launcher_takes_options_for_data_and_says_what_an_older_torchrun_lac
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {torch_folder} || echo "$@"\n')
     python.chmod(0o755)
     env = {**os.environ, "PYTHON": str(python), "MAX_RESTARTS": "2"}
-    words = ["bash", str(SCRIPT), "8", str(config), "--synthetic", "1000"]
-    done = subprocess.run(words, env=env, capture_output=True, text=True)
-    assert done.stdout.endswith(
-        f"--max-restarts 2 {SCRIPT} --synthetic 1000 --resume --config {config}\n".replace("dist_train.sh", "train.py")
-    )
+    words = ["bash", str(SCRIPT), str(config), "8", "--synthetic", "1000"]
+    for order in (words, [*words[:2], "8", str(config), *words[4:]]):
+        done = subprocess.run(order, env=env, capture_output=True, text=True)
+        options = f"--synthetic 1000 --resume --config {config}\n"
+        assert done.stdout.endswith(f"--nproc-per-node 8 --max-restarts 2 {SCRIPT.with_name('train.py')} {options}")
     assert done.stderr.count("note: ") == 1
     assert "PET_SHUTDOWN_TIMEOUT" in done.stderr
-    for wrong in (words[:3], [*words[:2], *words[3:], "more"]):
+    for wrong in (words[:3], [*words[:3], *words[4:]]):
         usage = subprocess.run(wrong, env=env, capture_output=True, text=True)
-        assert (usage.returncode, usage.stderr.startswith("Train on several GPUs")) == (2, True)
+        assert (usage.returncode, "CONFIG GPUS" in usage.stderr) == (2, True)
     assert subprocess.run([*words[:2], "--help"], env=env, capture_output=True).returncode == 0
     env["PYTHON"] = "/nowhere"
     done = subprocess.run(words, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.startswith("error: /nowhere has no PyTorch")) == (2, True)
+    assert (done.returncode, done.stderr.startswith("error: /nowhere ")) == (2, True)
 
 
 @pytest.mark.parametrize("is_stopped", [True, False])
-def test_the_slurm_script_queues_a_job_again_whose_time_was_over(tmp_path, is_stopped):
+def test_slurm_script_requeues_a_job_out_of_time(tmp_path, is_stopped):
     readme = SCRIPT.with_name("README.md").read_text()
     (script,) = re.findall(r"```bash\n(#!/bin/bash.*?)```", readme, re.DOTALL)
-    until_stopped = 'trap "echo saved; exit 1" USR1; echo begun; sleep 5 & wait'
+    until_stopped = 'trap "echo saved; kill \\$!; exit 1" USR1; echo begun; sleep 600 & wait'
     for name, body in {
         "srun": f'test "$SRUN_CPUS_PER_TASK" = 64; {until_stopped if is_stopped else "echo begun"}',
         "scontrol": 'echo "$@"',
@@ -207,22 +217,22 @@ def test_the_slurm_script_queues_a_job_again_whose_time_was_over(tmp_path, is_st
     assert job.stdout.readline() == "begun\n"
     if is_stopped:
         job.send_signal(signal.SIGUSR1)
-    assert job.communicate(timeout=30)[0] == ("saved\nrequeue 17\n" if is_stopped else "")
+    assert job.communicate(timeout=300)[0] == ("saved\nrequeue 17\n" if is_stopped else "")
 
 
-def test_all_processes_on_one_gpu_are_refused(monkeypatch):
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(key, value)
     with (
-        pytest.raises(ValueError, match="--device cuda:1 puts all processes on one GPU"),
+        pytest.raises(ValueError, match="--device cuda:1"),
         init_world("cuda:1", SignalHandler()),
     ):
         pass
 
 
 @pytest.mark.slow
-def test_twenty_processes_killed_at_random_make_no_difference(launch, tmp_path):
-    """Three in four while they train or save, the rest while they start."""
+def test_twenty_processes_killed_at_random_do_not_change_the_result(launch, tmp_path):
+    """Three in four are killed while they train or save, the rest while they start."""
     epochs, kills = 100, 20
     more = ("--epochs", epochs, "--save-interval", 2, "--keep-last", 2, "--model-ema")
     unbroken = launch(2, "--experiment", "unbroken", *more)
@@ -231,12 +241,12 @@ def test_twenty_processes_killed_at_random_make_no_difference(launch, tmp_path):
     chance, past, progress = random.Random(20), set(), []
     last = tmp_path / "output" / "killed" / "last.pth"
 
-    def is_started_again():
+    def is_restarted():
         return run.poll() is not None or (len(children(run.pid)) == 2 and not past & set(children(run.pid)))
 
     for _ in range(kills):
-        wait_for(is_started_again)
-        assert run.poll() is None, "the run ended before all kills: make it longer"
+        wait_for(is_restarted)
+        assert run.poll() is None, "the run ended before all kills; make it longer"
         past |= set(children(run.pid))
         before = last.stat().st_mtime_ns if last.exists() else 0
         if chance.random() < 0.75:

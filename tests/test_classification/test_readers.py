@@ -1,4 +1,4 @@
-"""Images from elsewhere than folders: tar files, Hugging Face datasets, webdataset shards, noise."""
+"""Images from tar files, Hugging Face datasets and webdataset shards, and noise."""
 
 import importlib.util
 import io
@@ -14,7 +14,7 @@ from PIL import Image
 
 from natzoo.checkpoints import read_checkpoint
 from natzoo.classification import train, validate
-from natzoo.classification.data.datasets import Images, ShardDataset
+from natzoo.classification.data.datasets import ImageDataset, ShardDataset
 from natzoo.classification.data.readers import FolderReader, HubReader, TarReader, open_reader, read_class_map
 from natzoo.classification.distributed import World
 
@@ -22,7 +22,7 @@ CLASSES = ["amber", "blue", "crimson"]
 
 
 def pack(folder, path, pattern="*.png"):
-    """A tar file of what a folder holds."""
+    """Write a tar file with the content of a folder."""
     with tarfile.open(path, "w") as tar:
         for file in sorted(folder.rglob(pattern)):
             tar.add(file, file.relative_to(folder))
@@ -30,7 +30,7 @@ def pack(folder, path, pattern="*.png"):
 
 @pytest.fixture
 def tars(data):
-    """One tar file a split, of folders; the folders themselves are gone."""
+    """One tar file per split; the folders are removed."""
     for split in ("train", "val"):
         pack(data / split, data / f"{split}.tar")
         shutil.rmtree(data / split)
@@ -39,7 +39,7 @@ def tars(data):
 
 @pytest.fixture
 def shards(data):
-    """Webdataset shards of each split beside _info.json; the folders are gone."""
+    """Webdataset shards of each split, and _info.json; the folders are removed."""
     info = {}
     for split in ("train", "val"):
         files = sorted((data / split).rglob("*.png"), key=lambda file: (file.stem, file.parent.name))
@@ -61,7 +61,7 @@ def shards(data):
     return data
 
 
-def test_tar_files_give_the_images_of_the_folders(data, tmp_path):
+def test_tar_files_have_the_images_of_the_folders(data, tmp_path):
     folder = FolderReader(data / "train")
     pack(data / "train", tmp_path / "all.tar")
     many = tmp_path / "many"
@@ -81,23 +81,23 @@ def test_tar_files_give_the_images_of_the_folders(data, tmp_path):
     assert "blue" in TarReader(many, ["blue", "amber", "crimson"]).filename(0)
 
 
-def test_tar_files_that_are_wrong(data, tmp_path):
-    (tmp_path / "a.tar").write_bytes(b"no tar file at all" * 100)
-    with pytest.raises(ValueError, match=r"a\.tar cannot be read as tar files of images"):
+def test_wrong_tar_files(data, tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"not a tar file" * 100)
+    with pytest.raises(ValueError, match=r"a\.tar"):
         TarReader(tmp_path / "a.tar")
     pack(data / "train", tmp_path / "b.tar")
-    with pytest.raises(ValueError, match=r"b\.tar has a class 'amber', which is none of those known"):
+    with pytest.raises(ValueError, match=r"b\.tar.*'amber'"):
         TarReader(tmp_path / "b.tar", ["blue", "crimson", "zinc"])
     pack(data / "train" / "blue", tmp_path / "d.tar")
-    with pytest.raises(ValueError, match=r"d\.tar has the image 0\.png outside a class folder"):
+    with pytest.raises(ValueError, match=r"d\.tar.*0\.png"):
         TarReader(tmp_path / "d.tar")
     pack(data / "train", tmp_path / "c.tar", "*.txt")
-    with pytest.raises(ValueError, match=r"c\.tar holds no images, of \.bmp, .*\.webp"):
+    with pytest.raises(ValueError, match=r"c\.tar"):
         TarReader(tmp_path / "c.tar")
 
 
-def test_tar_files_that_were_cut(data, tmp_path):
-    """Between two entries, within a header, within an image, and before the mark of the end; also within another."""
+def test_truncated_tar_files(data, tmp_path):
+    """Between entries, within a header or an image, before the end-of-archive marker, and nested."""
     pack(data / "train", tmp_path / "whole.tar")
     whole = (tmp_path / "whole.tar").read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as tar:
@@ -106,29 +106,29 @@ def test_tar_files_that_were_cut(data, tmp_path):
         end = tar.offset
     for cut in (entry.offset, entry.offset + 100, entry.offset_data + 100, end):
         (tmp_path / "cut.tar").write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match=r"cut\.tar cannot be read as tar files.*(ends early|end of data)"):
+        with pytest.raises(ValueError, match=r"cut\.tar"):
             TarReader(tmp_path / "cut.tar")
         pack(tmp_path, tmp_path / "nested.tar", "cut.tar")
-        with pytest.raises(ValueError, match=r"nested\.tar cannot be read as tar files of images"):
+        with pytest.raises(ValueError, match=r"nested\.tar"):
             TarReader(tmp_path / "nested.tar")
 
 
-def test_all_kinds_of_images_are_found(tmp_path):
+def test_all_image_formats(tmp_path):
     (tmp_path / "a").mkdir()
     suffixes = [".jpg", ".JPEG", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif"]
     for suffix in suffixes:
         Image.new("RGB", (4, 4), "red").save(tmp_path / "a" / f"picture{suffix}")
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    images = Images(FolderReader(tmp_path), lambda image: image.getpixel((0, 0))[0] > 250)
+    images = ImageDataset(FolderReader(tmp_path), lambda image: image.getpixel((0, 0))[0] > 250)
     assert [images[index] for index in range(len(images))] == [(True, 0)] * len(suffixes)
     pack(tmp_path, tmp_path / "a.tar", "a/*")
     assert len(TarReader(tmp_path / "a.tar")) == len(suffixes)
 
 
-def test_a_tar_file_beside_class_folders_is_no_data(data):
+def test_tar_file_next_to_class_folders_is_ignored(data):
     (data / "train" / "spare.tar").write_bytes(b"")
     assert isinstance(open_reader("", str(data), "train", None), FolderReader)
-    with pytest.raises(ValueError, match="cannot be read as tar files"):
+    with pytest.raises(ValueError, match=r"\.tar|train"):
         open_reader("tar", str(data), "train", None)
 
 
@@ -139,9 +139,9 @@ def test_training_and_evaluation_on_tar_files(tars, tiny, run_folder):
     assert result["count"] == 27
 
 
-def test_folders_of_tar_files_are_no_validation_images(tars):
+def test_training_tar_files_are_not_used_for_validation(tars):
     (tars / "val.tar").unlink()
-    with pytest.raises(FileNotFoundError, match="has no folder val"):
+    with pytest.raises(FileNotFoundError, match="val"):
         open_reader("", str(tars), "val", None)
 
 
@@ -151,30 +151,30 @@ def test_class_maps(tmp_path):
     assert read_class_map(str(path)) == ["crimson", "blue"]
     assert read_class_map(None) is None
     path.write_text("crimson\ncrimson\n")
-    with pytest.raises(ValueError, match="must name each class once"):
+    with pytest.raises(ValueError, match=r"classes\.txt"):
         read_class_map(str(path))
-    with pytest.raises(FileNotFoundError, match="no class map"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
         read_class_map(str(tmp_path / "nowhere.txt"))
     pickle = tmp_path / "classes.pkl"
     pickle.write_bytes(b"")
-    with pytest.raises(ValueError, match="must be a text file"):
+    with pytest.raises(ValueError, match=r"classes\.pkl"):
         read_class_map(str(pickle))
 
 
-def test_a_class_map_numbers_the_classes(data, tiny, run_folder, tmp_path):
+def test_class_map_sets_the_class_numbers(data, tiny, run_folder, tmp_path):
     (tmp_path / "classes.txt").write_text("crimson\nzinc\nblue\namber\n")
     train.main(tiny("--class-map", tmp_path / "classes.txt", epochs=1))
     assert read_checkpoint(run_folder / "last.pth")["record"]["classes"] == ["crimson", "zinc", "blue", "amber"]
 
 
 def test_unknown_data(data, tiny):
-    with pytest.raises(ValueError, match="--dataset wibble/x is unknown: use folder, tar, hfds/NAME or wds"):
+    with pytest.raises(ValueError, match="--dataset wibble/x"):
         train.main(tiny("--dataset", "wibble/x"))
 
 
 def test_synthetic_images_need_no_data(tiny, run_folder):
     train.main([*tiny("--synthetic", "20", "--num-classes", "4", epochs=1)[1:]])
-    with pytest.raises(ValueError, match="--synthetic makes images of its own: leave out"):
+    with pytest.raises(ValueError, match="--synthetic"):
         train.main(tiny("--synthetic", "20", "--experiment", "other"))
     assert read_checkpoint(run_folder / "last.pth")["record"]["num_classes"] == 4
 
@@ -186,13 +186,13 @@ def test_hugging_face_datasets(data, tiny, run_folder):
     assert len(reader) == 72
     train.main(tiny("--dataset", f"hfds/{data}", "--val-split", "validation", epochs=1)[1:])
     assert read_checkpoint(run_folder / "last.pth")["record"]["classes"] == CLASSES
-    with pytest.raises(ValueError, match="split wibble, cannot be loaded"):
+    with pytest.raises(ValueError, match="wibble"):
         HubReader(str(data), "wibble")
 
 
 @pytest.fixture
 def table(data, tmp_path):
-    """Writes a dataset of images and given labels, without names of classes, in columns `picture` and `kind`."""
+    """A function that writes a dataset with the given labels, without class names, in columns `picture` and `kind`."""
     datasets = pytest.importorskip("datasets")
 
     def write(labels):
@@ -211,32 +211,32 @@ def table(data, tmp_path):
     return write
 
 
-def test_hugging_face_datasets_that_do_not_name_their_classes(table):
-    with pytest.raises(ValueError, match="does not name its classes: name them in order by --class-map"):
+def test_hugging_face_datasets_without_class_names(table):
+    with pytest.raises(ValueError, match="--class-map"):
         table([0, 1, 2])
     table.given[:] = [["amber", "blue", "crimson"]]
     assert [target for _, target in map(table([2, 1, 1]).__getitem__, range(3))] == [2, 1, 1]
-    with pytest.raises(ValueError, match="has a class 3, which is none of those known"):
+    with pytest.raises(ValueError, match="class 3"):
         table([0, 3])
     reader = table([1, None])
-    with pytest.raises(ValueError, match=r"row 1 of .* holds no image"):
+    with pytest.raises(ValueError, match="row 1"):
         reader[1]
     assert reader.filename(1).endswith("[train] image 1")
 
 
-def test_a_class_map_renumbers_a_dataset_that_names_its_classes(data):
+def test_class_map_renumbers_a_hugging_face_dataset(data):
     pytest.importorskip("datasets")
     reader = HubReader(str(data), "validation", classes=["zinc", "crimson", "blue", "amber"])
     found = {Path(reader.filename(index)).parent.name: reader[index][1] for index in range(len(reader))}
     assert found == {"crimson": 1, "blue": 2, "amber": 3}
-    with pytest.raises(ValueError, match="has a class 'amber', which is none of those known"):
+    with pytest.raises(ValueError, match="'amber'"):
         HubReader(str(data), "validation", classes=["crimson", "blue"])
-    with pytest.raises(ValueError, match=r"labels in 'kind'.*--target-key"):
+    with pytest.raises(ValueError, match="--target-key kind"):
         HubReader(str(data), "train", columns=("image", "kind"))
 
 
 def test_webdataset_shards(shards, tiny, run_folder, tmp_path, stop_after):
-    """A run that is gone on with in the middle of an epoch ends as one that was not."""
+    """A run that resumes within an epoch ends with the result of an unbroken one."""
     pytest.importorskip("webdataset")
     options = ["--dataset", "wds", "--num-classes", "3", "--workers", "1", "--mixup", "0.8"]
     train.main(tiny(*options, "--output", tmp_path / "unbroken", epochs=2))
@@ -246,24 +246,24 @@ def test_webdataset_shards(shards, tiny, run_folder, tmp_path, stop_after):
     train.main(tiny(*options, "--resume", epochs=2))
     one, other = (read_checkpoint(folder / "last.pth") for folder in (tmp_path / "unbroken" / "tiny", run_folder))
     torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
-    train.Trainer(train.parse(tiny(*options, "--workers", "2", "--resume", epochs=3)))  # an epoch's end
+    train.Trainer(train.parse(tiny(*options, "--workers", "2", "--resume", epochs=3)))  # at the end of an epoch
     stop_after(5, tiny(*options, "--resume", epochs=3))
-    with pytest.raises(ValueError, match="that read shards is 1, but this run's is 2: go on with what"):
+    with pytest.raises(ValueError, match=r"--workers.*1.*2"):
         train.main(tiny(*options, "--workers", "2", "--resume", epochs=3))
     argv = [str(shards), "--checkpoint", str(run_folder / "last.pth"), "--dataset", "wds", "--workers", "0"]
     assert validate.main(argv)["count"] == 27
-    with pytest.raises(ValueError, match="--real-labels goes by the names of files"):
+    with pytest.raises(ValueError, match="--real-labels"):
         validate.main([*argv, "--real-labels"])
 
 
 def shares(data, split, size, workers, is_training=False, epoch=0):
-    """The targets that each process gets."""
+    """Return the images and targets of each process."""
     pytest.importorskip("webdataset")
     found = []
     for rank in range(size):
         images = ShardDataset(str(data), split, CLASSES, 4, 0, is_training, World(rank, size, rank, size))
         images.transform = lambda image: torch.tensor(image.getpixel((0, 0)))
-        images.prepare(workers)
+        images.set_workers(workers)
         images.set_epoch(epoch)
         batches = torch.utils.data.DataLoader(images, 4, num_workers=workers)
         found.append([(tuple(x.tolist()), y.item()) for xs, ys in batches for x, y in zip(xs, ys, strict=True)])
@@ -271,23 +271,23 @@ def shares(data, split, size, workers, is_training=False, epoch=0):
 
 
 @pytest.mark.parametrize(("size", "workers"), [(2, 0), (3, 0), (8, 0), (1, 2)])
-def test_shards_are_shared_out_exactly_in_evaluation(shards, size, workers):
+def test_processes_share_the_shards_in_evaluation(shards, size, workers):
     found = shares(shards, "val", size, workers)
     assert sum(map(len, found)) == 27
     assert sorted(itertools.chain(*found)) == sorted(*shares(shards, "val", 1, 0))
 
 
-def test_shards_give_each_process_as_many_in_training(shards):
+def test_processes_get_equally_many_images_in_training(shards):
     found = shares(shards, "train", 2, 0, is_training=True)
     assert [len(share) for share in found] == [36, 36]
     assert len(set(itertools.chain(*found))) == len(set(*shares(shards, "train", 1, 0)))
     assert found != shares(shards, "train", 2, 0, is_training=True, epoch=1)
-    with pytest.raises(ValueError, match="has 4 shards, fewer than 3 processes x 2 --workers: use fewer workers"):
+    with pytest.raises(ValueError, match=r"4 shards.*--workers"):
         shares(shards, "train", 3, 2, is_training=True)
 
 
-def test_broken_shards_are_said_or_skipped(shards, tiny, run_folder, capsys):
-    """An image that is none in one shard, another cut off in the middle."""
+def test_damaged_shards_are_named_or_skipped(shards, tiny, run_folder, capsys):
+    """One shard has a damaged image, another one is truncated."""
     pytest.importorskip("webdataset")
     for number, change in ((0, lambda file: file.write(bytes(100))), (2, lambda file: file.truncate())):
         with tarfile.open(shards / f"train-000{number}.tar") as tar:
@@ -296,7 +296,7 @@ def test_broken_shards_are_said_or_skipped(shards, tiny, run_folder, capsys):
             file.seek(entry.offset_data + number)
             change(file)
     options = tiny("--dataset", "wds", "--num-classes", "3", "--batch-size", "24", epochs=1)
-    with pytest.raises(ValueError, match=r"train-000.* cannot be read as an image: mend .*--skip-bad-images"):
+    with pytest.raises(ValueError, match=r"train-000.*--skip-bad-images"):
         train.main(options)
     train.main([*options, "--skip-bad-images"])
     output = capsys.readouterr().out
@@ -304,16 +304,16 @@ def test_broken_shards_are_said_or_skipped(shards, tiny, run_folder, capsys):
     assert f"{shards}/train-0002.tar" in output
 
 
-def test_what_is_missing_for_shards_is_said(shards, tiny, monkeypatch):
+def test_missing_requirements_of_shards(shards, tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ValueError, match="--dataset wds needs the package webdataset: pip install webdataset"):
+        with pytest.raises(ValueError, match=r"--dataset wds.*webdataset"):
             train.main(tiny("--dataset", "wds", "--num-classes", "3"))
     pytest.importorskip("webdataset")
     whole = (shards / "_info.json").read_text()
     (shards / "_info.json").write_text(whole.replace('"name"', '"title"'))
-    with pytest.raises(ValueError, match=r"cannot be read: _info\.json has no key 'name'"):
+    with pytest.raises(ValueError, match=r"_info\.json.*'name'"):
         train.main(tiny("--dataset", "wds", "--num-classes", "3"))
     (shards / "_info.json").write_text(whole)
-    with pytest.raises(ValueError, match="shards do not tell their classes: give --class-map or --num-classes"):
+    with pytest.raises(ValueError, match="--class-map"):
         train.main(tiny("--dataset", "wds"))

@@ -1,9 +1,10 @@
-"""train.py: what a run leaves, that it can be killed, and what it says of mistakes."""
+"""train.py: the files of a run, interruption and resuming, and errors."""
 
 import csv
 import errno
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,10 +42,10 @@ def assert_same_weights(one, other):
         assert torch.equal(value, other[name]), name
 
 
-# ----- what a run leaves -----
+# ----- files of a run -----
 
 
-def test_a_run_learns_and_leaves_everything(tiny, run_folder, capsys):
+def test_run_learns_and_writes_all_files(tiny, run_folder, capsys):
     best = train.main(tiny(epochs=8))
     assert best > 80
     figures = rows(run_folder)
@@ -66,9 +67,8 @@ def test_a_run_learns_and_leaves_everything(tiny, run_folder, capsys):
     assert len(events.Scalars("val/top1")) == 8
 
     output = capsys.readouterr().out
-    assert "72 images of 3 classes" in output
-    assert "epoch 8/8" in output
-    assert f"best top-1 {best:.2f}%" in output
+    assert "Epoch 8/8" in output
+    assert f"top-1 {best:.2f}%" in output
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_options_work_together(tiny, run_folder, more):
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_evaluation_is_of_the_averaged_weights(tiny, run_folder):
-    """With a decay of 1 the average stays what it was at the start, and so does its loss."""
+def test_averaged_weights_are_evaluated(tiny, run_folder):
+    """With a decay of 1 the average keeps the initial weights, and the validation loss is constant."""
     train.main(tiny("--model-ema", "--model-ema-decay", "1.0", epochs=3))
     figures = rows(run_folder)
     assert len({row["val_loss"] for row in figures}) == 1
@@ -99,7 +99,7 @@ def test_evaluation_is_of_the_averaged_weights(tiny, run_folder):
     assert not torch.equal(state["model"]["head.weight"], state["model_ema"]["head.weight"])
 
 
-def test_accumulated_batches_give_the_gradient_of_one_large_batch(tiny, run_folder):
+def test_accumulated_gradient_equals_that_of_one_large_batch(tiny, run_folder):
     once = train.Trainer(train.parse(tiny("--batch-size", "16", "--experiment", "large", "--drop-path", "0")))
     parts = train.Trainer(train.parse(tiny("--grad-accum", "2", "--drop-path", "0")))
     x, target = torch.randn(16, 3, 16, 16), torch.arange(16) % 3
@@ -128,7 +128,7 @@ train.main(sys.argv[1:])
 """
 
 # In the middle of the second epoch, whose updates are 10 to 18; and between writing and renaming the second last.pth,
-# which best.pth may come before.
+# which may follow a best.pth.
 PLACES = {"mid-epoch": ("train.Trainer", "update_weights", 14), "mid-save": ("os", "replace", 5)}
 
 
@@ -136,7 +136,7 @@ PLACES = {"mid-epoch": ("train.Trainer", "update_weights", 14), "mid-save": ("os
 @pytest.mark.parametrize(
     "more", [[], ["--model-ema", "--mixup", "0.8", "--grad-accum", "1"]], ids=["plain", "ema-mixup"]
 )
-def test_killed_and_resumed_it_ends_as_the_unbroken_run(tiny, run_folder, tmp_path, place, more):
+def test_killed_run_resumes_to_the_result_of_an_unbroken_run(tiny, run_folder, tmp_path, place, more):
     train.main(tiny(*more, "--output", tmp_path / "unbroken", epochs=4))
     unbroken = tmp_path / "unbroken" / "tiny"
     owner, name, call = PLACES[place]
@@ -157,13 +157,12 @@ def test_killed_and_resumed_it_ends_as_the_unbroken_run(tiny, run_folder, tmp_pa
 
 
 @pytest.mark.parametrize("updates", [5, 9], ids=["mid-epoch", "before the evaluation"])
-def test_stopped_by_a_signal_it_ends_as_the_unbroken_run(tiny, run_folder, tmp_path, stop_after, updates, capsys):
+def test_stopped_run_resumes_to_the_result_of_an_unbroken_run(tiny, run_folder, tmp_path, stop_after, updates):
     more = ("--mixup", "0.8", "--model-ema", "--drop-path", "0.1", "--grad-accum", "1", "--workers", "2")
     train.main(tiny(*more, "--output", tmp_path / "unbroken"))
     stop_after(updates, tiny(*more))
     stopped = read_checkpoint(run_folder / "last.pth")
     assert (stopped["epoch"], stopped["update"]) == (0, updates)
-    assert f"stopped by SIGTERM after 0 epochs and {updates} updates" in capsys.readouterr().out
     train.main(tiny(*more, "--resume", "--workers", "1"))
     assert float(rows(run_folder)[0]["seconds"]) > 0.99 * stopped["totals"]["seconds"] > 0
     expected, resumed = (
@@ -174,37 +173,37 @@ def test_stopped_by_a_signal_it_ends_as_the_unbroken_run(tiny, run_folder, tmp_p
     assert untimed(run_folder) == untimed(tmp_path / "unbroken" / "tiny")
 
 
-def test_ctrl_c_saves_and_a_second_one_leaves_at_once(tiny, run_folder, stop_after, monkeypatch, capfd):
+def test_ctrl_c_saves_and_a_second_one_stops_at_once(tiny, run_folder, stop_after, monkeypatch, capfd):
     stop_after(3, tiny("--workers", "1"), signal.SIGINT)
     assert read_checkpoint(run_folder / "last.pth")["update"] == 3
     output = capfd.readouterr()
-    assert "stopped by SIGINT after 0 epochs and 3 updates" in output.out
-    assert "Ctrl-C again leaves at once" in output.err
+    assert "SIGINT" in output.out
+    assert "Ctrl-C" in output.err
     for environment, second in (({}, signal.SIGINT), ({"RANK": "1"}, signal.SIGTERM)):
         monkeypatch.setattr(os, "environ", environment)
-        monkeypatch.setattr(signals, "_TWICE_S", 60.0)
-        with signals.SignalHandler() as signal_handler, pytest.raises(KeyboardInterrupt):
-            signal_handler.handle_ctrl_c()
+        monkeypatch.setattr(signals, "_REPEAT_S", 60.0)
+        with signals.SignalHandler() as handler, pytest.raises(KeyboardInterrupt):
+            handler.handle_ctrl_c()
             os.kill(os.getpid(), signal.SIGINT)
             if environment:
-                os.kill(os.getpid(), signal.SIGINT)  # torchrun's, of the same Ctrl-C
-                monkeypatch.setattr(signals, "_TWICE_S", 0.0)
-            assert signal_handler.received == signal.SIGINT
+                os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, forwarded by torchrun
+                monkeypatch.setattr(signals, "_REPEAT_S", 0.0)
+            assert handler.received == signal.SIGINT
             os.kill(os.getpid(), second)
-    with signals.SignalHandler(), pytest.raises(KeyboardInterrupt):  # nothing is there to be saved yet
+    with signals.SignalHandler(), pytest.raises(KeyboardInterrupt):  # before there is anything to save
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_what_is_hardly_meant_is_said(tiny, capsys):
+def test_unintended_settings_cause_warnings(tiny, capsys):
     train.Trainer(train.parse(tiny("--model-ema", "--amp", "fp16")))
     output = capsys.readouterr().out
-    assert "note: at the end 100% of the average are the first weights: lower --model-ema-decay" in output
-    assert "note: float16 is slow on a CPU" in output
+    assert "--model-ema-decay" in output
+    assert "--amp fp16" in output
     train.Trainer(train.parse(tiny("--model-ema", "--model-ema-decay", "0.8")))
-    assert "note:" not in capsys.readouterr().out
+    assert capsys.readouterr().out == ""
 
 
-def test_saves_between_epochs(tiny, run_folder, monkeypatch):
+def test_checkpoints_between_epochs(tiny, run_folder, monkeypatch):
     saved = []
     original = train.CheckpointSaver.save_last
     monkeypatch.setattr(
@@ -218,7 +217,7 @@ def test_saves_between_epochs(tiny, run_folder, monkeypatch):
 
 @pytest.fixture
 def pair(monkeypatch):
-    """World as the first of two processes sees them, alone: `others` holds what the second one says."""
+    """A World of two processes of which only one runs; `others` holds the values of the other one."""
 
     class Pair(World):
         others = ()
@@ -229,50 +228,48 @@ def pair(monkeypatch):
         def gather(self, value):
             return [*self.others, value]
 
-        def parallel(self, model, device):
+        def data_parallel(self, model, device):
             return model
 
     return Pair
 
 
-def test_processes_that_stand_elsewhere_are_told(tiny, data, pair):
-    """One that found no last.pth, one that found another, one with another image or another class."""
-    said = []
+def test_processes_with_different_state_or_data_are_refused(tiny, data, pair):
+    """One process without last.pth or with another one, with another image, or with another class."""
+    sent = []
 
     def start(*more):
-        class Ear(pair):
-            others = said[-1:] if said else ()
+        class Second(pair):
+            others = sent[-1:] if sent else ()
 
             def gather(self, value):
-                if "state (epochs and updates done, best top-1)" in value[1]:
-                    heard.append(value)
+                if isinstance(value, tuple) and "number of training images" in value[1]:
+                    gathered.append(value)
                     return super().gather(value)
                 return [value]
 
-        heard = []
-        train.Trainer(train.parse(tiny("--resume", *more)), Ear(1, 2, 1, 2))
-        said[:] = heard
+        gathered = []
+        train.Trainer(train.parse(tiny("--resume", *more)), Second(1, 2, 1, 2))
+        sent[:] = gathered
 
     start()
     start()
     train.main(tiny("--grad-accum", "2", epochs=1))
-    with pytest.raises(
-        ValueError, match=r"rank 1 on .* has the state .* \(1, 0, [\d.]+\), but rank 0 .* \(0, 0, -inf\)"
-    ):
+    with pytest.raises(ValueError, match=r"\(1, 0, [\d.]+\) on rank 1 .*\(0, 0, -inf\) on rank 0"):
         start()
-    start_anew = ("--experiment", "new")
+    new_folder = ("--experiment", "new")
     (data / "train" / "blue" / "0.png").unlink()
-    with pytest.raises(ValueError, match=r"number of training images 71, but rank 0 .* has 72: all machines must see"):
-        start(*start_anew)
+    with pytest.raises(ValueError, match=r"number of training images .*71 on rank 1 .*72 on rank 0"):
+        start(*new_folder)
     (data / "train" / "crimson" / "0.png").rename(data / "train" / "blue" / "0.png")
     for split in ("train", "val"):
         (data / split / "amber").rename(data / split / "azure")
     (data / "train" / "blue" / "more.png").write_bytes((data / "train" / "blue" / "1.png").read_bytes())
-    with pytest.raises(ValueError, match=r"has the hash of the classes' names [0-9a-f]{12}, but rank 0"):
-        start(*start_anew)
+    with pytest.raises(ValueError, match=r"class names .*[0-9a-f]{12} on rank 1"):
+        start(*new_folder)
 
 
-def test_running_statistics_are_those_of_the_first_process(tiny, pair, monkeypatch):
+def test_running_statistics_come_from_the_main_process(tiny, pair, monkeypatch):
     shared = []
     monkeypatch.setattr(train, "distribute_bn", lambda model, size: shared.append((model, size)))
     trainer = train.Trainer(train.parse(tiny("--model-ema", epochs=1)), pair(0, 2, 0, 2))
@@ -281,7 +278,7 @@ def test_running_statistics_are_those_of_the_first_process(tiny, pair, monkeypat
 
 
 def broken_loss(monkeypatch, *updates):
-    """Makes the loss of some updates, counted from 0, not a number."""
+    """Make the loss of some updates, counted from 0, NaN."""
     original, calls = train.Trainer.backward, []
 
     def backward(self, x, target, step):
@@ -297,7 +294,7 @@ def test_updates_without_a_finite_loss_are_skipped(tiny, run_folder, monkeypatch
     state = read_checkpoint(run_folder / "last.pth")
     assert all(value.isfinite().all() for part in ("model", "model_ema") for value in state[part].values())
     assert {part["step"].item() for part in state["optimizer"]["state"].values()} == {5}
-    assert capsys.readouterr().out.count("is skipped: the loss is nan, the gradient's norm nan") == 4
+    assert sum("nan" in line for line in capsys.readouterr().out.splitlines()) == 4
     events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
     (row,) = rows(run_folder)
     for column, tag in (("train_loss", "train/loss"), ("grad_norm", "train/grad_norm")):
@@ -306,18 +303,15 @@ def test_updates_without_a_finite_loss_are_skipped(tiny, run_folder, monkeypatch
         assert float(row[column]) == pytest.approx(sum(summed) / 5)
 
 
-def test_a_signal_after_a_skipped_update_saves(tiny, run_folder, monkeypatch, stop_after, capsys):
+def test_signal_after_a_skipped_update_saves(tiny, run_folder, monkeypatch, stop_after):
     broken_loss(monkeypatch, 4)
     stop_after(5, tiny())
     state = read_checkpoint(run_folder / "last.pth")
     assert (state["update"], state["skipped"]) == (5, 1)
     assert {part["step"].item() for part in state["optimizer"]["state"].values()} == {4}
-    assert (
-        f"after 0 epochs and 5 updates; go on with --resume from {run_folder / 'last.pth'}" in capsys.readouterr().out
-    )
 
 
-def test_a_signal_to_a_run_that_has_diverged_saves_nothing(tiny, run_folder, monkeypatch, stop_after, capsys):
+def test_signal_after_divergence_saves_nothing(tiny, run_folder, monkeypatch, stop_after):
     original = train.Trainer.backward
 
     def backward(self, *args, **kwargs):
@@ -327,11 +321,10 @@ def test_a_signal_to_a_run_that_has_diverged_saves_nothing(tiny, run_folder, mon
     monkeypatch.setattr(train.Trainer, "backward", backward)
     stop_after(2, tiny())
     assert not (run_folder / "last.pth").exists()
-    assert "its weights are not finite, and not saved; nothing is saved" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sched", ["none", "cosine"])
-def test_layer_decay_lowers_the_learning_rates_of_early_layers_once(tiny, sched):
+def test_layer_decay_is_applied_once(tiny, sched):
     trainer = train.Trainer(train.parse(tiny("--layer-decay", "0.5", "--sched", sched)))
     if trainer.scheduler is not None:
         trainer.scheduler.step_update(0)
@@ -344,102 +337,97 @@ def test_layer_decay_lowers_the_learning_rates_of_early_layers_once(tiny, sched)
     assert rates["levels.0.blocks.0.mlp.fc1.weight"] == pytest.approx(5e-4)
 
 
-def test_a_run_stops_after_too_many_of_them(tiny, run_folder, monkeypatch):
+def test_run_stops_after_too_many_skipped_updates(tiny, run_folder, monkeypatch):
     train.main(tiny(epochs=1))
     before = (run_folder / "last.pth").read_bytes()
     broken_loss(monkeypatch, 2, 3, 4)
-    with pytest.raises(
-        ValueError,
-        match=r"at update 5 of epoch 2 the loss is nan, the gradient's norm nan, the learning rate .*, after 2 updates "
-        r"were skipped; the last good state is .*last\.pth",
-    ):
+    with pytest.raises(ValueError, match=r"Epoch 2, update 5: loss nan, grad norm nan, .*last\.pth.*--lr"):
         train.main(tiny("--resume", "--skip-nonfinite", "2", "--save-interval", "4"))
     assert (run_folder / "last.pth").read_bytes() == before
 
 
 def untimed(folder):
-    """What summary.csv and TensorBoard hold, without what depends on the clock."""
+    """Return the content of summary.csv and TensorBoard without what depends on the clock."""
     table = [{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in rows(folder)]
     events = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=True).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag not in ("train/images_per_s", "train/memory_mb")]
     return table, {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
-def test_resuming_a_finished_run_trains_no_more(tiny, run_folder):
+def test_resuming_a_finished_run_changes_nothing(tiny, run_folder):
     best = train.main(tiny(epochs=1))
     before = (run_folder / "last.pth").read_bytes()
     assert train.main(tiny("--resume", epochs=1)) == best
     assert (run_folder / "last.pth").read_bytes() == before
 
 
-def test_a_run_is_not_overwritten(tiny, run_folder):
+def test_existing_run_is_not_overwritten(tiny, run_folder):
     train.main(tiny(epochs=1))
-    with pytest.raises(ValueError, match=r"last\.pth is there already: go on with it by --resume"):
+    with pytest.raises(ValueError, match=r"last\.pth .*--resume"):
         train.main(tiny(epochs=1))
 
 
-def test_resuming_a_file_of_another_run(tiny, run_folder, tmp_path):
+def test_run_starts_from_the_checkpoint_of_another_run(tiny, run_folder, tmp_path):
     train.main(tiny(epochs=1))
     other = run_folder.with_name("other")
     train.main(tiny("--experiment", "other", "--resume", run_folder / "last.pth", epochs=2))
     assert read_checkpoint(other / "last.pth")["epoch"] == 2
     assert (other / "best.pth").exists()
-    with pytest.raises(ValueError, match=r"other/last\.pth is there already"):
+    with pytest.raises(ValueError, match=r"other/last\.pth"):
         train.main(tiny("--experiment", "other", "--resume", run_folder / "last.pth", epochs=2))
 
 
-def test_started_again_by_torchrun_it_goes_on_from_its_own_checkpoint(tiny, run_folder, monkeypatch, capsys):
-    """Where --resume names another file, which the first process of the run began from."""
+def test_run_restarted_by_torchrun_resumes_from_its_own_checkpoint(tiny, run_folder, monkeypatch, capsys):
+    """Even if --resume names another file, from which the first start of the run resumed."""
     train.main(tiny("--resume", epochs=1))
-    assert f"the run begins: there is no {run_folder / 'last.pth'} yet" in capsys.readouterr().out
+    assert str(run_folder) in capsys.readouterr().out
     first, other = run_folder / "last.pth", run_folder.with_name("other")
     options = tiny("--experiment", "other", "--resume", first, epochs=2)
     train.main(options)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train.main(options)
-    assert f"goes on from {other / 'last.pth'}: 2 epochs" in capsys.readouterr().out
+    assert f"Resumed from {other / 'last.pth'} (epoch 2, update 0)" in capsys.readouterr().out
     write_checkpoint(run_folder / "kept.pth", read_checkpoint(first))
-    with pytest.raises(ValueError, match=r"other/last\.pth is there already"):  # of another command
+    with pytest.raises(ValueError, match=r"other/last\.pth"):  # written by another command
         train.main(tiny("--experiment", "other", "--resume", run_folder / "kept.pth", epochs=2))
 
 
-def test_another_run_is_not_resumed(tiny, data, run_folder, capsys):
+def test_resuming_with_other_options_or_data_is_refused(tiny, data, run_folder, capsys):
     train.main(tiny(epochs=1))
     for more, message in (
-        (["--seed", "7"], "its seed is 42, but this run's is 7"),
-        (["--opt", "lamb"], "its opt is 'adamw', but this run's is 'lamb'"),
-        (["--model-ema"], "its model_ema is False, but this run's is True"),
-        (["--layer-decay", "0.8"], "its layer_decay is None, but this run's is 0.8"),
+        (["--seed", "7"], "seed.*42.*7"),
+        (["--opt", "lamb"], "opt.*'adamw'.*'lamb'"),
+        (["--model-ema"], "model_ema.*False.*True"),
+        (["--layer-decay", "0.8"], "layer_decay.*None.*0.8"),
     ):
         with pytest.raises(ValueError, match=message):
             train.main(tiny("--resume", *more))
     trainer = train.Trainer(train.parse(tiny("--resume", "--weight-decay", "0.5", "--sched", "none", "--lr", "1e-7")))
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-7}
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.5}
-    assert "resumed with another weight_decay: 0.5 instead of 0.05" in capsys.readouterr().out
+    assert re.search(r"weight_decay.*0\.5.*0\.05", capsys.readouterr().out)
     spare = (data / "train" / "amber" / "0.png").rename(data / "spare.png")
-    with pytest.raises(ValueError, match="its number of training images is 72, but this run's is 71: go on with what"):
+    with pytest.raises(ValueError, match=r"number of training images.*72.*71"):
         train.main(tiny("--resume"))
     spare.rename(data / "train" / "amber" / "0.png")
     for split in ("train", "val"):
         (data / split / "amber").rename(data / split / "zinc")
-    with pytest.raises(ValueError, match=r"its classes is .*amber"):
+    with pytest.raises(ValueError, match=r"classes.*amber"):
         train.main(tiny("--resume"))
 
 
-def test_fine_tuning_to_other_classes(tiny, data, run_folder, capsys):
+def test_fine_tuning_to_other_classes(tiny, data, run_folder):
     train.main(tiny(epochs=1))
     for split in ("train", "val"):
         (data / split / "crimson").rename(data / split.replace("train", "spare1").replace("val", "spare2"))
     options = tiny("--experiment", "second", "--initial-checkpoint", run_folder / "best.pth")
     trainer = train.Trainer(train.parse(options))
-    assert "the classifier starts anew: it has 2 classes" in capsys.readouterr().out
     old, new = read_weights(run_folder / "best.pth"), trainer.model.state_dict()
     assert new["head.weight"].shape == (2, 32)
     assert torch.equal(old["levels.1.blocks.0.attn.rpb"], new["levels.1.blocks.0.attn.rpb"])
 
 
-def test_starting_from_weights(tiny, run_folder):
+def test_initial_checkpoint(tiny, run_folder):
     train.main(tiny(epochs=1))
     trainer = train.Trainer(
         train.parse(tiny("--experiment", "second", "--initial-checkpoint", run_folder / "last.pth"))
@@ -447,108 +435,103 @@ def test_starting_from_weights(tiny, run_folder):
     assert_same_weights(read_checkpoint(run_folder / "last.pth")["model"], trainer.model.state_dict())
 
 
-def test_a_checkpoint_of_another_model_is_not_resumed(tiny, run_folder):
+def test_checkpoint_of_another_model_is_refused(tiny, run_folder):
     train.main(tiny(epochs=1))
-    with pytest.raises(ValueError, match=r"cannot be resumed: its model_kwargs is .*embed_dim.*but this run's is"):
+    with pytest.raises(ValueError, match=r"model_kwargs.*embed_dim"):
         train.main(tiny("--resume", "--model-kwargs", "embed_dim=32"))
     write_checkpoint(run_folder / "bare.pth", read_checkpoint(run_folder / "last.pth")["model"])
-    with pytest.raises(ValueError, match=r"bare\.pth cannot be resumed, it lacks .*optimizer.*--initial-checkpoint"):
+    with pytest.raises(ValueError, match=r"bare\.pth .*optimizer.*--initial-checkpoint"):
         train.main(tiny("--resume", run_folder / "bare.pth"))
 
 
-# ----- mistakes -----
+# ----- errors -----
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--model", "nat_minni"], "there is no model 'nat_minni': did you mean 'nat_mini'"),
-        (["--model-kwargs", "wibble=1"], "model 'nat_mini' cannot be made with .*wibble"),
-        (["--num-classes", "2"], "has 3 classes, but the model has 2"),
-        (["--aa", "wibble"], "--aa wibble is not an augmentation that timm knows"),
-        (["--sched", "plateau"], "--sched plateau waits for a score"),
-        (["--opt", "fusedadamw"], "--opt fusedadamw needs NVIDIA's apex.*package named apex .* is another one"),
-        (["--sched", "wibble"], "schedule 'wibble'.*: use cosine, poly"),
-        (["--warmup-epochs", "2"], "--warmup-epochs 2 leaves none of --epochs 2"),
-        (["--opt", "adahessian"], "--opt adahessian needs second derivatives"),
-        (["--opt", "wibble"], "the optimizer 'wibble' cannot be made"),
-        (["--batch-size", "7", "--mixup", "0.5"], "--batch-size is 7, but mixup pairs images"),
-        (["--batch-size", "100"], "holds 72 images, fewer than --batch-size 100"),
-        (["--grad-accum", "10"], "an epoch has 9 batches, fewer than --grad-accum 10"),
-        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
-        (
-            ["--lr", "1e30", "--clip-grad", "0"],
-            r"the run has diverged: at update \d of epoch 1 the loss is nan, .*after 3 updates were skipped; nothing",
-        ),
+        (["--model", "nat_minni"], "--model nat_minni.*nat_mini"),
+        (["--model-kwargs", "wibble=1"], "nat_mini.*wibble"),
+        (["--num-classes", "2"], "--num-classes"),
+        (["--aa", "wibble"], "--aa wibble"),
+        (["--sched", "plateau"], "--sched plateau"),
+        (["--opt", "fusedadamw"], "--opt fusedadamw.*apex"),
+        (["--sched", "wibble"], "--sched wibble"),
+        (["--warmup-epochs", "2"], "--warmup-epochs 2"),
+        (["--opt", "adahessian"], "--opt adahessian"),
+        (["--opt", "wibble"], "--opt wibble"),
+        (["--batch-size", "7", "--mixup", "0.5"], "--batch-size 7"),
+        (["--batch-size", "100"], "--batch-size 100"),
+        (["--grad-accum", "10"], "--grad-accum 10"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--lr", "1e30", "--clip-grad", "0"], r"Epoch 1, update \d: loss nan.*--lr"),
     ],
 )
-def test_mistakes_are_named(tiny, more, message):
+def test_errors_name_the_option(tiny, more, message):
     with pytest.raises(ValueError, match=message):
         train.main(tiny(*more))
 
 
-def test_a_run_that_diverges_keeps_its_last_good_state(tiny, run_folder):
-    """Also where no loss is looked at during the epoch."""
+def test_diverged_run_keeps_its_last_good_checkpoint(tiny, run_folder):
+    """Also if no loss is logged during the epoch."""
     train.main(tiny(epochs=1))
     before = (run_folder / "last.pth").read_bytes()
-    with pytest.raises(ValueError, match=r"the last good state is .*last\.pth\. Lower --lr"):
+    with pytest.raises(ValueError, match=r"last\.pth.*--lr"):
         train.main(tiny("--resume", "--lr", "1e30", "--clip-grad", "0", "--sched", "none", "--log-interval", "1000"))
     assert (run_folder / "last.pth").read_bytes() == before
 
 
-def test_models_without_gradient_checkpointing_are_named(tiny, monkeypatch):
+def test_model_without_gradient_checkpointing(tiny, monkeypatch):
     monkeypatch.delattr(HierarchicalTransformer, "set_grad_checkpointing")
-    with pytest.raises(ValueError, match="the model 'nat_mini' cannot do with --grad-checkpointing: leave it out"):
+    with pytest.raises(ValueError, match=r"--grad-checkpointing.*nat_mini"):
         train.main(tiny("--grad-checkpointing"))
 
 
-def test_too_little_memory_is_said_in_one_line(tiny, monkeypatch):
+def test_out_of_memory_is_a_user_error(tiny, monkeypatch):
     def backward(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
     monkeypatch.setattr(train.Trainer, "backward", backward)
-    with pytest.raises(
-        ValueError, match=r"memory of the GPU is not enough: lower --batch-size .*\(CUDA out of memory\)"
-    ):
+    with pytest.raises(ValueError, match=r"--batch-size .*\(CUDA out of memory\)"):
         train.main(tiny())
 
 
-def test_a_disk_too_full_for_figures_is_said(tiny, run_folder, monkeypatch):
-    """Also where closing the file fails as well."""
+def test_disk_too_full_for_the_log(tiny, run_folder, monkeypatch):
+    """Closing the file fails as well."""
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for name in ("flush", "close"):
         monkeypatch.setattr(logger.SummaryWriter, name, full)
-    with pytest.raises(OSError, match="tensorboard could not be written; the checkpoints are unharmed"):
+    with pytest.raises(OSError, match="tensorboard"):
         train.main(tiny(epochs=1))
 
 
-def test_an_unreadable_image_is_named_and_can_be_skipped(tiny, data, run_folder, capsys):
+def test_unreadable_images_are_named_or_skipped(tiny, data, run_folder, capsys):
     bad = data / "train" / "blue" / "3.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"blue/3\.png cannot be read as an image: .*--skip-bad-images"):
+    with pytest.raises(ValueError, match=r"blue/3\.png.*--skip-bad-images"):
         train.main(tiny())
     train.main(tiny("--skip-bad-images"))
     assert [row["bad_images"] for row in rows(run_folder)] == ["1", "1"]
-    assert f"1 images of {data / 'train'} could not be read; others stood in:\n  {bad}" in capsys.readouterr().out
+    assert f"\n  {bad}\n" in capsys.readouterr().out
     bad = data / "val" / "blue" / "3.png"
     bad.write_bytes(b"no image")
     train.main(tiny("--skip-bad-images", "--experiment", "second", epochs=1))
-    assert f"1 images of {data / 'val'} could not be read; they are left out:\n  {bad}" in capsys.readouterr().out
+    assert f"\n  {bad}\n" in capsys.readouterr().out
 
 
-def test_the_command_line_says_one_line_and_exits_with_2(tmp_path):
+def test_user_errors_are_one_line_and_exit_with_2(tmp_path):
     process = start([str(tmp_path / "nowhere")])
     output, _ = process.communicate()
     assert process.returncode == 2
-    assert output.startswith(f"error: there is no data folder {tmp_path / 'nowhere'}")
+    assert output.startswith(f"error: {tmp_path / 'nowhere'}")
     assert "Traceback" not in output
     assert output.count("\n") == 1
 
 
-def test_a_full_disk_stops_with_a_message_and_loses_nothing(tiny, run_folder, monkeypatch):
+def test_full_disk_loses_no_checkpoint(tiny, run_folder, monkeypatch):
     train.main(tiny(epochs=1))
     before = (run_folder / "last.pth").read_bytes()
     real = os.open
@@ -557,6 +540,6 @@ def test_a_full_disk_stops_with_a_message_and_loses_nothing(tiny, run_folder, mo
         return real("/dev/full", os.O_WRONLY) if str(path).endswith(".last.pth.tmp") else real(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", full)
-    with pytest.raises(OSError, match=r"last\.pth could not be written; what was there before is unharmed"):
+    with pytest.raises(OSError, match=r"last\.pth"):
         train.main(tiny("--resume", epochs=2))
     assert (run_folder / "last.pth").read_bytes() == before

@@ -1,4 +1,4 @@
-"""validate.py and predict.py on what train.py wrote."""
+"""validate.py and predict.py on checkpoints of train.py."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ SCRIPTS = Path(__file__).parents[2] / "classification"
 
 @pytest.fixture
 def trained(tiny, run_folder):
-    """Path of the best checkpoint of a run, and its accuracy."""
+    """The path of the best checkpoint of a run, and its accuracy."""
     return run_folder / "best.pth", train.main(tiny(epochs=4))
 
 
@@ -32,32 +32,31 @@ def run(script, *argv):
     return subprocess.run([sys.executable, str(path), *map(str, argv)], capture_output=True, text=True)
 
 
-def test_validate_finds_what_training_found(trained, data, capsys):
+def test_validate_agrees_with_training(trained, data, capsys):
     path, best = trained
     result = validate.main([str(data), "--checkpoint", str(path), "--workers", "0", "--batch-size", "5"])
     assert result["top1"] == pytest.approx(best)
-    assert f"27 images, top-1 {best:.2f}%" in capsys.readouterr().out
+    assert re.findall(r"top-1 [0-9.]*%", capsys.readouterr().out) == [f"top-1 {best:.2f}%"]  # as quickstart.sh greps
 
 
-def test_validate_leaves_unreadable_images_out(trained, data, capsys):
+def test_validate_leaves_out_unreadable_images(trained, data, capsys):
     path, _ = trained
     (data / "val" / "blue" / "0.png").write_bytes(b"no image")
     argv = [str(data), "--checkpoint", str(path), "--workers", "0"]
-    with pytest.raises(ValueError, match=r"blue/0\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"blue/0\.png"):
         validate.main(argv)
     one_by_one = validate.main([*argv, "--skip-bad-images", "--batch-size", "1"])
-    named = f"; 1 unreadable images left out:\n  {data / 'val' / 'blue' / '0.png'}\n"
-    assert capsys.readouterr().out.endswith(named)
+    assert capsys.readouterr().out.endswith(f"\n  {data / 'val' / 'blue' / '0.png'}\n")
     together = validate.main([*argv, "--skip-bad-images"])
     assert one_by_one == pytest.approx(together)
     assert round(one_by_one["top1"] * 26 / 100, 6).is_integer()
     for image in (data / "val").rglob("*.png"):
         image.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"none of the images in .*val can be read"):
+    with pytest.raises(ValueError, match="val"):
         validate.main([*argv, "--skip-bad-images"])
 
 
-def test_results_are_written_in_timms_columns(trained, data, tmp_path):
+def test_results_file_has_the_columns_of_timm(trained, data, tmp_path):
     path, best = trained
     table = tmp_path / "new" / "results.csv"
     validate.main([str(data), "--checkpoint", str(path), "--results-file", str(table), "--workers", "0"])
@@ -67,10 +66,10 @@ def test_results_are_written_in_timms_columns(trained, data, tmp_path):
     assert float(row["top1"]) == pytest.approx(best, abs=1e-3)
     assert float(row["top1"]) + float(row["top1_err"]) == pytest.approx(100)
     assert (row["img_size"], row["crop_pct"], row["interpolation"]) == ("16", "1.0", "bicubic")
-    assert (row["images"], row["published_top1"]) == ("27", "")  # these are not the published weights
+    assert (row["images"], row["published_top1"]) == ("27", "")  # not the published weights
 
 
-def test_mirrored_images_are_averaged_in(trained, data):
+def test_flip_averages_with_mirrored_images(trained, data):
     path, _ = trained
     argv = [str(data), "--checkpoint", str(path), "--workers", "0"]
     plain, flipped = validate.main(argv), validate.main([*argv, "--tta", "flip"])
@@ -81,8 +80,8 @@ def test_mirrored_images_are_averaged_in(trained, data):
     assert validate.main(argv)["loss"] != pytest.approx(plain["loss"])
 
 
-def test_real_labels_take_any_class_that_fits(trained, data, tmp_path):
-    """With all classes right; with no class but the right one; with images that none fits left out."""
+def test_real_labels(trained, data, tmp_path):
+    """All classes correct; only the true class correct; images without labels left out."""
     path, best = trained
     for number, image in enumerate(sorted((data / "val").rglob("*.png"))):
         image.rename(image.with_name(f"ILSVRC2012_val_{number + 1:08d}.png"))
@@ -97,15 +96,15 @@ def test_real_labels_take_any_class_that_fits(trained, data, tmp_path):
     same = score([[target] for target in targets])
     assert (same["top1"], same["count"]) == (pytest.approx(best), 27)
     assert score([[target] if target else [] for target in targets])["count"] == 18
-    with pytest.raises(ValueError, match="val_00000021 has no real labels"):
+    with pytest.raises(ValueError, match="val_00000021"):
         score([[0]] * 20)
-    with pytest.raises(FileNotFoundError, match="no file of labels"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
         validate.main([*argv[:-1], str(tmp_path / "nowhere.json")])
 
 
 @pytest.fixture
 def imagenet(data, tmp_path, monkeypatch):
-    """The data set with 1000 classes, and published weights of two models as if they had been downloaded."""
+    """Options for the data set with 1000 classes, and the weights of two published models in the cache."""
     (tmp_path / "classes.txt").write_text("\n".join(["amber", "blue", "crimson", *map(str, range(997))]))
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -119,9 +118,9 @@ def imagenet(data, tmp_path, monkeypatch):
     return [str(data), "--class-map", str(tmp_path / "classes.txt"), "--pretrained", "--workers", "0"]
 
 
-def test_all_published_models_in_one_go(imagenet, tmp_path, capsys):
+def test_several_published_models(imagenet, tmp_path, capsys):
     table = tmp_path / "results.csv"
-    with pytest.raises(ValueError, match="1 of 3 models could not be had: dinat_mini"):
+    with pytest.raises(ValueError, match="dinat_mini"):
         validate.main([*imagenet, "--models", "*nat_mini", "nat_iso*small", "--results-file", str(table)])
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -131,10 +130,10 @@ def test_all_published_models_in_one_go(imagenet, tmp_path, capsys):
     ]
     for row in rows:
         assert float(row["difference"]) == pytest.approx(float(row["top1"]) - float(row["published_top1"]), abs=1e-3)
-    assert "published top-1 81.8%" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no published classifier is named wibble"):
+    assert "81.8%" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="wibble"):
         validate.main([*imagenet, "--models", "wibble*"])
-    with pytest.raises(ValueError, match="--models names published models"):
+    with pytest.raises(ValueError, match="--models"):
         validate.main([*imagenet, "--models", "nat_*", "--model", "nat_mini"])
 
 
@@ -145,25 +144,25 @@ def test_processes_share_the_images(trained, data):
     words += [str(SCRIPTS / "validate.py"), str(data), "--checkpoint", str(path)]
     done = subprocess.run([*words, "--device", "cpu", "--batch-size", "5"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if "[Gloo]" not in line)  # as PyTorch 2.10 prints
+    (line,) = (line for line in done.stdout.splitlines() if "[Gloo]" not in line)  # printed by PyTorch 2.10
     assert f"27 images, top-1 {alone['top1']:.2f}%, top-5 100.00%, loss {alone['loss']:.4f}" in line
 
 
-def test_a_signal_ends_the_evaluation(trained, data, tmp_path, monkeypatch, capsys):
-    """Between two batches; there is no row of what was not evaluated."""
+def test_signal_stops_the_evaluation(trained, data, tmp_path, monkeypatch, capsys):
+    """Between two batches, without a row for the unfinished model."""
     original = evaluation.check_bad_images
     monkeypatch.setattr(
         evaluation, "check_bad_images", lambda *args: (os.kill(os.getpid(), signal.SIGUSR1), original(*args))
     )
     argv = [str(data), "--checkpoint", str(trained[0]), "--workers", "0", "--batch-size", "5"]
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         validate.main([*argv, "--results-file", str(tmp_path / "results.csv")])
-    assert left.value.code == 128 + signal.SIGUSR1
-    assert capsys.readouterr().out.endswith("stopped by SIGUSR1\n")
+    assert exit_info.value.code == 128 + signal.SIGUSR1
+    assert "SIGUSR1" in capsys.readouterr().out
     assert not (tmp_path / "results.csv").exists()
 
 
-def test_what_one_process_could_not_download_all_leave_out(imagenet, data, monkeypatch, capsys):
+def test_all_processes_skip_a_model_that_one_could_not_download(imagenet, data, monkeypatch, capsys):
     def gather(self, value):
         return [value, "node b cannot be reached"] if value is None else [value]
 
@@ -171,23 +170,23 @@ def test_what_one_process_could_not_download_all_leave_out(imagenet, data, monke
         image.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(World, "gather", gather)
-        with pytest.raises(ValueError, match="1 of 1 models could not be had: nat_isotropic_small"):
+        with pytest.raises(ValueError, match="nat_isotropic_small"):
             validate.main([*imagenet, "--models", "nat_iso*small"])
-    assert "nat_isotropic_small is left out: node b cannot be reached" in capsys.readouterr().out
+    assert "nat_isotropic_small: node b cannot be reached" in capsys.readouterr().out
     validate.main([*imagenet, "--model", "nat_isotropic_small", "--tta", "flip"])
-    assert "published" not in capsys.readouterr().out  # which is of other arithmetic
+    assert "published" not in capsys.readouterr().out  # not comparable
 
 
-def test_bare_weights_need_the_name_of_the_model(trained, data, tmp_path):
+def test_bare_weights_need_a_model_name(trained, data, tmp_path):
     path, _ = trained
     write_checkpoint(tmp_path / "bare.pth", read_checkpoint(path)["model"])
-    with pytest.raises(ValueError, match=r"bare\.pth does not say which model it is of: name it with --model"):
+    with pytest.raises(ValueError, match=r"bare\.pth.*--model"):
         validate.main([str(data), "--checkpoint", str(tmp_path / "bare.pth")])
-    with pytest.raises(ValueError, match="is of another model than the NAT built here"):
+    with pytest.raises(ValueError, match=r"bare\.pth"):
         validate.main([str(data), "--checkpoint", str(tmp_path / "bare.pth"), "--model", "nat_mini"])
 
 
-def test_bare_weights_with_their_arguments(trained, data, tmp_path, capsys):
+def test_bare_weights_with_model_arguments(trained, data, tmp_path, capsys):
     path, best = trained
     write_checkpoint(tmp_path / "bare.pth", read_checkpoint(path)["model"])
     argv = ["--checkpoint", str(tmp_path / "bare.pth"), "--model", "nat_mini", "--num-classes", "3", "--img-size", "16"]
@@ -196,7 +195,7 @@ def test_bare_weights_with_their_arguments(trained, data, tmp_path, capsys):
     predict.main([str(data / "val" / "blue" / "0.png"), *argv])
     assert "0.png: " in capsys.readouterr().out
     (data / "val" / "blue").rename(data / "spare")
-    with pytest.raises(ValueError, match="val has 2 classes, but the model has 3"):
+    with pytest.raises(ValueError, match=r"val.*--class-map"):
         validate.main([str(data), *argv, "--workers", "0"])
 
 
@@ -207,13 +206,13 @@ def test_predict_with_more_outputs_than_classes(tiny, data, run_folder, capsys):
     assert all(f"{name} " in line for name in ("amber", "blue", "crimson", "3", "4"))
 
 
-def test_mistakes(trained, data):
+def test_errors_of_validate(trained, data):
     path, _ = trained
-    with pytest.raises(ValueError, match="no model to use"):
+    with pytest.raises(ValueError, match="--checkpoint"):
         validate.main([str(data)])
-    with pytest.raises(ValueError, match="is of the model 'nat_mini', not of 'nat_tiny'"):
+    with pytest.raises(ValueError, match=r"nat_mini.*nat_tiny"):
         validate.main([str(data), "--checkpoint", str(path), "--model", "nat_tiny"])
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         validate.main([str(data), "--checkpoint", "nowhere.pth"])
 
 
@@ -230,7 +229,7 @@ def test_predict(trained, data, capsys):
         assert shares == sorted(shares, reverse=True)
 
 
-def test_predictions_as_json_and_as_a_picture(trained, data, tmp_path):
+def test_predictions_as_json_and_png(trained, data, tmp_path):
     path, _ = trained
     grid, table = tmp_path / "grid.png", tmp_path / "out" / "answers.json"
     folder = data / "val" / "amber"
@@ -242,13 +241,13 @@ def test_predictions_as_json_and_as_a_picture(trained, data, tmp_path):
         assert sum(entry["probability"] for entry in answer) == pytest.approx(1, abs=1e-5)
     picture = Image.open(grid)
     assert picture.format == "PNG"
-    assert 0.8 < picture.width / picture.height < 1.2  # nine pictures in three rows of up to four, text below each
+    assert 0.8 < picture.width / picture.height < 1.2  # nine images in three rows of up to four, with text below each
 
 
-def test_a_reader_that_has_had_enough_is_no_error(trained, data):
+def test_closed_pipe_is_not_an_error(trained, data):
     """As in `predict.py ... | head`."""
     path, _ = trained
-    pictures = [str(data / "val")] * 100  # whose lines no pipe holds, so that not all are written before it is closed
+    pictures = [str(data / "val")] * 100  # more output than a pipe buffers
     words = [sys.executable, str(SCRIPTS / "predict.py"), *pictures, "--checkpoint", str(path)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
@@ -257,27 +256,27 @@ def test_a_reader_that_has_had_enough_is_no_error(trained, data):
     assert process.wait() == 128 + 13
 
 
-def test_predict_names_what_is_wrong(trained, data, tmp_path):
+def test_errors_of_predict(trained, data, tmp_path):
     path, _ = trained
     (tmp_path / "a.png").write_bytes(b"no image")
     pictures = [str(tmp_path / "a.png"), str(data / "val" / "blue"), "--json", str(tmp_path / "answers.json")]
-    with pytest.raises(ValueError, match="1 of 10 pictures are left out; what is wrong"):
+    with pytest.raises(ValueError, match="1 of 10"):
         predict.main([*pictures, "--checkpoint", str(path), "--grid", str(tmp_path / "grid.png")])
     assert len(json.loads((tmp_path / "answers.json").read_text())) == 9
     assert (tmp_path / "grid.png").exists()
     (tmp_path / "empty").mkdir()
     for picture, error, message in (
-        (tmp_path / "a.png", ValueError, r"a\.png cannot be read as an image"),
-        (tmp_path / "nowhere.png", FileNotFoundError, "no picture"),
-        (tmp_path / "empty", ValueError, "holds no images"),
+        (tmp_path / "a.png", ValueError, r"a\.png"),
+        (tmp_path / "nowhere.png", FileNotFoundError, r"nowhere\.png"),
+        (tmp_path / "empty", ValueError, "empty"),
     ):
         with pytest.raises(error, match=message):
             predict.main([str(picture), "--checkpoint", str(path)])
-    with pytest.raises(ValueError, match="no model to use"):
+    with pytest.raises(ValueError, match="--checkpoint"):
         predict.main([str(data / "val" / "blue")])
 
 
-def test_the_command_lines(trained, data):
+def test_scripts(trained, data):
     path, best = trained
     done = run("validate.py", data, "--checkpoint", path)
     assert done.returncode == 0, done.stderr
@@ -288,7 +287,7 @@ def test_the_command_lines(trained, data):
     path.write_bytes(content[: len(content) // 2])
     done = run("validate.py", data, "--checkpoint", path)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {path} is truncated or no checkpoint")
+    assert done.stderr.startswith("error: ") and str(path) in done.stderr
     assert "Traceback" not in done.stderr
 
 

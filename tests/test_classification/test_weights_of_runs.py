@@ -1,4 +1,4 @@
-"""What training leaves behind, taken up by the models."""
+"""Checkpoints of train.py as pretrained weights of timm models."""
 
 import pytest
 import timm
@@ -12,7 +12,7 @@ SMALL = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 
 
 @pytest.mark.parametrize("average", [False, True])
 def test_checkpoints_of_a_run_are_pretrained_weights(tiny, run_folder, average):
-    """The averaged weights if the run averaged them; a feature extractor takes them too."""
+    """The averaged weights if there are any; also for a feature extractor."""
     train.main(tiny(*(["--model-ema", "--model-ema-decay", "0.5"] if average else []), epochs=1))
     for name in ("last.pth", "best.pth"):
         path = run_folder / name

@@ -1,4 +1,4 @@
-"""Batches for each process: which images, in which order, from which place in the epoch."""
+"""Datasets and loaders from the options, and which images each process sees, in which order."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from natzoo.classification.data.datasets import Images, SeededDataset, ShardDataset, SyntheticDataset
+from natzoo.classification.data.datasets import ImageDataset, SeededDataset, ShardDataset, SyntheticDataset
 from natzoo.classification.data.readers import open_reader, read_class_map
 from natzoo.classification.data.transforms import evaluation_transform, training_transform
 from natzoo.classification.distributed import World
 from natzoo.classification.signals import ignore_signals_in_worker
 
-TrainingImages = Images | SyntheticDataset | ShardDataset
+AnyDataset = ImageDataset | SyntheticDataset | ShardDataset
 
 
 class SeededBatchSampler(Sampler[list[tuple[int, int]]]):
-    """One process's batches of keys (epoch, index), in an order that depends on the seed and the epoch.
+    """Batches of keys (epoch, index) for one process, in an order that depends on the seed and the epoch.
 
-    The epoch's batches are dealt out in turn, so that two processes see in one step what one process sees in two.
-    `epoch`, and `first`, the number of the batch to begin with, are for the loop to set.
+    Processes take the batches of the epoch in turn: two processes see in one step what one process sees in two.
+
+    Args:
+        length: number of images.
+        batch_size: batch size per process.
+        seed: seed of the order.
+        world: the processes.
+
+    Attributes:
+        epoch: the epoch, set before iterating.
+        first: number of the first batch, set before iterating.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, world: World):
@@ -44,71 +53,75 @@ class SeededBatchSampler(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
-def create_training_dataset(args: argparse.Namespace, world: World) -> TrainingImages:
-    """The images to train on, as the options say; the transform comes with the loader.
+def create_training_dataset(args: argparse.Namespace, world: World) -> AnyDataset:
+    """Create the training data set; `create_training_loader` sets its transform.
 
     Raises:
-        ValueError, FileNotFoundError: if there are none.
+        ValueError, FileNotFoundError: if there are no images, or they cannot be read.
     """
     classes = read_class_map(args.class_map)
     if args.synthetic:
         if args.data:
-            raise ValueError(f"--synthetic makes images of its own: leave out {args.data}.")
+            raise ValueError(f"--synthetic creates its own images; remove {args.data}.")
         return SyntheticDataset(args.synthetic, args.num_classes or len(classes or range(1000)))
     if uses_shards(args):
-        return _shards(args, args.train_split, classes, world, is_training=True)
-    return Images(open_reader(args.dataset, args.data, args.train_split, classes, _columns(args)), transform=None)
+        return _create_shards(args, args.train_split, classes, world, is_training=True)
+    return ImageDataset(open_reader(args.dataset, args.data, args.train_split, classes, _columns(args)), transform=None)
 
 
 def create_validation_dataset(
     args: argparse.Namespace, classes: list[str] | None, config: dict[str, Any], world: World
-) -> TrainingImages:
-    """The images to evaluate on, of these classes, or of those that they have; of --synthetic one batch.
+) -> AnyDataset:
+    """Create the validation data set; with --synthetic it has a single batch.
+
+    Args:
+        args: the options.
+        classes: class names in the order of the class numbers; None takes them from the data.
+        config: preprocessing.
+        world: the processes.
 
     Raises:
-        ValueError, FileNotFoundError: if there are none.
+        ValueError, FileNotFoundError: if there are no images, or they cannot be read.
     """
     if args.synthetic:
-        images = SyntheticDataset(args.val_batch_size or args.batch_size, len(classes))
-        images.make_noise(config["input_size"])
-        return images
+        dataset = SyntheticDataset(args.val_batch_size or args.batch_size, len(classes))
+        dataset.create_noise(config["input_size"])
+        return dataset
     if uses_shards(args):
-        images = _shards(args, args.val_split, classes, world, is_training=False)
-        images.transform = evaluation_transform(config)
-        return images
+        dataset = _create_shards(args, args.val_split, classes, world, is_training=False)
+        dataset.transform = evaluation_transform(config)
+        return dataset
     reader = open_reader(args.dataset, args.data, args.val_split, classes, _columns(args))
-    return Images(reader, evaluation_transform(config), replace=False)
+    return ImageDataset(reader, evaluation_transform(config), replace=False)
 
 
 def create_training_loader(
-    args: argparse.Namespace, images: TrainingImages, config: dict[str, Any], world: World, pin: bool
-):
-    """Augmented batches of equal size, as many for each process; `iterate_epoch` begins an epoch.
+    args: argparse.Namespace, dataset: AnyDataset, config: dict[str, Any], world: World, pin_memory: bool
+) -> DataLoader:
+    """Create the loader of augmented batches, equally many per process; iterate it with `iterate_epoch`.
 
     Raises:
-        ValueError: if there are fewer images than a batch of each process holds.
+        ValueError: if there are not enough images for one batch per process.
     """
-    if isinstance(images, SyntheticDataset):
-        images.make_noise(config["input_size"])
+    if isinstance(dataset, SyntheticDataset):
+        dataset.create_noise(config["input_size"])
     else:
-        images.transform = training_transform(args, config)
-    rest = _rest(args.workers, pin)
-    if isinstance(images, ShardDataset):
-        images.prepare(args.workers)
-        loader = DataLoader(images, args.batch_size, drop_last=True, **rest)
+        dataset.transform = training_transform(args, config)
+    kwargs = _worker_kwargs(args.workers, pin_memory)
+    if isinstance(dataset, ShardDataset):
+        dataset.set_workers(args.workers)
+        loader = DataLoader(dataset, args.batch_size, drop_last=True, **kwargs)
     else:
-        order = SeededBatchSampler(len(images), args.batch_size, args.seed, world)
-        loader = DataLoader(SeededDataset(images, args.seed), batch_sampler=order, **rest)
+        sampler = SeededBatchSampler(len(dataset), args.batch_size, args.seed, world)
+        loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=sampler, **kwargs)
     if len(loader) == 0:
-        raise ValueError(
-            f"{images.where} holds {len(images)} images, fewer than --batch-size {args.batch_size}"
-            + (f" for each of {world.size} processes: lower it." if world.size > 1 else ": lower it.")
-        )
+        needed = f"--batch-size {args.batch_size}" + (f" x {world.size} processes" if world.size > 1 else "")
+        raise ValueError(f"{dataset.source} has {len(dataset)} images, fewer than {needed}; lower --batch-size.")
     return loader
 
 
 def iterate_epoch(loader: DataLoader, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's batches of an epoch, from the number `first` on."""
+    """Return this process's batches of an epoch, starting with batch number `first`."""
     if isinstance(loader.dataset, ShardDataset):
         loader.dataset.set_epoch(epoch)
         batches = iter(loader)
@@ -120,22 +133,22 @@ def iterate_epoch(loader: DataLoader, epoch: int, first: int) -> Iterator[tuple[
 
 
 def create_evaluation_loader(
-    images: TrainingImages, batch_size: int, workers: int, pin: bool, world: World | None = None
+    dataset: AnyDataset, batch_size: int, workers: int, pin_memory: bool, world: World | None = None
 ) -> DataLoader:
-    """This process's share of the images, in order: every `world.size`-th one."""
-    if isinstance(images, ShardDataset):
-        images.prepare(workers)
-        return DataLoader(images, batch_size, **_rest(workers, pin))
+    """Create the loader of this process's share of the images: every `world.size`-th one, in order."""
+    if isinstance(dataset, ShardDataset):
+        dataset.set_workers(workers)
+        return DataLoader(dataset, batch_size, **_worker_kwargs(workers, pin_memory))
     world = world or World()
-    share = range(world.rank, len(images), world.size)
-    return DataLoader(images, batch_size, sampler=share, **_rest(workers, pin))
+    share = range(world.rank, len(dataset), world.size)
+    return DataLoader(dataset, batch_size, sampler=share, **_worker_kwargs(workers, pin_memory))
 
 
-def _rest(workers: int, pin: bool) -> dict[str, Any]:
+def _worker_kwargs(workers: int, pin_memory: bool) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "persistent_workers": workers > 0,
-        "pin_memory": pin,
+        "pin_memory": pin_memory,
         "worker_init_fn": ignore_signals_in_worker,
     }
 
@@ -145,15 +158,15 @@ def _columns(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def uses_shards(args: argparse.Namespace) -> bool:
-    """Whether --dataset means webdataset shards, which know classes by number alone."""
+    """Return whether --dataset means webdataset shards, which have class numbers but no class names."""
     return args.dataset.partition("/")[0] == "wds"
 
 
-def _shards(
+def _create_shards(
     args: argparse.Namespace, split: str, classes: list[str] | None, world: World, is_training: bool
 ) -> ShardDataset:
     if classes is None:
         if args.num_classes is None:
-            raise ValueError("webdataset shards do not tell their classes: give --class-map or --num-classes.")
+            raise ValueError("--class-map or --num-classes is required, because webdataset shards have no class names.")
         classes = [str(number) for number in range(args.num_classes)]
     return ShardDataset(args.data or "", split, classes, args.batch_size, args.seed, is_training, world)

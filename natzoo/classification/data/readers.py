@@ -1,7 +1,8 @@
-"""Where images come from: folders, tar files, Hugging Face datasets (through timm's reader).
+"""Readers: images from folders, tar files and Hugging Face datasets.
 
-A reader has what timm's readers have: `len(reader)`, `reader[index] -> (file, class number)`, `reader.filename(index)`;
-and `classes`, the names of the classes in the order of their numbers, and `where`, for messages.
+A reader has the interface of timm's readers: `len(reader)`, `reader[index] -> (file, class number)` and
+`reader.filename(index)`. It also has `classes`, the class names in the order of the class numbers, and `source`, its
+name in messages.
 """
 
 from __future__ import annotations
@@ -18,28 +19,27 @@ from timm.data.readers import create_reader
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
 
-# Endings of names, in small letters.
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"))
-_KINDS = ", ".join(sorted(IMAGE_SUFFIXES))  # for messages
-_SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval", "test")}
+_SUFFIX_LIST = ", ".join(sorted(IMAGE_SUFFIXES))  # for messages
+_SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval", "test")}
 
 
 class FolderReader:
-    """Images of a folder that holds one folder a class.
+    """Images of a folder with one subfolder per class.
 
     Args:
         root: the folder.
-        classes: names of the classes in the order of their numbers; the folders' names, sorted, unless given.
+        classes: class names in the order of the class numbers; the sorted names of the subfolders if None.
 
     Raises:
-        FileNotFoundError: if the folder is missing.
-        ValueError: if it holds no class folders, a class folder without images, or a class that `classes` lacks.
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if it has no class folders, a class folder without images, or a class that `classes` lacks.
     """
 
     def __init__(self, root: Path, classes: list[str] | None = None):
-        self.where = str(root)
-        paths, numbers, self.classes = _find(root, classes)
-        # Arrays, which loading processes share; of a list each would come to have a copy, 200 MB of ImageNet's.
+        self.source = str(root)
+        paths, numbers, self.classes = _find_images(root, classes)
+        # Data-loading workers share arrays. Each would copy a list, which takes 200 MB for ImageNet.
         self._paths, self._numbers = np.array([os.fsencode(path) for path in paths]), np.array(numbers)
 
     def __len__(self) -> int:
@@ -53,38 +53,43 @@ class FolderReader:
 
 
 class TarReader:
-    """Images of a tar file, or of a folder of tar files, which are not unpacked; the innermost folder names the class.
+    """Images of a tar file, or of a folder of tar files, read without unpacking. The innermost folder is the class.
 
-    A tar file within counts as a folder of its name. The files are looked through at each start, from header to header:
-    no index is kept beside them.
+    A tar file inside another one counts as a folder of that name. The headers are scanned at each start; no index file
+    is written.
+
+    Args:
+        root: the tar file or folder.
+        classes: class names in the order of the class numbers; the sorted names of the folders if None.
 
     Raises:
-        ValueError: if a file is no tar file or ends early, if none holds images, or one a class that `classes` lacks.
+        ValueError: if a file is not a tar file or is truncated, if there are no images, or if an image has no class or
+            one that `classes` lacks.
     """
 
     def __init__(self, root: Path, classes: list[str] | None = None):
-        self.where = str(root)
-        found: list[_Member] = []
+        self.source = str(root)
+        members: list[_Member] = []
         try:
             if root.is_dir():
                 for path in sorted(root.glob("*.tar")):
                     with tarfile.open(path, "r:") as tar:
-                        found += _members(tar, path, path.stem)
+                        members += _list_members(tar, path, path.stem)
             else:
                 with tarfile.open(root, "r:") as tar:
-                    found += _members(tar, root, "")
+                    members += _list_members(tar, root, "")
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{root} cannot be read as tar files of images: {error}.") from error
-        self.classes = classes or sorted({member.label for member in found} - {""}, key=natural_key)
+        self.classes = classes or sorted({member.label for member in members} - {""}, key=natural_key)
         numbers = {name: number for number, name in enumerate(self.classes)}
-        if not found:
-            raise ValueError(f"{root} holds no images, of {_KINDS}.")
-        for member in found:
+        if not members:
+            raise ValueError(f"{root} has no images ({_SUFFIX_LIST}).")
+        for member in members:
             if not member.label:
-                raise ValueError(f"{root} has the image {member.name} outside a class folder: move it into one.")
+                raise ValueError(f"{root} has the image {member.name} outside a class folder; move it into one.")
             if member.label not in numbers:
                 raise _unknown_class(root, member.label)
-        samples = ((numbers[member.label], member) for member in found)
+        samples = ((numbers[member.label], member) for member in members)
         self.samples = sorted(samples, key=lambda sample: (sample[0], sample[1].name))
 
     def __len__(self) -> int:
@@ -102,7 +107,7 @@ class TarReader:
 
 
 class _Member(NamedTuple):
-    """An image in a tar file, and the bytes of the file that it is made of."""
+    """An image in a tar file: the file, the range of bytes, its name and its class."""
 
     path: Path
     offset: int
@@ -111,31 +116,28 @@ class _Member(NamedTuple):
     label: str
 
 
-def _members(tar: tarfile.TarFile, path: Path, folder: str, offset: int = 0) -> Iterator[_Member]:
-    """The images in a tar file that begins at a byte of the file at `path`; `folder` stands for their first folder."""
+def _list_members(tar: tarfile.TarFile, path: Path, folder: str, offset: int = 0) -> Iterator[_Member]:
+    """Yield the images of a tar file that starts at byte `offset` of the file `path`; prefix names with `folder`."""
     for entry in tar:
         name = PurePosixPath(folder, entry.name)
         if not entry.isreg() or entry.issparse():
             continue
         if name.suffix.lower() == ".tar":
             with tarfile.open(fileobj=tar.extractfile(entry), mode="r:") as inner:
-                yield from _members(inner, path, str(name.with_suffix("")), offset + entry.offset_data)
+                yield from _list_members(inner, path, str(name.with_suffix("")), offset + entry.offset_data)
         elif name.suffix.lower() in IMAGE_SUFFIXES:
             yield _Member(path, offset + entry.offset_data, entry.size, str(name), name.parent.name)
-    # The module takes a file that was cut between two entries, or within a header, for a whole one.
+    # tarfile accepts a file that is truncated between two entries or within a header.
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(
-            f"{path} ends early, after {offset + tar.offset} bytes: was it copied whole? If its writer left out "
-            "the mark of the end, append that, 1024 zero bytes"
+            f"{path} is truncated after {offset + tar.offset} bytes; copy it again (if its writer omitted the "
+            "end-of-archive marker, append 1024 zero bytes)"
         )
 
 
-def _unknown_class(where: Path | str, label: str | int) -> ValueError:
-    return ValueError(
-        f"{where} has a class {label!r}, which is none of those known: of --class-map, the training images or "
-        "the model."
-    )
+def _unknown_class(source: Path | str, label: str | int) -> ValueError:
+    return ValueError(f"{source} has the class {label!r}, which --class-map, the training images or the model lack.")
 
 
 class HubReader:
@@ -143,14 +145,14 @@ class HubReader:
 
     Args:
         name: "OWNER/NAME", or a path.
-        split: its name there.
-        cache: folder that downloads are kept in; the library's own unless given.
-        classes: names in the order of their numbers; the dataset's own unless given, which some lack.
-        columns: names of the columns of images and of labels.
+        split: name of the split in the dataset.
+        cache: folder for downloads; the library's default if None.
+        classes: class names in the order of the class numbers; those of the dataset, if it has any, if None.
+        columns: names of the image column and the label column.
 
     Raises:
-        ValueError: if the package datasets is missing, or it cannot load the dataset; if nothing names the classes, or
-            a label is none of them.
+        ValueError: if the package datasets is missing, if the dataset cannot be loaded, if the class names are unknown,
+            or if a label is not among them.
     """
 
     def __init__(
@@ -161,7 +163,7 @@ class HubReader:
         classes: list[str] | None = None,
         columns: tuple[str, str] = ("image", "label"),
     ):
-        self.where = f"{name}[{split}]"
+        self.source = f"{name}[{split}]"
         self._input_key, target_key = columns
         try:
             self._reader = create_reader(
@@ -169,25 +171,24 @@ class HubReader:
             )
             labels = self._reader.dataset.unique(target_key)
         except ImportError as error:
-            raise ValueError("--dataset hfds/... needs the package datasets: pip install datasets.") from error
-        except Exception as error:  # the library raises those of several others
+            raise ValueError("--dataset hfds/... needs the package datasets; run pip install datasets.") from error
+        except Exception as error:  # datasets raises errors of several other libraries
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"the dataset {name}, split {split}, cannot be loaded, with images in the column {self._input_key!r} "
-                f"and labels in {target_key!r} (--input-key, --target-key): {reason}"
+                f"--dataset hfds/{name}, split {split}, cannot be loaded with --input-key {self._input_key} and "
+                f"--target-key {target_key}: {reason}"
             ) from error
         names = list(self._reader.class_to_idx)
         if not (classes or names):
-            raise ValueError(f"{self.where} does not name its classes: name them in order by --class-map.")
+            raise ValueError(f"{self.source} has no class names; pass them with --class-map.")
         self.classes = classes or names
         numbers = {name: number for number, name in enumerate(self.classes)}
-        # Labels are names, or numbers of the dataset's names, or, where it has none, of those given.
+        # Labels are names, or numbers into the names of the dataset, or into `classes` if the dataset has no names.
         known = {**numbers, **{label: numbers.get(name) for label, name in enumerate(names or self.classes)}}
         self._numbers = {label: known.get(label) for label in labels}
         for label, number in self._numbers.items():
             if number is None:
-                name = names[label] if label in range(len(names)) else label
-                raise _unknown_class(self.where, name)
+                raise _unknown_class(self.source, names[label] if label in range(len(names)) else label)
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -196,12 +197,12 @@ class HubReader:
         try:
             file, label = self._reader[index]
         except (AssertionError, TypeError) as error:
-            raise ValueError(f"row {index} of {self.where} holds no image.") from error
+            raise ValueError(f"{self.source} has no image in row {index}.") from error
         return file, self._numbers[label]
 
     def filename(self, index: int) -> str:
         image = self._reader.dataset[index][self._input_key] or {}
-        return str(image.get("path") or f"{self.where} image {index}")
+        return str(image.get("path") or f"{self.source} image {index}")
 
 
 def open_reader(
@@ -210,96 +211,103 @@ def open_reader(
     split: str,
     classes: list[str] | None,
     columns: tuple[str, str] = ("image", "label"),
-):
-    """The reader that --dataset, DATA, a split's name, and for the hub --input-key and --target-key mean.
+) -> FolderReader | TarReader | HubReader:
+    """Open a data set.
+
+    Args:
+        dataset: the option --dataset.
+        data: the argument DATA.
+        split: name of the split.
+        classes: class names in the order of the class numbers, or None for those of the data.
+        columns: the options --input-key and --target-key.
 
     Raises:
-        ValueError, FileNotFoundError: if there is no such data, or it cannot be read.
+        ValueError, FileNotFoundError: if the data does not exist, or cannot be read.
     """
     kind, _, name = dataset.partition("/")
     if kind == "hfds":
         return HubReader(name, split, data, classes, columns)
     if kind not in ("", "folder", "tar"):
-        raise ValueError(f"--dataset {dataset} is unknown: use folder, tar, hfds/NAME or wds.")
-    root = split_place(data, split)
+        raise ValueError(f"--dataset {dataset} is unknown; use folder, tar, hfds/NAME or wds.")
+    root = find_split(data, split)
     if kind == "tar" or root.suffix == ".tar" or (not kind and any(root.glob("*.tar")) and not _subfolders(root)):
         return TarReader(root, classes)
     return FolderReader(root, classes)
 
 
 def read_class_map(path: str | None) -> list[str] | None:
-    """The classes that --class-map names, one a line; None if there is no such file to read.
+    """Read the class names of --class-map, one per line; return None if the option is not given.
 
     Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it is no text file, or names a class twice.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a text file, or repeats a class.
     """
     if path is None:
         return None
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no class map {path}: check the path given to --class-map.")
+        raise FileNotFoundError(f"--class-map {path} does not exist.")
     if Path(path).suffix != ".txt":
-        raise ValueError(f"the class map {path} must be a text file, .txt, with the name of one class a line.")
+        raise ValueError(f"--class-map {path} must be a .txt file with one class name per line.")
     lines = [line.strip() for line in Path(path).read_text().splitlines()]
     if len(load_class_map(path)) != len(lines) or not all(lines):
-        raise ValueError(f"the class map {path} must name each class once, one a line, and have no empty lines.")
+        raise ValueError(f"--class-map {path} must have one class name per line, without repetitions or empty lines.")
     return lines
 
 
-def split_place(data: str | None, split: str) -> Path:
-    """The folder or tar file of a split under a data set's folder; the latter itself if it holds the classes directly.
+def find_split(data: str | None, split: str) -> Path:
+    """Return the folder or tar file of a split, or the data folder itself if it holds the class folders directly.
 
     Raises:
-        FileNotFoundError: naming the folder that is missing.
+        FileNotFoundError: naming the missing folder.
     """
     if not data:
-        raise FileNotFoundError("no data set was given: name the folder that holds train/ and val/.")
+        raise FileNotFoundError("DATA is missing; pass the folder that holds train/ and val/.")
     root = Path(data)
     if root.is_file() and root.suffix == ".tar":
         return root
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no data folder {root}: it should hold {split}/ with one folder a class.")
-    for name in (split, *_SPLITS.get(split, ())):
-        for place in _places(root, name):
-            return place
-    if split == "val" and not any(_places(root, name) for names in _SPLITS.values() for name in names):
+        raise FileNotFoundError(f"{root} does not exist; DATA must be a folder that holds {split}/.")
+    for name in (split, *_SPLIT_NAMES.get(split, ())):
+        for path in _existing(root, name):
+            return path
+    if split == "val" and not any(_existing(root, name) for names in _SPLIT_NAMES.values() for name in names):
         return root
-    raise FileNotFoundError(f"{root} has no folder {split}: it should hold {split}/ with one folder a class.")
+    raise FileNotFoundError(f"{root} has no folder {split}/ with one folder per class.")
 
 
-def _places(root: Path, name: str) -> list[Path]:
-    return [place for place in (root / name, root / f"{name}.tar") if place.exists()]
+def _existing(root: Path, name: str) -> list[Path]:
+    return [path for path in (root / name, root / f"{name}.tar") if path.exists()]
 
 
 def _subfolders(root: Path) -> list[str]:
     return [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
 
 
-def _find(root: Path, classes: list[str] | None) -> tuple[list[str], list[int], list[str]]:
-    """Path and class number of every image, and the names of the classes."""
+def _find_images(root: Path, classes: list[str] | None) -> tuple[list[str], list[int], list[str]]:
+    """Return the path and the class number of every image, and the class names."""
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}.")
+        raise FileNotFoundError(f"{root} does not exist.")
     folders = _subfolders(root)
     if not folders:
-        raise ValueError(f"{root} holds no class folders: it should hold one folder of images a class.")
+        raise ValueError(f"{root} has no class folders; it must hold one folder of images per class.")
     folders.sort(key=natural_key)
     classes = classes or folders
     numbers = {name: number for number, name in enumerate(classes)}
-    paths, of_paths = [], []
+    paths, path_numbers = [], []
     for name in folders:
         if name not in numbers:
             raise _unknown_class(root, name)
         found = _images_below(root / name)
         if not found:
-            raise ValueError(f"the class folder {root / name} holds no images, of {_KINDS}: fill it or remove it.")
+            raise ValueError(f"{root / name} has no images ({_SUFFIX_LIST}); add some or remove the folder.")
         paths += found
-        of_paths += [numbers[name]] * len(found)
-    return paths, of_paths, classes
+        path_numbers += [numbers[name]] * len(found)
+    return paths, path_numbers, classes
 
 
 def _images_below(folder: Path) -> list[str]:
     return sorted(
-        os.path.join(place, file)  # a Path for each takes four times as long, which 1.3 million images make felt
+        os.path.join(place, file)  # strings, because Path objects take four times as long for 1.3 million images
         for place, _, files in os.walk(folder)
         for file in files
         if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES

@@ -1,20 +1,28 @@
-"""The random changes that training makes to its images: timm's, as the options say."""
+"""Image transforms of training and evaluation, created by timm from the options."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
 from timm.data import auto_augment, create_transform, resolve_data_config
-from torch import nn
+from torch import Tensor, nn
+
+Transform = Callable[[Image.Image], Tensor]
 
 
 def preprocessing(args: argparse.Namespace, model: nn.Module, record: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Size, crop and colours of evaluation: from the options, else from a checkpoint's record, else the model's own.
+    """Return the preprocessing of evaluation: from the options, else from the record, else from the model.
+
+    Args:
+        args: options; img_size, crop_pct, interpolation, mean and std are used if present and not None.
+        model: the model.
+        record: record of a checkpoint.
 
     Returns:
-        input_size [channels, height, width] in pixels, crop_pct, interpolation, mean and std.
+        input_size ([channels, height, width] in pixels), crop_pct, interpolation, mean and std.
     """
     given = {name: getattr(args, name, None) for name in ("img_size", "crop_pct", "interpolation", "mean", "std")}
     given = {key: value for key, value in given.items() if value is not None}
@@ -26,13 +34,17 @@ def preprocessing(args: argparse.Namespace, model: nn.Module, record: dict[str, 
     return {name: list(value) if isinstance(value := config[name], tuple) else value for name in kept}
 
 
-def evaluation_transform(config: dict[str, Any]):
-    """PIL image -> normalised tensor, as `preprocessing` says."""
+def evaluation_transform(config: dict[str, Any]) -> Transform:
+    """Create the transform of evaluation from what `preprocessing` returned."""
     return create_transform(is_training=False, **config)
 
 
-def training_transform(args: argparse.Namespace, config: dict[str, Any]):
-    """PIL image -> augmented, normalised tensor, as the options say.
+def training_transform(args: argparse.Namespace, config: dict[str, Any]) -> Transform:
+    """Create the random transform of training.
+
+    Args:
+        args: the options.
+        config: what `preprocessing` returned.
 
     Raises:
         ValueError: if timm does not know --aa.
@@ -55,18 +67,18 @@ def training_transform(args: argparse.Namespace, config: dict[str, Any]):
             re_count=args.recount,
         )
     except AssertionError as error:
-        raise ValueError(f"--aa {args.aa} is not an augmentation that timm knows: try rand-m9-mstd0.5-inc1.") from error
+        raise ValueError(f"--aa {args.aa} is unknown to timm; use for example rand-m9-mstd0.5-inc1.") from error
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's posterize, but 0 bits make a black image, as they did before Pillow 13 refused them.
+    """Call timm's posterize, but return a black image for 0 bits, which Pillow 13 refuses.
 
-    RandAugment of magnitude 9 with noise, as in the published recipes, draws 0 bits for one image in some hundreds.
+    RandAugment of magnitude 9 with noise, as in the published recipes, draws 0 bits about once in some hundred images.
     """
-    return image.point(lambda _: 0) if bits == 0 else _TIMMS_POSTERIZE(image, bits)
+    return image.point(lambda _: 0) if bits == 0 else _TIMM_POSTERIZE(image, bits)
 
 
-_TIMMS_POSTERIZE = auto_augment.posterize
+_TIMM_POSTERIZE = auto_augment.posterize
 for _name, _operation in auto_augment.NAME_TO_OP.items():
-    if _operation is _TIMMS_POSTERIZE:
+    if _operation is _TIMM_POSTERIZE:
         auto_augment.NAME_TO_OP[_name] = _posterize

@@ -1,0 +1,1 @@
+"""Images and labels: readers, datasets, transforms and the loader."""
