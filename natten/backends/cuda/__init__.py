@@ -125,7 +125,7 @@ class Plan(NamedTuple):
     partial: int
 
 
-def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor | None) -> Tensor | None:
+def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor) -> Tensor | None:
     """Launch the kernels of one op; see `KernelBackend` for the arguments.
 
     Returns:
@@ -143,7 +143,7 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
         make = rpb.new_empty if plan.steps else rpb.new_zeros
         grad_rpb = make(rpb.shape, dtype=torch.float32)
         partial = grad_rpb.new_empty(plan.partial)
-    addresses = [(_VIEW_WORDS * _TENSORS.index(name), x.data_ptr()) for name, x in tensors.items() if x is not None]
+    addresses = [(_VIEW_WORDS * _TENSORS.index(name), x.data_ptr()) for name, x in tensors.items()]
     for index, x in enumerate((table, partial, grad_rpb), start=_TABLES):
         if x is not None:
             addresses.append((index, x.data_ptr()))
@@ -154,20 +154,20 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
         for index, address in addresses:
             parameters[index] = address
         driver.launch(step.kernel, step.blocks, parameters, shaped.device.index)
-    return None if grad_rpb is None else grad_rpb.to(rpb.dtype)
+    return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)
 
 
 @cached
 def _plan(
     op: str,
     shaped: Tensor,
-    axes: tuple[Axis, ...],
+    axes: Sequence[Axis],
     scale: float,
     rpb: Tensor | None,
     is_ordered: bool,
     is_rounded: bool,
     names: tuple[str, ...],
-    *tensors: Tensor | None,
+    *tensors: Tensor,
 ) -> Plan:
     """Return the plan of a problem whose query (or value) is `shaped`, for the named tensors.
 
@@ -177,8 +177,7 @@ def _plan(
     check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
     given = dict(zip(names, tensors, strict=True))
     for name, x in given.items():
-        if x is not None:
-            check_layout(name, x, shaped, axes)
+        check_layout(name, x, shaped, axes)
     gpu = _properties(shaped.device)
     planner = _Planner(shaped, axes, scale, rpb is not None, is_ordered, is_rounded, given, gpu)
     if shaped.numel():
@@ -217,7 +216,6 @@ class _Planner:
         self.has_long_steps = any(
             abs(stride) * axis.dilation * x.element_size() > _MOST_SHORT_STEP
             for x in tensors.values()
-            if x is not None
             for stride, axis in zip(x.stride()[1:], axes, strict=False)
         )
         self.table = prod(2 * axis.kernel_size - 1 for axis in self.axes)
@@ -225,7 +223,7 @@ class _Planner:
         self.partial = 0
 
     def _views(self, tensors: dict, no_axes: int) -> tuple[int, ...]:
-        words = []
+        words: list[int] = []
         for name in _TENSORS:
             x = tensors.get(name)
             strides = (0,) * 5 if x is None else (x.stride(0), *(0,) * no_axes, *x.stride()[1 : 5 - no_axes])
@@ -243,17 +241,15 @@ class _Planner:
 
     def attention_backward(self) -> None:
         query_tile, key_tile = self._tile("grad_query"), self._tile("grad_key_value")
-        is_tiled = query_tile is not None and key_tile is not None
-        parts = None
-        if self.has_rpb:
-            parts = self._parts(query_tile.size, query_tile.min_blocks) if is_tiled else self._parts(self._group_size())
-        if is_tiled:
-            self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", query_tile, parts)
-            self._add_tiled("grad_key_value_tiles.cu", "natten_grad_key_value_tiles", key_tile)
-        else:
+        if query_tile is None or key_tile is None:
+            parts = self._parts(self._group_size()) if self.has_rpb else None
             self._add_group("attention_backward.cu", "natten_grad_query", parts)
             self._add_group("attention_backward.cu", "natten_grad_key_value")
-        if self.has_rpb:
+        else:
+            parts = self._parts(query_tile.size, query_tile.min_blocks) if self.has_rpb else None
+            self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", query_tile, parts)
+            self._add_tiled("grad_key_value_tiles.cu", "natten_grad_key_value_tiles", key_tile)
+        if parts is not None:
             self._add_sum(parts)
 
     def query_key(self) -> None:

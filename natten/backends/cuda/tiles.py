@@ -436,7 +436,7 @@ class _Chooser:
         column_cost += _TABLE_COST * (not tile.has_bias_fragments)
         column_cost += _DIAGONAL_COST * (self.has_gradient and not tile.has_gradient_fragments)
         unit_met = [widest(axis, self.is_inverse, u) for axis, u in zip(self.axes, self.unit, strict=True)]
-        rows = unit_met[0] * unit_met[1]
+        rows: float = unit_met[0] * unit_met[1]
         stages = 1
         if tile.is_segmented:
             rows *= -(-unit_met[2] // tile.unit_columns) + (unit_met[2] % tile.unit_columns > 0) / 2
