@@ -117,8 +117,8 @@ def test_files_from_the_hub_get_the_names_of_their_checkpoints(run, site, monkey
 
 
 def test_unknown_names(run, site):
-    assert_refused(run("get", "nat_mini", "nat_minni"), "'nat_minni'", "nat_mini")
-    assert_refused(run("verify", "wibble"), "'wibble'")
+    assert_refused(run("get", "nat_mini", "nat_minni"), "nat_minni", "nat_mini")
+    assert_refused(run("verify", "wibble"), "wibble")
     assert site.ranges == []
     code, _, err = run("list", "--task", "wibble")
     assert code == 2
