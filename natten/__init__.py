@@ -52,3 +52,8 @@ __all__ = [
 
 _backends.read_environment()
 _compat.install(_sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    """Hide the names of older releases from completion."""
+    return sorted(set(globals()) - set(_compat.__all__))

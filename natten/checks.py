@@ -147,7 +147,7 @@ def check_composed(
     margins: tuple[Margin, ...] = ()
     if window_padding != "shift":
         margins = make_margins(space, check_window(rank, kernel_size, stride, dilation, is_causal), window_padding)
-        space = [margin.before + length + margin.behind for margin, length in zip(margins, space, strict=True)]
+        space = [margin.before + length + margin.after for margin, length in zip(margins, space, strict=True)]
     axes = make_axes(space, kernel_size, stride, dilation, is_causal)
     check_rpb(rpb, axes, query.shape[-2], query.dtype, query.device)
     return axes, margins
@@ -289,11 +289,12 @@ def make_margins(space: Sequence[int], window: Window, window_padding: str) -> t
                 "stride 1, or window_padding='shift'."
             )
         margins.append(margin(axis, window_padding))
-        if margins[-1].count < 1:
+        if margins[-1].queries < 1:
+            span = axis.length + 1 - margins[-1].queries
             raise ValueError(
                 f"window_padding='valid' leaves no query on axis {index}: a window with kernel_size "
-                f"{axis.kernel_size} and dilation {axis.dilation} spans {axis.length + 1 - margins[-1].count} tokens, "
-                f"but the axis has {axis.length}; use a smaller window."
+                f"{axis.kernel_size} and dilation {axis.dilation} spans {span} tokens, but the axis has {axis.length}; "
+                "use a smaller window."
             )
     return tuple(margins)
 

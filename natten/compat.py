@@ -28,7 +28,7 @@ log = logging.getLogger("natten")
 # Unfused attention
 #
 # Up to 0.14.4 the kernel size followed from the shape of the bias table or of the attention weights. The 3-D functions
-# took the first axis apart from the other two. The number of arguments tells the orders apart.
+# took separate arguments for the first axis. The number of arguments identifies the order.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -501,12 +501,16 @@ __all__ = [
 ]
 
 
-def install(natten: ModuleType) -> None:
-    """Put the older names onto natten and natten.functional, and create the module natten.version."""
+def install(natten: Any) -> None:
+    """Put the older names onto natten and natten.functional, and create the module natten.version.
+
+    Args:
+        natten: the module natten.
+    """
     for name in __all__:
         value = globals()[name]
         setattr(natten, name, value)
         setattr(functional, name, value)
-    version = ModuleType("natten.version", "The version of natten; use natten.__version__.")
+    version: Any = ModuleType("natten.version", "The version of natten; use natten.__version__.")
     version.__version__ = natten.__version__
-    sys.modules["natten.version"] = natten.version = version
+    natten.version = sys.modules["natten.version"] = version

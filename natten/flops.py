@@ -200,7 +200,7 @@ def _argument(value) -> Any:
 
 def _function_handle(inputs: list, outputs: list) -> Counter[str]:
     """Count the operators in the subgraph of an autograd function."""
-    total = Counter()
+    total: Counter[str] = Counter()
     for node in outputs[0].node().g("Subgraph").nodes():
         if node.kind() in _HANDLES:
             total += _HANDLES[node.kind()](list(node.inputs()), list(node.outputs()))

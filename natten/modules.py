@@ -63,7 +63,7 @@ class _NeighborhoodAttention(nn.Module):
             raise ValueError("embed_dim is another name of dim; give only one of them.")
         dim = embed_dim if dim is None else dim
         if dim is None or num_heads is None or kernel_size is None:
-            raise ValueError("dim, num_heads and kernel_size are required.")
+            raise ValueError("dim (or embed_dim), num_heads and kernel_size are required.")
         check_heads(
             dim, num_heads, "(dim, num_heads, kernel_size); in NATTEN up to 0.14.4: (dim, kernel_size, num_heads)"
         )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from math import prod
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,18 +34,17 @@ from natten.geometry import Axis, Margin
 # Autocast
 # ---------------------------------------------------------------------------------------------------------------------
 
+T = TypeVar("T", Tensor, Tensor | None)
+
 _AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def apply_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the tensors in the autocast dtype, like the inputs of a matrix product; float64 and integers are kept.
-
-    All but the first may be None.
-    """
-    device = tensors[0].device.type
-    if not is_autocast(device):
+def apply_autocast(*tensors: T) -> tuple[T, ...]:
+    """Return the tensors in the autocast dtype, like the inputs of a matrix product; float64 and integers are kept."""
+    first = tensors[0]
+    if first is None or not is_autocast(first.device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(x.to(dtype) if x is not None and x.dtype in _AUTOCAST_DTYPES else x for x in tensors)
 
 
@@ -214,7 +214,9 @@ def _unpack(qkv: Sequence[Tensor]) -> Sequence[Tensor]:
     return qkv[0].unbind(-3) if len(qkv) == 1 else qkv
 
 
-def _attention(qkv: Sequence[Tensor], rpb, axes, scale, backend) -> tuple[Tensor, Tensor]:
+def _attention(
+    qkv: Sequence[Tensor], rpb: Tensor | None, axes: Sequence[Axis], scale: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
     query, key, value = _unpack(qkv)
     if _needs_dispatcher(query, key, value, rpb):
         return torch.ops.natten.attention_forward(query, key, value, rpb, *_fused_window(axes), scale, backend)
@@ -321,12 +323,13 @@ class _WeightValue(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        return None, None, *_weight_value_backward(grad_out, *ctx.saved_tensors, ctx.axes, ctx.backend)
+        attn, value = ctx.saved_tensors
+        return None, None, *_weight_value_backward(grad_out, attn, value, ctx.axes, ctx.backend)
 
 
 # Function.apply inspects the signature of `forward` in every call; a stored signature saves that time.
 for _function in (_Attention, _QueryKey, _WeightValue):
-    _function.forward.__signature__ = inspect.signature(_function.forward)
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 
 def attend(
@@ -343,7 +346,8 @@ def attend(
     scale = qkv[0].shape[-1] ** -0.5 if scale is None else float(scale)
     backend = backends.requested(backend)
     if backends.is_plain(backend):
-        return reference.attention(*_unpack(qkv), rpb, axes, scale)
+        query, key, value = _unpack(qkv)
+        return reference.attention(query, key, value, rpb, axes, scale)
     if _needs_grad(*qkv, rpb):
         return _Attention.apply(rpb, axes, scale, backend, *qkv)
     return _attention(qkv, rpb, axes, scale, backend)
@@ -404,18 +408,20 @@ def attend_composed(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    query, key, value, *additional = apply_autocast(*qkv, *additional)
-    axes, margins = check_composed(rank, query, key, value, rpb, *window, *additional, window_padding)
+    query, key, value = apply_autocast(*qkv)
+    extra_key, extra_value = apply_autocast(*additional)
+    axes, margins = check_composed(rank, query, key, value, rpb, *window, extra_key, extra_value, window_padding)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    value_dim = value.shape[-1]
+    heads, value_dim = query.shape[-2], value.shape[-1]
 
-    key, value, *additional = (x if x is None else _repeat_heads(x, query.shape[-2]) for x in (key, value, *additional))
-    query, key, value = (_pad_map(x, margins) for x in (query, key, value))
+    query, key, value = (_pad_map(_repeat_heads(x, heads), margins) for x in (query, key, value))
     out, lse = attend(_pad_head_dims(query, key, value), rpb, axes, scale, backend)
     out = out[..., :value_dim]
     query, out, lse = (_crop_map(x, margins) for x in (query, out, lse))
-    if additional[0] is not None and additional[0].shape[1] > 0:
-        out, lse = merge_attentions(*zip((out, lse), _attend_to_all(query, *additional, scale), strict=True))
+    if extra_key is not None and extra_value is not None and extra_key.shape[1] > 0:
+        extra_key, extra_value = (_repeat_heads(x, heads) for x in (extra_key, extra_value))
+        extra_out, extra_lse = _attend_to_all(query, extra_key, extra_value, scale)
+        out, lse = merge_attentions((out, extra_out), (lse, extra_lse))
     return out.contiguous(), lse.contiguous()
 
 
@@ -431,17 +437,17 @@ def _pad_head_dims(*tensors: Tensor) -> list[Tensor]:
 
 
 def _pad_map(x_BXHd: Tensor, margins: Sequence[Margin]) -> Tensor:
-    if not any(margin.before or margin.behind for margin in margins):
+    if not any(margin.before or margin.after for margin in margins):
         return x_BXHd
     # F.pad takes the last axis first, and both ends of each.
-    ends = (end for margin in reversed(margins) for end in (margin.before, margin.behind))
+    ends = (end for margin in reversed(margins) for end in (margin.before, margin.after))
     return F.pad(x_BXHd, (0, 0, 0, 0, *ends))
 
 
 def _crop_map(x: Tensor, margins: Sequence[Margin]) -> Tensor:
     """Crop a padded map [B, X, H] or [B, X, H, d] to the queries of interest."""
     for dim, margin in enumerate(margins, start=1):
-        x = x.narrow(dim, margin.first, margin.count)
+        x = x.narrow(dim, margin.first, margin.queries)
     return x
 
 

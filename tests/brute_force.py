@@ -1,10 +1,10 @@
-"""Neighborhood attention a second time, from its definition alone: the judge of every other implementation.
+"""A brute-force implementation of the definition of neighborhood attention, for comparison with all others.
 
-Nothing is imported from natten. Windows are made by plain loops over positions, in the words of the definition; only
-the arithmetic on the keys so found is left to torch, so that autograd gives the gradients.
+It imports nothing from natten. Plain loops over positions find the windows; torch only computes with the keys found, so
+that autograd provides the gradients.
 
-`Window` holds the window arguments of one problem, one value an axis. The fused function takes heads-last tensors
-[B, *space, H, d]; the two halves take heads-first tensors [B, H, *space, d].
+The fused function takes heads-last tensors [B, *space, H, d], the unfused functions heads-first tensors
+[B, H, *space, d].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Window(NamedTuple):
-    """The window arguments of a problem, one value an axis."""
+    """The window arguments of a problem, one value per axis."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -27,17 +27,17 @@ class Window(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One of the K places of a window along one axis: a key of the map, and its entry of the bias table."""
+    """One of the K slots of a window along an axis: a key of the map, and its entry of the bias table."""
 
     key: int
     bias: int
 
 
 def axis_window(i: int, length: int, kernel: int, stride: int, dilation: int, causal: bool) -> list[Slot | None]:
-    """The K slots of the query at position i of an axis, None where a causal window holds no key."""
+    """Return the K slots of the query at position i of an axis, None where a causal window has no key."""
     residue = i % dilation
     s = i // dilation
-    n = len(range(residue, length, dilation))  # tokens that share the residue
+    n = len(range(residue, length, dilation))  # number of tokens in the residue class
     group = s // stride * stride
     if causal:
         leader = min(group + stride - 1, n - 1)
@@ -51,11 +51,11 @@ def axis_window(i: int, length: int, kernel: int, stride: int, dilation: int, ca
 
 
 def windows(space: Sequence[int], window: Window) -> tuple[Tensor, Tensor, Tensor]:
-    """The windows of all queries of a map, row-major in queries and slots.
+    """Return the windows of all queries of a map, row-major in queries and slots.
 
     Returns:
         For each query and slot [N, W]: the flat position of the key, the flat entry of the bias table, and whether the
-        slot holds a key at all (where not, the other two are 0).
+        slot has a key. Without a key, position and entry are 0.
     """
     per_axis = [
         [axis_window(i, length, *arguments) for i in range(length)]
@@ -77,7 +77,7 @@ def _table(window: Window) -> list[int]:
 
 
 def _flat(index: Sequence[int], shape: Sequence[int]) -> int:
-    """Row-major position of an index."""
+    """Return the row-major position of an index."""
     position = 0
     for i, length in zip(index, shape, strict=True):
         position = position * length + i
@@ -85,7 +85,7 @@ def _flat(index: Sequence[int], shape: Sequence[int]) -> int:
 
 
 def qk(query: Tensor, key: Tensor, window: Window, rpb: Tensor | None = None) -> Tensor:
-    """Logits [B, H, *space, W] of heads-first query and key, not scaled, -inf where a slot holds no key."""
+    """Compute the unscaled logits [B, H, *space, W] of heads-first query and key; -inf for slots without a key."""
     space = query.shape[2:-1]
     keys, biases, held = windows(space, window)
     logits = torch.einsum("bhnd,bhnwd->bhnw", query.flatten(2, -2), key.flatten(2, -2)[:, :, keys])
@@ -95,7 +95,7 @@ def qk(query: Tensor, key: Tensor, window: Window, rpb: Tensor | None = None) ->
 
 
 def av(weights: Tensor, value: Tensor, window: Window) -> Tensor:
-    """Weighted sum [B, H, *space, d] of heads-first values; a slot without a key adds nothing."""
+    """Compute the weighted sums [B, H, *space, d] of heads-first values; slots without a key are ignored."""
     space = value.shape[2:-1]
     keys, _, held = windows(space, window)
     weights = weights.flatten(2, -2).masked_fill(~held, 0.0)
@@ -105,7 +105,7 @@ def av(weights: Tensor, value: Tensor, window: Window) -> Tensor:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, window: Window, rpb: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, *space, H, d] and logsumexp [B, *space, H] of heads-last query, key and value."""
+    """Compute output [B, *space, H, d] and logsumexp [B, *space, H] of heads-last query, key and value."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = (x.movedim(-2, 1) for x in (query, key, value))
     logits = qk(query * scale, key, window, rpb)
@@ -114,16 +114,16 @@ def attention(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The whole signature, query by query
+# All arguments, query by query
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def padded_axis_window(
     i: int, length: int, kernel: int, stride: int, dilation: int, causal: bool, window_padding: str
 ) -> list[Slot] | None:
-    """The slots of the query at position i where windows may reach over the map; a key outside is -1.
+    """Return the slots of the query at position i; keys outside the map are -1.
 
-    With "shift", slots that hold no key are left out. With "valid", None if the window does not fit on the map.
+    With "shift", slots without a key are omitted. With "valid", return None if the window does not fit into the map.
     """
     if window_padding == "shift":
         return [slot for slot in axis_window(i, length, kernel, stride, dilation, causal) if slot is not None]
@@ -146,9 +146,9 @@ def attention_by_query(
     additional: tuple[Tensor, Tensor] | None = None,
     window_padding: str = "shift",
 ) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp, heads last, of every query with a window, in a loop over queries and heads.
+    """Compute heads-last output and logsumexp of all queries with a window, in a loop over queries and heads.
 
-    Key and value may have fewer heads than the query, and value another head_dim; `additional` is keys and values
+    Key and value may have fewer heads than the query, and value another head_dim. `additional` are keys and values
     [B, N, heads, d].
     """
     space, heads, scale = query.shape[1:-2], query.shape[-2], query.shape[-1] ** -0.5

@@ -1,6 +1,6 @@
-"""Parameters and inputs made from a name and a shape, so that golden results need no weight file.
+"""Parameters and inputs generated from a name and a shape, so that goldens need no weight file.
 
-The goldens were computed from exactly these numbers: a change here makes every golden test fail.
+The goldens were computed from exactly these values: do not change them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 
 def array(name: str, shape: Sequence[int], std: float, mean: float = 0.0) -> np.ndarray:
-    """Normally distributed float32 numbers that depend on the name and the shape alone."""
+    """Return normally distributed float32 values that depend only on the name and the shape."""
     numbers = np.random.default_rng(crc32(name.encode())).standard_normal(tuple(shape))
     return (numbers * std + mean).astype(np.float32)
 
 
 def value(name: str, shape: Sequence[int]) -> np.ndarray:
-    """What the parameter of that dotted name holds: scales near one, biases near zero, weights by their fan-in."""
+    """Return the value of the parameter with this dotted name: scales near 1, biases near 0, weights by fan-in."""
     leaf = name.split(".")[-1]
     if leaf == "rpb":
         return array(name, shape, std=0.5)
@@ -34,12 +34,12 @@ def value(name: str, shape: Sequence[int]) -> np.ndarray:
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Gives every parameter of a model the values of its name."""
+    """Set each parameter of a model to the value of its name."""
     for name, parameter in model.named_parameters():
         parameter.copy_(torch.from_numpy(value(name, parameter.shape)))
 
 
 def image(size: tuple[int, int], batch: int = 1, name: str = "image") -> Tensor:
-    """A batch of normally distributed pictures [batch, 3, height, width]."""
+    """Return a batch of normally distributed images [batch, 3, height, width]."""
     height, width = size
     return torch.from_numpy(array(f"{name}-{batch}x3x{height}x{width}", (batch, 3, height, width), std=1.0))

@@ -88,8 +88,7 @@ _default: str | None = os.environ.get("NATTEN_BACKEND") or None
 def use_backend(name: str | None) -> Iterator[None]:
     """Set the default backend, in all threads, for the duration of a ``with`` block.
 
-    Calls that name a backend themselves are not affected. The environment variable NATTEN_BACKEND sets the default of the
-    process.
+    Calls that pass `backend` are not affected. The environment variable NATTEN_BACKEND sets the default for a process.
 
     Args:
         name: "reference", "cpu" or "cuda"; None selects the fastest backend that supports each call.
@@ -143,7 +142,7 @@ def choose(query: Tensor, backend: str | None) -> Backend:
         module = find(backend)
         reason = module.unsupported_reason(query)
         if reason is not None:
-            raise ValueError(f"backend={backend!r} does not support this call: {reason}")
+            raise ValueError(f"backend={backend!r} does not support this call: {reason}.")
         _log_choice("runs", module, query, "requested by name")
         return module
     for module in LADDER:
@@ -169,7 +168,7 @@ def find(name: str) -> Backend:
     for module in LADDER:
         if name == module.NAME:
             return module
-    raise ValueError(f"backend={name!r} is unknown; use one of {', '.join(map(repr, NAMES))}, or None")
+    raise ValueError(f"backend={name!r} is unknown; use one of {', '.join(map(repr, NAMES))}, or None.")
 
 
 def read_environment() -> None:
@@ -179,12 +178,12 @@ def read_environment() -> None:
         ValueError: if either has an invalid value.
     """
     if _default is not None and _default not in NAMES:
-        raise ValueError(f"NATTEN_BACKEND={_default!r} is unknown; use one of {', '.join(map(repr, NAMES))}")
+        raise ValueError(f"NATTEN_BACKEND={_default!r} is unknown; use one of {', '.join(map(repr, NAMES))}.")
     level = os.environ.get("NATTEN_LOG_LEVEL", "").upper()
     if not level:
         return
     if level not in logging.getLevelNamesMapping():
-        raise ValueError(f"NATTEN_LOG_LEVEL={level!r} is unknown; use DEBUG, INFO, WARNING or ERROR")
+        raise ValueError(f"NATTEN_LOG_LEVEL={level!r} is unknown; use DEBUG, INFO, WARNING or ERROR.")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("natten %(levelname)s: %(message)s"))
     log.addHandler(handler)

@@ -35,7 +35,7 @@ def unsupported_input(query: Tensor) -> str | None:
 def warn_fallback(reason: str) -> str:
     """Warn, once per reason, that calls fall back to the reference backend. Return the reason."""
     warnings.warn(
-        f"natten falls back to plain PyTorch, which is several times slower: {reason}", RuntimeWarning, stacklevel=2
+        f"natten falls back to plain PyTorch, which is several times slower: {reason}.", RuntimeWarning, stacklevel=2
     )
     return reason
 
@@ -45,7 +45,7 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def check_layout(name: str, x: Tensor, shaped: Tensor, axes: tuple[Axis, ...]) -> None:
+def check_layout(name: str, x: Tensor, shaped: Tensor, axes: Sequence[Axis]) -> None:
     """Check a heads-last tensor of a problem whose query (or value) is `shaped`.
 
     The public functions check their arguments; this protects kernels from operators that are called directly.
@@ -59,7 +59,7 @@ def check_layout(name: str, x: Tensor, shaped: Tensor, axes: tuple[Axis, ...]) -
     if (x.dtype, x.shape, x.device) != (dtype, expected, shaped.device):
         raise ValueError(
             f"{name.lower()} is {x.dtype} of heads-last shape {tuple(x.shape)} on {x.device}; "
-            f"expected {dtype} of shape {tuple(expected)} on {shaped.device}"
+            f"expected {dtype} of shape {tuple(expected)} on {shaped.device}."
         )
 
 
@@ -106,6 +106,7 @@ class KernelBackend:
         query, key, value, out, grad_out = map(self._rows, (query, key, value, out, grad_out))
         grad_qkv = query.new_empty((*query.shape[:-2], 3, *query.shape[-2:]))
         grad_query, grad_key, grad_value = grad_qkv.unbind(-3)
+        optional = {} if grad_lse is None else {"GRAD_LSE": grad_lse}
         grad_rpb = self._launch(
             "attention_backward",
             axes,
@@ -117,10 +118,10 @@ class KernelBackend:
             OUT=out,
             LSE=lse,
             GRAD_OUT=grad_out,
-            GRAD_LSE=grad_lse,
             GRAD_QUERY=grad_query,
             GRAD_KEY=grad_key,
             GRAD_VALUE=grad_value,
+            **optional,
         )
         return grad_qkv, grad_rpb
 

@@ -127,18 +127,18 @@ class Margin(NamedTuple):
     """How to pad an axis so that no window of interest is shifted, in tokens.
 
     Attributes:
-        before, behind: number of zero tokens to add at either end.
-        first, count: first and number of the queries of interest, on the padded axis.
+        before, after: number of zero tokens to add at either end.
+        first, queries: first and number of the queries of interest, on the padded axis.
     """
 
     before: int
-    behind: int
+    after: int
     first: int
-    count: int
+    queries: int
 
 
 def margin(axis: Axis, window_padding: str) -> Margin:
-    """Return the margin of an axis with stride 1 for window_padding "zeros" or "valid"; `count` may be below 1."""
+    """Return the margin of an axis with stride 1 for window_padding "zeros" or "valid"; `queries` may be below 1."""
     length, kernel_size, _, dilation, is_causal = axis
     before = (kernel_size - 1 if is_causal else kernel_size // 2) * dilation
     inner = (kernel_size - 1) * dilation  # window span minus its query

@@ -13,6 +13,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from natten.checks import make_axes
 from natten.geometry import Axis, drawing
@@ -47,8 +48,10 @@ def problem(args: argparse.Namespace) -> tuple[Axis, ...]:
     if rank > 3:
         raise ValueError(f"--size has {rank} axes; use 1 to 3")
     causal = parse_causal(args.causal, rank)
-    window = (values[0] if len(values) == 1 else values for values in (args.kernel_size, args.stride, args.dilation))
-    axes = make_axes(args.size, *window, causal)
+    kernel_size, stride, dilation = (
+        values[0] if len(values) == 1 else values for values in (args.kernel_size, args.stride, args.dilation)
+    )
+    axes = make_axes(args.size, kernel_size, stride, dilation, causal)
     for query in filter(None, args.query):
         if len(query) != rank or not all(
             0 <= position < axis.length for position, axis in zip(query, axes, strict=True)
@@ -69,8 +72,15 @@ def write(figure, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m natten.geometry", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", type=parse_numbers, required=True, help="map size in tokens, such as 12x12")

@@ -1,6 +1,6 @@
-"""Runs the Nat and Dinat of an old transformers release and prints their results as JSON, for test_old_transformers.py.
+"""Run the Nat and Dinat of an old transformers release and print their results as JSON, for test_old_transformers.py.
 
-Its one argument is the file of golden results, which holds the configurations.
+The only argument is the file of golden results, which contains the configurations.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ MODULES = {"nat": "transformers.models.deprecated.nat", "dinat": "transformers.m
 
 
 def load(kind: str, name: str) -> type:
-    """One of transformers' own classes: `kind` is nat or dinat, `name` what stands behind Nat or Dinat in its name."""
+    """Return a class of transformers, such as DinatBackbone for kind "dinat" and name "Backbone"."""
     part = "configuration" if name == "Config" else "modeling"
     return getattr(importlib.import_module(f"{MODULES[kind]}.{part}_{kind}"), kind.capitalize() + name)
 
 
 def shapes(tensors: dict[str, torch.Tensor] | list[torch.Tensor]) -> dict | list:
-    """The shapes of tensors, as JSON has them."""
+    """Return the shapes of tensors as JSON values."""
     if isinstance(tensors, dict):
         return {name: list(x.shape) for name, x in tensors.items()}
     return [list(x.shape) for x in tensors]
 
 
 def fill(model: nn.Module) -> None:
-    """Parameters from their names, as the golden results have them."""
+    """Set each parameter from its name, as in the golden results."""
     with torch.no_grad():
         for name, x in model.named_parameters():
             is_layer_scale = name.endswith("layer_scale_parameters")
@@ -41,7 +41,7 @@ def fill(model: nn.Module) -> None:
 
 
 def run(kind: str, config: dict) -> dict:
-    """All golden results of one kind of model."""
+    """Compute all golden results of one kind of model."""
     make_config = load(kind, "Config")
     model = load(kind, "ForImageClassification")(make_config(**config)).eval()
     backbone = load(kind, "Backbone")(make_config(**config, out_features=["stage1", "stage2", "stage3", "stage4"]))

@@ -1,4 +1,4 @@
-"""Seeded random problems, and the names of the public functions by rank: what several test files share."""
+"""Random problems with seeds, and helpers that several test files share."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import natten
 
 RANKS = (1, 2, 3)
 
-# Largest kernel_size, dilation and number of tokens beyond kernel_size * dilation, by rank: small enough to be quick.
+# By rank: largest kernel_size, dilation and number of tokens beyond kernel_size * dilation.
 _LIMITS = {1: (9, 4, 9), 2: (5, 3, 4), 3: (4, 2, 2)}
 
 
 def function(rank: int, suffix: str = "") -> Callable:
-    """The public function na{rank}d{suffix}."""
+    """Return the public function na{rank}d{suffix}."""
     return getattr(natten, f"na{rank}d{suffix}")
 
 
 class Problem(NamedTuple):
-    """Everything but the numbers of one call."""
+    """One call, without its data."""
 
     batch: int
     space: tuple[int, ...]
@@ -44,12 +44,12 @@ class Problem(NamedTuple):
 def random_problem(
     rank: int, seed: int, with_stride: bool = True, max_dim: int = 6, spare: int | None = None
 ) -> Problem:
-    """The problem of that number; the same on every machine.
+    """Return the random problem with this seed, the same on every machine.
 
     Args:
-        with_stride: whether the window may have a stride.
+        with_stride: whether the window may have a stride above 1.
         max_dim: largest head_dim.
-        spare: largest number of tokens an axis may have beyond kernel_size * dilation.
+        spare: largest number of tokens of an axis beyond kernel_size * dilation; default: by rank.
     """
     rng = random.Random(f"{rank}-{seed}")
     max_kernel, max_dilation, max_spare = _LIMITS[rank]
@@ -71,7 +71,7 @@ def random_problem(
 
 
 def make_qkv(problem: Problem, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Query, key and value [B, *space, H, d] in the memory layout that the problem asks for, and with gradients."""
+    """Return query, key and value [B, *space, H, d] in the memory layout of the problem, requiring gradients."""
     generator = torch.Generator().manual_seed(problem.seed)
     shape = (problem.batch, *problem.space, problem.heads, problem.head_dim)
     qkv = torch.randn(3, *shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -79,7 +79,7 @@ def make_qkv(problem: Problem, dtype: torch.dtype = torch.float64) -> list[Tenso
 
 
 def _lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers, laid out otherwise in memory."""
+    """Return a copy with another memory layout."""
     if layout == "heads first":
         return x.movedim(-2, 1).contiguous().movedim(1, -2)
     if layout == "every other":
@@ -90,7 +90,7 @@ def _lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def make_rpb(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor | None:
-    """The bias table of a problem, with a gradient; None where it has none."""
+    """Return the bias table of a problem, requiring a gradient, or None."""
     if not problem.has_rpb:
         return None
     generator = torch.Generator().manual_seed(problem.seed + 1)
@@ -99,18 +99,20 @@ def make_rpb(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor | N
 
 
 def cotangents(out: Tensor, lse: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Random gradients to send backward through output and logsumexp."""
+    """Return random gradients of output and logsumexp."""
     generator = torch.Generator().manual_seed(seed + 2)
     return tuple(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (out, lse))
 
 
-def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor | None], sent: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients of the inputs that are there, the `sent` ones coming in through the outputs."""
-    return list(torch.autograd.grad(outputs, [x for x in inputs if x is not None], sent))
+def gradients(
+    outputs: tuple[Tensor, ...], inputs: list[Tensor | None], grad_outputs: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """Return the gradients of all inputs that are not None, given the gradients of the outputs."""
+    return list(torch.autograd.grad(outputs, [x for x in inputs if x is not None], grad_outputs))
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes the names of all operators that run."""
+    """Records the names of all operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +124,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def runs_fused_operator(call: Callable) -> bool:
-    """Whether a call goes through an operator of natten, rather than through plain PyTorch alone."""
+    """Return whether a call runs an operator of natten instead of only PyTorch operations."""
     with _Recorder() as recorder:
         call()
     return any(name.startswith("natten.") for name in recorder.names)

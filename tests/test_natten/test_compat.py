@@ -1,4 +1,4 @@
-"""Functions and layers of older releases: where they are found, the orders of arguments, and the numbers."""
+"""Functions and layers of older NATTEN releases: import locations, argument orders and results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import natten
 from natten import functional
 from test_natten.problems import RANKS, function, runs_fused_operator
-from test_natten.test_errors import RefusalTestCase
+from test_natten.test_errors import ErrorTestCase
 from test_natten.test_goldens import CASES, TOLERANCE, load, make_inputs
 
 FUNCTIONS = [f"natten{rank}d{kind}" for rank in RANKS for kind in ("qk", "qkrpb", "av")]
@@ -27,12 +27,12 @@ MAPS = {1: (11,), 2: (7, 9), 3: (7, 8, 9)}
 
 
 def old(rank: int, kind: str) -> Callable:
-    """The older function natten{rank}d{kind}."""
+    """Return the older function natten{rank}d{kind}."""
     return getattr(functional, f"natten{rank}d{kind}")
 
 
 def inputs(rank: int, kernel_size: int | tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Heads-first query and key, a bias table, and attention weights, in float64 and with gradients."""
+    """Return heads-first query and key, a bias table and attention weights, in float64 and requiring gradients."""
     sizes = (kernel_size,) * rank if isinstance(kernel_size, int) else kernel_size
     generator = torch.Generator().manual_seed(rank)
     shapes = (
@@ -44,48 +44,100 @@ def inputs(rank: int, kernel_size: int | tuple[int, ...]) -> tuple[Tensor, Tenso
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
 
 
-class PlacesTest(unittest.TestCase):
-    """Where older code looks."""
+# All public names at version 1.0.0 of each module, before old names moved into natten.compat.
+PUBLIC_NAMES = {
+    "natten": """
+        NeighborhoodAttention1D NeighborhoodAttention2D NeighborhoodAttention3D __version__ compat context functional
+        merge_attentions modules na1d na1d_av na1d_qk na1d_qkvpacked na2d na2d_av na2d_qk na2d_qkvpacked na3d na3d_av
+        na3d_qk na3d_qkvpacked use_backend version
+    """,
+    "natten.functional": """
+        merge_attentions na1d na1d_av na1d_qk na1d_qkvpacked na2d na2d_av na2d_qk na2d_qkvpacked na3d na3d_av na3d_qk
+        na3d_qkvpacked
+    """,
+    "natten.modules": "NeighborhoodAttention1D NeighborhoodAttention2D NeighborhoodAttention3D",
+    "natten.flops": "add_natten_handle get_flops",
+    "natten.version": "__version__",
+}
+_OLD_FUNCTIONS = """
+    HAS_LIBNATTEN LegacyNeighborhoodAttention1D LegacyNeighborhoodAttention2D NeighborhoodAttention na1d_qk_with_bias
+    na2d_qk_with_bias na3d_qk_with_bias natten1dav natten1dqk natten1dqkrpb natten2dav natten2dqk natten2dqkrpb
+    natten3dav natten3dqk natten3dqkrpb
+"""
+_OLD_SWITCHES = """
+    AutotunerContext MemoryUsagePreference NattenContext allow_flex_compile allow_flex_compile_backprop
+    are_deterministic_algorithms_enabled disable_autotuner disable_flex_compile disable_flex_compile_backprop
+    disable_gemm_na disable_tf32 disable_tiled_na enable_gemm_na enable_tf32 enable_tiled_na force_flex_attention
+    get_memory_usage_preference has_bfloat has_cuda has_fna has_fp32_gemm has_fp64_gemm has_fused_na has_gemm has_half
+    has_tf32_gemm is_autotuner_enabled is_autotuner_enabled_for_backward is_autotuner_enabled_for_forward
+    is_autotuner_thorough_for_backward is_autotuner_thorough_for_forward is_flex_compile_allowed
+    is_flex_compile_backprop_allowed is_fna_enabled is_fused_na_enabled is_gemm_na_enabled
+    is_kv_parallelism_in_fused_na_enabled is_memory_usage_default is_memory_usage_strict is_memory_usage_unrestricted
+    is_tf32_in_gemm_na_enabled is_tiled_na_enabled set_memory_usage_preference should_force_flex_attention
+    should_use_flex_attention use_autotuner use_deterministic_algorithms use_flex_attention use_fna use_fused_na
+    use_gemm_na use_kv_parallelism_in_fused_na use_tf32_in_gemm_na use_tiled_na
+"""
+for module in ("natten", "natten.functional", "natten.compat"):
+    PUBLIC_NAMES[module] = PUBLIC_NAMES.get(module, "") + _OLD_FUNCTIONS + _OLD_SWITCHES
+PUBLIC_NAMES["natten.context"] = _OLD_SWITCHES
 
-    def test_the_functions_are_in_natten_functional(self):
+
+class ImportTest(unittest.TestCase):
+    """Names can be imported from where they were."""
+
+    def test_every_public_name(self):
+        for module, names in PUBLIC_NAMES.items():
+            for name in names.split():
+                with self.subTest(f"from {module} import {name}"):
+                    exec(f"from {module} import {name}", {})
+
+    def test_every_public_name_in_a_new_process(self):
+        """Each module is imported first, without a prior `import natten`."""
+        for module, names in PUBLIC_NAMES.items():
+            with self.subTest(module):
+                code = f"from {module} import {', '.join(names.split())}"
+                done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+                self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_functions_have_their_names_and_documentation(self):
         for name in FUNCTIONS:
             with self.subTest(name):
                 self.assertEqual(getattr(functional, name).__name__, name)
-                self.assertIn(name, getattr(functional, name).__doc__)
+                self.assertTrue(getattr(functional, name).__doc__)
 
-    def test_in_a_fresh_process_without_importing_natten_first(self):
+    def test_import_from_functional_in_a_new_process(self):
         code = "from natten.functional import natten2dav, natten2dqkrpb; print(natten2dav.__name__)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         self.assertEqual((done.returncode, done.stdout.strip()), (0, "natten2dav"), done.stderr)
 
-    def test_new_code_does_not_see_them(self):
+    def test_old_names_are_hidden_in_natten(self):
         for name in (*FUNCTIONS, "LegacyNeighborhoodAttention2D", "has_cuda"):
             self.assertNotIn(name, natten.__all__)
+            self.assertNotIn(name, functional.__all__)
             self.assertNotIn(name, dir(natten))
-            self.assertNotIn(name, dir(functional))
 
-    def test_unknown_names_are_still_unknown(self):
+    def test_unknown_names(self):
         for module in (natten, functional):
-            with self.assertRaisesRegex(AttributeError, f"module '{module.__name__}' has no attribute 'natten4dqk'"):
+            with self.assertRaisesRegex(AttributeError, "natten4dqk"):
                 module.natten4dqk  # noqa: B018
         with self.assertRaises(ImportError):
             from natten import natten4dqk  # noqa: F401
 
-    def test_the_distribution_is_named_as_transformers_asks(self):
+    def test_distribution_is_named_natten_for_transformers(self):
         self.assertEqual(importlib.metadata.version("natten"), natten.__version__)
 
 
-class OrdersTest(RefusalTestCase):
-    """Every order of arguments means the same call."""
+class OrdersTest(ErrorTestCase):
+    """All argument orders are the same call."""
 
     def windows(self) -> Iterator[tuple[int, int, int]]:
-        """Rank, kernel size and dilation."""
+        """Yield rank, kernel size and dilation."""
         for rank in RANKS:
             yield from ((rank, 3, 2), (rank, 5, 1), (rank, 2, 3))
         yield from ((1, 9, 1), (2, 7, 1))
 
     def check(self, expected: Tensor, calls: list[tuple[str, tuple, dict]], leaves: tuple[Tensor, ...]) -> None:
-        """Calls of functions of natten.functional give the result, and the same gradients of all leaves."""
+        """Assert that calls of functions in natten.functional return `expected`, with the same gradients."""
         expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
         for name, args, kwargs in calls:
             with self.subTest(name, positional=len(args), named=list(kwargs)):
@@ -133,7 +185,7 @@ class OrdersTest(RefusalTestCase):
             ]
             self.check(function(rank, "_av")(attn, value, k, d), calls, (attn, value))
 
-    def test_3d_with_the_first_axis_apart(self):
+    def test_3d_with_a_separate_first_axis(self):
         window = (3, 5, 5), (2, 1, 1)
         query, key, rpb, attn = inputs(3, window[0])
         named = {"kernel_size_d": 3, "kernel_size": 5, "dilation_d": 2, "dilation": 1}
@@ -147,14 +199,13 @@ class OrdersTest(RefusalTestCase):
             calls = [(name, (*tensors, 3, 5, 2, 1), {}), (name, (*tensors, 3, 5), some), (name, tensors, named)]
             self.check(expected, calls, tensors)
 
-    def test_kernel_that_is_not_square_follows_from_the_bias_table(self):
+    def test_non_square_kernel_size_is_inferred_from_the_bias_table(self):
         query, key, rpb, _ = inputs(2, (3, 5))
         expected = natten.na2d_qk(query, key, (3, 5), 1, rpb=rpb)
         self.assertTrue(torch.equal(functional.natten2dqkrpb(query, key, rpb, 1), expected))
 
-    def test_calls_of_no_release(self):
+    def test_unknown_argument_order(self):
         query, key, rpb, attn = inputs(2, 3)
-        orders = "(query, key, rpb, kernel_size, dilation) or natten2dqkrpb(query, key, rpb, dilation)"
         for call in (
             lambda: functional.natten2dqkrpb(query, key, rpb),
             lambda: functional.natten2dqkrpb(query, key, rpb, kernel_size=3),
@@ -162,33 +213,29 @@ class OrdersTest(RefusalTestCase):
             lambda: functional.natten2dqkrpb(query, key, rpb, 3, 1, dilation=1),
             lambda: functional.natten2dqkrpb(query, key, rpb, 3, stride=1),
         ):
-            self.refuses(("natten2dqkrpb", orders), call, error=TypeError)
-        self.refuses("natten2dav(attn, value, kernel_size, dilation)", functional.natten2dav, attn, error=TypeError)
-        self.refuses(
-            "natten2dqk(query, key, kernel_size, dilation)", functional.natten2dqk, query, key, 1, error=TypeError
-        )
+            self.assert_error(("natten2dqkrpb", "query, key, rpb, kernel_size, dilation"), call, error=TypeError)
+        self.assert_error("natten2dav", functional.natten2dav, attn, error=TypeError)
+        self.assert_error("natten2dqk", functional.natten2dqk, query, key, 1, error=TypeError)
 
-    def test_kernel_size_that_does_not_follow(self):
+    def test_kernel_size_cannot_be_inferred(self):
         query, key, rpb, attn = inputs(2, 3)
         qkrpb = functional.natten2dqkrpb
-        words = ("natten2dqkrpb", "without kernel_size", "[heads, 2K-1, 2K-1]", "before dilation")
-        self.refuses((*words, "is None"), qkrpb, query, key, None, 1)
-        self.refuses((*words, "is 3"), qkrpb, query, key, 3, 1)
-        self.refuses((*words, "has shape (3, 5)"), qkrpb, query, key, rpb[..., 0], 1)
-        words = ("natten2dav", "without kernel_size", "8 weights", "2 equal sides")
-        self.refuses(words, functional.natten2dav, attn[..., :8], key, 1)
+        self.assert_error(("kernel_size", "None"), qkrpb, query, key, None, 1)
+        self.assert_error(("kernel_size", "3"), qkrpb, query, key, 3, 1)
+        self.assert_error(("kernel_size", "(3, 5)"), qkrpb, query, key, rpb[..., 0], 1)
+        self.assert_error(("kernel_size", "attn", "8"), functional.natten2dav, attn[..., :8], key, 1)
 
-    def test_the_operators_own_checks(self):
+    def test_checks_of_the_new_functions_apply(self):
         query, key, rpb, attn = inputs(2, 3)
-        self.refuses(("3 * 3 = 9", "axis 0"), functional.natten2dqkrpb, query, key, rpb, 3)
-        self.refuses(("kernel_size", "3.0"), functional.natten2dav, attn, key, 3.0, 1)
+        self.assert_error(("kernel_size", "9", "axis 0"), functional.natten2dqkrpb, query, key, rpb, 3)
+        self.assert_error(("kernel_size", "3.0"), functional.natten2dav, attn, key, 3.0, 1)
 
 
-class NumbersTest(unittest.TestCase):
-    """As older code put the pieces together, against the original kernels."""
+class ResultsTest(unittest.TestCase):
+    """Attention as older code computes it, against goldens of the original kernels."""
 
     def attend(self, case: dict, qkv: list[Tensor], rpb: Tensor | None) -> Tensor:
-        """Heads-first output."""
+        """Return the heads-first output."""
         rank, (q, k, v) = len(case["shape"]), qkv
         window = case["kernel"][0], case["dilation"][0]
         scaled = q * case["d"] ** -0.5
@@ -221,7 +268,7 @@ class NumbersTest(unittest.TestCase):
             out = functional.natten2dav(logits.softmax(-1), key, 3, 1)
         self.assertEqual((logits.dtype, out.dtype), (torch.bfloat16, torch.bfloat16))
 
-    def test_torch_compile_without_a_graph_break(self):
+    def test_torch_compile_without_graph_breaks(self):
         query, key, rpb, _ = (x.detach() for x in inputs(2, 3))
 
         def attend(query: Tensor, key: Tensor, rpb: Tensor) -> Tensor:
@@ -232,17 +279,17 @@ class NumbersTest(unittest.TestCase):
         torch.testing.assert_close(compiled(query, key, rpb), attend(query, key, rpb))
 
 
-class LayersTest(RefusalTestCase):
-    """The layers of older releases."""
+class LayersTest(ErrorTestCase):
+    """Layers of older releases."""
 
     def filled(self, module: nn.Module) -> nn.Module:
         fill(module)
         return module
 
-    def test_neighborhood_attention_is_the_one_of_two_dimensions(self):
+    def test_neighborhood_attention_is_two_dimensional(self):
         self.assertIs(natten.NeighborhoodAttention, natten.NeighborhoodAttention2D)
 
-    def test_legacy_computes_what_the_layer_does(self):
+    def test_legacy_layer_equals_the_layer(self):
         for rank, make in LEGACY.items():
             for space in (MAPS[rank], (3,) * rank):  # the second is padded
                 for options in ({}, {"dilation": 1, "qkv_bias": False, "qk_scale": 0.3}):
@@ -253,13 +300,13 @@ class LayersTest(RefusalTestCase):
                         x = torch.randn(2, *space, 8, generator=torch.Generator().manual_seed(0))
                         torch.testing.assert_close(legacy(x), layer(x))
 
-    def test_legacy_is_plain_pytorch_whatever_is_asked_for(self):
+    def test_legacy_layer_uses_the_reference_backend(self):
         for rank, make in LEGACY.items():
             legacy, x = make(8, 3, 2), torch.zeros(1, *MAPS[rank], 8)
             self.assertFalse(runs_fused_operator(lambda legacy=legacy, x=x: legacy(x)))
             self.assertTrue(runs_fused_operator(lambda x=x, rank=rank: LAYERS[rank](8, 2, 3)(x)))
 
-    def test_legacy_order_of_arguments(self):
+    def test_legacy_argument_order(self):
         layer = natten.LegacyNeighborhoodAttention2D(12, 5, 3, False, 0.5, 0.1, 0.2, 0)
         self.assertEqual((layer.num_heads, layer.kernel_size, layer.scale), (3, (5, 5), 0.5))
         self.assertEqual((layer.qkv.bias, layer.attn_drop.p, layer.proj_drop.p), (None, 0.1, 0.2))
@@ -273,15 +320,15 @@ class LayersTest(RefusalTestCase):
             layer(torch.ones(2, *MAPS[rank], 8)).square().sum().backward()
             self.assertTrue(all(x.grad is not None and x.grad.isfinite().all() for x in layer.parameters()))
 
-    def test_legacy_can_be_copied_and_pickled(self):
+    def test_legacy_layer_can_be_copied_and_pickled(self):
         for make in LEGACY.values():
             layer = make(8, 3, 2)
             for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
                 self.assertIs(type(other), make)
                 self.assertEqual(str(other), str(layer))
 
-    def test_legacy_refuses(self):
+    def test_legacy_errors(self):
         for make in LEGACY.values():
-            self.refuses(("num_heads is 7", "dim 64", make.__name__, "(dim, kernel_size, num_heads)"), make, 64, 2, 7)
-            self.refuses(("mode is 2", "0 or 1"), make, 8, 3, 2, mode=2)
-            self.refuses(("kernel_size is 1", "at least 2"), make, 8, 1, 2)
+            self.assert_error(("num_heads", "7", "64", "(dim, kernel_size, num_heads)"), make, 64, 2, 7)
+            self.assert_error(("mode", "2"), make, 8, 3, 2, mode=2)
+            self.assert_error(("kernel_size", "1"), make, 8, 1, 2)

@@ -1,4 +1,4 @@
-"""torch.compile without graph breaks, torch.export and ONNX without a trace of the operators."""
+"""torch.compile without graph breaks; torch.export and ONNX without natten operators."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ HAS_COMPILER = shutil.which("c++") is not None or shutil.which("g++") is not Non
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """Normally distributed numbers."""
+    """Return a normally distributed tensor."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def layer(rank: int, **arguments) -> nn.Module:
-    """A layer of 2 heads and 8 channels with a dilated window on the first axis."""
+    """Return a layer with 2 heads and 8 channels, dilated on the first axis."""
     torch.manual_seed(0)
     arguments = {"kernel_size": 3, "dilation": (2, 1, 1)[:rank], **arguments}
     return getattr(natten, f"NeighborhoodAttention{rank}D")(8, 2, **arguments)
 
 
-class Halves(nn.Module):
-    """Attention out of its two halves."""
+class Unfused(nn.Module):
+    """Attention with na2d_qk and na2d_av."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = natten.na2d_qk(q, k, 3, is_causal=(True, False)).softmax(-1)
@@ -42,13 +42,13 @@ class Halves(nn.Module):
 
 
 def names_of_operators(graph_module: torch.fx.GraphModule) -> list[str]:
-    """What is called in a graph and in the graphs inside it."""
+    """Return the names of all operators in a graph and its subgraphs."""
     graphs = [module.graph for module in graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     return [str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"]
 
 
 def results(function: Callable, inputs: Sequence[Tensor], parameters: Sequence[Tensor] = ()) -> list[Tensor]:
-    """Output of a function, and the gradients of inputs and parameters."""
+    """Return the output of a function, and the gradients of inputs and parameters."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = function(*inputs)
     return [out, *torch.autograd.grad(out, [*inputs, *parameters], random(*out.shape, seed=1))]
@@ -59,7 +59,7 @@ def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: 
 
 
 class CompileTest(unittest.TestCase):
-    """fullgraph=True turns every graph break into an error."""
+    """torch.compile with fullgraph=True, which raises at a graph break."""
 
     def setUp(self):
         self.addCleanup(torch.compiler.reset)
@@ -67,8 +67,8 @@ class CompileTest(unittest.TestCase):
     def compare(
         self, function: Callable, inputs: Sequence[Tensor], parameters: Sequence[Tensor] = (), **options
     ) -> None:
-        """Forward and backward, compiled and not."""
-        torch.compiler.reset()  # or the layers of all cases, whose code is one, would count as recompilations
+        """Compare output and gradients of the compiled and the eager function."""
+        torch.compiler.reset()  # otherwise the layers of other cases, which share their code, count as recompilations
         compiled = torch.compile(function, fullgraph=True, **{"backend": "aot_eager", **options})
         expected = results(function, inputs, parameters)
         assert_near(results(compiled, inputs, parameters), expected)
@@ -89,22 +89,22 @@ class CompileTest(unittest.TestCase):
 
         self.compare(loss, random(3, 2, 9, 2, 4).unbind())
 
-    def test_halves(self):
-        self.compare(Halves(), random(3, 2, 2, 5, 6, 4).unbind())
+    def test_unfused(self):
+        self.compare(Unfused(), random(3, 2, 2, 5, 6, 4).unbind())
 
     def test_layers(self):
         for rank, size in SIZES.items():
-            for space, backend in ((size, None), (size, "reference"), ((3, *size[1:]), None)):  # the last one is padded
+            for space, backend in ((size, None), (size, "reference"), ((3, *size[1:]), None)):  # the last map is padded
                 with self.subTest(rank=rank, backend=backend, space=space):
                     module = layer(rank, backend=backend)
                     self.compare(module, [random(2, *space, 8)], list(module.parameters()))
 
     def test_layer_with_attention_dropout(self):
-        module = layer(2, attn_drop=1e-9)  # so rare that it never strikes, but the weights are made
+        module = layer(2, attn_drop=1e-9)  # too small to drop anything, but selects the unfused path
         self.compare(module, [random(2, *SIZES[2], 8)], list(module.parameters()))
 
     @unittest.skipUnless(HAS_COMPILER, "inductor needs a C++ compiler")
-    def test_layers_through_inductor(self):
+    def test_layers_with_inductor(self):
         for backend in BACKENDS:
             with self.subTest(backend=backend):
                 module = layer(2, backend=backend)
@@ -132,7 +132,7 @@ class CompileTest(unittest.TestCase):
             assert_near([compiled(x)], [module(x)])
         self.assertLessEqual(counter.frame_count, 1 + 2)
 
-    def test_use_backend_is_honoured_in_compiled_code(self):
+    def test_use_backend_around_compiled_code(self):
         graphs = []
 
         def collect(graph_module: torch.fx.GraphModule, inputs: list) -> Callable:
@@ -167,9 +167,9 @@ class CompileTest(unittest.TestCase):
 
 
 class ExportTest(unittest.TestCase):
-    """Exported programs run where natten is not installed."""
+    """Exported programs run without natten."""
 
-    def test_no_operator_of_ours_is_left(self):
+    def test_program_has_no_natten_operators(self):
         for rank, size in SIZES.items():
             with self.subTest(rank=rank):
                 module, x = layer(rank).eval(), random(2, *size, 8)
@@ -179,7 +179,7 @@ class ExportTest(unittest.TestCase):
                 self.assertEqual([name for name in names if "natten" in name], [])
                 assert_near([program.module()(x)], [module(x)])
 
-    def test_a_layer_that_asks_for_a_backend(self):
+    def test_use_backend_during_export(self):
         module, x = layer(2).eval(), random(2, 9, 10, 8)
         with natten.use_backend("reference"):
             program = torch.export.export(module, (x,))
@@ -199,8 +199,8 @@ class ExportTest(unittest.TestCase):
         module, x = layer(2, kernel_size=7).eval(), random(2, 9, 6, 8)
         assert_near([torch.export.export(module, (x,)).module()(x)], [module(x)])
 
-    def test_halves(self):
-        module, inputs = Halves(), tuple(random(3, 2, 2, 5, 6, 4).unbind())
+    def test_unfused(self):
+        module, inputs = Unfused(), tuple(random(3, 2, 2, 5, 6, 4).unbind())
         assert_near([torch.export.export(module, inputs).module()(*inputs)], [module(*inputs)])
 
     def test_save_and_load(self):
@@ -212,10 +212,10 @@ class ExportTest(unittest.TestCase):
 
 
 class OnnxTest(unittest.TestCase):
-    """ONNX, as ONNX Runtime computes it."""
+    """ONNX, run by ONNX Runtime."""
 
     def run_onnx(self, module: nn.Module, example: Tensor, x: Tensor, **options) -> Tensor:
-        """Exports with the example, runs on x."""
+        """Export with the example, and run on x."""
         program = torch.onnx.export(module, (example,), dynamo=True, verbose=False, **options)
         domains = {node.domain for node in program.model_proto.graph.node}
         self.assertFalse(any("natten" in domain for domain in domains))

@@ -1,4 +1,4 @@
-"""Counts of arithmetic, against pairs of query and key that are counted one by one, and against torch's own counts."""
+"""Counts of MACs and FLOPs, against brute-force counts of query-key pairs and against torch's own counts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FVCORE_LOG = "fvcore.nn.jit_analysis"
 
 
 def flops(call: Callable) -> int:
-    """What FlopCounterMode counts."""
+    """Return the count of FlopCounterMode."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def pairs(problem: Problem) -> int:
-    """Pairs of a query and a key of its window, over batch and heads, counted one by one along each axis."""
+    """Count the pairs of a query and a key of its window, over batch and heads, by brute force along each axis."""
     along_axes = [
         sum(slot is not None for i in range(length) for slot in axis_window(i, length, *window))
         for length, *window in zip(problem.space, *problem.window, strict=True)
@@ -41,12 +41,12 @@ def pairs(problem: Problem) -> int:
 
 
 def attend(problem: Problem, qkv: list[Tensor], rpb: Tensor | None) -> Tensor:
-    """The fused function on a problem."""
+    """Call the fused function on a problem."""
     return function(problem.rank)(*qkv, *problem.window, rpb=rpb)
 
 
 class Attention(nn.Module):
-    """A call of the fused function as a module, for fvcore."""
+    """The fused function as a module, for fvcore."""
 
     def __init__(self, problem: Problem):
         super().__init__()
@@ -59,13 +59,13 @@ class Attention(nn.Module):
 
 
 def macs(model: nn.Module, *inputs: Tensor) -> dict[str, int]:
-    """What fvcore counts with our handles, by operator."""
+    """Return the count of fvcore with the natten handles, by operator."""
     counter = add_natten_handle(FlopCountAnalysis(model, inputs))
     return dict(counter.unsupported_ops_warnings(False).by_operator())
 
 
 class FlopCounterModeTest(unittest.TestCase):
-    """torch.utils.flop_counter, in FLOPs."""
+    """torch.utils.flop_counter, which counts FLOPs."""
 
     def test_forward_and_backward_of_random_problems(self):
         for rank in RANKS:
@@ -78,13 +78,13 @@ class FlopCounterModeTest(unittest.TestCase):
                     out = attend(problem, qkv, rpb)
                     self.assertEqual(flops(lambda out=out: out.sum().backward()), 5 * unit)
 
-    def test_causal_windows_hold_fewer_keys(self):
+    def test_causal_windows_have_fewer_keys(self):
         q = torch.zeros(1, 5, 1, 1)
         self.assertEqual(flops(lambda: natten.na1d(q, q, q, 3)), 4 * 15)
         self.assertEqual(flops(lambda: natten.na1d(q, q, q, 3, is_causal=True)), 4 * (1 + 2 + 3 + 3 + 3))
 
-    def test_a_window_that_covers_the_map_counts_as_torchs_own_attention(self):
-        shape = 2, 3, 10, 8  # [B, heads, L, head_dim], as torch has it
+    def test_window_of_the_whole_map_counts_like_scaled_dot_product_attention(self):
+        shape = 2, 3, 10, 8  # [B, heads, L, head_dim], the layout of torch
         q, k, v = (torch.randn(2, 10, 3, 8, requires_grad=True) for _ in range(3))
         out = natten.na1d(q, k, v, kernel_size=10)
         forward, backward = flops(lambda: natten.na1d(q, k, v, kernel_size=10)), flops(lambda: out.sum().backward())
@@ -95,7 +95,7 @@ class FlopCounterModeTest(unittest.TestCase):
         qkv = torch.zeros(1, 6, 7, 3, 2, 4)
         self.assertEqual(flops(lambda: natten.na2d_qkvpacked(qkv, 3)), 4 * 6 * 7 * 2 * 9 * 4)
 
-    def test_halves(self):
+    def test_unfused(self):
         q = torch.zeros(1, 2, 6, 7, 4, requires_grad=True)
         unit = 2 * 6 * 7 * 2 * 9 * 4
         logits = natten.na2d_qk(q, q, 3)
@@ -106,8 +106,7 @@ class FlopCounterModeTest(unittest.TestCase):
         self.assertEqual(flops(lambda: natten.na2d_av(attn, q, 3)), unit)
         self.assertEqual(flops(lambda: out.sum().backward()), 2 * unit)
 
-    def test_without_numbers(self):
-        """Fake tensors and the meta device count as real ones do, causal windows too."""
+    def test_fake_and_meta_tensors_count_like_real_ones(self):
 
         def count() -> int:
             q = torch.zeros(1, 9, 8, 2, 4)
@@ -120,7 +119,7 @@ class FlopCounterModeTest(unittest.TestCase):
         with torch.device("meta"):
             self.assertEqual(count(), real)
 
-    def test_operator_called_by_name_of_arguments(self):
+    def test_operator_called_with_keyword_arguments(self):
         q = torch.zeros(1, 5, 1, 2)
         window = {"kernel_size": [3], "stride": [1], "dilation": [1], "is_causal": [True], "scale": 1.0}
         call = torch.ops.natten.attention_forward
@@ -129,7 +128,7 @@ class FlopCounterModeTest(unittest.TestCase):
 
 
 class FvcoreTest(unittest.TestCase):
-    """fvcore, in MACs."""
+    """fvcore, which counts MACs."""
 
     def test_random_problems(self):
         for rank in RANKS:
@@ -163,23 +162,23 @@ class FvcoreTest(unittest.TestCase):
         layer = natten.NeighborhoodAttention1D(8, 2, 3, rel_pos_bias=False)
         self.assertEqual(macs(layer, torch.zeros(1, 9, 8)), {"linear": 9 * 256, "attention_forward": 2 * 9 * 2 * 3 * 4})
 
-    def test_operator_called_by_itself(self):
+    def test_operator_called_directly(self):
         class Operator(nn.Module):
             def forward(self, q: Tensor) -> Tensor:
                 return torch.ops.natten.attention_forward(q, q, q, None, [3], [1], [1], [True], 1.0, None)[0]
 
         self.assertEqual(macs(Operator(), torch.zeros(1, 5, 1, 2)), {"attention_forward": 2 * 12 * 2})
 
-    def test_what_torch_counts_is_twice_that_but_for_the_bias(self):
+    def test_flop_counter_mode_counts_twice_the_macs_without_the_bias(self):
         layer, x = natten.NeighborhoodAttention2D(8, 2, 3, dilation=2, is_causal=(True, False)), torch.zeros(1, 7, 8, 8)
         counted = macs(layer, x)
         self.assertEqual(flops(lambda: layer(x)), 2 * (counted["linear"] + counted["attention_forward"]))
 
 
 class GetFlopsTest(unittest.TestCase):
-    """The surroundings of the count."""
+    """get_flops."""
 
-    def test_plain_pytorch_counts_as_the_operators_do(self):
+    def test_reference_backend_counts_like_the_others(self):
         x = torch.zeros(1, 20, 8)
         layer = natten.NeighborhoodAttention1D(8, 2, 3)
         plain = natten.NeighborhoodAttention1D(8, 2, 3, backend="reference")
@@ -189,9 +188,9 @@ class GetFlopsTest(unittest.TestCase):
         self.assertEqual(get_flops(plain, x, disable_warnings=True), expected)
         self.assertEqual((layer.backend, plain.backend), (None, "reference"))
 
-    def test_a_failure_leaves_the_layers_as_they_were(self):
+    def test_layers_are_restored_after_an_error(self):
         plain = natten.NeighborhoodAttention1D(8, 2, 3, backend="reference")
-        with self.assertRaisesRegex(ValueError, "7 channels"):
+        with self.assertRaisesRegex(ValueError, "input"):
             get_flops(plain, torch.zeros(1, 20, 7))
         self.assertEqual(plain.backend, "reference")
 
@@ -208,12 +207,12 @@ class GetFlopsTest(unittest.TestCase):
     def test_without_fvcore(self):
         layer = natten.NeighborhoodAttention1D(8, 2, 3)
         missing = mock.patch.dict(sys.modules, {"fvcore": None, "fvcore.nn": None})
-        with missing, self.assertRaisesRegex(ImportError, "pip install fvcore"):
+        with missing, self.assertRaisesRegex(ImportError, "fvcore"):
             get_flops(layer, torch.zeros(1, 9, 8))
 
 
 class ImportTest(unittest.TestCase):
-    """What an import brings along, each in a process of its own."""
+    """Imported modules, each statement in its own process."""
 
     def modules_after(self, statement: str) -> set[str]:
         code = f"import sys; {statement}; print(*sys.modules)"

@@ -1,4 +1,4 @@
-"""The operator against NATTEN 0.17.5: 16 cases, computed on CPU with the original kernels."""
+"""The operator against goldens of NATTEN 0.17.5: 16 cases, computed on CPU with the original kernels."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CASES = json.loads((GOLDENS / "ops.json").read_text())
 
 
 def load(tag: str) -> dict[str, Tensor]:
-    """The golden results of a case: out, lse, dq, dk, dv and, with a bias, drpb; heads-first."""
+    """Return the golden results of a case: out, lse, dq, dk, dv and, with a bias, drpb; heads-first."""
     with np.load(GOLDENS / "ops.npz") as results:
         return {name.split("/")[1]: torch.from_numpy(results[name]) for name in results if name.startswith(f"{tag}/")}
 
 
 def make_inputs(case: dict) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    """Heads-first query, key and value, the bias table, and the gradient of the output."""
+    """Return heads-first query, key and value, the bias table, and the gradient of the output."""
     tag, shape = case["tag"], (case["B"], case["H"], *case["shape"], case["d"])
     table = (case["H"], *(2 * k - 1 for k in case["kernel"]))
     q, k, v, dout = (torch.from_numpy(array(f"{tag}-{name}", shape, 1.0)) for name in ("q", "k", "v", "dout"))
@@ -37,12 +37,12 @@ def make_inputs(case: dict) -> tuple[list[Tensor], Tensor | None, Tensor]:
 
 
 def window_of(case: dict) -> dict:
-    """The window arguments of a case, but for the stride, which is always 1."""
+    """Return the window arguments of a case; the stride is always 1."""
     return {"kernel_size": case["kernel"], "dilation": case["dilation"], "is_causal": case["causal"]}
 
 
 def fused(case: dict, qkv: list[Tensor], rpb: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp, heads-first, of na*d."""
+    """Compute heads-first output and logsumexp with na*d."""
     q, k, v = (x.movedim(1, -2) for x in qkv)
     attend = function(len(case["shape"]))
     out, lse = attend(q, k, v, **window_of(case), rpb=rpb, return_lse=True, backend=backend)
@@ -50,7 +50,7 @@ def fused(case: dict, qkv: list[Tensor], rpb: Tensor | None, backend: str | None
 
 
 def packed(case: dict, qkv: list[Tensor], rpb: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    """The same, of na*d_qkvpacked."""
+    """Compute heads-first output and logsumexp with na*d_qkvpacked."""
     attend = function(len(case["shape"]), "_qkvpacked")
     tensor = torch.stack([x.movedim(1, -2) for x in qkv], dim=-3)
     out, lse = attend(tensor, **window_of(case), rpb=rpb, return_lse=True, backend=backend)
@@ -58,7 +58,7 @@ def packed(case: dict, qkv: list[Tensor], rpb: Tensor | None, backend: str | Non
 
 
 def unfused(case: dict, qkv: list[Tensor], rpb: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same, of na*d_qk, softmax and na*d_av."""
+    """Compute heads-first output and logsumexp with na*d_qk, softmax and na*d_av."""
     rank = len(case["shape"])
     q, k, v = qkv
     logits = function(rank, "_qk")(q * case["d"] ** -0.5, k, **window_of(case), rpb=rpb)
@@ -66,10 +66,10 @@ def unfused(case: dict, qkv: list[Tensor], rpb: Tensor | None) -> tuple[Tensor, 
 
 
 class GoldensTest(unittest.TestCase):
-    """Output, logsumexp and every gradient of each public way to compute them."""
+    """Output, logsumexp and all gradients of all public functions."""
 
     def check(self, way: Callable) -> None:
-        """Compares one way of computing attention with all cases."""
+        """Compare one way to compute attention with all cases."""
         for case in CASES:
             with self.subTest(case["tag"]):
                 qkv, rpb, dout = make_inputs(case)
@@ -80,27 +80,27 @@ class GoldensTest(unittest.TestCase):
                 self.compare({"out": out, "lse": lse, **found}, load(case["tag"]))
 
     def compare(self, found: dict[str, Tensor], golden: dict[str, Tensor]) -> None:
-        """Same names, same shapes, same numbers."""
+        """Compare names, shapes and values."""
         self.assertEqual(set(found), set(golden))
         for name, expected in golden.items():
             torch.testing.assert_close(
                 found[name].detach(), expected, atol=TOLERANCE, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
             )
 
-    def test_there_are_16_cases_of_three_ranks(self):
+    def test_16_cases_of_three_ranks(self):
         self.assertEqual(len(CASES), 16)
         self.assertEqual({len(case["shape"]) for case in CASES}, {1, 2, 3})
 
     def test_fused(self):
         self.check(partial(fused, backend=None))
 
-    def test_fused_in_plain_pytorch(self):
+    def test_fused_on_the_reference_backend(self):
         self.check(partial(fused, backend="reference"))
 
     def test_packed(self):
         self.check(partial(packed, backend=None))
 
-    def test_packed_in_plain_pytorch(self):
+    def test_packed_on_the_reference_backend(self):
         self.check(partial(packed, backend="reference"))
 
     def test_unfused(self):

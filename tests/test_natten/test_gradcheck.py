@@ -1,7 +1,7 @@
-"""Gradients against finite differences in float64, and what differentiating twice does.
+"""Gradients against finite differences in float64, and second derivatives.
 
-Finite differences of each number by itself are taken for the 1-D function alone; the others are checked in gradcheck's
-fast mode, along random directions, which is a hundred times quicker.
+Only the 1-D function is checked for each element. The others use gradcheck's fast mode, which checks random directions
+and is a hundred times faster.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ import natten
 from test_natten.problems import RANKS, Problem, function, make_qkv, make_rpb, random_problem
 
 CASES_PER_RANK = {1: 30, 2: 24, 3: 12}
-MAX_NUMBERS = 80  # in a query; larger problems take long
+MAX_ELEMENTS = 80  # of a query, to limit the time
 
 
 def small_problems(rank: int, count: int, with_stride: bool = True) -> Iterator[Problem]:
-    """Random problems of few numbers: one batch element, small heads."""
+    """Yield random problems with few elements: batch size 1, small heads."""
     seed = 0
     while count:
         problem = random_problem(rank, seed, with_stride=with_stride, max_dim=2, spare=1)
         problem = problem._replace(batch=1, heads=1 + seed % 2)
         tokens = torch.Size(problem.space).numel()
-        if tokens * problem.heads * problem.head_dim <= MAX_NUMBERS:
+        if tokens * problem.heads * problem.head_dim <= MAX_ELEMENTS:
             count -= 1
             yield problem
         seed += 1
 
 
 def inputs_of(problem: Problem) -> list[Tensor]:
-    """Query, key, value and, if the problem has one, the bias table."""
+    """Return query, key and value, and the bias table if the problem has one."""
     rpb = make_rpb(problem)
     return [*make_qkv(problem), *([] if rpb is None else [rpb])]
 
 
 def fused(problem: Problem, backend: str | None = None) -> Callable:
-    """na*d as a function of its tensors, returning output and logsumexp."""
+    """Return na*d as a function of its tensors that returns output and logsumexp."""
 
     def call(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None = None) -> tuple[Tensor, Tensor]:
         attend = function(problem.rank)
@@ -50,7 +50,7 @@ def fused(problem: Problem, backend: str | None = None) -> Callable:
 
 
 def packed(problem: Problem) -> Callable:
-    """na*d_qkvpacked as a function of its tensors."""
+    """Return na*d_qkvpacked as a function of its tensors."""
 
     def call(qkv: Tensor, rpb: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return function(problem.rank, "_qkvpacked")(qkv, *problem.window, rpb=rpb, return_lse=True)
@@ -59,7 +59,7 @@ def packed(problem: Problem) -> Callable:
 
 
 def qk(problem: Problem) -> Callable:
-    """na*d_qk as a function of its tensors, with 0 for the slots that are -inf."""
+    """Return na*d_qk as a function of its tensors, with 0 instead of -inf."""
     kernel_size, _, dilation, is_causal = problem.window
 
     def call(query: Tensor, key: Tensor, rpb: Tensor | None = None) -> Tensor:
@@ -70,7 +70,7 @@ def qk(problem: Problem) -> Callable:
 
 
 def av(problem: Problem) -> Callable:
-    """na*d_av as a function of its tensors."""
+    """Return na*d_av as a function of its tensors."""
     kernel_size, _, dilation, is_causal = problem.window
 
     def call(attn: Tensor, value: Tensor) -> Tensor:
@@ -80,12 +80,12 @@ def av(problem: Problem) -> Callable:
 
 
 class GradcheckTest(unittest.TestCase):
-    """The first derivative of every function."""
+    """First derivatives of all functions."""
 
     def check(
         self, rank: int, make: Callable, pack: Callable = inputs_of, with_stride: bool = True, fast: bool = True
     ) -> None:
-        """Checks a function on all cases of a rank."""
+        """Check a function on all cases of a rank."""
         for problem in small_problems(rank, CASES_PER_RANK[rank], with_stride):
             with self.subTest(problem=problem):
                 self.assertTrue(gradcheck(make(problem), pack(problem), fast_mode=fast))
@@ -99,7 +99,7 @@ class GradcheckTest(unittest.TestCase):
     def test_fused_3d(self):
         self.check(3, fused)
 
-    def test_fused_in_plain_pytorch(self):
+    def test_fused_on_the_reference_backend(self):
         for rank in RANKS:
             self.check(rank, lambda problem: fused(problem, "reference"))
 
@@ -132,12 +132,12 @@ class GradcheckTest(unittest.TestCase):
 
 
 def heads_first(*tensors: Tensor) -> list[Tensor]:
-    """Leaves with the numbers of heads-last tensors."""
+    """Return heads-first copies of heads-last tensors, requiring gradients."""
     return [x.detach().movedim(-2, 1).requires_grad_() for x in tensors]
 
 
-class SomeInputsTest(unittest.TestCase):
-    """Where only some inputs need a gradient, or only some outputs are used."""
+class PartialGradientsTest(unittest.TestCase):
+    """Only some inputs require a gradient, or only some outputs are used."""
 
     def setUp(self):
         generator = torch.Generator().manual_seed(0)
@@ -148,7 +148,7 @@ class SomeInputsTest(unittest.TestCase):
         return natten.na2d(*self.qkv, 3, rpb=self.rpb, return_lse=True, backend=backend)
 
     def compare(self, wanted: list[Tensor], loss: Callable) -> None:
-        """The operators give what differentiating the plain reference gives."""
+        """Compare the gradients of the default backend with those of the reference backend."""
         for x in wanted:
             x.requires_grad_()
         found = torch.autograd.grad(loss(*self.attend(None)), wanted)
@@ -161,13 +161,13 @@ class SomeInputsTest(unittest.TestCase):
                 self.setUp()
                 self.compare([[*self.qkv, self.rpb][index]], lambda out, lse: (out**2).sum() + lse.sum())
 
-    def test_output_alone(self):
+    def test_only_the_output(self):
         self.compare([*self.qkv, self.rpb], lambda out, lse: (out**2).sum())
 
-    def test_logsumexp_alone(self):
+    def test_only_the_logsumexp(self):
         self.compare([*self.qkv[:2], self.rpb], lambda out, lse: (lse**2).sum())
 
-    def test_no_input(self):
+    def test_no_input_requires_a_gradient(self):
         for backend in (None, "reference"):
             out, lse = self.attend(backend)
             self.assertFalse(out.requires_grad or lse.requires_grad)
@@ -184,7 +184,7 @@ class SomeInputsTest(unittest.TestCase):
         self.qkv = [x, x, x]
         self.compare([x], lambda out, lse: (out**2).sum())
 
-    def test_inputs_are_left_as_they_are(self):
+    def test_inputs_are_not_modified(self):
         before = [x.clone() for x in (*self.qkv, self.rpb)]
         for backend in (None, "reference"):
             for x in (*self.qkv, self.rpb):
@@ -194,21 +194,21 @@ class SomeInputsTest(unittest.TestCase):
 
 
 class DoubleBackwardTest(unittest.TestCase):
-    """The plain reference can be differentiated twice; the operators refuse."""
+    """The reference backend has second derivatives; the other backends raise."""
 
-    def test_gradgradcheck_of_the_reference(self):
+    def test_gradgradcheck_of_the_reference_backend(self):
         for rank in RANKS:
             for problem in small_problems(rank, 3):
                 with self.subTest(problem=problem):
                     call, inputs = fused(problem, "reference"), inputs_of(problem)
                     self.assertTrue(gradgradcheck(call, inputs, fast_mode=True))
 
-    def test_the_operators_refuse(self):
+    def test_other_backends_raise(self):
         for problem in small_problems(2, 3):
             for make, pack in ((fused, lambda qkv: qkv), (packed, lambda qkv: [torch.stack(qkv, dim=-3)])):
                 with self.subTest(make.__name__, problem=problem):
                     qkv, rpb = make_qkv(problem), make_rpb(problem)
                     out, _ = make(problem)(*pack(qkv), *([] if rpb is None else [rpb]))
                     (grad,) = torch.autograd.grad((out**2).sum(), qkv[:1], create_graph=True)
-                    with self.assertRaisesRegex(RuntimeError, "differentiate twice"):
+                    with self.assertRaisesRegex(RuntimeError, "differentiate twice"):  # raised by torch
                         grad.sum().backward()

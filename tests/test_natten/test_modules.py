@@ -1,4 +1,4 @@
-"""The layers: parameters, arguments, padding, dropout, autocast, and life with torch around them."""
+"""The layers: parameters, arguments, padding, dropout, autocast, copies and serialization."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """Normally distributed numbers."""
+    """Return a normally distributed tensor."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def filled(module: nn.Module) -> nn.Module:
-    """The layer with parameters that depend on their names alone."""
+    """Return the layer with parameters that depend only on their names."""
     fill(module)
     return module
 
 
-def written_out(module: nn.Module, x: Tensor) -> Tensor:
-    """What a layer computes, step by step: pad, project, attend, crop, project."""
+def step_by_step(module: nn.Module, x: Tensor) -> Tensor:
+    """Compute the layer step by step: pad, project, attend, crop, project."""
     space = x.shape[1:-1]
     padded = x
     for axis, (k, d) in enumerate(zip(module.kernel_size, module.dilation, strict=True), start=1):
@@ -51,7 +51,7 @@ def written_out(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class ParametersTest(unittest.TestCase):
-    """Names, shapes and the switches that decide about them."""
+    """Names and shapes of parameters, and the arguments that determine them."""
 
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         return {name: tuple(x.shape) for name, x in module.state_dict().items()}
@@ -74,7 +74,7 @@ class ParametersTest(unittest.TestCase):
         )
         self.assertEqual(tuple(module.rpb.shape), (2, 3, 5, 7))
         x = random(1, 6, 5, 9, 8)
-        torch.testing.assert_close(filled(module)(x), written_out(module, x))
+        torch.testing.assert_close(filled(module)(x), step_by_step(module, x))
 
     def test_lists_are_accepted(self):
         self.assertEqual(tuple(natten.NeighborhoodAttention2D(8, 2, [3, 5], [1, 2]).rpb.shape), (2, 5, 9))
@@ -82,7 +82,7 @@ class ParametersTest(unittest.TestCase):
     def test_no_qkv_bias(self):
         self.assertNotIn("qkv.bias", self.shapes(natten.NeighborhoodAttention2D(8, 2, 3, qkv_bias=False)))
 
-    def test_rpb_is_on_unless_asked_otherwise(self):
+    def test_rpb_is_on_by_default(self):
         for make in CLASSES.values():
             self.assertIsNotNone(make(8, 2, 3).rpb)
             self.assertIsNotNone(make(dim=8, num_heads=2, kernel_size=3).rpb)
@@ -90,7 +90,7 @@ class ParametersTest(unittest.TestCase):
                 self.assertIsNone(make(8, 2, 3, **{name: False}).rpb)
             self.assertNotIn("rpb", make(8, 2, 3, bias=False).state_dict())
 
-    def test_embed_dim_has_no_rpb_unless_asked_for(self):
+    def test_rpb_is_off_by_default_with_embed_dim(self):
         for make in CLASSES.values():
             arguments = {"embed_dim": 8, "num_heads": 2, "kernel_size": 3}
             self.assertIsNone(make(**arguments).rpb)
@@ -103,7 +103,7 @@ class ParametersTest(unittest.TestCase):
     def test_dilation_none_is_one(self):
         self.assertEqual(natten.NeighborhoodAttention2D(8, 2, 3, dilation=None).dilation, (1, 1))
 
-    def test_rpb_starts_small_and_not_zero(self):
+    def test_rpb_initialization(self):
         rpb = natten.NeighborhoodAttention2D(64, 8, 13).rpb
         self.assertAlmostEqual(rpb.std().item(), 0.02, delta=0.005)
         self.assertTrue(rpb.requires_grad)
@@ -117,7 +117,7 @@ class ParametersTest(unittest.TestCase):
         module.load_state_dict({name: torch.from_numpy(array(name, shape, 1.0)) for name, shape in state.items()})
         torch.testing.assert_close(module.rpb.detach(), torch.from_numpy(array("rpb", (2, 13, 13), 1.0)))
 
-    def test_extra_repr_tells_the_arguments(self):
+    def test_repr_shows_the_arguments(self):
         text = repr(natten.NeighborhoodAttention2D(8, 2, (3, 5), 2, stride=2, is_causal=(True, False)))
         for part in ("NeighborhoodAttention2D", "num_heads=2", "(3, 5)", "dilation=2", "stride=2", "(True, False)"):
             self.assertIn(part, text)
@@ -136,15 +136,15 @@ class ParametersTest(unittest.TestCase):
 
 
 class ForwardTest(unittest.TestCase):
-    """The numbers that come out."""
+    """Outputs and gradients."""
 
-    def test_every_step_written_out(self):
+    def test_equals_the_steps(self):
         for rank, make in CLASSES.items():
             for arguments in ({}, {"is_causal": True}, {"stride": 2}, {"qk_scale": 0.1}, {"bias": False}):
                 with self.subTest(rank=rank, **arguments):
                     module = filled(make(8, 2, 3, **arguments))
                     x = random(2, *MAPS[rank], 8)
-                    torch.testing.assert_close(module(x), written_out(module, x))
+                    torch.testing.assert_close(module(x), step_by_step(module, x))
 
     def test_small_maps_are_padded_with_zeros_and_cropped(self):
         for space, kernel_size, dilation in (
@@ -160,9 +160,9 @@ class ForwardTest(unittest.TestCase):
                 module = filled(CLASSES[len(space)](8, 2, kernel_size, dilation))
                 x = random(2, *space, 8)
                 self.assertEqual(module(x).shape, x.shape)
-                torch.testing.assert_close(module(x), written_out(module, x))
+                torch.testing.assert_close(module(x), step_by_step(module, x))
 
-    def test_padding_is_seen_by_the_windows(self):
+    def test_windows_include_the_padding(self):
         module = filled(natten.NeighborhoodAttention1D(8, 2, 5))
         x = random(1, 3, 8)
         alone = filled(natten.NeighborhoodAttention1D(8, 2, 3, rel_pos_bias=False))
@@ -172,9 +172,9 @@ class ForwardTest(unittest.TestCase):
         module = filled(natten.NeighborhoodAttention2D(8, 2, 5))
         x = random(2, 6, 3, 8).requires_grad_()
         wanted = [x, *module.parameters()]
-        sent = random(2, 6, 3, 8, seed=1)
-        found = torch.autograd.grad(module(x), wanted, sent)
-        torch.testing.assert_close(found, torch.autograd.grad(written_out(module, x), wanted, sent))
+        grad_out = random(2, 6, 3, 8, seed=1)
+        found = torch.autograd.grad(module(x), wanted, grad_out)
+        torch.testing.assert_close(found, torch.autograd.grad(step_by_step(module, x), wanted, grad_out))
 
     def test_backends_agree(self):
         for rank, make in CLASSES.items():
@@ -213,9 +213,9 @@ class ForwardTest(unittest.TestCase):
 
 
 class AttentionWeightsTest(unittest.TestCase):
-    """`attention_weights`: what the forward pass weighs the values by."""
+    """`attention_weights` returns the weights of the forward pass."""
 
-    def test_they_sum_to_one_and_make_the_output(self):
+    def test_weights_sum_to_one_and_produce_the_output(self):
         for rank, make in CLASSES.items():
             for arguments in ({}, {"is_causal": True}, {"attn_drop": 0.5}, {"bias": False, "qk_scale": 0.3}):
                 with self.subTest(rank=rank, **arguments):
@@ -232,7 +232,7 @@ class AttentionWeightsTest(unittest.TestCase):
         module = filled(natten.NeighborhoodAttention2D(8, 2, 3, 2))
         self.assertEqual(module.attention_weights(random(1, 4, 9, 8)).shape, (1, 2, 6, 9, 9))
 
-    def test_a_stride_is_refused(self):
+    def test_stride_is_not_supported(self):
         with self.assertRaisesRegex(ValueError, "stride"):
             natten.NeighborhoodAttention2D(8, 2, 3, stride=2).attention_weights(random(1, 7, 8, 8))
 
@@ -249,11 +249,11 @@ class DropoutTest(unittest.TestCase):
         x = random(2, 7, 8, 8)
         torch.testing.assert_close(module(x), plain(x))
 
-    def test_path_with_weights_computes_what_the_fused_one_does(self):
+    def test_unfused_path_equals_the_fused_path(self):
         for rank, make in CLASSES.items():
             for arguments in ({}, {"is_causal": True}, {"dilation": 2}, {"bias": False}, {"qk_scale": 0.3}):
                 with self.subTest(rank=rank, **arguments):
-                    # So rare that it never strikes, but the weights are made.
+                    # The rate is too small to drop anything, but selects the unfused path.
                     module = filled(make(8, 2, 3, attn_drop=1e-9, **arguments))
                     x = random(2, *MAPS[rank], 8).requires_grad_()
                     wanted = [x, *module.parameters()]
@@ -297,7 +297,7 @@ class PrecisionTest(unittest.TestCase):
                     self.assertEqual((module.rpb.dtype, module.rpb.grad.dtype), (torch.float32, torch.float32))
                     torch.testing.assert_close(out.float(), module(x), rtol=0.05, atol=0.05)
 
-    def test_functions_cast_their_inputs_but_not_the_table(self):
+    def test_functions_cast_their_inputs_but_not_rpb(self):
         q, k, v = random(3, 2, 7, 8, 2, 4).requires_grad_().unbind()
         rpb = random(2, 5, 5).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
@@ -310,14 +310,14 @@ class PrecisionTest(unittest.TestCase):
         self.assertEqual({x.dtype for x in grads}, {torch.float32})
         torch.testing.assert_close(packed, out, rtol=0, atol=0)
 
-    def test_inputs_of_several_dtypes_become_one_under_autocast(self):
+    def test_inputs_may_differ_in_dtype_under_autocast(self):
         q, k, v = random(3, 2, 7, 8, 2, 4).unbind()
         with torch.autocast("cpu", torch.bfloat16):
             expected = natten.na2d(q, k, v, 3)
             found = natten.na2d(q, k.bfloat16(), v.bfloat16(), 3)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
-    def test_autocast_leaves_float64(self):
+    def test_autocast_keeps_float64(self):
         module = natten.NeighborhoodAttention1D(8, 2, 3).double()
         self.assertEqual(module(random(1, 9, 8).double()).dtype, torch.float64)
         q, k, v = random(3, 1, 9, 2, 4).double()
@@ -333,9 +333,9 @@ class PrecisionTest(unittest.TestCase):
 
 
 class CopyTest(unittest.TestCase):
-    """Layers survive saving, copying and pickling."""
+    """Layers can be saved, copied and pickled."""
 
-    def same(self, module: nn.Module, other: nn.Module) -> None:
+    def assert_same(self, module: nn.Module, other: nn.Module) -> None:
         x = random(2, *MAPS[module.rank], 8)
         self.assertIs(type(other), type(module))
         torch.testing.assert_close(other(x), module(x), rtol=0, atol=0)
@@ -344,20 +344,20 @@ class CopyTest(unittest.TestCase):
         for make in CLASSES.values():
             module, other = make(8, 2, 3), make(8, 2, 3)
             other.load_state_dict(module.state_dict(), strict=True)
-            self.same(module, other)
+            self.assert_same(module, other)
 
     def test_deepcopy_and_pickle(self):
         for make in CLASSES.values():
             module = make(8, 2, 3, 1, is_causal=True)
-            self.same(module, copy.deepcopy(module))
-            self.same(module, pickle.loads(pickle.dumps(module)))
+            self.assert_same(module, copy.deepcopy(module))
+            self.assert_same(module, pickle.loads(pickle.dumps(module)))
 
     def test_torch_save(self):
         module, file = natten.NeighborhoodAttention2D(8, 2, 3), io.BytesIO()
         torch.save(module, file)
         file.seek(0)
         with torch.serialization.safe_globals([type(module), torch.nn.Linear, torch.nn.Dropout, set]):
-            self.same(module, torch.load(file, weights_only=True))
+            self.assert_same(module, torch.load(file, weights_only=True))
 
     def test_names_and_documentation(self):
         for rank, make in CLASSES.items():

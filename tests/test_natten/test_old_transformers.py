@@ -1,4 +1,4 @@
-"""transformers 4.53's own Nat and Dinat, unmodified, on this operator."""
+"""The unmodified Nat and Dinat of transformers 4.53 on this operator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ UNREACHABLE = "connection ?error|connection broken|temporary failure|timed out|S
 
 
 def make_environment(folder: Path) -> Path:
-    """Installs the old release beside the packages of this environment, and before them; returns its Python."""
+    """Create an environment with the old release and the packages of this environment; return its Python.
+
+    The old release takes precedence.
+    """
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
@@ -32,15 +35,15 @@ def make_environment(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--retries", "1", RELEASE]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode and (reason := re.search(f".*(?:{UNREACHABLE}).*", done.stderr, re.IGNORECASE)):
-        raise unittest.SkipTest(f"the package index cannot be reached: {reason[0]}")
+        raise unittest.SkipTest(f"package index unreachable: {reason[0]}")
     if done.returncode:
-        raise AssertionError(f"{RELEASE} cannot be installed:\n{done.stdout}{done.stderr}")
+        raise AssertionError(f"{RELEASE} could not be installed:\n{done.stdout}{done.stderr}")
     return python
 
 
 @pytest.mark.slow
 class OldTransformersTest(unittest.TestCase):
-    """What the models compute, against numbers of transformers 4.53.3 with the original operator."""
+    """Results of the models, against goldens of transformers 4.53.3 with the original operator."""
 
     @classmethod
     def setUpClass(cls):
@@ -54,11 +57,11 @@ class OldTransformersTest(unittest.TestCase):
             raise AssertionError(done.stderr)
         cls.found = json.loads(done.stdout)
 
-    def test_it_is_the_old_release(self):
+    def test_release(self):
         self.assertRegex(self.found["release"], r"^4\.53\.")
         self.assertEqual(set(self.found), {"release", "nat", "dinat"})
 
-    def test_numbers(self):
+    def test_values(self):
         for kind in ("nat", "dinat"):
             golden, found = self.goldens[f"{kind}-128x128"], self.found[kind]
             for name in ("logits", "hidden_norms", "attention_norms"):

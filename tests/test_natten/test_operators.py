@@ -1,4 +1,4 @@
-"""The operators registered with torch.library, against torch's own checks of schema, fake tensors and tracing."""
+"""Operators registered with torch.library: torch's checks of schema, fake tensors and tracing, and direct calls."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "te
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Normally distributed numbers."""
+    """Return a normally distributed tensor."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def window(rank: int, kernel_size: int = 3, stride: int = 1, dilation: int = 1, is_causal: bool = False) -> tuple:
-    """The window arguments of an operator, then scale and backend."""
+    """Return the window arguments, scale and backend of a fused operator."""
     return [kernel_size] * rank, [stride] * rank, [dilation] * rank, [is_causal] * rank, 0.5, None
 
 
-def forward_inputs() -> dict[str, tuple]:
-    """Arguments of attention_forward, by what is special about them."""
+def attention_inputs() -> dict[str, tuple]:
+    """Return arguments of attention_forward by a description."""
     rpb = random(2, 5, 5)
     packed = random(2, 5, 6, 3, 2, 4)
     heads_first = random(3, 2, 2, 5, 6, 4).movedim(2, -2)
@@ -49,10 +49,10 @@ def forward_inputs() -> dict[str, tuple]:
     }
 
 
-def backward_inputs() -> dict[str, tuple]:
-    """Arguments of attention_backward for each of the above, with and without a gradient of the logsumexp."""
+def attention_backward_inputs() -> dict[str, tuple]:
+    """Return arguments of attention_backward for each of the above, with and without a gradient of the logsumexp."""
     samples = {}
-    for name, (query, key, value, rpb, *rest) in forward_inputs().items():
+    for name, (query, key, value, rpb, *rest) in attention_inputs().items():
         out, lse = torch.ops.natten.attention_forward(query, key, value, rpb, *rest)
         grad_out, grad_lse = torch.ones_like(out), torch.ones_like(lse)
         samples[name] = (grad_out, None, query, key, value, rpb, out, lse, *rest)
@@ -60,56 +60,56 @@ def backward_inputs() -> dict[str, tuple]:
     return samples
 
 
-def half_window(rank: int, kernel_size: int = 3, dilation: int = 1, is_causal: bool = False) -> tuple:
-    """The window arguments of an operator of the two halves, then the backend."""
+def unfused_window(rank: int, kernel_size: int = 3, dilation: int = 1, is_causal: bool = False) -> tuple:
+    """Return the window arguments and backend of an unfused operator."""
     return [kernel_size] * rank, [dilation] * rank, [is_causal] * rank, None
 
 
-def half_inputs() -> dict[str, tuple]:
-    """Query or value, rpb and window of the two halves, by what is special about them."""
+def unfused_inputs() -> dict[str, tuple]:
+    """Return query or value, rpb and window of the unfused operators by a description."""
     packed = random(2, 5, 6, 2, 2, 8).movedim(-2, 1)
     return {
-        "plain": (random(2, 2, 5, 6, 4), None, *half_window(2)),
-        "with rpb": (random(2, 2, 5, 6, 8), random(2, 5, 5), *half_window(2)),
-        "causal": (random(1, 2, 7, 8), random(2, 5), *half_window(1, is_causal=True)),
-        "dilation": (random(1, 2, 6, 7, 8, 8), None, *half_window(3, kernel_size=2, dilation=3)),
-        "heads last in memory": (packed.select(-2, 1), None, *half_window(2)),
-        "bfloat16": (random(1, 2, 6, 8, dtype=torch.bfloat16), random(2, 5), *half_window(1)),
-        "float64": (random(1, 2, 6, 8, dtype=torch.float64), None, *half_window(1)),
-        "no batch": (random(0, 2, 5, 6, 8), random(2, 5, 5), *half_window(2)),
+        "plain": (random(2, 2, 5, 6, 4), None, *unfused_window(2)),
+        "with rpb": (random(2, 2, 5, 6, 8), random(2, 5, 5), *unfused_window(2)),
+        "causal": (random(1, 2, 7, 8), random(2, 5), *unfused_window(1, is_causal=True)),
+        "dilation": (random(1, 2, 6, 7, 8, 8), None, *unfused_window(3, kernel_size=2, dilation=3)),
+        "heads last in memory": (packed.select(-2, 1), None, *unfused_window(2)),
+        "bfloat16": (random(1, 2, 6, 8, dtype=torch.bfloat16), random(2, 5), *unfused_window(1)),
+        "float64": (random(1, 2, 6, 8, dtype=torch.float64), None, *unfused_window(1)),
+        "no batch": (random(0, 2, 5, 6, 8), random(2, 5, 5), *unfused_window(2)),
     }
 
 
 def weights_for(x: Tensor, kernel_size: list[int]) -> Tensor:
-    """Weights of every query of a map with its window."""
+    """Return a weight for each query and key of its window."""
     return random(*x.shape[:-1], math.prod(kernel_size), dtype=x.dtype)
 
 
 def query_key_inputs() -> dict[str, tuple]:
-    return {name: (x, x.flip(0), rpb, *window) for name, (x, rpb, *window) in half_inputs().items()}
+    return {name: (x, x.flip(0), rpb, *window) for name, (x, rpb, *window) in unfused_inputs().items()}
 
 
 def query_key_backward_inputs() -> dict[str, tuple]:
     return {
         name: (weights_for(x, window[0]), x, x.flip(0), rpb, *window)
-        for name, (x, rpb, *window) in half_inputs().items()
+        for name, (x, rpb, *window) in unfused_inputs().items()
     }
 
 
 def weight_value_inputs() -> dict[str, tuple]:
-    return {name: (weights_for(x, window[0]), x, *window) for name, (x, _, *window) in half_inputs().items()}
+    return {name: (weights_for(x, window[0]), x, *window) for name, (x, _, *window) in unfused_inputs().items()}
 
 
 def weight_value_backward_inputs() -> dict[str, tuple]:
     return {
         name: (torch.ones_like(x), weights_for(x, window[0]), x, *window)
-        for name, (x, _, *window) in half_inputs().items()
+        for name, (x, _, *window) in unfused_inputs().items()
     }
 
 
 SAMPLES: dict[str, Callable[[], dict[str, tuple]]] = {
-    "natten::attention_forward": forward_inputs,
-    "natten::attention_backward": backward_inputs,
+    "natten::attention_forward": attention_inputs,
+    "natten::attention_backward": attention_backward_inputs,
     "natten::query_key_forward": query_key_inputs,
     "natten::query_key_backward": query_key_backward_inputs,
     "natten::weight_value_forward": weight_value_inputs,
@@ -118,16 +118,16 @@ SAMPLES: dict[str, Callable[[], dict[str, tuple]]] = {
 
 
 def registered() -> set[str]:
-    """Names of all operators of this package that torch knows."""
+    """Return the names of all registered natten operators."""
     return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("natten::")}
 
 
 class OpcheckTest(unittest.TestCase):
-    """Every operator of the package."""
+    """All operators, on all sample inputs."""
 
     def test_every_operator_has_sample_inputs(self):
         names = {name.removesuffix(".default") for name in registered()}
-        self.assertEqual(names, set(SAMPLES), "give the operator sample inputs in SAMPLES")
+        self.assertEqual(names, set(SAMPLES), "add sample inputs of the operator to SAMPLES")
 
     def test_opcheck(self):
         for name, make_samples in SAMPLES.items():
@@ -138,7 +138,7 @@ class OpcheckTest(unittest.TestCase):
                     self.assertEqual(set(results.values()), {"SUCCESS"})
                     self.assertEqual(set(results), set(UTILITIES))
 
-    def test_outputs_are_contiguous_and_like_those_of_fake_tensors(self):
+    def test_outputs_are_contiguous_and_match_fake_tensors(self):
         for name, make_samples in SAMPLES.items():
             operator = getattr(torch.ops.natten, name.split("::")[1])
             for sample, arguments in make_samples().items():
@@ -152,8 +152,8 @@ class OpcheckTest(unittest.TestCase):
                         self.assertEqual((real.shape, real.dtype), (fake.shape, fake.dtype))
 
 
-class PastTheDispatcherTest(unittest.TestCase):
-    """Plain calls do not go through the operators; whoever looks on sees them all the same."""
+class DirectCallTest(unittest.TestCase):
+    """Eager calls bypass the dispatcher, unless a profiler, mode or transform must see the operators."""
 
     def setUp(self):
         self.x = random(1, 6, 7, 3, 2, 8)
@@ -163,14 +163,31 @@ class PastTheDispatcherTest(unittest.TestCase):
     def loss(self, x: Tensor) -> Tensor:
         return (natten.na2d_qkvpacked(x, 3, rpb=self.rpb) * self.weight).sum()
 
-    def test_a_profiler_sees_the_operators(self):
-        x = self.x.clone().requires_grad_()
-        with torch.autograd.profiler.profile() as seen:
-            self.loss(x).backward()
-        names = {event.name for event in seen.function_events}
-        self.assertLessEqual({"natten::attention_forward", "natten::attention_backward"}, names)
+    def unfused_loss(self, x: Tensor) -> Tensor:
+        query, key, value = x.movedim(-2, 1).unbind(-2)
+        attn = natten.na2d_qk(query, key, 3, rpb=self.rpb).softmax(-1)
+        return (natten.na2d_av(attn, value, 3) * self.weight.movedim(-2, 1)).sum()
 
-    def test_a_mode_sees_them(self):
+    def test_profiler_sees_the_operators(self):
+        for loss, operators in (
+            (self.loss, ["attention"]),
+            (self.unfused_loss, ["query_key", "weight_value"]),
+        ):
+            x = self.x.clone().requires_grad_()
+            with torch.autograd.profiler.profile() as profile:
+                loss(x).backward()
+            names = {event.name for event in profile.function_events}
+            expected = {f"natten::{name}_{direction}" for name in operators for direction in ("forward", "backward")}
+            self.assertLessEqual(expected, names)
+
+    def test_unfused_gradients_equal_those_of_the_operators(self):
+        direct, profiled = self.x.clone().requires_grad_(), self.x.clone().requires_grad_()
+        self.unfused_loss(direct).backward()
+        with torch.autograd.profiler.profile():
+            self.unfused_loss(profiled).backward()
+        self.assertTrue(torch.equal(direct.grad, profiled.grad))
+
+    def test_dispatch_mode_sees_the_operators(self):
         names = []
 
         class Recorder(TorchDispatchMode):
@@ -182,7 +199,7 @@ class PastTheDispatcherTest(unittest.TestCase):
             self.loss(self.x)
         self.assertIn("natten::attention_forward", names)
 
-    def test_they_give_the_same(self):
+    def test_results_equal_those_of_the_operators(self):
         query, key, value = self.x.unbind(-3)
         direct = natten.na2d(query, key, value, 3, rpb=self.rpb, return_lse=True, scale=0.5)
         for x, y in zip(
@@ -194,19 +211,19 @@ class PastTheDispatcherTest(unittest.TestCase):
         x = self.x.clone().requires_grad_()
         (expected,) = torch.autograd.grad(self.loss(x), x)
         torch.testing.assert_close(torch.func.grad(self.loss)(self.x), expected)
-        # Differentiated outside of a transform that does not concern it.
+        # x is differentiated outside of a transform over another input.
         inside = torch.func.grad(lambda factor, x: self.loss(x) * factor)
         torch.testing.assert_close(
             torch.func.grad(lambda x: inside(torch.tensor(2.0), x))(self.x), expected, rtol=1e-4, atol=1e-5
         )
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(self.x, torch.ones_like(self.x))
-            with self.assertRaises((RuntimeError, NotImplementedError)):  # rather than losing the tangent
+            with self.assertRaises((RuntimeError, NotImplementedError)):  # instead of dropping the tangent
                 self.loss(dual)
 
 
 class MetaTest(unittest.TestCase):
-    """The functions on meta tensors: shapes without numbers."""
+    """The functions on meta tensors."""
 
     def test_shapes(self):
         q = torch.empty(2, 5, 6, 3, 4, device="meta", dtype=torch.bfloat16)

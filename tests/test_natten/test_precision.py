@@ -1,4 +1,4 @@
-"""What PyTorch's settings say of float32 matrix products, each in a process of its own: they do not mix."""
+"""PyTorch's settings for float32 matrix products, each in its own process because they interact."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import subprocess
 import sys
 import unittest
 
-_QUESTION = "import torch; {}; from natten.backends.cuda import may_round_float32; print(may_round_float32())"
+_CODE = "import torch; {}; from natten.backends.cuda import may_round_float32; print(may_round_float32())"
 
 
 class Float32Test(unittest.TestCase):
-    def ask(self, setting: str) -> str:
-        done = subprocess.run([sys.executable, "-c", _QUESTION.format(setting)], capture_output=True, text=True)
+    def may_round(self, setting: str) -> str:
+        done = subprocess.run([sys.executable, "-c", _CODE.format(setting)], capture_output=True, text=True)
         self.assertEqual(done.returncode, 0, done.stderr)
         return done.stdout.strip()
 
-    def test_older_and_newer_settings(self):
+    def test_old_and_new_settings(self):
         for setting, answer in (
             ("pass", "False"),
             ("torch.set_float32_matmul_precision('high')", "True"),
@@ -27,7 +27,7 @@ class Float32Test(unittest.TestCase):
             ("torch.backends.fp32_precision = 'tf32'", "True"),
         ):
             with self.subTest(setting):
-                self.assertEqual(self.ask(setting), answer)
+                self.assertEqual(self.may_round(setting), answer)
 
 
 if __name__ == "__main__":

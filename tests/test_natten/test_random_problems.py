@@ -1,4 +1,4 @@
-"""The operator against the brute-force definition on seeded random problems: 200 a rank in float64, some in less."""
+"""The operator against the brute-force definition: 200 random problems per rank in float64, some in lower precision."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ TOLERANCE = 1e-10
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
-    """Same shape, and nowhere further apart than the tolerance; infinities in the same places."""
+    """Compare shapes and values with an absolute tolerance; infinities must be in the same places."""
     torch.testing.assert_close(
         found.detach().double(), expected.detach().double(), atol=tolerance, rtol=0, msg=lambda text: f"{name}: {text}"
     )
 
 
 def definition(problem: Problem, qkv: list[Tensor], rpb: Tensor | None) -> dict[str, Tensor]:
-    """Results of the brute-force definition, in float64, from the numbers that the tensors hold."""
+    """Compute the results of the brute-force definition in float64."""
     inputs = [None if x is None else x.detach().double().requires_grad_() for x in (*qkv, rpb)]
     outputs = brute_force.attention(*inputs[:3], problem.window, inputs[3])
     return name_results(outputs, gradients(outputs, inputs, cotangents(*outputs, problem.seed)))
 
 
 def fused(problem: Problem, qkv: list[Tensor], rpb: Tensor | None, backend: str | None = None) -> dict[str, Tensor]:
-    """Results of na*d."""
+    """Compute the results of na*d."""
     attend = function(problem.rank)
     outputs = attend(*qkv, *problem.window, rpb=rpb, return_lse=True, backend=backend)
     return name_results(outputs, gradients(outputs, [*qkv, rpb], cotangents(*outputs, problem.seed)))
 
 
 def packed(problem: Problem, qkv: list[Tensor], rpb: Tensor | None, backend: str | None = None) -> dict[str, Tensor]:
-    """Results of na*d_qkvpacked, whose one gradient is taken apart."""
+    """Compute the results of na*d_qkvpacked, with its packed gradient split."""
     attend = function(problem.rank, "_qkvpacked")
     tensor = torch.stack([x.detach() for x in qkv], dim=-3).requires_grad_()
     outputs = attend(tensor, *problem.window, rpb=rpb, return_lse=True, backend=backend)
@@ -55,23 +55,23 @@ def packed(problem: Problem, qkv: list[Tensor], rpb: Tensor | None, backend: str
 
 
 def name_results(outputs: tuple[Tensor, Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
-    """The results by their names."""
+    """Return the results by name."""
     names = ("out", "lse", "dq", "dk", "dv", "drpb")
     return dict(zip(names, (*outputs, *grads), strict=False))
 
 
 class FusedInFloat64Test(unittest.TestCase):
-    """Output, logsumexp and all gradients, also those that come through the logsumexp."""
+    """Output, logsumexp and all gradients, including gradients through the logsumexp."""
 
     def check_rank(self, rank: int) -> None:
-        """Compares each way to call the fused function on all problems of a rank."""
+        """Compare the fused and packed functions on all problems of a rank."""
         for seed in range(PROBLEMS_PER_RANK):
             problem = random_problem(rank, seed)
             qkv, rpb = make_qkv(problem), make_rpb(problem)
             expected = definition(problem, qkv, rpb)
             ways = {
                 "fused": lambda p=problem, x=qkv, t=rpb: fused(p, x, t),
-                "fused, plain": lambda p=problem, x=qkv, t=rpb: fused(p, x, t, "reference"),
+                "fused, reference": lambda p=problem, x=qkv, t=rpb: fused(p, x, t, "reference"),
                 "packed": lambda p=problem, x=qkv, t=rpb: packed(p, x, t),
             }
             for way, compute in ways.items():
@@ -93,7 +93,7 @@ class FusedInFloat64Test(unittest.TestCase):
     def test_3d(self):
         self.check_rank(3)
 
-    def test_the_problems_cover_what_they_should(self):
+    def test_problems_cover_all_features(self):
         for rank in RANKS:
             problems = [random_problem(rank, seed) for seed in range(PROBLEMS_PER_RANK)]
             features = {
@@ -120,18 +120,18 @@ class FusedInFloat64Test(unittest.TestCase):
                     self.assertGreaterEqual(sum(map(has, problems)), 10)
 
 
-class FusedInLessPrecisionTest(unittest.TestCase):
-    """Errors stay near one rounding of the result: the arithmetic itself runs in float32.
+class FusedInLowerPrecisionTest(unittest.TestCase):
+    """Errors are close to one rounding of the result, because the arithmetic runs in float32.
 
-    The bound is a multiple of the dtype's epsilon times the largest number of the exact result, which is computed in
-    float64 from the same rounded inputs. The multiples leave room for the output that backward reads in rounded form.
+    The bound is a multiple of the dtype's epsilon times the largest element of the exact result, which is computed in
+    float64 from the same rounded inputs. The multiples allow for the rounded output that the backward pass reads.
     """
 
     MULTIPLES = {torch.float32: 32, torch.bfloat16: 4, torch.float16: 4}  # noqa: RUF012
     PROBLEMS_PER_RANK = 15
 
     def check(self, dtype: torch.dtype, rpb_dtype: torch.dtype) -> None:
-        """Compares problems of all ranks in that precision with the definition."""
+        """Compare problems of all ranks in this precision with the definition."""
         for rank in RANKS:
             for seed in range(1000, 1000 + self.PROBLEMS_PER_RANK):
                 problem = random_problem(rank, seed, max_dim=16)
@@ -172,7 +172,7 @@ class FusedInLessPrecisionTest(unittest.TestCase):
 
 
 class UnfusedInFloat64Test(unittest.TestCase):
-    """The two halves, results and gradients; they take no stride."""
+    """Results and gradients of na*d_qk and na*d_av, which have no stride."""
 
     PROBLEMS_PER_RANK = 60
 
@@ -189,9 +189,11 @@ class UnfusedInFloat64Test(unittest.TestCase):
         found = function(problem.rank, "_qk")(q, k, kernel_size, dilation, is_causal, rpb=rpb)
         expected = brute_force.qk(q, k, problem.window, rpb)
         assert_near(found, expected, TOLERANCE, "logits")
-        sent = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(problem.seed))
-        sent = sent.masked_fill(expected.isinf(), 0.0)  # what softmax sends there
-        self.compare_gradients(found, expected, [q, k, rpb], sent)
+        grad_out = torch.randn(
+            expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(problem.seed)
+        )
+        grad_out = grad_out.masked_fill(expected.isinf(), 0.0)  # as softmax does
+        self.compare_gradients(found, expected, [q, k, rpb], grad_out)
 
     def check_av(self, problem: Problem, v: Tensor) -> None:
         kernel_size, _, dilation, is_causal = problem.window
@@ -201,11 +203,11 @@ class UnfusedInFloat64Test(unittest.TestCase):
         found = function(problem.rank, "_av")(weights, v, kernel_size, dilation, is_causal)
         expected = brute_force.av(weights, v, problem.window)
         assert_near(found, expected, TOLERANCE, "output")
-        sent = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
-        self.compare_gradients(found, expected, [weights, v], sent)
+        grad_out = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+        self.compare_gradients(found, expected, [weights, v], grad_out)
 
-    def compare_gradients(self, found: Tensor, expected: Tensor, inputs: list, sent: Tensor) -> None:
-        pairs = zip(gradients((found,), inputs, (sent,)), gradients((expected,), inputs, (sent,)), strict=True)
+    def compare_gradients(self, found: Tensor, expected: Tensor, inputs: list, grad_out: Tensor) -> None:
+        pairs = zip(gradients((found,), inputs, (grad_out,)), gradients((expected,), inputs, (grad_out,)), strict=True)
         for index, (x, y) in enumerate(pairs):
             assert_near(x, y, TOLERANCE, f"gradient of input {index}")
 
@@ -218,15 +220,15 @@ class UnfusedInFloat64Test(unittest.TestCase):
     def test_3d(self):
         self.check_rank(3)
 
-    def test_slots_before_the_map_are_constant_whatever_gradient_they_receive(self):
+    def test_slots_before_the_map_pass_no_gradient(self):
         q, k = torch.randn(2, 1, 1, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         q.requires_grad_(), k.requires_grad_()
         logits = natten.na1d_qk(q, k, 3, is_causal=True)
-        sent = logits.detach().isinf().double()
-        for grad in torch.autograd.grad(logits, (q, k), sent):
+        grad_out = logits.detach().isinf().double()
+        for grad in torch.autograd.grad(logits, (q, k), grad_out):
             self.assertEqual(grad.abs().max().item(), 0.0)
 
-    def test_weights_before_the_map_are_ignored_whatever_they_are(self):
+    def test_weights_before_the_map_are_ignored(self):
         problem = random_problem(2, 0, with_stride=False)
         window = problem.window._replace(is_causal=(True, False))
         v = make_qkv(problem)[2].movedim(-2, 1)
@@ -237,14 +239,14 @@ class UnfusedInFloat64Test(unittest.TestCase):
 
 
 class BruteForceTest(unittest.TestCase):
-    """The judge itself, on windows that one can check by hand."""
+    """The brute-force definition itself, on windows verified by hand."""
 
     def keys(self, i: int, length: int, kernel: int, **arguments) -> list[int | None]:
         arguments = {"stride": 1, "dilation": 1, "causal": False, **arguments}
         slots = brute_force.axis_window(i, length, kernel, **arguments)
         return [None if slot is None else slot.key for slot in slots]
 
-    def test_windows_written_out(self):
+    def test_windows(self):
         self.assertEqual(self.keys(4, 9, 3), [3, 4, 5])
         self.assertEqual(self.keys(0, 9, 3), [0, 1, 2])
         self.assertEqual(self.keys(8, 9, 3), [6, 7, 8])
@@ -256,7 +258,7 @@ class BruteForceTest(unittest.TestCase):
         self.assertEqual(self.keys(3, 9, 3, stride=3), [3, 4, 5])
         self.assertEqual(self.keys(4, 9, 3, stride=2, causal=True), [3, 4, None])
 
-    def test_bias_entries_written_out(self):
+    def test_bias_entries(self):
         slots = brute_force.axis_window(0, 9, 3, stride=1, dilation=1, causal=False)
         self.assertEqual([slot.bias for slot in slots], [2, 3, 4])
         slots = brute_force.axis_window(8, 9, 3, stride=1, dilation=1, causal=False)

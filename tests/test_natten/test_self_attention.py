@@ -1,4 +1,4 @@
-"""What must hold without any other implementation at hand: self attention as a special case, and symmetries."""
+"""Properties that need no other implementation: self attention as a special case, and symmetries."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ MAPS = {1: (9,), 2: (5, 6), 3: (3, 4, 5)}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """Normally distributed numbers in float64."""
+    """Return a normally distributed float64 tensor."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def qkv_of(space: tuple[int, ...], batch: int = 2, heads: int = 3, head_dim: int = 4) -> tuple[Tensor, ...]:
-    """Heads-last query, key and value."""
+    """Return heads-last query, key and value."""
     return random(3, batch, *space, heads, head_dim).unbind()
 
 
 def assert_equal(found: Tensor, expected: Tensor) -> None:
-    """Equal up to rounding in float64."""
+    """Assert equality up to float64 rounding."""
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """torch's own attention of all tokens of a map with all others, on heads-last tensors."""
+    """Compute torch's attention between all tokens of a map, on heads-last tensors."""
     flat = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(*flat, attn_mask=mask, is_causal=is_causal)
     return out.transpose(1, 2).reshape(q.shape)
 
 
 class SelfAttentionTest(unittest.TestCase):
-    """A window as large as the map, undilated, is self attention."""
+    """A window of the size of the map, without dilation, is self attention."""
 
     def compare(self, q: Tensor, k: Tensor, v: Tensor, is_causal=False, mask: Tensor | None = None) -> None:
-        """Output and gradients of both ways to run the operator."""
+        """Compare output and gradients of the default and the reference backend."""
         for x in (inputs := (q, k, v)):
             x.requires_grad_()
         space = q.shape[1:-2]
         expected = self_attention(q, k, v, mask)
-        sent = random(*q.shape, seed=1)
-        expected_grads = torch.autograd.grad(expected, inputs, sent)
+        grad_out = random(*q.shape, seed=1)
+        expected_grads = torch.autograd.grad(expected, inputs, grad_out)
         for backend in (None, "reference"):
             out = function(len(space))(q, k, v, tuple(space), is_causal=is_causal, backend=backend)
             assert_equal(out, expected)
-            for found, grad in zip(torch.autograd.grad(out, inputs, sent), expected_grads, strict=True):
+            for found, grad in zip(torch.autograd.grad(out, inputs, grad_out), expected_grads, strict=True):
                 assert_equal(found, grad)
 
     def test_window_of_the_whole_map(self):
@@ -82,7 +82,7 @@ class SelfAttentionTest(unittest.TestCase):
         assert_equal(natten.na2d(q, k, v, 3, scale=0.3), natten.na2d(q * 0.6, k, v, 3, scale=0.5))
         assert_equal(natten.na2d(q, k, v, 3), natten.na2d(q, k, v, 3, scale=4**-0.5))
 
-    def test_full_window_ignores_where_the_tokens_lie(self):
+    def test_full_window_is_independent_of_token_order(self):
         order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
         q, k, v = qkv_of(MAPS[1])
         assert_equal(natten.na1d(q[:, order], k[:, order], v[:, order], 9), natten.na1d(q, k, v, 9)[:, order])
@@ -104,7 +104,7 @@ class DilationTest(unittest.TestCase):
             assert_equal(out[one], expected_out)
             assert_equal(lse[one], expected_lse)
 
-    def test_each_residue_class_is_a_map_of_its_own(self):
+    def test_each_residue_class_is_a_separate_map(self):
         for space, dilation in (((14,), (4,)), ((9, 11), (3, 2)), ((7, 3, 9), (2, 1, 3))):
             for arguments in ({}, {"is_causal": True}, {"stride": 2}):
                 with self.subTest(space=space, dilation=dilation, **arguments):
@@ -112,16 +112,16 @@ class DilationTest(unittest.TestCase):
 
 
 class SymmetryTest(unittest.TestCase):
-    """Symmetries that the definition has."""
+    """Symmetries of the definition."""
 
-    def test_a_crop_changes_no_query_whose_window_is_inside(self):
+    def test_crop_keeps_queries_whose_windows_are_inside(self):
         q, k, v = qkv_of((16, 17))
         whole = natten.na2d(q, k, v, (3, 5), dilation=(2, 1), rpb=random(3, 5, 9))
-        q, k, v = (x[:, 2:15, 3:16] for x in (q, k, v))  # the rows begin at a multiple of the dilation
+        q, k, v = (x[:, 2:15, 3:16] for x in (q, k, v))  # the first row is a multiple of the dilation
         part = natten.na2d(q, k, v, (3, 5), dilation=(2, 1), rpb=random(3, 5, 9))
         assert_equal(part[:, 2:-2, 2:-2], whole[:, 4:13, 5:14])
 
-    def test_flipping_the_map_and_the_table_of_odd_windows_flips_the_output(self):
+    def test_flipped_map_and_table_flip_the_output_of_odd_windows(self):
         for space, kernel_size, dilation in (
             ((17,), (5,), (3,)),
             ((9, 11), (3, 5), (3, 2)),
@@ -137,7 +137,7 @@ class SymmetryTest(unittest.TestCase):
                 flipped = function(rank)(*(x.flip(axes) for x in (q, k, v)), **window, rpb=rpb.flip(axes))
                 assert_equal(flipped.flip(axes), out)
 
-    def test_exchanging_the_axes_exchanges_those_of_the_output(self):
+    def test_permuted_axes_permute_the_output(self):
         q, k, v = qkv_of((6, 7, 8))
         window = {
             "kernel_size": (2, 3, 4),
@@ -157,7 +157,7 @@ class SymmetryTest(unittest.TestCase):
                 )
                 assert_equal(exchanged, out.permute(moved))
 
-    def test_batch_elements_and_heads_do_not_mix(self):
+    def test_batch_elements_and_heads_are_independent(self):
         q, k, v = qkv_of(MAPS[2])
         rpb = random(3, 5, 5)
         out = natten.na2d(q, k, v, 3, rpb=rpb)
@@ -172,7 +172,7 @@ class SymmetryTest(unittest.TestCase):
             out = function(rank)(q, k, torch.ones_like(q), 3, is_causal=(True,) * rank)
             assert_equal(out, torch.ones_like(q))
 
-    def test_a_constant_in_the_table_moves_the_logsumexp_alone(self):
+    def test_constant_bias_only_shifts_the_logsumexp(self):
         q, k, v = qkv_of(MAPS[2])
         rpb = random(3, 5, 5)
         out, lse = natten.na2d(q, k, v, 3, rpb=rpb, return_lse=True)
@@ -180,7 +180,7 @@ class SymmetryTest(unittest.TestCase):
         assert_equal(moved_out, out)
         assert_equal(moved_lse, lse + 7.0)
 
-    def test_a_causal_token_changes_no_token_before_it(self):
+    def test_causal_tokens_do_not_affect_earlier_tokens(self):
         q, k, v = qkv_of((12,))
         for stride in (1, 2, 3):
             with self.subTest(stride=stride):

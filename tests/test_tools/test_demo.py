@@ -112,8 +112,8 @@ def test_exported_folder_is_self_contained(tmp_path):
     lines = (
         "import sys, types; sys.modules.setdefault('gradio', types.ModuleType('gradio')); import app, natten, natzoo;"
     )
-    words = [sys.executable, "-c", f"{lines} print(natten.__file__, natzoo.__file__, app.__file__)"]
-    done = subprocess.run(words, cwd=folder, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True)
+    argv = [sys.executable, "-c", f"{lines} print(natten.__file__, natzoo.__file__, app.__file__)"]
+    done = subprocess.run(argv, cwd=folder, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True)
     assert done.stdout.count(str(folder)) == 3
     with pytest.raises(FileExistsError, match="my-space"):
         demo.export(folder)

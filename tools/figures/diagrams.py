@@ -110,8 +110,8 @@ def _draw_stages(axes: plt.Axes, theme: Theme, model: torch.nn.Module, colors: l
         _draw_box(axes, theme, x, y, width, height, f"stage {number}\n{side}x{side}\n{info['num_chs']} channels")
         dilations = [block.attn.dilation[0] for block in level.blocks]
         distinct = list(dict.fromkeys(dilations))
-        words = f"\ndilation {' and '.join(map(str, distinct))}" if is_dilated else ""
-        axes.text(x + width / 2, y + height + 3.4, f"{len(dilations)} blocks{words}", ha="center", fontsize=9)
+        note = f"\ndilation {' and '.join(map(str, distinct))}" if is_dilated else ""
+        axes.text(x + width / 2, y + height + 3.4, f"{len(dilations)} blocks{note}", ha="center", fontsize=9)
         step = width / len(dilations)
         for index, dilation in enumerate(dilations):
             corner = (x + (index + 0.08) * step, y + height + 0.8)

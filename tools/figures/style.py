@@ -122,10 +122,16 @@ def linear_ticks(axis: Axis, integer: bool = False) -> None:
 
 
 def log_ticks(axis: Axis, low: float, high: float, decades: bool = False) -> None:
-    """Make an axis logarithmic, with round tick values and limits that include `low` and `high`.
+    """Make an axis logarithmic, with round tick values.
 
-    Ticks are 1, 2 and 5 times powers of ten, or powers of ten only with `decades`. The limits reach the next tick
-    where fewer than three ticks lie between the data's limits.
+    Ticks are 1, 2 and 5 times powers of ten. If the data range contains fewer than three of them, the limits are
+    extended to the next ticks.
+
+    Args:
+        axis: x or y axis of a plot.
+        low: lowest value that must be visible.
+        high: highest value that must be visible.
+        decades: whether ticks are powers of ten only.
     """
     name = axis.axis_name
     getattr(axis.axes, f"set_{name}scale")("log")

@@ -62,7 +62,7 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor | None) -> Tensor | None:
+def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor) -> Tensor | None:
     """Run one op in C++; see `KernelBackend` for the arguments.
 
     Returns:
@@ -82,12 +82,12 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     addresses = _ADDRESSES.pack(*[_address(tensors.get(name)) for name in TENSORS])
     status = _function(build.cpu_library(), op)(plan, addresses, _address(table), _address(grad_rpb), _threads())
     if status == 1:
-        raise MemoryError(f"natten's CPU kernels ran out of memory on tensors of shape {tuple(shaped.shape)}")
+        raise MemoryError(f"natten's CPU kernels ran out of memory on tensors of shape {tuple(shaped.shape)}.")
     if status:
         raise RuntimeError(
-            f"natten's CPU kernels failed on tensors of shape {tuple(shaped.shape)}; use backend='reference'"
+            f"natten's CPU kernels failed on tensors of shape {tuple(shaped.shape)}; use backend='reference'."
         )
-    return None if grad_rpb is None else grad_rpb.to(rpb.dtype)
+    return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)
 
 
 @cache
@@ -99,7 +99,7 @@ def _function(library: ctypes.CDLL, op: str) -> Callable[..., int]:
 
 @cached
 def _plan(
-    shaped: Tensor, axes: tuple[Axis, ...], scale: float, rpb: Tensor | None, names: tuple, *tensors: Tensor | None
+    shaped: Tensor, axes: Sequence[Axis], scale: float, rpb: Tensor | None, names: tuple[str, ...], *tensors: Tensor
 ) -> bytes:
     """Return the plan of a problem whose query (or value) is `shaped`, for the named tensors.
 
@@ -108,7 +108,7 @@ def _plan(
     """
     check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
     missing_axes = 3 - len(axes)
-    values = [DTYPES[shaped.dtype], shaped.shape[0], shaped.shape[-2], shaped.shape[-1]]
+    values: list[float] = [DTYPES[shaped.dtype], shaped.shape[0], shaped.shape[-2], shaped.shape[-1]]
     values += (*_NO_AXIS * missing_axes, *(int(value) for axis in axes for value in axis))
     values.append(scale)
     given = dict(zip(names, tensors, strict=True))

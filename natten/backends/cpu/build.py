@@ -50,7 +50,7 @@ _V2 = frozenset(("cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"))
 _V3 = _V2.union(("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"))
 _V4 = _V3.union(("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"))
 _X86 = {"x86-64-v4": _V4, "x86-64-v3": _V3, "x86-64-v2": _V2}
-_ARM = {"armv8-a": frozenset()}
+_ARM: dict[str, frozenset[str]] = {"armv8-a": frozenset()}
 # CPU levels of this machine's architecture, highest first, with the flags that /proc/cpuinfo must list.
 LEVELS: Mapping[str, frozenset[str]] = {"x86_64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(platform.machine(), {})
 

@@ -25,7 +25,7 @@ from natten.geometry import Axis
 
 NAME = "cuda"
 # The compute capability that the kernels need, and that the kernels with matrix instructions need.
-LEAST_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
+MIN_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
 _TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out * grad_out per query, an intermediate result of backward
 _VIEW_WORDS = 6
@@ -38,10 +38,10 @@ _GROUP_THREADS = 128  # THREADS in groups.h
 _SUM_THREADS, _SUM_ENTRIES = 1024, 32  # threads and table entries per block in sum_parts.cu
 _WAVES = 2  # waves of blocks that sum the gradient of the bias table
 _RESIDENT_GROUPS = 8  # approximate number of blocks of a kernel in groups.h that fit on a multiprocessor
-_MOST_PARTIAL_BYTES = 64 << 20
-_LEAST_SCALE = 1e-30
+_MAX_PARTIAL_BYTES = 64 << 20
+_MIN_SCALE = 1e-30
 # Largest distance in bytes between neighbors in a residue class for which 32 such steps fit into an int.
-_MOST_SHORT_STEP = 2**31 // 32 - 1
+_MAX_SHORT_STEP = 2**31 // 32 - 1
 
 
 def unsupported_reason(query: Tensor) -> str | None:
@@ -78,7 +78,7 @@ def _unsupported_device(device: int) -> str | None:
 
 def unsupported_capability(capability: tuple[int, int]) -> str | None:
     """Return why there are no kernels for GPUs of a compute capability, or None if there are."""
-    if capability >= LEAST_CAPABILITY:
+    if capability >= MIN_CAPABILITY:
         return None
     return f"the GPU has compute capability {capability[0]}.{capability[1]}; the kernels need 7.5 or higher"
 
@@ -125,7 +125,7 @@ class Plan(NamedTuple):
     partial: int
 
 
-def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor | None) -> Tensor | None:
+def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor) -> Tensor | None:
     """Launch the kernels of one op; see `KernelBackend` for the arguments.
 
     Returns:
@@ -143,7 +143,7 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
         make = rpb.new_empty if plan.steps else rpb.new_zeros
         grad_rpb = make(rpb.shape, dtype=torch.float32)
         partial = grad_rpb.new_empty(plan.partial)
-    addresses = [(_VIEW_WORDS * _TENSORS.index(name), x.data_ptr()) for name, x in tensors.items() if x is not None]
+    addresses = [(_VIEW_WORDS * _TENSORS.index(name), x.data_ptr()) for name, x in tensors.items()]
     for index, x in enumerate((table, partial, grad_rpb), start=_TABLES):
         if x is not None:
             addresses.append((index, x.data_ptr()))
@@ -154,20 +154,20 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
         for index, address in addresses:
             parameters[index] = address
         driver.launch(step.kernel, step.blocks, parameters, shaped.device.index)
-    return None if grad_rpb is None else grad_rpb.to(rpb.dtype)
+    return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)
 
 
 @cached
 def _plan(
     op: str,
     shaped: Tensor,
-    axes: tuple[Axis, ...],
+    axes: Sequence[Axis],
     scale: float,
     rpb: Tensor | None,
     is_ordered: bool,
     is_rounded: bool,
     names: tuple[str, ...],
-    *tensors: Tensor | None,
+    *tensors: Tensor,
 ) -> Plan:
     """Return the plan of a problem whose query (or value) is `shaped`, for the named tensors.
 
@@ -177,8 +177,7 @@ def _plan(
     check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
     given = dict(zip(names, tensors, strict=True))
     for name, x in given.items():
-        if x is not None:
-            check_layout(name, x, shaped, axes)
+        check_layout(name, x, shaped, axes)
     gpu = _properties(shaped.device)
     planner = _Planner(shaped, axes, scale, rpb is not None, is_ordered, is_rounded, given, gpu)
     if shaped.numel():
@@ -215,9 +214,8 @@ class _Planner:
         self.scale, self.has_rpb, self.is_ordered = scale, has_rpb, is_ordered
         self.views = self._views(tensors, 3 - len(axes))
         self.has_long_steps = any(
-            abs(stride) * axis.dilation * x.element_size() > _MOST_SHORT_STEP
+            abs(stride) * axis.dilation * x.element_size() > _MAX_SHORT_STEP
             for x in tensors.values()
-            if x is not None
             for stride, axis in zip(x.stride()[1:], axes, strict=False)
         )
         self.table = prod(2 * axis.kernel_size - 1 for axis in self.axes)
@@ -225,7 +223,7 @@ class _Planner:
         self.partial = 0
 
     def _views(self, tensors: dict, no_axes: int) -> tuple[int, ...]:
-        words = []
+        words: list[int] = []
         for name in _TENSORS:
             x = tensors.get(name)
             strides = (0,) * 5 if x is None else (x.stride(0), *(0,) * no_axes, *x.stride()[1 : 5 - no_axes])
@@ -243,17 +241,15 @@ class _Planner:
 
     def attention_backward(self) -> None:
         query_tile, key_tile = self._tile("grad_query"), self._tile("grad_key_value")
-        is_tiled = query_tile is not None and key_tile is not None
-        parts = None
-        if self.has_rpb:
-            parts = self._parts(query_tile.size, query_tile.min_blocks) if is_tiled else self._parts(self._group_size())
-        if is_tiled:
-            self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", query_tile, parts)
-            self._add_tiled("grad_key_value_tiles.cu", "natten_grad_key_value_tiles", key_tile)
-        else:
+        if query_tile is None or key_tile is None:
+            parts = self._parts(self._group_size()) if self.has_rpb else None
             self._add_group("attention_backward.cu", "natten_grad_query", parts)
             self._add_group("attention_backward.cu", "natten_grad_key_value")
-        if self.has_rpb:
+        else:
+            parts = self._parts(query_tile.size, query_tile.min_blocks) if self.has_rpb else None
+            self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", query_tile, parts)
+            self._add_tiled("grad_key_value_tiles.cu", "natten_grad_key_value_tiles", key_tile)
+        if parts is not None:
             self._add_sum(parts)
 
     def query_key(self) -> None:
@@ -282,7 +278,7 @@ class _Planner:
         Returns None if there is no such kernel for the dtype, scale, GPU and window.
         """
         gpu = self.gpu
-        is_divisor = _LEAST_SCALE < self.scale < 1 / _LEAST_SCALE  # kernels divide the bias by the scale
+        is_divisor = _MIN_SCALE < self.scale < 1 / _MIN_SCALE  # kernels divide the bias by the scale
         if self.tiled_element == 0 or not is_divisor or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
             return None
         return choose_tile(
@@ -292,7 +288,7 @@ class _Planner:
             maps=self.batch * self.heads,
             has_rpb=self.has_rpb,
             processors=gpu.multi_processor_count,
-            most_shared_bytes=gpu.shared_memory_per_block_optin,
+            max_shared_bytes=gpu.shared_memory_per_block_optin,
             is_ordered=self.is_ordered,
             item_bytes=4 if self.tiled_element == _TFLOAT else 2,
         )
@@ -315,8 +311,8 @@ class _Planner:
         The blocks make up a few waves, with `resident` blocks per multiprocessor. With fewer blocks, most of the GPU
         waits for the slowest one. Each further block costs another partial table.
         """
-        most = max(1, _MOST_PARTIAL_BYTES // (4 * self.table * self.heads))
-        return min(self._pieces(size), most, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
+        max_parts = max(1, _MAX_PARTIAL_BYTES // (4 * self.table * self.heads))
+        return min(self._pieces(size), max_parts, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
 
     def _add_group(self, source: str, name: str, parts: int | None = None) -> None:
         kernel = Kernel(source, name, self._definitions(self.element), _GROUP_THREADS)

@@ -97,7 +97,7 @@ def _check(result: tuple):
     status, *values = result
     if int(status):
         _, text = bindings().cuGetErrorString(status)
-        raise RuntimeError(f"the CUDA driver failed: {(text or b'').decode() or status.name}")
+        raise RuntimeError(f"the CUDA driver failed: {(text or b'').decode() or status.name}.")
     return values[0] if values else None
 
 
