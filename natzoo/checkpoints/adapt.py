@@ -95,8 +95,8 @@ def _list_names(problem: str, names: Iterable[str], shown: int = 4) -> str:
 def published_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return weights under their published names.
 
-    Data-parallel, compiled, OpenMMLab and Hugging Face layouts are accepted. From the weights of a detector or segmenter,
-    only the backbone is returned.
+    Data-parallel, compiled, OpenMMLab and Hugging Face layouts are accepted. From a detector or segmenter, only the
+    backbone is returned.
 
     Raises:
         ValueError: if the weights have Hugging Face's layout but belong to another model; or as in `unwrapped`.

@@ -228,7 +228,7 @@ def _total(response: HTTPResponse, offset: int) -> int | None:
     return None if length is None else offset + int(length)
 
 
-# The origin of a partial file is its URL and the validator (ETag or date) with which the server identifies this version.
+# The origin of a partial file: its URL, and the validator (ETag or date) that identifies this version on the server.
 
 
 def _resumable(url: str, partial: Path, origin: Path) -> tuple[int, str]:

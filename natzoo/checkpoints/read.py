@@ -167,7 +167,7 @@ def _read_plain_pickle(path: Path) -> Any:
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Restricted unpickler, based on Python's pure-Python one: the C version allocates any memo size the file claims."""
+    """Restricted unpickler, based on the pure-Python one: the C one allocates as large a memo as the file claims."""
 
     stack: list[Any]
     append: Callable[[Any], None]

@@ -26,7 +26,7 @@ log = logging.getLogger("natzoo")
 
 
 class PatchEmbed(nn.Module):
-    """Embed non-overlapping PxP patches: [B, in_chans, H, W] -> [B, H/P, W/P, embed_dim], zero-padded to full patches."""
+    """Embed non-overlapping PxP patches: [B, in_chans, H, W] -> [B, H/P, W/P, embed_dim]; images are zero-padded."""
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int = 4, device=None, dtype=None):
         super().__init__()

@@ -97,7 +97,7 @@ class BiasedAttention(nn.Module):
         height, width = x_BHWC.shape[1:3]
         if min(height, width) < 2:
             raise ValueError(
-                f"x has {height}x{width} tokens of {PATCH_SIZE}x{PATCH_SIZE} pixels; full attention requires 2x2 or more."
+                f"x has {height}x{width} tokens of {PATCH_SIZE}x{PATCH_SIZE} pixels; full attention needs at least 2x2."
             )
         return self.qkv(x_BHWC).unflatten(-1, (3, self.num_heads, -1))
 
