@@ -38,7 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("data", nargs="?", metavar="DATA", help="folder with val/, or with one subfolder per class")
     add_model_options(parser)
-    parser.add_argument("--models", nargs="+", metavar="PATTERN", help="evaluate all published models: 'nat_*'")
+    parser.add_argument(
+        "--models", nargs="+", metavar="PATTERN", help="evaluate all published models that match: 'nat_*'"
+    )
     parser.add_argument("--results-file", type=Path, metavar="CSV", help="write a table with one row per model")
     add_dataset_options(parser)
     parser.add_argument("--val-split", default="val", metavar="NAME", help="name of the validation split")
