@@ -696,6 +696,15 @@ def report(problem: Problem, where: str, found: Plan, rows: Sequence[dict]) -> I
             yield f"minimal work, {name}: {work.gflop:.4g} GFLOP, {1e3 * work.gbytes:.4g} MB"
 
 
+_TITLES = {
+    "gflops": "GFLOP/s",
+    "gb_s": "GB/s",
+    "matmul_gflops": "matmul GFLOP/s",
+    "copy_gb_s": "copy GB/s",
+    "percent_of_limit": "% of limit",
+}
+
+
 def _table(rows: Sequence[dict], formats: dict[str, str]) -> Iterator[str]:
     """Yield lines of aligned columns. Floats have one decimal unless `formats` says otherwise."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -703,7 +712,7 @@ def _table(rows: Sequence[dict], formats: dict[str, str]) -> Iterator[str]:
     def show(name: str, value: Any) -> str:
         return format(value, formats.get(name, ".1f")) if isinstance(value, float) else str(value)
 
-    lines = [[name.replace("_", " ") for name in names]]
+    lines = [[_TITLES.get(name, name.replace("_", " ")) for name in names]]
     lines += [[show(name, row[name]) if name in row else "-" for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

@@ -42,6 +42,12 @@ _HELP = {
 _ROUNDS = {"ops": 25, "layers": 25, "models": 10}
 _PATIENCE_S = {"ops": 0.3, "layers": 0.3, "models": 4.0}
 _GPU_ROUNDS = 15
+_TILES = """Time the tiles that a CUDA kernel could use, to check the choice of natten/backends/cuda/tiles.py.
+
+For each kernel of a problem, the most promising tiles are timed while the other kernels keep theirs: the tiles of least
+cost, and for each number of warps per multiprocessor the tile of least cost. The first row of a kernel is the chosen
+tile. Shapes are written as for `ops`; the dtype is bfloat16.
+"""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -163,50 +169,58 @@ def _check_out(path: Path) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="kind", required=True)
     setting = argparse.ArgumentParser(add_help=False)
-    setting.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="dtype (tf32: rounded float32 products)")
-    setting.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads of PyTorch")
-    setting.add_argument("--device", default="cpu", help="cpu, or a GPU such as cuda or cuda:1")
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    folder = Path("output", "benchmarks")
+    add, threads = setting.add_argument, torch.get_num_threads()
+    add("--dtype", choices=DTYPES, default="float32", help="tf32 rounds the products of float32 (default: float32)")
+    add("--threads", type=positive, default=threads, metavar="N", help=f"CPU threads (default: {threads})")
+    add("--device", default="cpu", help="cpu, or a GPU such as cuda or cuda:1 (default: cpu)")
+
     for kind, text in _HELP.items():
-        command = commands.add_parser(kind, help=text, description=text, parents=[setting], formatter_class=formatter)
-        command.add_argument("--case", nargs="+", metavar="NAME", help="cases to run; all of --list by default")
-        command.add_argument(
-            "--provider", nargs="+", metavar="NAME", help="implementations; all for the device by default"
-        )
-        command.add_argument("--repeats", type=positive, default=_ROUNDS[kind], help="rounds, each with one sample")
-        patience = "calls slower than this run in fewer rounds, at least 3"
-        command.add_argument("--patience", type=float, default=_PATIENCE_S[kind], metavar="SECONDS", help=patience)
-        command.add_argument("--out", type=Path, default=folder / f"{kind}.csv", metavar="CSV", help="table to write")
-        command.add_argument("--list", action="store_true", help="list cases and providers and exit")
+        notation = KINDS[kind].__doc__
+        command = commands.add_parser(kind, help=text, description=notation, parents=[setting], formatter_class=raw)
+        _add_output(command, kind, _ROUNDS[kind])
+        add, patience = command.add_argument, _PATIENCE_S[kind]
+        add("--case", nargs="+", metavar="NAME", help="cases (default: all that --list prints)")
+        add("--provider", nargs="+", metavar="NAME", help="implementations (default: all for the device)")
+        text = f"calls slower than this run in fewer rounds, at least 3 (default: {patience})"
+        add("--patience", type=float, default=patience, metavar="SECONDS", help=text)
+        add("--list", action="store_true", help="list cases and providers and exit")
+
     text = "print the peak memory of one call"
-    memory = commands.add_parser("memory", help=text, description=text, parents=[setting], formatter_class=formatter)
+    memory = commands.add_parser("memory", help=text, description=f"{text.capitalize()}.", parents=[setting])
     memory.add_argument("of", choices=KINDS, help="kind of call")
     memory.add_argument("case", help="a case of that kind")
     memory.add_argument("provider", help="a provider of that kind")
     memory.add_argument("pass_name", metavar="pass", help="forward, forward+backward, inference or step")
+
     text = "time operator, layer and nat_tiny on a GPU, in about 6 minutes"
-    gpu = commands.add_parser("gpu", help=text, description=text, formatter_class=formatter)
-    gpu.add_argument("parts", nargs="*", metavar="PART", default=[], help="ops, layers or models; all by default")
-    gpu.add_argument("--seconds", type=float, default=360.0, help="time limit; later groups are skipped")
-    gpu.add_argument("--repeats", type=positive, default=_GPU_ROUNDS, help="rounds, each with one sample")
-    gpu.add_argument("--out", type=Path, default=folder / "gpu.csv", metavar="CSV", help="table to write")
-    gpu.add_argument(
-        "--rehearse", action="store_true", help="run tiny shapes on the CPU, to check that everything runs"
-    )
+    gpu = commands.add_parser("gpu", help=text, description=f"T{text[1:]}.")
+    _add_output(gpu, "gpu", _GPU_ROUNDS)
+    add = gpu.add_argument
+    add("parts", nargs="*", metavar="PART", default=[], help="ops, layers or models (default: all)")
+    add("--seconds", type=float, default=360.0, help="time limit; the remaining groups are skipped (default: 360)")
+    add("--rehearse", action="store_true", help="run tiny shapes on the CPU, to check that everything runs")
+
     text = "time the tiles that a CUDA kernel could use"
-    tiles = commands.add_parser("tiles", help=text, description=text, formatter_class=formatter)
-    tiles.add_argument("shapes", nargs="+", metavar="SHAPE", help="for instance b128_56x56_h2_d32_k7")
-    tiles.add_argument("--most", type=positive, default=10, metavar="N", help="tiles per kernel")
-    tiles.add_argument("--dry-run", action="store_true", help="list the tiles without timing them; needs no GPU")
-    tiles.add_argument(
-        "--capability", default="9.0", metavar="X.Y", help="with --dry-run: compute capability of the GPU"
-    )
+    tiles = commands.add_parser("tiles", help=text, description=_TILES, formatter_class=raw)
+    add = tiles.add_argument
+    add("shapes", nargs="+", metavar="SHAPE", help="for instance b128_56x56_h2_d32_k7")
+    add("--most", type=positive, default=10, metavar="N", help="tiles per kernel (default: 10)")
+    add("--dry-run", action="store_true", help="list the tiles without timing them; needs no GPU")
+    add("--capability", default="9.0", metavar="X.Y", help="GPU of the dry run (default: 9.0)")
+
     commands.add_parser("training", help="time the training loop against its parts", add_help=False)
     return parser.parse_args(argv)
+
+
+def _add_output(command: argparse.ArgumentParser, name: str, rounds: int) -> None:
+    out = Path("output", "benchmarks", f"{name}.csv")
+    command.add_argument("--out", type=Path, default=out, metavar="CSV", help=f"table to write (default: {out})")
+    text = f"rounds, each with one sample (default: {rounds})"
+    command.add_argument("--repeats", type=positive, default=rounds, metavar="N", help=text)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -79,9 +79,7 @@ def draw(runs: dict[str, list[Path]]) -> plt.Figure:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog="Options after -- are passed to train.py."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder with train/ and val/")
     parser.add_argument("--configs", type=Path, nargs="+", required=True, help="recipes (YAML files)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")

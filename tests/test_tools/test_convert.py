@@ -200,10 +200,10 @@ def test_mistakes(convert, trained, model, tmp_path):
         (("nat_mimi", "a.pth"), "nat_mini"),  # the nearest name
         (("bare.pth", "a.zip"), ".zip"),
         (("bare.pth", "last.pth"), "last.pth"),
-        (("last.pth", "a.pth", "--model", "nat_tiny"), "'nat_tiny'"),
+        (("last.pth", "a.pth", "--model", "nat_tiny"), "nat_tiny"),
         (("bare.pth", "a.pkl", "--dtype", "bfloat16"), "bfloat16"),
         (("bare.pth", "folder"), "--model"),
-        (("bare.pth", "folder", "--model", "wibble"), "'wibble'"),
+        (("bare.pth", "folder", "--model", "wibble"), "wibble"),
         (("bare.pth", "a.pth", "--model", "dinat_s_tiny"), "bare.pth"),
         (("bare.pth", "missing/a.pth"), "missing/a.pth"),
     ):

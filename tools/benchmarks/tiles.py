@@ -1,9 +1,4 @@
-"""Time the tiles that a CUDA kernel could use, to check the choice of natten/backends/cuda/tiles.py.
-
-For each kernel of a problem, the most promising tiles are timed while the other kernels keep theirs: the tiles of least
-cost, and for each number of warps per multiprocessor the tile of least cost. The first row of a kernel is the chosen
-tile. Shapes are written as for `ops`; the dtype is bfloat16.
-"""
+"""The subcommand `tiles`: other tiles of a CUDA kernel next to the chosen one."""
 
 from __future__ import annotations
 
