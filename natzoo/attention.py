@@ -30,7 +30,7 @@ class Layer(NamedTuple):
     Attributes:
         stage: number of its stage, from 1.
         number: its number within the stage, from 1.
-        module: the layer.
+        module: the attention module.
     """
 
     stage: int
@@ -78,7 +78,7 @@ def layer_inputs(model: nn.Module, x_1CHW: Tensor, layers: Sequence[Layer]) -> l
     Args:
         model: the model.
         x_1CHW: the image, preprocessed.
-        layers: attention layers of the model.
+        layers: attention layers of the model, as returned by `attention_layers`.
     """
     inputs: dict[int, Tensor] = {}
     hooks = [
@@ -112,7 +112,7 @@ def token_at(pixel: Sequence[float], image_size: Sequence[int], map_size: Sequen
 
 
 def token_weights(attention: Attention, x_1HWC: Tensor, row: int, column: int) -> Tensor:
-    """Compute the attention weights of one token for all tokens of the map, [heads, H, W].
+    """Compute the attention weights that one token assigns to all tokens of the map.
 
     Args:
         attention: the layer.
@@ -120,7 +120,8 @@ def token_weights(attention: Attention, x_1HWC: Tensor, row: int, column: int) -
         row, column: position of the token.
 
     Returns:
-        Weights that sum to 1 per head, or to less if the map is smaller than the window: the rest goes to padding.
+        Weights [heads, H, W]. They sum to 1 per head, or to less if the map is smaller than the window, because padding
+        receives the rest.
     """
     height, width = x_1HWC.shape[1:3]
     with torch.no_grad():

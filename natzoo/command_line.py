@@ -1,4 +1,4 @@
-"""How every program of the project ends: user errors are printed on one line and exit with status 2."""
+"""Run a program so that user errors are printed on one line and exit with status 2, without a traceback."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
 def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
     """Call the main function of a program and exit without a traceback on a user error or Ctrl-C.
 
-    Set NATTEN_TRACEBACK=1 in the environment to see where an error was raised.
+    With NATTEN_TRACEBACK=1 in the environment, user errors print a traceback.
 
     Args:
         main: the function.
+
         after_interrupt: hint to print after Ctrl-C.
     """
     try:

@@ -2,7 +2,7 @@
 
 MACs are multiply-adds in matrix products, convolutions and attention, as counted by torch.utils.flop_counter.
 Activations are the output elements of the same operators, as in arXiv:2003.13678, where they predict the run time of a
-network better than MACs do. Norms, activation functions and additions count neither.
+network better than MACs do. Norms, activation functions and additions are not counted.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Activations(TorchDispatchMode):
 def count(model: nn.Module, run: Callable[[], Any]) -> list[Layer]:
     """Count the model and each of its modules, in order.
 
-    A module that is never called itself, such as a list of blocks, has the sum of its children's counts.
+    A module that is never called, such as a list of blocks, gets the sum of its children's counts.
 
     Args:
         model: the model; on the meta device only shapes are computed.

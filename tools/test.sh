@@ -22,6 +22,9 @@ step "lint: ruff check"
 step "format: ruff format --check"
 "$venv/bin/ruff" format --check .
 
+step "types: mypy"
+"$venv/bin/python" -m mypy
+
 export OMP_NUM_THREADS=1
 pytest=("$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "${marker[@]}" "$@")
 step "tests: ${pytest[*]}"

@@ -120,7 +120,7 @@ def planes(axes: Sequence[Axis], query: Sequence[int] | None) -> list[tuple[str,
     return [(f"query {_join(query)}, plane {depth}", parts[depth]) for depth in depths]
 
 
-def _join(values: Sequence[Any], between: str = ", ") -> str:
+def _join(values: Iterable[Any], between: str = ", ") -> str:
     return between.join(map(str, values))
 
 

@@ -43,13 +43,13 @@ def load_weights(
         One sentence per adaptation.
 
     Raises:
-        ValueError: if the weights belong to another model; lists missing and unexpected weights and those of another
-            shape. The model is then unchanged.
+        ValueError: if the weights belong to another model; the message lists missing and unexpected weights and those
+            of another shape. The model is then unchanged.
     """
     try:
         weights, notes = adapt(weights, model, new_classifier)
     except ValueError as error:
-        raise ValueError(f"{path} does not belong to a known model: {error}") from error
+        raise ValueError(f"{path} is not a checkpoint of a known model: {error}") from error
     check_fit(model, weights, path)
     model.load_state_dict(weights)
     return notes
@@ -59,7 +59,7 @@ def check_fit(model: nn.Module, weights: dict[str, Tensor], path: str | os.PathL
     """Check that weights match a model's names and shapes exactly; warn about weights that are not finite.
 
     Raises:
-        ValueError: if they do not match; lists missing and unexpected weights and those of another shape.
+        ValueError: if they do not match; the message lists missing and unexpected weights and those of another shape.
     """
     own = model.state_dict()
     other_shape = (name for name in own.keys() & weights.keys() if weights[name].shape != own[name].shape)
@@ -95,8 +95,8 @@ def _list_names(problem: str, names: Iterable[str], shown: int = 4) -> str:
 def published_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return weights under their published names.
 
-    Accepts data-parallel, compiled, OpenMMLab and Hugging Face layouts. Of a detector or segmenter, returns only the
-    backbone.
+    Data-parallel, compiled, OpenMMLab and Hugging Face layouts are accepted. From a detector or segmenter, only the
+    backbone is returned.
 
     Raises:
         ValueError: if the weights have Hugging Face's layout but belong to another model; or as in `unwrapped`.
@@ -116,7 +116,7 @@ def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     names = {name: re.sub(r"^(?:module\.|_orig_mod\.)+", "", name) for name in weights}
     if len(set(names.values())) < len(names):
-        raise ValueError("it contains the same weight twice, with and without the prefix module. or _orig_mod.")
+        raise ValueError("a weight occurs twice, with and without the prefix `module.` or `_orig_mod.`")
     return {names[name]: value for name, value in weights.items()}
 
 
@@ -153,10 +153,10 @@ def adapt(
     Args:
         weights: weights in any supported layout.
         model: a model of natzoo.
-        new_classifier: see above.
+        new_classifier: keep the model's own classifier if the weights have another number of classes.
 
     Returns:
-        The adapted weights, which may still not match the model, and one sentence per adaptation.
+        The adapted weights, which `check_fit` has yet to check, and one sentence per adaptation.
 
     Raises:
         ValueError: as in `published_names`.
@@ -175,7 +175,8 @@ def adapt(
 def resize_rpb(rpb: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a bias table [heads, 2K-1, 2K-1] to `size` by bicubic interpolation; keeps its dtype.
 
-    The published 11x11 weights were made from 7x7 ones this way. Swin resizes its tables likewise (arXiv:2103.14030).
+    The published weights for 11x11 windows were made from those for 7x7 windows this way. Swin uses the same method
+    (arXiv:2103.14030).
     """
     if rpb.shape[1:] == size:
         return rpb
@@ -213,9 +214,9 @@ def _adapt_classifier(
     if theirs and not ours:
         for name in theirs:
             del weights[name]
-    elif (
-        new_classifier and ours and any(name not in weights or weights[name].shape != own[name].shape for name in ours)
-    ):
+        return
+    differs = any(name not in weights or weights[name].shape != own[name].shape for name in ours)
+    if differs and new_classifier:
         _keep_own(weights, own, ours, theirs - ours)
         classes = own[f"{classifier}.weight"].shape[0]
         reason = "the checkpoint has another number" if theirs else "the checkpoint has no classifier"
@@ -234,7 +235,7 @@ def _adapt_norms(weights: dict[str, Tensor], own: dict[str, Tensor], new_classif
 
 
 def _keep_own(weights: dict[str, Tensor], own: dict[str, Tensor], kept: Iterable[str], removed: Iterable[str]) -> None:
-    """Remove some weights and take others from the model itself."""
+    """Delete the weights in `removed`, and replace those in `kept` with the model's own values."""
     for name in removed:
         del weights[name]
     weights.update({name: own[name] for name in kept})
@@ -260,8 +261,7 @@ def fit_detector(
         The weights under the model's names, and one sentence per adaptation.
 
     Raises:
-        ValueError: if the weights belong to another model; lists missing and unexpected weights and those of another
-            shape.
+        ValueError: as in `check_fit`, if the weights belong to another model.
     """
     weights = {re.sub(r"^module\.", "", name): value for name, value in weights.items()}
     notes = []

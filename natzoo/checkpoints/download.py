@@ -1,7 +1,7 @@
 """Download files reliably: complete or not at all, once for all processes, with a hash check.
 
-A transfer is written to `NAME.partial` next to its target. After a failure the next attempt resumes it, if the server
-still has the same file. The hash is checked before the file gets its final name. If no hash is published, the one of
+A transfer is written to `NAME.partial` next to its target. After a failure, the next attempt resumes it if the file on
+the server is unchanged. The hash is checked before the file gets its final name. If no hash is published, the hash of
 the first download is recorded in `NAME.sha256` and required from then on.
 """
 
@@ -27,8 +27,8 @@ from tqdm import tqdm
 from natzoo.checkpoints.write import write_atomically
 
 TRIES = 4  # per URL
-PAUSE_S = 1.0  # before the second try; doubles with each further one
-STALL_S = 30.0  # timeout without any data
+PAUSE_S = 1.0  # before the second try; doubles before each further try
+STALL_S = 30.0  # time without data after which a connection counts as stalled
 _CHUNK = 1 << 20
 _LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP}
 _AGENT = "natzoo"
@@ -59,13 +59,14 @@ def fetch(urls: Sequence[str], path: Path, sha256: str | None = None, size: int 
 
     Args:
         urls: sources, tried in order.
-        path: the target. Missing folders are created, accessible to this user only.
+        path: the target. Missing folders are created, accessible to this user only. A folder that already contains the
+            file may be read-only.
         sha256: expected hash, hexadecimal; None to trust the first download.
         size: approximate size in bytes, for messages; 0 if unknown.
 
     Raises:
         DownloadError: if no URL provides the file.
-        OSError: if the folder is not writable; it need not be if it contains the file.
+        OSError: if the folder is not writable.
         ValueError: if an existing file has another hash.
     """
     if not path.exists():
@@ -187,7 +188,7 @@ def _transfer(url: str, path: Path) -> Path:
             offset = 0
         total = _total(response, offset)
         with open(partial, "ab" if offset else "wb", opener=_open_without_links) as file:
-            if not offset:  # only now, when the data of an older version is gone
+            if not offset:  # after the file is emptied, so that it never describes data of an older version
                 _write_origin(response, url, origin)
             received = offset + _copy(response, file, offset, total, path.name)
             file.flush()
@@ -227,11 +228,11 @@ def _total(response: HTTPResponse, offset: int) -> int | None:
     return None if length is None else offset + int(length)
 
 
-# The origin of a partial file: its URL, and the validator by which the server identifies this version.
+# The origin of a partial file: its URL, and the validator (ETag or date) that identifies this version on the server.
 
 
 def _resumable(url: str, partial: Path, origin: Path) -> tuple[int, str]:
-    """Return how many bytes a partial file has and its validator; 0 if the transfer cannot be resumed."""
+    """Return the size of a partial file in bytes and its validator; 0 and "" if the transfer cannot be resumed."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(origin.read_text())
         if known["url"] == url and known["validator"]:
@@ -246,6 +247,7 @@ def _write_origin(response: HTTPResponse, url: str, origin: Path) -> None:
 
 
 def _forget(path: Path) -> None:
+    """Remove the partial file and its origin."""
     for suffix in (".partial", ".partial.json"):
         _sibling(path, suffix).unlink(missing_ok=True)
 
@@ -275,7 +277,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Create the folder of a file and lock the file; other processes wait."""
+    """Create the folder of a file and hold a lock for the file; other processes wait."""
     try:
         for missing in reversed([folder for folder in path.parents if not folder.exists()]):
             missing.mkdir(mode=0o700, exist_ok=True)

@@ -1,7 +1,7 @@
 """Convert names of weights between the published layout and those of Hugging Face and detectron2.
 
-All models of natzoo use the published names. Hugging Face's layout differs in names, and in two values per block:
-query, key and value are separate, and both layer scales are one tensor.
+All models of natzoo use the published names. In Hugging Face's layout, query, key and value are separate tensors, and
+both layer scales of a block are one tensor.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def to_hf(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         prefix: "nat." or "dinat."; "" for a backbone.
 
     Raises:
-        ValueError: if a weight belongs to no family; names it.
+        ValueError: if a weight belongs to no family; the message names it.
     """
     renamed = {}
     for name, value in weights.items():
@@ -105,7 +105,7 @@ def from_hf(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert the weights of Hugging Face's Nat or Dinat (model, classifier or backbone) to their published names.
 
     Raises:
-        ValueError: if a weight is unknown or has an unexpected shape; names it.
+        ValueError: if a weight is unknown or has an unexpected shape; the message names it.
     """
     weights = {re.sub(r"^(?:nat|dinat)\.", "", name): value for name, value in weights.items()}
     block_name = _block_name(weights)
@@ -137,7 +137,7 @@ def from_hf(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _split_scales(name: str, scales: Tensor) -> tuple[Tensor, ...]:
     if scales.dim() != 2 or len(scales) != 2:
-        raise ValueError(f"{name} has shape {tuple(scales.shape)}, but must have two rows, one per branch.")
+        raise ValueError(f"{name} has shape {tuple(scales.shape)}; it must have two rows, one per branch.")
     return scales.unbind()
 
 
@@ -150,7 +150,8 @@ def _join_qkv(query: str, weights: dict[str, Tensor]) -> Tensor:
 
 
 def _block_name(weights: dict[str, Tensor]) -> str:
-    """Return the pattern of block names, which depends on the family; the first convolution identifies it."""
+    """Return the pattern of block names of the model family, which the shape of the patch embedding identifies."""
+
     projection = weights.get("embeddings.patch_embeddings.projection.weight")
     if projection is None:  # two convolutions: NAT, DiNAT
         return "levels.{stage}.blocks.{block}."

@@ -129,7 +129,7 @@ def _check_uncompressed(path: Path) -> None:
 
 
 def _is_dense(value: Tensor) -> bool:
-    """Return whether a tensor stores as many numbers as its shape says; a file can expand one number to 10**12."""
+    """Return whether a tensor stores every number of its shape; a small file can declare a single one as 10**12."""
     if value.layout is not torch.strided or value.is_meta or value.dtype not in _DTYPES:
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
@@ -149,17 +149,17 @@ def _reason(error: Exception) -> str:
 # Plain pickles
 #
 # A pickle is a program: it names functions and calls them. This reader knows only the functions that create NumPy
-# arrays, checks their arguments, and refuses all others. A file can thus contain dicts, lists, tuples, strings, bytes,
-# numbers and arrays of numbers.
+# arrays, checks their arguments, and refuses all others. So a file can only contain dicts, lists, tuples, strings,
+# bytes, numbers and arrays of numbers.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def _read_plain_pickle(path: Path) -> Any:
-    """Return the content of a pickle, with tensors in place of arrays.
+    """Return the content of a pickle, with arrays converted to tensors.
 
     Raises:
         pickle.UnpicklingError: if it requests anything other than plain data and arrays of numbers.
-        Exception: of any type, if it is damaged.
+        Exception: any type, if it is damaged.
     """
     # Mapped into memory: a file object allocates as many bytes as the pickle claims to contain.
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -167,7 +167,7 @@ def _read_plain_pickle(path: Path) -> Any:
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Restricted unpickler, based on the one in Python: the one in C allocates as large a memo as the file claims."""
+    """Restricted unpickler, based on the pure-Python one: the C one allocates as large a memo as the file claims."""
 
     stack: list[Any]
     append: Callable[[Any], None]
@@ -256,7 +256,7 @@ def _make_array(content: bytes | str | list, dtype: _Dtype, shape: tuple, order:
 
 
 def _reconstruct(kind: type, shape: tuple, code: bytes) -> _Array:
-    """Create an empty array, whose state follows."""
+    """Create an empty array; `__setstate__` fills it."""
     if kind is not _Array:
         raise pickle.UnpicklingError("it creates an array in an unusual way")
     return _Array()
@@ -299,10 +299,10 @@ _ALLOWED = {
 
 
 def _to_tensors(value: Any, converted: dict[int, Any]) -> Any:
-    """Return plain data with tensors in place of arrays.
+    """Convert the arrays in plain data to tensors, each object once.
 
-    `converted` maps the id of each object to its result. Without it, a hundred bytes could describe a list of two
-    references to a list of two references and so on, and the result would have 2**100 entries.
+    `converted` maps the id of an object to its result. Without it, a hundred bytes that describe nested lists, each
+    containing the next one twice, would become a result with 2**100 entries.
     """
     if id(value) not in converted:
         converted[id(value)] = _convert(value, converted)

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-RECORD = "record"  # entry of a checkpoint that describes its model
+RECORD = "record"  # key of the entry that describes the model of a checkpoint
 
-# Arguments of timm.create_model that name files or addresses; a checkpoint must not choose them.
+# Arguments of timm.create_model that name files or addresses; a checkpoint must not set them.
 _REFUSED_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
@@ -101,7 +101,7 @@ def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[
 
 
 def sync(path: Path) -> None:
-    """Force a file's content, or a rename in a folder, to disk on file systems that support it."""
+    """Force the content of a file or folder to disk; do nothing on file systems that do not support it."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -185,7 +185,7 @@ def record_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, 
         - preprocessing: size, crop and normalization of images in evaluation.
 
     Raises:
-        ValueError: if it is damaged, or contains a model or arguments that a checkpoint must not choose.
+        ValueError: if it is damaged, names a model unknown to timm, or sets arguments that a checkpoint must not set.
     """
     if RECORD not in checkpoint:
         return None
@@ -193,10 +193,10 @@ def record_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, 
     types = {"model": str, "model_kwargs": dict, "num_classes": int, "preprocessing": dict}
     for name, kind in types.items():
         if not isinstance(record, dict) or not isinstance(record.get(name), kind):
-            raise ValueError(f"{path} has a damaged record of its model: {name} is missing or not a {kind.__name__}.")
+            raise ValueError(f"{path} has a damaged record: {name} is missing or not a {kind.__name__}.")
     if not timm.is_model(record["model"]):
-        raise ValueError(f"{path} requires the model {record['model']!r}, which timm does not know.")
+        raise ValueError(f"{path} requires the model {record['model']!r}, which is not registered with timm.")
     refused = sorted(_REFUSED_ARGUMENTS & record["model_kwargs"].keys())
     if refused:
-        raise ValueError(f"{path} sets {', '.join(refused)} of its model, which a checkpoint must not choose.")
+        raise ValueError(f"{path} sets {', '.join(refused)} in its model_kwargs; a checkpoint must not set them.")
     return {"classes": None, **record}

@@ -27,6 +27,8 @@ from natzoo.classification.signals import Interrupted, SignalHandler
 from natzoo.command_line import USER_ERRORS
 
 T = TypeVar("T")
+# How long a process keeps its own error back, for the main process to print the same one.
+_ERROR_DELAY_S = 30.0
 
 
 class World(NamedTuple):
@@ -129,7 +131,7 @@ def init_world(device: str, signals: SignalHandler) -> Iterator[tuple[World, str
     """Join the processes that torchrun started; leave them at the end of the block.
 
     An error that all processes raise is printed only by the main process. Another process prints its own error only if
-    the main process does not stop within ten seconds.
+    the main process does not end the run within 30 seconds.
 
     Args:
         device: the option --device; "auto" and "cuda" become the GPU of this process.
@@ -165,7 +167,8 @@ def init_world(device: str, signals: SignalHandler) -> Iterator[tuple[World, str
         raise
     except USER_ERRORS as error:
         if not world.is_main_process:
-            for _ in range(100):  # give the main process time to raise the same error; torchrun then stops this one
+            deadline = time.monotonic() + _ERROR_DELAY_S
+            while time.monotonic() < deadline:  # torchrun stops this process when the main process fails
                 time.sleep(0.1)
                 if signals.received:
                     sys.exit(2)

@@ -43,9 +43,10 @@ def evaluate(
         ValueError: if an image cannot be read and `skip_bad_images` is off, or if no image can be read.
     """
     world = world or World()
+    dataset: Any = loader.dataset
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # correct in top 1, correct in top 5, loss, images
-    total = None if isinstance(loader.dataset, IterableDataset) else len(loader)  # streams have no known length
+    total = None if isinstance(dataset, IterableDataset) else len(loader)  # streams have no known length
     bar = tqdm(total=total, desc="Evaluate", leave=False, disable=None if world.is_main_process else True)
     batches = iter(loader)
     with bar:
@@ -56,7 +57,7 @@ def evaluate(
             before_batch()
             if batch is None:
                 continue
-            check_bad_images(loader.dataset, skip_bad_images)
+            check_bad_images(dataset, skip_bad_images)
             x_BCHW, target_B = (part.to(device, non_blocking=True) for part in batch)
             target_BT = target_B.reshape(len(target_B), -1)
             is_labelled_B = (target_BT >= 0).any(1)
@@ -67,7 +68,7 @@ def evaluate(
             bar.update()
     top1, top5, loss, count = world.sum(*sums.tolist())
     if count == 0:
-        raise ValueError(f"{loader.dataset.source} has no readable image.")
+        raise ValueError(f"{dataset.source} has no readable image.")
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "count": int(count)}
 
 

@@ -22,8 +22,11 @@ from natzoo.classification.data.datasets import MODEL_SEED, seed_all
 from natzoo.classification.data.transforms import preprocessing
 from natzoo.classification.distributed import World
 
+# An nn.Module with attributes of timm's models, such as num_classes, which type checkers do not know.
+TimmModel = Any
 
-def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
+
+def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
     """Create a model with timm.create_model; arguments that are None keep the model's defaults.
 
     Raises:
@@ -46,7 +49,7 @@ def create_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 def create_training_model(
     args: argparse.Namespace, classes: list[str], world: World
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[TimmModel, dict[str, Any]]:
     """Create the model of a run with its initial weights.
 
     Returns:
@@ -56,7 +59,7 @@ def create_training_model(
     kwargs = {"num_classes": num_classes, "drop_path_rate": args.drop_path, "pretrained": args.pretrained or None}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
 
-    def create() -> nn.Module:
+    def create() -> TimmModel:
         seed_all(args.seed, MODEL_SEED)
         return create_model(args.model, {**args.model_kwargs, **kwargs})
 
@@ -107,7 +110,7 @@ def peak_lr(args: argparse.Namespace, images_per_update: int) -> float:
     return args.lr if args.lr_base_size is None else args.lr * images_per_update / args.lr_base_size
 
 
-def create_optimizer(args: argparse.Namespace, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:
+def create_optimizer(args: argparse.Namespace, model: TimmModel, images_per_update: int) -> torch.optim.Optimizer:
     """Create one of timm's optimizers.
 
     Weight decay skips 1-D parameters and those in `model.no_weight_decay()`. With --decay-rpb it includes the latter,
@@ -131,7 +134,7 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module, images_per_upda
         raise ValueError(f"--opt {args.opt} cannot be created with these options: {error}.") from error
 
 
-def _parameter_groups(args: argparse.Namespace, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+def _parameter_groups(args: argparse.Namespace, model: TimmModel, lr: float) -> list[dict[str, Any]]:
     no_decay = model.no_weight_decay() if hasattr(model, "no_weight_decay") and not args.decay_rpb else ()
     if args.layer_decay is None:
         return param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=no_decay)

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from timm.data import ImageNetInfo
-from torch import nn
 
 from natzoo.checkpoints import load_weights, locate, read_checkpoint, record_of, weights_of
 from natzoo.checkpoints.write import RECORD
-from natzoo.classification.factory import create_model
+from natzoo.classification.factory import TimmModel, create_model
 from natzoo.classification.options import KeyValues
 
 
@@ -39,7 +38,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto uses the GPU if there is one")
 
 
-def requested_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+def requested_model(args: argparse.Namespace, device: torch.device) -> tuple[TimmModel, dict[str, Any]]:
     """Create the model that the options of `add_model_options` name.
 
     Returns:
@@ -61,7 +60,7 @@ def restore(
     model_name: str | None = None,
     kwargs: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[TimmModel, dict[str, Any]]:
     """Create the model of a checkpoint and load its weights.
 
     Args:
@@ -103,7 +102,7 @@ def read_with_record(path: str) -> tuple[dict[str, Any], Path]:
 
 def create_from_checkpoint(
     checkpoint: dict[str, Any], path: str, model_name: str | None = None, kwargs: dict[str, Any] | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[TimmModel, dict[str, Any]]:
     """Create the model of a checkpoint already read; see `restore`. The model stays on the CPU."""
     record = record_of(checkpoint, path)
     if record is None:

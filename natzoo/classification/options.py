@@ -73,10 +73,10 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    flag = {"default": False, "action": argparse.BooleanOptionalAction}
-    number = {"type": float, "metavar": "X"}
-    count = {"type": positive, "metavar": "N"}
-    count_or_0 = {"type": non_negative, "metavar": "N"}
+    flag: dict[str, Any] = {"default": False, "action": argparse.BooleanOptionalAction}
+    number: dict[str, Any] = {"type": float, "metavar": "X"}
+    count: dict[str, Any] = {"type": positive, "metavar": "N"}
+    count_or_0: dict[str, Any] = {"type": non_negative, "metavar": "N"}
     parser.add_argument("data", nargs="?", metavar="DATA", help="folder with train/ and val/, one subfolder per class")
     parser.add_argument("-c", "--config", metavar="YAML", help="file of options; the command line overrides it")
 
@@ -290,6 +290,7 @@ def _check_config(config: dict[str, Any], parser: argparse.ArgumentParser, path:
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
+    convert: Any = action.type
     if value is None:
         if action.default is not None:
             raise ValueError("a value is required")
@@ -307,10 +308,10 @@ def _convert(action: argparse.Action, value: Any) -> Any:
     if action.nargs in (2, 3, "+"):
         if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
             raise ValueError(f"it must be a list of {action.nargs if action.nargs != '+' else 'one or more'} numbers")
-        return [action.type(item) for item in value]
+        return [convert(item) for item in value]
     if isinstance(value, (list, dict)):
         raise ValueError("it must be a single value")
-    value = str(value) if action.type is None else action.type(str(value))
+    value = str(value) if convert is None else convert(str(value))
     if action.choices is not None and value not in action.choices:
         raise ValueError(f"it must be one of {', '.join(action.choices)}")
     return value

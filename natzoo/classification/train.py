@@ -103,7 +103,7 @@ class Trainer:
         if resumed is not None:
             self.load_state(*resumed)
         self.check_same_everywhere()
-        self.parallel = self.world.data_parallel(self.model, self.device)
+        self.parallel: Any = self.world.data_parallel(self.model, self.device)
         self.forward = torch.compile(self.parallel) if args.compile else self.parallel
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = RunLogger(self.folder, self.epoch, self.total_updates) if self.world.is_main_process else None
@@ -117,7 +117,7 @@ class Trainer:
         args = self.args
         self.train_dataset = create_training_dataset(args, self.world)
         self.model, self.record = create_training_model(args, self.train_dataset.classes, self.world)
-        self.model.to(self.device, memory_format=self.memory_format)
+        self.model.to(device=self.device, memory_format=self.memory_format)
         check_classes(self.train_dataset, self.model.num_classes, matched_by_name=True)
         config, pin_memory = self.record["preprocessing"], self.device.type == "cuda"
         self.train_loader = create_training_loader(args, self.train_dataset, config, self.world, pin_memory)
@@ -233,7 +233,8 @@ class Trainer:
             self.bar.close()
             if self.log is not None:
                 self.log.close()
-        for dataset, action in ((self.train_dataset, "replaced"), (self.val_loader.dataset, "left out")):
+        datasets: list[tuple[Any, str]] = [(self.train_dataset, "replaced"), (self.val_loader.dataset, "left out")]
+        for dataset, action in datasets:
             bad = gather_bad_images(dataset, self.world)
             if bad:
                 count = f"{len(bad)} unreadable images in {dataset.source} were {action}:"

@@ -38,7 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("data", nargs="?", metavar="DATA", help="folder with val/, or with one subfolder per class")
     add_model_options(parser)
-    parser.add_argument("--models", nargs="+", metavar="PATTERN", help="evaluate all published models: 'nat_*'")
+    parser.add_argument(
+        "--models", nargs="+", metavar="PATTERN", help="evaluate all published models that match: 'nat_*'"
+    )
     parser.add_argument("--results-file", type=Path, metavar="CSV", help="write a table with one row per model")
     add_dataset_options(parser)
     parser.add_argument("--val-split", default="val", metavar="NAME", help="name of the validation split")
@@ -71,7 +73,7 @@ def chosen_models(patterns: list[str]) -> list[str]:
     return chosen
 
 
-def load_everywhere(args: argparse.Namespace, device: torch.device, world: World) -> tuple[nn.Module, dict[str, Any]]:
+def load_everywhere(args: argparse.Namespace, device: torch.device, world: World) -> tuple[Any, dict[str, Any]]:
     """Load the requested model in all processes.
 
     Returns:
@@ -81,7 +83,8 @@ def load_everywhere(args: argparse.Namespace, device: torch.device, world: World
         DownloadError: in all processes, if one of them could not download it.
         ValueError, FileNotFoundError: as raised by `requested_model`.
     """
-    loaded, reason = None, None
+    loaded: Any = None
+    reason: str | None = None
     try:
         loaded = world.local_main_first(lambda: requested_model(args, device))
     except DownloadError as error:
@@ -108,7 +111,7 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
     classes = read_class_map(args.class_map) or record["classes"]
     if classes is None and uses_shards(args):
         classes = [str(number) for number in range(model.num_classes)]
-    dataset = create_validation_dataset(args, classes, config, world)
+    dataset: Any = create_validation_dataset(args, classes, config, world)
     check_classes(dataset, model.num_classes, matched_by_name=record["classes"] is not None)
     if args.real_labels is not None:
         if not isinstance(dataset, ImageDataset):
@@ -139,7 +142,7 @@ def _make_row(
     name: str, model: nn.Module, config: dict, result: dict[str, float], is_published: bool
 ) -> dict[str, Any]:
     entry = zoo_entries().get(name.split(".")[0])
-    published = entry.facts.get("top1", "") if entry and is_published else ""
+    published: Any = entry.facts.get("top1", "") if entry and is_published else ""
     return {
         "model": name,
         "top1": round(result["top1"], 3),

@@ -1,4 +1,4 @@
-"""Build registered models: default configurations for timm, and weights through natzoo.checkpoints."""
+"""Build registered models: configurations for timm, and weights through natzoo.checkpoints."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cf
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from natzoo.checkpoints import find_entry, locate, locate_entry, zoo_entries
 from natzoo.checkpoints.adapt import published_names
-from natzoo.checkpoints.locate import find_entry, locate, locate_entry, zoo_entries
 
 
 def make_default_cfgs(names: Iterable[str], first_conv: str, reduction: int = 32) -> dict[str, Any]:
@@ -22,6 +22,9 @@ def make_default_cfgs(names: Iterable[str], first_conv: str, reduction: int = 32
         names: registered names with timm's tag, "MODEL.TAG".
         first_conv: name of the convolution that processes the image.
         reduction: ratio of the image size to the size of the last feature map.
+
+    Raises:
+        ValueError: if a name is not in natzoo/zoo.yaml.
     """
     return generate_default_cfgs({name: _cfg(name, first_conv, reduction) for name in names})
 
@@ -55,6 +58,14 @@ def build(
         pretrained: load the weights that `pretrained_cfg` refers to, by default the published ones.
         default_out_indices: feature maps of a feature extractor, unless kwargs contain out_indices.
         kwargs: arguments of timm.create_model and of the model class.
+
+    Returns:
+        An instance of model_cls, or timm's FeatureGetterNet.
+
+    Raises:
+        ValueError: if the arguments are invalid, there are no published weights, or the weights do not match.
+        FileNotFoundError: if `pretrained_cfg` refers to a missing file.
+        DownloadError: if the weights cannot be downloaded.
     """
     if pretrained:
         overlay = kwargs.get("pretrained_cfg_overlay") or {}
@@ -79,7 +90,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 
 def _locate_weights(cfg: PretrainedCfg, variant: str) -> Path:
-    """Locate the weights of a configuration; its fields have the same priority as in timm."""
+    """Return the weight file of a configuration; its fields have the same priority as in timm."""
     entry = zoo_entries().get(variant)
     if cfg.source == "hf-hub":
         return locate(f"hf-hub:{cfg.hf_hub_id}")

@@ -26,7 +26,7 @@ log = logging.getLogger("natzoo")
 
 
 class PatchEmbed(nn.Module):
-    """Embed non-overlapping PxP patches: [B, in_chans, H, W] -> [B, H/P, W/P, embed_dim], with zero padding."""
+    """Embed non-overlapping PxP patches: [B, in_chans, H, W] -> [B, H/P, W/P, embed_dim]; images are zero-padded."""
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int = 4, device=None, dtype=None):
         super().__init__()
@@ -44,8 +44,8 @@ class PatchEmbed(nn.Module):
 class LeanMlp(Mlp):
     """timm's Mlp with less activation memory: GELU is recomputed in the backward pass instead of storing its output.
 
-    A training step needs a fifth less memory and 2% more time. torch.compile, which decides on recomputation itself,
-    and torch.jit.trace see the plain Mlp.
+    A training step needs a fifth less memory and 2% more time. torch.compile and torch.jit.trace use the plain Mlp; the
+    compiler makes its own choice of what to recompute.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,7 +183,15 @@ class Classifier(nn.Module):
 
     @torch.jit.ignore
     def load_pretrained(self, path: str, prefix: str = "") -> None:
-        """Load a weight file; timm calls this for `pretrained=True`. Keeps a classifier for other classes."""
+        """Load a weight file; timm calls this for `pretrained=True`.
+
+        The model keeps its own classifier if the file has another number of classes. `prefix` is ignored: natzoo
+        recognizes the prefixes of detectors and wrapped models.
+
+        Raises:
+            FileNotFoundError, OSError: if the file cannot be read.
+            ValueError: if it is not a checkpoint of this model.
+        """
         for note in load_weights(self, read_weights(path), path, new_classifier=True):
             log.warning("%s: %s", path, note)
 
@@ -198,7 +206,15 @@ class Classifier(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one; `global_pool` stays the same unless given."""
+        """Replace the classifier with a new one.
+
+        Args:
+            num_classes: number of classes; 0 for no classifier.
+            global_pool: "avg", or "" to classify each token; None to keep the current value.
+
+        Raises:
+            ValueError: if global_pool is unknown.
+        """
         weight = self.patch_embed.norm.weight
         global_pool = self.global_pool if global_pool is None else global_pool
         self.init_classifier(num_classes, global_pool, self.head_drop.p, device=weight.device, dtype=weight.dtype)
@@ -209,13 +225,21 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
     def forward_head(self, x_BHWC: Tensor, pre_logits: bool = False) -> Tensor:
-        """Compute logits [B, num_classes] from the final feature map; with `pre_logits`, the pooled features."""
+        """Compute logits from the final feature map [B, H, W, num_features].
+
+        Args:
+            x_BHWC: result of `forward_features`.
+            pre_logits: return the features that the classifier would receive instead.
+
+        Returns:
+            Logits [B, num_classes], or [B, H, W, num_classes] without pooling.
+        """
         x = x_BHWC.mean((1, 2)) if self.global_pool == "avg" else x_BHWC
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def format_intermediate(self, x_BHWC: Tensor, norm: bool, output_fmt: str) -> Tensor:
-        """Convert a feature map for the output of `forward_intermediates`."""
+        """Convert a feature map to the output format of `forward_intermediates`, normalized if requested."""
         feature = self.norm(x_BHWC) if norm else x_BHWC
         return to_nchw(feature).contiguous() if output_fmt == "NCHW" else feature
 
@@ -271,13 +295,13 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
 
 
 def check_output_fmt(output_fmt: str) -> None:
-    """Raise ValueError unless `forward_intermediates` supports this format."""
+    """Raise ValueError if `forward_intermediates` does not support a format."""
     if output_fmt not in ("NCHW", "NHWC"):
         raise ValueError(f"output_fmt is {output_fmt!r}; use 'NCHW' or 'NHWC'.")
 
 
 def init_linear(module: nn.Module) -> None:
-    """Initialize a linear layer: weights normal with std 0.02, truncated at 2; biases 0. Ignore all other layers."""
+    """Initialize a linear layer: weights truncated normal with std 0.02, biases 0. Ignore other layers."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -41,8 +41,18 @@ PATCH_SIZE = 16
 class BiasedAttention(nn.Module):
     """Multi-head self-attention over the whole map with a relative position bias: [B, H, W, dim] -> [B, H, W, dim].
 
-    Computed as neighborhood attention with a window that covers the map. H and W must be at least 2. Maps smaller than
-    `map_size` use the center of the bias table; for larger maps the table is resized by interpolation.
+    It is computed as neighborhood attention with a window that covers the map. Maps smaller than `map_size` use the
+    center of the bias table; for larger maps the table is resized by interpolation.
+
+    Args:
+        dim: number of channels.
+        num_heads: number of attention heads.
+        map_size: height and width in tokens for which the bias table is made.
+        qkv_bias: add a bias to the qkv projection.
+        proj_drop: dropout rate after the output projection.
+
+    Raises:
+        ValueError: in forward, if H or W is below 2.
     """
 
     def __init__(
@@ -86,7 +96,9 @@ class BiasedAttention(nn.Module):
         """Compute packed query, key and value [B, H, W, 3, heads, head_dim]."""
         height, width = x_BHWC.shape[1:3]
         if min(height, width) < 2:
-            raise ValueError(f"the map has {height}x{width} patches of {PATCH_SIZE} pixels; at least 2x2 are required.")
+            raise ValueError(
+                f"x has {height}x{width} tokens of {PATCH_SIZE}x{PATCH_SIZE} pixels; full attention needs at least 2x2."
+            )
         return self.qkv(x_BHWC).unflatten(-1, (3, self.num_heads, -1))
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
@@ -113,7 +125,8 @@ class Isotropic(Classifier):
         in_chans: number of image channels.
         num_classes: number of classes; 0 for no classifier.
         global_pool: "avg", or "" to classify each token.
-        img_size: image height and width in pixels for the bias table of full attention; otherwise ignored.
+        img_size: image height and width in pixels, which determine the bias table of full attention; ignored with a
+            window.
         depth: number of blocks.
         num_heads: number of attention heads.
         embed_dim: number of channels.
@@ -171,7 +184,7 @@ class Isotropic(Classifier):
             block = NeighborhoodBlock(
                 embed_dim,
                 num_heads,
-                kernel_size or 7,
+                kernel_size or 1,  # unused with full attention
                 1 if dilations is None else dilations[index],
                 mlp_ratio=mlp_ratio,
                 qkv_bias=qkv_bias,

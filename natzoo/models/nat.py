@@ -90,7 +90,16 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, followed by a downsampler in all stages but the last."""
+    """Blocks at one resolution, followed by a downsampler in all stages but the last.
+
+    Args:
+        dim: number of channels.
+        num_heads: number of attention heads.
+        dilations: one dilation per block.
+        drop_path: one stochastic depth rate per block.
+        downsample: the downsampler; None in the last stage.
+        block_args: other arguments of NeighborhoodBlock.
+    """
 
     def __init__(
         self,
@@ -215,7 +224,7 @@ class HierarchicalTransformer(Classifier):
 
     @property
     def stages(self) -> Any:
-        """The nn.ModuleList of all stages, whatever the family calls it."""
+        """The nn.ModuleList of all stages, whose attribute name depends on the family."""
         return getattr(self, self.stages_name)
 
     @torch.jit.ignore
@@ -304,7 +313,7 @@ class NAT(HierarchicalTransformer):
 
 
 class DiNAT(NAT):
-    """Dilated Neighborhood Attention Transformer: NAT with the argument `dilations`."""
+    """Dilated Neighborhood Attention Transformer: the layers of NAT; the registered models set `dilations`."""
 
 
 class DiNAT_s(HierarchicalTransformer):

@@ -60,9 +60,9 @@ def tile_limits(
     """Change how tiles may store the bias and its gradient in shared memory."""
     with (
         mock.patch.object(tiles, "_MAY_HAVE_FRAGMENTS", has_fragments),
-        mock.patch.object(tiles, "_MOST_TABLE_BYTES", table_bytes),
+        mock.patch.object(tiles, "_MAX_TABLE_BYTES", table_bytes),
         mock.patch.object(tiles, "_MAY_HAVE_GRADIENT_FRAGMENTS", has_gradient_fragments),
-        mock.patch.object(tiles, "_MOST_GRADIENT_BYTES", gradient_bytes),
+        mock.patch.object(tiles, "_MAX_GRADIENT_BYTES", gradient_bytes),
     ):
         tiles.choose_tile.cache_clear()
         try:
@@ -276,7 +276,7 @@ class EmulatedSweepTest(EmulatedTestCase):
 
     def test_steps_of_more_than_32_bits(self):
         for given in (problem((11, 20), 5, 1, 2), problem((4, 5, 9), 3)):
-            with self.subTest(given=given), mock.patch.object(cuda, "_MOST_SHORT_STEP", 0):
+            with self.subTest(given=given), mock.patch.object(cuda, "_MAX_SHORT_STEP", 0):
                 self.check(given, torch.bfloat16)
 
     def test_scales_that_the_bias_cannot_be_divided_by(self):

@@ -70,7 +70,7 @@ def test_kernels_depend_on_the_gpu(dry_run):
 @pytest.mark.parametrize("capability", profiler.GPUS)
 def test_every_known_gpu(dry_run, capability):
     found = dry_run("{}.{}".format(*capability), PUBLISHED)
-    assert found["backend"] == ("cuda" if capability >= cuda.LEAST_CAPABILITY else "reference")
+    assert found["backend"] == ("cuda" if capability >= cuda.MIN_CAPABILITY else "reference")
 
 
 def test_minimal_work(result):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import socket
 
 import pytest
@@ -11,10 +10,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from natzoo.checkpoints import DownloadError, find_entry, locate, path_in_cache, write_checkpoint, zoo_entries
+from natzoo.checkpoints import DownloadError, find_entry, locate, path_in_cache, sources, write_checkpoint, zoo_entries
 from natzoo.checkpoints.keys import to_hf
-
-locating = importlib.import_module("natzoo.checkpoints.locate")  # the package exports a function of this name
 
 SMALL = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3}
 
@@ -39,7 +36,7 @@ def downloads(monkeypatch, tmp_path, weights):
         write_checkpoint(tmp_path / path.name, weights)
         return tmp_path / path.name
 
-    monkeypatch.setattr(locating, "fetch", fetch)
+    monkeypatch.setattr(sources, "fetch", fetch)
     return requested
 
 
@@ -70,14 +67,8 @@ def test_list_is_complete():
         "segmentation": 13,
         "mask2former": 8,
     }
-    assert (
-        sum(
-            map(
-                len, filter(lambda rows: isinstance(rows, dict), yaml.safe_load(locating.ZOO_FILE.read_text()).values())
-            )
-        )
-        == 67
-    )
+    content = yaml.safe_load(sources.ZOO_FILE.read_text())
+    assert sum(len(rows) for rows in content.values() if isinstance(rows, dict)) == 67
 
 
 # ----- locate -----
@@ -141,7 +132,7 @@ def test_hub_repository_with_either_file(monkeypatch, tmp_path):
         return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(locating, "is_unreachable", lambda url: False)
+    monkeypatch.setattr(sources, "is_unreachable", lambda url: False)
     requested, available = [], ["pytorch_model.bin"]
     assert locate("hf-hub:somebody/nat") == tmp_path / "pytorch_model.bin"
     assert requested == [("somebody/nat", name, None) for name in ("model.safetensors", "pytorch_model.bin")]
@@ -163,8 +154,8 @@ def test_hub_is_tried_after_the_site(monkeypatch, tmp_path, weights):
         save_file({name: value.contiguous() for name, value in to_hf(weights, "nat.").items()}, tmp_path / name)
         return str(tmp_path / name)
 
-    monkeypatch.setattr(locating, "fetch", fetch)
-    monkeypatch.setattr(locating, "is_unreachable", lambda url: False)
+    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr(sources, "is_unreachable", lambda url: False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert_loaded(small(seed=1, pretrained=True), weights)
 
@@ -190,15 +181,15 @@ def test_without_network_only_the_local_hub_cache_is_used(monkeypatch, tmp_path)
         return str(tmp_path / name)
 
     monkeypatch.setattr(socket, "getaddrinfo", nowhere)
-    monkeypatch.setattr(locating, "getproxies", dict)
+    monkeypatch.setattr(sources, "getproxies", dict)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     available = ["pytorch_model.bin"]
     assert locate("hf-hub:somebody/nat") == tmp_path / "pytorch_model.bin"
     available = []
     with pytest.raises(DownloadError, match=r"somebody/nat.*huggingface\.co"):
         locate("hf-hub:somebody/nat")
-    monkeypatch.setattr(locating, "getproxies", lambda: {"https": "proxy:3128"})
-    assert not locating.is_unreachable("https://huggingface.co")
+    monkeypatch.setattr(sources, "getproxies", lambda: {"https": "proxy:3128"})
+    assert not sources.is_unreachable("https://huggingface.co")
 
 
 # ----- models -----

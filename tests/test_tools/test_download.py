@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 import download
@@ -11,11 +10,9 @@ import pytest
 from file_server import CONTENT, SHA256, serve, status, truncated, web_page
 
 from natzoo import command_line
-from natzoo.checkpoints import find_entry, zoo_entries
+from natzoo.checkpoints import find_entry, sources, zoo_entries
 
-zoo = importlib.import_module("natzoo.checkpoints.locate")  # the package exports a function of this name
-
-SITE = zoo.ZOO_FILE.read_text().split("site: ")[1].split("\n")[0]
+SITE = sources.ZOO_FILE.read_text().split("site: ")[1].split("\n")[0]
 
 
 @pytest.fixture
@@ -25,10 +22,10 @@ def site(server, monkeypatch, tmp_path):
     def offline(repository, name, revision=None, local_files_only=False):
         raise ConnectionError("no net")
 
-    (tmp_path / "zoo.yaml").write_text(zoo.ZOO_FILE.read_text().replace(SITE, server.url("projects/")))
-    monkeypatch.setattr(zoo, "ZOO_FILE", tmp_path / "zoo.yaml")
+    (tmp_path / "zoo.yaml").write_text(sources.ZOO_FILE.read_text().replace(SITE, server.url("projects/")))
+    monkeypatch.setattr(sources, "ZOO_FILE", tmp_path / "zoo.yaml")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    monkeypatch.setattr(zoo, "is_unreachable", lambda url: False)
+    monkeypatch.setattr(sources, "is_unreachable", lambda url: False)
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "cache"))
     zoo_entries.cache_clear()
     yield server
@@ -96,7 +93,7 @@ def test_get(run, cache, site, tmp_path, monkeypatch):
 
 
 def test_get_resumes_an_interrupted_download(run, cache, site):
-    site.behaviours = [truncated] + [status(503)] * 3
+    site.behaviors = [truncated] + [status(503)] * 3
     assert_refused(run("get", "nat_mini"), "503")
     assert run("get", "nat_mini")[0] == 0
     assert site.ranges[-1] == "bytes=100000-"
@@ -111,7 +108,7 @@ def test_files_from_the_hub_get_the_names_of_their_checkpoints(run, site, monkey
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", from_hub)
-    site.behaviours = [status(404)] * 2
+    site.behaviors = [status(404)] * 2
     code, _, _ = run("get", "nat_mini", "dinat_mini", "--out", tmp_path / "out")
     assert code == 0
     for name in ("nat_mini", "dinat_mini"):
@@ -139,7 +136,7 @@ def test_offline(run, cache, site):
 
 
 def test_a_web_page_is_refused(run, cache, site):
-    site.behaviours = [web_page]
+    site.behaviors = [web_page]
     assert_refused(run("get", "nat_mini"), "nat_mini.pth", "web page")
     assert not (cache / "nat_mini.pth").exists()
 
@@ -170,10 +167,10 @@ def test_verify_finds_a_damaged_file(run, cache):
 
 
 def test_a_published_hash_is_checked(run, cache, site, tmp_path):
-    text = zoo.ZOO_FILE.read_text().replace("nat_mini.pth,", f"nat_mini.pth, sha256: {SHA256},", 1)
-    zoo.ZOO_FILE.write_text(text)
+    text = sources.ZOO_FILE.read_text().replace("nat_mini.pth,", f"nat_mini.pth, sha256: {SHA256},", 1)
+    sources.ZOO_FILE.write_text(text)
     zoo_entries.cache_clear()
-    site.behaviours = [lambda handler: serve(handler, content=bytes(1000))]
+    site.behaviors = [lambda handler: serve(handler, content=bytes(1000))]
     assert_refused(run("get", "nat_mini"), SHA256)
     cache.joinpath("nat_mini.pth").write_bytes(bytes(1000))  # downloaded manually
     for command in ("verify", "get"):

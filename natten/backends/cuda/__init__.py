@@ -25,7 +25,7 @@ from natten.geometry import Axis
 
 NAME = "cuda"
 # The compute capability that the kernels need, and that the kernels with matrix instructions need.
-LEAST_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
+MIN_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
 _TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out * grad_out per query, an intermediate result of backward
 _VIEW_WORDS = 6
@@ -38,10 +38,10 @@ _GROUP_THREADS = 128  # THREADS in groups.h
 _SUM_THREADS, _SUM_ENTRIES = 1024, 32  # threads and table entries per block in sum_parts.cu
 _WAVES = 2  # waves of blocks that sum the gradient of the bias table
 _RESIDENT_GROUPS = 8  # approximate number of blocks of a kernel in groups.h that fit on a multiprocessor
-_MOST_PARTIAL_BYTES = 64 << 20
-_LEAST_SCALE = 1e-30
+_MAX_PARTIAL_BYTES = 64 << 20
+_MIN_SCALE = 1e-30
 # Largest distance in bytes between neighbors in a residue class for which 32 such steps fit into an int.
-_MOST_SHORT_STEP = 2**31 // 32 - 1
+_MAX_SHORT_STEP = 2**31 // 32 - 1
 
 
 def unsupported_reason(query: Tensor) -> str | None:
@@ -78,7 +78,7 @@ def _unsupported_device(device: int) -> str | None:
 
 def unsupported_capability(capability: tuple[int, int]) -> str | None:
     """Return why there are no kernels for GPUs of a compute capability, or None if there are."""
-    if capability >= LEAST_CAPABILITY:
+    if capability >= MIN_CAPABILITY:
         return None
     return f"the GPU has compute capability {capability[0]}.{capability[1]}; the kernels need 7.5 or higher"
 
@@ -214,7 +214,7 @@ class _Planner:
         self.scale, self.has_rpb, self.is_ordered = scale, has_rpb, is_ordered
         self.views = self._views(tensors, 3 - len(axes))
         self.has_long_steps = any(
-            abs(stride) * axis.dilation * x.element_size() > _MOST_SHORT_STEP
+            abs(stride) * axis.dilation * x.element_size() > _MAX_SHORT_STEP
             for x in tensors.values()
             for stride, axis in zip(x.stride()[1:], axes, strict=False)
         )
@@ -278,7 +278,7 @@ class _Planner:
         Returns None if there is no such kernel for the dtype, scale, GPU and window.
         """
         gpu = self.gpu
-        is_divisor = _LEAST_SCALE < self.scale < 1 / _LEAST_SCALE  # kernels divide the bias by the scale
+        is_divisor = _MIN_SCALE < self.scale < 1 / _MIN_SCALE  # kernels divide the bias by the scale
         if self.tiled_element == 0 or not is_divisor or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
             return None
         return choose_tile(
@@ -288,7 +288,7 @@ class _Planner:
             maps=self.batch * self.heads,
             has_rpb=self.has_rpb,
             processors=gpu.multi_processor_count,
-            most_shared_bytes=gpu.shared_memory_per_block_optin,
+            max_shared_bytes=gpu.shared_memory_per_block_optin,
             is_ordered=self.is_ordered,
             item_bytes=4 if self.tiled_element == _TFLOAT else 2,
         )
@@ -311,8 +311,8 @@ class _Planner:
         The blocks make up a few waves, with `resident` blocks per multiprocessor. With fewer blocks, most of the GPU
         waits for the slowest one. Each further block costs another partial table.
         """
-        most = max(1, _MOST_PARTIAL_BYTES // (4 * self.table * self.heads))
-        return min(self._pieces(size), most, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
+        max_parts = max(1, _MAX_PARTIAL_BYTES // (4 * self.table * self.heads))
+        return min(self._pieces(size), max_parts, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
 
     def _add_group(self, source: str, name: str, parts: int | None = None) -> None:
         kernel = Kernel(source, name, self._definitions(self.element), _GROUP_THREADS)

@@ -19,14 +19,14 @@ from natten.geometry import Axis
 KINDS = ("forward", "grad_query", "grad_key_value")
 
 _LONG_AXIS = 1 << 12  # on longer axes, only some tiles are examined
-_MOST_WARPS = 8  # per block
-_MOST_UNITS = 32  # per tile
-_MOST_ROW_BLOCKS = 8  # blocks of 8 columns in a row that is not cut into segments
+_MAX_WARPS = 8  # per block
+_MAX_UNITS = 32  # per tile
+_MAX_ROW_BLOCKS = 8  # blocks of 8 columns in a row that is not cut into segments
 _LARGE_DIM = 128  # for a larger head_dim, rows that are not cut into segments may be too large
 # A multiprocessor reserves this much of its shared memory per block, in addition to what the block requests.
 _RESERVED_BYTES = 1 << 10
 _MAY_HAVE_FRAGMENTS, _MAY_HAVE_GRADIENT_FRAGMENTS = True, True  # tests set these to False
-_MOST_TABLE_BYTES, _MOST_GRADIENT_BYTES = 48 << 10, 32 << 10  # limits for tables in shared memory, without fragments
+_MAX_TABLE_BYTES, _MAX_GRADIENT_BYTES = 48 << 10, 32 << 10  # limits for tables in shared memory, without fragments
 _BASES_BYTES = 128  # base addresses of tensors
 _STAGE_CHUNKS = (1, 2, 4, 8)  # possible numbers of chunks per stage
 
@@ -44,7 +44,7 @@ _TABLE_COST, _DIAGONAL_COST = 20.0, 25.0  # per block of columns whose bias, or 
 _BYTES_PER_INSTRUCTION = 6.0  # that a multiprocessor receives while it issues one instruction
 
 _CHUNK_BLOCKS = {"forward": 8, "grad_query": 4, "grad_key_value": 2}  # blocks of 8 columns per chunk, small head_dim
-_MOST_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}  # largest head_dim per block
+_MAX_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}  # largest head_dim per block
 # Pairs of a largest head_dim (float32 counts twice) and the resident warps per multiprocessor that do not spill
 # registers: with 16 warps a thread has 128 registers, with 12 it has 168, with 8 it has 255.
 _RESIDENT_WARPS = {
@@ -81,7 +81,7 @@ class Tile(NamedTuple):
         return 32 * self.warps
 
     def definitions(self) -> tuple[str, ...]:
-        words = {
+        macros = {
             "TILE_Z": self.size[0],
             "TILE_Y": self.size[1],
             "TILE_X": self.size[2],
@@ -101,7 +101,7 @@ class Tile(NamedTuple):
             "GRADIENT_TABLES": self.gradient_tables,
             "SHARED_BYTES": self.shared_bytes,
         }
-        return tuple(f"{name}={value}" for name, value in words.items())
+        return tuple(f"{name}={value}" for name, value in macros.items())
 
 
 class _Layout(NamedTuple):
@@ -129,12 +129,12 @@ class _Stage(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How far windows reach
+# The columns of a tile
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _multiple(value: int, of: int) -> int:
-    return -(-value // of) * of
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _window(axis: Axis, s: int, n: int) -> tuple[int, int]:
@@ -160,16 +160,16 @@ def _span(axis: Axis, is_inverse: bool, s: int, n: int) -> tuple[int, int]:
         first, last, sees_all = s, s + k - stride, s + k >= n
     else:
         reach = k // 2 - stride // 2
-        first, last, sees_all = 0 if s < k else max(_multiple(s - (k - 1) + reach, stride), 0), s + reach, s >= n - k
+        first, last, sees_all = 0 if s < k else max(_round_up(s - (k - 1) + reach, stride), 0), s + reach, s >= n - k
     return first, n if sees_all else min(last // stride * stride + stride, n)
 
 
 def _starts(axis: Axis, n: int, size: int) -> Iterator[int]:
     """Yield the first token of each tile of a class of n tokens.
 
-    For a long class, skip most of the tiles in the middle, which are all alike.
+    For a long class, skip most of the tiles in the middle, which all have the same size.
     """
-    edge = _multiple(2 * axis.kernel_size + (axis.stride + 1) * size, size)
+    edge = _round_up(2 * axis.kernel_size + (axis.stride + 1) * size, size)
     if n <= max(_LONG_AXIS, 4 * edge):
         return iter(range(0, n, size))
     return chain(range(0, edge, size), range((n - edge) // size * size, n, size))
@@ -224,7 +224,7 @@ def choose_tile(
     maps: int,
     has_rpb: bool,
     processors: int,
-    most_shared_bytes: int,
+    max_shared_bytes: int,
     is_ordered: bool,
     item_bytes: int = 2,
 ) -> Tile | None:
@@ -237,27 +237,29 @@ def choose_tile(
         maps: number of images times number of heads.
         has_rpb: whether the problem has a bias.
         processors: number of multiprocessors of the GPU.
-        most_shared_bytes: limit of shared memory per block.
+        max_shared_bytes: limit of shared memory per block.
         is_ordered: whether the gradient of rpb must be deterministic.
         item_bytes: bytes per element: 2, or 4 for float32 in TF32.
     """
-    arguments = (kind, axes, dim, maps, has_rpb, processors, most_shared_bytes, is_ordered, item_bytes)
+    arguments = (kind, axes, dim, maps, has_rpb, processors, max_shared_bytes, is_ordered, item_bytes)
     return min(tiles_and_costs(*arguments), key=lambda found: found[1], default=(None, 0.0))[0]
 
 
 def tiles_and_costs(
-    kind: str, axes, dim, maps, has_rpb, processors, most_shared_bytes, is_ordered, item_bytes=2
+    kind: str, axes, dim, maps, has_rpb, processors, max_shared_bytes, is_ordered, item_bytes=2
 ) -> Iterator[tuple[Tile, float]]:
     """Yield all tiles that `choose_tile` compares, each with its estimated cost."""
-    chooser = _Chooser(kind, axes, dim, has_rpb, most_shared_bytes, is_ordered, item_bytes)
+    chooser = _Chooser(kind, axes, dim, has_rpb, max_shared_bytes, is_ordered, item_bytes)
     return ((tile, chooser.cost(tile, maps, processors)) for tile in chooser.tiles())
 
 
 class _Chooser:
-    def __init__(self, kind, axes, dim: int, has_rpb: bool, most_shared_bytes: int, is_ordered: bool, item_bytes: int):
+    """Enumerates the tiles of a kernel for a problem, and estimates their costs."""
+
+    def __init__(self, kind, axes, dim: int, has_rpb: bool, max_shared_bytes: int, is_ordered: bool, item_bytes: int):
         self.kind, self.axes, self.item_bytes = kind, axes, item_bytes
         self.wide = dim * item_bytes // 2  # head_dim in units of 2 bytes
-        self.has_rpb, self.most_shared_bytes, self.is_ordered = has_rpb, most_shared_bytes, is_ordered
+        self.has_rpb, self.max_shared_bytes, self.is_ordered = has_rpb, max_shared_bytes, is_ordered
         self.is_inverse = kind == "grad_key_value"
         self.rank = 3 if axes[0].kernel_size > 1 else 2 if axes[1].kernel_size > 1 else 1
         self.unit = (1, 2, 8) if self.rank > 1 else (1, 1, 16)
@@ -267,26 +269,26 @@ class _Chooser:
         self.fragments_per_row = 1 if self.rank > 1 else 2
         self.pieces = self.wide // 8  # 16-byte pieces per row
         is_large = item_bytes == 4 and dim > 64  # results and operands together would spill registers
-        most_slice_dim = _MOST_SLICE_DIM[kind] // (2 if is_large else 1)
-        self.slices = -(-dim // most_slice_dim)
+        max_slice_dim = _MAX_SLICE_DIM[kind] // (2 if is_large else 1)
+        self.slices = -(-dim // max_slice_dim)
         self.slice_results = -(-(dim // 8) // self.slices)
         self.chunk_blocks = _CHUNK_BLOCKS[kind] if self.wide <= 32 else max(_CHUNK_BLOCKS[kind] // 2, 2)
-        resident = (warps for most, warps in _RESIDENT_WARPS[kind] if self.wide <= most)
-        self.most_resident_warps = next(resident, _FEWEST_RESIDENT_WARPS)
+        resident = (warps for max_dim, warps in _RESIDENT_WARPS[kind] if self.wide <= max_dim)
+        self.max_resident_warps = next(resident, _FEWEST_RESIDENT_WARPS)
         self.has_gradient = has_rpb and kind == "grad_query"
 
     def tiles(self) -> Iterator[Tile]:
         """Yield all tiles that fit."""
         for size in product(*(self._sizes(i) for i in range(3))):
             units = prod(-(-q // u) for q, u in zip(size, self.unit, strict=True))
-            if units <= _MOST_UNITS:
+            if units <= _MAX_UNITS:
                 yield from self._tiles_of_size(size, units)
 
     def _sizes(self, i: int) -> list[int]:
         """Return the possible sizes of a tile along an axis: multiples of the unit, up to the length of the axis."""
         unit = self.unit[i]
-        most = min(_multiple(self.longest[i], unit), unit * _MOST_UNITS)
-        return list(range(unit, most + 1, unit))
+        longest = min(_round_up(self.longest[i], unit), unit * _MAX_UNITS)
+        return list(range(unit, longest + 1, unit))
 
     def _tiles_of_size(self, size, units: int) -> Iterator[Tile]:
         for layout in self._layouts(size[2]):
@@ -305,7 +307,7 @@ class _Chooser:
         may_have_gradient = self.has_gradient and _MAY_HAVE_GRADIENT_FRAGMENTS
         for has_gradient in (False, True) if may_have_gradient else (False,):
             reach, begins, unit_columns = self._place_columns(size_x, has_gradient)
-            if unit_columns <= 8 * _MOST_ROW_BLOCKS:
+            if unit_columns <= 8 * _MAX_ROW_BLOCKS:
                 is_unsegmented = True
                 for has_bias in (True, False) if _MAY_HAVE_FRAGMENTS else (False,):
                     yield _Layout(max(begins) + unit_columns, unit_columns, reach, False, has_bias, has_gradient)
@@ -322,7 +324,7 @@ class _Chooser:
         """
         axis, unit = self.axes[2], self.unit[2]
         reach = farthest(axis, self.is_inverse, unit if has_gradient_fragments else size_x)[0]
-        begins, most = set(), 0
+        begins, widest_unit = set(), 0
         for n in _classes(axis):
             for at in _starts(axis, n, size_x):
                 for x in range(at, min(at + size_x, n), unit):
@@ -330,12 +332,12 @@ class _Chooser:
                     end = _span(axis, self.is_inverse, min(x + unit, n) - 1, n)[1]
                     begin = x - at if has_gradient_fragments else (first - at + reach) // 8 * 8
                     begins.add(begin)
-                    most = max(most, end - at + reach - begin)
-        return reach, begins, _multiple(most, 8)
+                    widest_unit = max(widest_unit, end - at + reach - begin)
+        return reach, begins, _round_up(widest_unit, 8)
 
     def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[_Stage]:
-        if units > _MOST_WARPS:
-            for warps in range(1, _MOST_WARPS + 1):
+        if units > _MAX_WARPS:
+            for warps in range(1, _MAX_WARPS + 1):
                 yield _Stage(rows, False, warps)
             return
         yield _Stage(rows, False, units)
@@ -346,7 +348,7 @@ class _Chooser:
     def _fits(self, tile: Tile) -> bool:
         """Return whether a tile fits the GPU and, if the problem needs that, sums gradients in a fixed order."""
         is_ordered = tile.warps == 1 or tile.has_gradient_fragments or tile.gradient_tables == tile.warps
-        return tile.shared_bytes <= self.most_shared_bytes and (
+        return tile.shared_bytes <= self.max_shared_bytes and (
             is_ordered or not (self.has_gradient and self.is_ordered)
         )
 
@@ -358,11 +360,11 @@ class _Chooser:
         tables, gradient = self._gradient(layout, stage.warps)
         blocks = layout.unit_columns // 8 + (self.rank == 1)
         has_diagonals = self.has_gradient and not layout.has_gradient_fragments
-        diagonals = 8 * (_multiple(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
+        diagonals = 8 * (_round_up(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
         warp = max((16 * (self.slice_results + 1) * 16 if self.item_bytes == 2 else 0), diagonals)
         shared = (2 if stage.is_staged else 1) * buffer + bias + gradient + stage.warps * warp + _BASES_BYTES
         resident = self._resident_warps(layout, chunk_rows, stage) // stage.warps
-        fitting = (self.most_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES)
+        fitting = (self.max_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES)
         return Tile(
             size=tuple(size),
             columns=layout.columns,
@@ -384,29 +386,29 @@ class _Chooser:
 
     def _resident_warps(self, layout: _Layout, chunk_rows: int, stage: _Stage) -> int:
         """Return the number of warps for which a multiprocessor has registers."""
-        most, chunk = self.most_resident_warps, chunk_rows * layout.unit_columns
+        chunk = chunk_rows * layout.unit_columns
         is_large_stage = stage.is_staged and self.wide > 32
         if self.kind != "forward" and (layout.is_segmented or is_large_stage or chunk > 32):
             return _FEWEST_RESIDENT_WARPS
         if self.rank > 2 or is_large_stage or (self.is_inverse and chunk > 16):
-            return min(most, _FEWER_RESIDENT_WARPS)
-        return most
+            return min(self.max_resident_warps, _FEWER_RESIDENT_WARPS)
+        return self.max_resident_warps
 
     def _bias(self, size, layout: _Layout) -> tuple[bool, int]:
         """Return whether shared memory holds the bias as a table, and the bytes of the table or of the fragments."""
         if layout.has_bias_fragments:
             rows = self.table_rows if self.has_rpb else 1
             return False, size[2] // self.unit[2] * (rows * self.fragments_per_row + 1) * layout.fragment_bytes
-        table = _multiple(self.table + 2 * (2 * layout.unit_columns + 32), 4) * 4
-        is_shared = self.has_rpb and table <= _MOST_TABLE_BYTES
+        table = _round_up(self.table + 2 * (2 * layout.unit_columns + 32), 4) * 4
+        is_shared = self.has_rpb and table <= _MAX_TABLE_BYTES
         return is_shared, table * is_shared
 
     def _gradient(self, layout: _Layout, warps: int) -> tuple[int, int]:
         """Return the number of gradient tables in shared memory, and the bytes of the tables or of the fragments."""
         if layout.has_gradient_fragments:
             return 0, warps * self.table_rows * self.fragments_per_row * layout.fragment_bytes
-        one = _multiple(self.table, 4) * 4
-        fits = [count for count in (warps, 1) if count * one <= _MOST_GRADIENT_BYTES]
+        one = _round_up(self.table, 4) * 4
+        fits = [count for count in (warps, 1) if count * one <= _MAX_GRADIENT_BYTES]
         tables = fits[0] if fits and self.has_gradient else 0
         return tables, tables * one
 

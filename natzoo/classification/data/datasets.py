@@ -44,13 +44,13 @@ class ImageDataset(Dataset):
 
     Args:
         reader: a reader of readers.py.
-        transform: makes a tensor of a PIL image in RGB.
+        transform: makes a tensor of a PIL image in RGB; may be set later.
         replace: replace an image that cannot be read with the next one; if False, with a black one with target -1.
     """
 
-    def __init__(self, reader: Any, transform: Callable | None, replace: bool = True):
+    def __init__(self, reader: Any, transform: Callable | None = None, replace: bool = True):
         self.reader = reader
-        self.transform = transform
+        self.transform = transform or _no_transform
         self.replace = replace
         # In shared memory, because data-loading workers record bad images too.
         self._is_bad = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
@@ -105,7 +105,7 @@ class SyntheticDataset(Dataset):
     def __init__(self, length: int, num_classes: int):
         self.length = length
         self.classes = [str(number) for number in range(num_classes)]
-        self.noise: Tensor | None = None
+        self.noise = torch.empty(0)
 
     def create_noise(self, input_size: list[int]) -> None:
         """Draw the pixels of all images, [channels, height, width]."""
@@ -158,7 +158,7 @@ class RealLabelsDataset(Dataset):
         if path and not Path(path).is_file():
             raise FileNotFoundError(f"--real-labels {path} does not exist.")
         text = Path(path).read_bytes() if path else pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
-        labels = json.loads(text)
+        labels = json.loads(text or b"")
         indices = {_IMAGENET_NAME.format(number): number - 1 for number in range(1, len(labels) + 1)}
         self.targets = torch.full((len(dataset), max(map(len, labels))), -1)
         for index in range(len(dataset)):
@@ -221,7 +221,7 @@ class ShardDataset(IterableDataset):
         self.seed = seed
         self.is_training = is_training
         self.world = world
-        self.transform: Callable | None = None
+        self.transform: Callable = _no_transform
         if importlib.util.find_spec("webdataset") is None:
             raise ValueError("--dataset wds needs the package webdataset; run pip install webdataset.")
         try:
@@ -317,7 +317,8 @@ class ShardDataset(IterableDataset):
     def _record_shard(self, numbers: dict[str, int], error: Exception) -> bool:
         """Record a shard that cannot be opened or is damaged; webdataset appends its URL to the error."""
         url = next((part for part in error.args if isinstance(part, str) and part in numbers), None)
-        self._record(numbers.get(url, next(iter(numbers.values()))), url or self.source, error)
+        number = next(iter(numbers.values())) if url is None else numbers[url]
+        self._record(number, url or self.source, error)
         return True
 
     def _record(self, shard: int, name: str, error: Exception) -> None:
@@ -330,6 +331,10 @@ class ShardDataset(IterableDataset):
         """Return the first unreadable image of each shard, or the shard itself."""
         rows = self._bad[self._bad[:, 0] > 0].numpy()
         return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def _no_transform(image: Image.Image) -> Tensor:
+    raise RuntimeError("the transform of the data set is not set; create_training_loader does it")
 
 
 # ----- random seeds --------------------------------------------------------------------------------------------------

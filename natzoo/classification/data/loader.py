@@ -66,7 +66,7 @@ def create_training_dataset(args: argparse.Namespace, world: World) -> AnyDatase
         return SyntheticDataset(args.synthetic, args.num_classes or len(classes or range(1000)))
     if uses_shards(args):
         return _create_shards(args, args.train_split, classes, world, is_training=True)
-    return ImageDataset(open_reader(args.dataset, args.data, args.train_split, classes, _columns(args)), transform=None)
+    return ImageDataset(open_reader(args.dataset, args.data, args.train_split, classes, _columns(args)))
 
 
 def create_validation_dataset(
@@ -84,13 +84,13 @@ def create_validation_dataset(
         ValueError, FileNotFoundError: if there are no images, or they cannot be read.
     """
     if args.synthetic:
-        dataset = SyntheticDataset(args.val_batch_size or args.batch_size, len(classes))
-        dataset.create_noise(config["input_size"])
-        return dataset
+        noise = SyntheticDataset(args.val_batch_size or args.batch_size, len(classes or ()))
+        noise.create_noise(config["input_size"])
+        return noise
     if uses_shards(args):
-        dataset = _create_shards(args, args.val_split, classes, world, is_training=False)
-        dataset.transform = evaluation_transform(config)
-        return dataset
+        shards = _create_shards(args, args.val_split, classes, world, is_training=False)
+        shards.transform = evaluation_transform(config)
+        return shards
     reader = open_reader(args.dataset, args.data, args.val_split, classes, _columns(args))
     return ImageDataset(reader, evaluation_transform(config), replace=False)
 
@@ -128,7 +128,8 @@ def iterate_epoch(loader: DataLoader, epoch: int, first: int) -> Iterator[tuple[
         for _ in range(first):
             next(batches)
         return batches
-    loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, first
+    sampler: Any = loader.batch_sampler
+    sampler.epoch, sampler.first = epoch, first
     return iter(loader)
 
 

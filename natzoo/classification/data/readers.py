@@ -12,7 +12,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from timm.data.readers import create_reader
@@ -184,11 +184,14 @@ class HubReader:
         self.classes = classes or names
         numbers = {name: number for number, name in enumerate(self.classes)}
         # Labels are names, or numbers into the names of the dataset, or into `classes` if the dataset has no names.
-        known = {**numbers, **{label: numbers.get(name) for label, name in enumerate(names or self.classes)}}
-        self._numbers = {label: known.get(label) for label in labels}
-        for label, number in self._numbers.items():
-            if number is None:
+        known: dict[Any, Any] = {
+            **numbers,
+            **{label: numbers.get(name) for label, name in enumerate(names or self.classes)},
+        }
+        for label in labels:
+            if known.get(label) is None:
                 raise _unknown_class(self.source, names[label] if label in range(len(names)) else label)
+        self._numbers: dict[Any, int] = {label: known[label] for label in labels}
 
     def __len__(self) -> int:
         return len(self._reader)

@@ -1,4 +1,4 @@
-"""Find weight files: turn a published name, a path, a URL or a Hugging Face repository into a file on this machine.
+"""Sources of weight files: published names, paths, URLs and Hugging Face repositories, each resolved to a local file.
 
 The published checkpoints are listed in natzoo/zoo.yaml.
 """
@@ -38,7 +38,7 @@ class ZooEntry(NamedTuple):
         task: "classification", "detection", "segmentation" or "mask2former".
         url: address on the project's site.
         hub: Hugging Face repository with the same weights, or None.
-        sha256: hash of the file at `url`, or None if it was never published.
+        sha256: hash of the file at `url`, or None if no hash is published.
         facts: all other fields in the list: parameters, MACs, published results.
     """
 
@@ -73,7 +73,7 @@ def find_entry(name: str) -> ZooEntry:
     """Return the published checkpoint with this name; timm's tag after a dot is optional.
 
     Raises:
-        ValueError: if there is none; suggests similar names.
+        ValueError: if there is none; the message suggests similar names.
     """
     entries = zoo_entries()
     entry = entries.get(name) or entries.get(name.split(".")[0])
@@ -100,7 +100,7 @@ def locate_entry(entry: ZooEntry) -> Path:
         try:
             return _locate_on_hub(entry.hub)
         except DownloadError as second:
-            raise DownloadError(f"{error} The Hugging Face hub failed too ({second}).") from second
+            raise DownloadError(f"{error} The copy on the Hugging Face hub failed too: {second}") from second
 
 
 def path_in_cache(entry: ZooEntry) -> Path:
@@ -114,7 +114,7 @@ def path_in_cache(entry: ZooEntry) -> Path:
 
 
 def locate(what: str | os.PathLike) -> Path:
-    """Return the file that holds some weights; download it first if necessary.
+    """Return a weight file; download it first if necessary.
 
     Args:
         what: one of
@@ -127,8 +127,8 @@ def locate(what: str | os.PathLike) -> Path:
 
     Raises:
         ValueError: if it is none of these.
-        FileNotFoundError: if it is a path without a file.
-        DownloadError: if no source provides the file; reports the failure of each source.
+        FileNotFoundError: if it is a path and the file does not exist.
+        DownloadError: if no source provides the file; the message states the failure of each source.
     """
     path, text = Path(what), str(what)
     if path.is_file():
@@ -177,14 +177,14 @@ def _locate_on_hub(repository: str) -> Path:
     for name in _HUB_FILES:
         try:
             return Path(hf_hub_download(identity, name, revision=revision or None, local_files_only=is_offline))
-        except Exception as error:  # the library raises errors of several other libraries
+        except Exception as error:  # the library passes on errors of several other libraries
             failure = error
             is_missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
             if not (is_missing or is_offline):
                 break  # only a missing file is a reason to try the next name
     host = urlsplit(constants.ENDPOINT).netloc or constants.ENDPOINT
     reason = f"{host} cannot be resolved" if is_offline else (str(failure).strip().splitlines() or ["unknown"])[0]
-    raise DownloadError(f"{repository} on the Hugging Face hub: cannot get {' or '.join(_HUB_FILES)} ({reason})")
+    raise DownloadError(f"{_HUB_SCHEME}{repository}: {' or '.join(_HUB_FILES)} could not be downloaded ({reason}).")
 
 
 def is_unreachable(url: str) -> bool:
