@@ -67,8 +67,8 @@ def _run_openmmlab(module: str, project: str, argv: Sequence[str] | None) -> Non
 
 
 def _import(module: str, extra: str):
-    """Import a module of natzoo, or say which extra installs what it requires."""
+    """Import a module of natzoo; if a package is missing, raise ImportError with the extra that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed; install natten with the extra [{extra}]") from error
+        raise ImportError(f"{error.name} is not installed; install natten with the extra [{extra}].") from error
