@@ -75,4 +75,4 @@ def _import(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed; install natten with the extra [{extra}]") from error
+        raise ImportError(f"{error.name} is not installed; install natten with the extra [{extra}].") from error

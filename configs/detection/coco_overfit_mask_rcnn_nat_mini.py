@@ -1,4 +1,4 @@
-# Overfit Mask R-CNN with NAT-Mini on four images, to check the whole chain from annotations to masks:
+# Overfit Mask R-CNN with NAT-Mini on four images, to check the whole pipeline from annotations to masks:
 # python detection/train.py configs/detection/coco_overfit_mask_rcnn_nat_mini.py --data COCO_DIR
 _base_ = "./mask_rcnn_nat_mini_3x.py"
 
@@ -23,7 +23,7 @@ train_dataloader = dict(
     batch_sampler=None,
     dataset=dict(indices=four, pipeline=train_pipeline),
 )
-# The same four images: indices count after the same filter for images without objects.
+# The same four images: indices refer to the images that remain after the filter of the training set.
 val_dataloader = dict(
     num_workers=1,
     dataset=dict(

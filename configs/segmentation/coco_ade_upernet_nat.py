@@ -1,4 +1,4 @@
-# A small UPerNet for COCO's super-categories in ADE20K's layout, to try the training on a few photographs.
+# A small UPerNet for COCO's supercategories in ADE20K's layout, to try training on a few photographs.
 _base_ = "./_base_/upernet_small.py"
 
 model = dict(decode_head=dict(num_classes=13), auxiliary_head=dict(num_classes=13))

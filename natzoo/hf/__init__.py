@@ -2,7 +2,7 @@
 
 transformers 5 no longer has Nat, and its Dinat passes tensors in the wrong layout. After this import, AutoConfig,
 AutoModel, AutoModelForImageClassification, AutoBackbone and AutoImageProcessor use the classes of this package. Import
-DinatConfig from here too: `transformers.DinatConfig` still belongs to the broken class.
+DinatConfig from this package too: `transformers.DinatConfig` still belongs to the broken class.
 
 Checkpoints of the shi-labs/* repositories load without conversion, and saved models have the same layout.
 """

@@ -1,6 +1,6 @@
 """Configurations of Nat and Dinat; the field `layout` extends them to DiNAT_s and the isotropic models.
 
-A config.json of the shi-labs/* repositories loads without conversion.
+The config.json files of the shi-labs/* repositories load without conversion.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps: epsilon of the norms in blocks and of the final norm.
         layer_scale_init_value: initial value of the learned scale of each branch; 0 for no scale.
         layout: "nat" (overlapping convolutions), "dinat_s" (patches and patch merging, as in Swin) or "isotropic" (one
-            stage of 16x16 patches). The repositories on the hub only use the first.
-        image_size: image height and width for the bias table of full attention; otherwise ignored.
+            stage of 16x16 patches). The repositories on the hub only use "nat".
+        image_size: image height and width in pixels, which determine the bias table of full attention; ignored with a
+            window.
         out_features, out_indices: feature maps of a backbone: "stem", "stage1", ... or their indices.
     """
 

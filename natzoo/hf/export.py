@@ -23,8 +23,10 @@ _IMAGENET_CLASSES = 1000
 def from_timm(model: NAT | DiNAT_s | Isotropic) -> NatForImageClassification:
     """Convert a classifier to transformers: Dinat if it has dilations, else Nat.
 
-    The result shares its layers with `model`. Its configuration only stores two dropout rates, one for attention and
-    one for everything else.
+    The configuration of the result stores only two dropout rates, one for attention and one for everything else.
+
+    Returns:
+        A model that shares its layers with `model`.
 
     Raises:
         ValueError: if `model` is not a complete classifier of natzoo with average pooling.
@@ -43,7 +45,8 @@ def make_config(model: NAT | DiNAT_s | Isotropic) -> NatConfig:
     layout = _LAYOUT_OF.get(type(model))
     if layout is None or not isinstance(model.norm, nn.LayerNorm) or model.global_pool != "avg":
         raise ValueError(
-            f"{type(model).__name__} is not a complete classifier of natzoo; create it with timm.create_model(NAME)."
+            f"model is a {type(model).__name__}, not a complete classifier of natzoo with average pooling; create it "
+            "with timm.create_model(NAME)."
         )
     stages = [list(level.blocks) for level in Encoder(model).levels]
     attention = stages[0][0].attn
@@ -73,7 +76,7 @@ def _first_convolution(model: nn.Module) -> nn.Conv2d:
 
 
 def _block_fields(block: nn.Module) -> dict[str, Any]:
-    """Return the fields that the last block determines for all blocks."""
+    """Return the fields that all blocks share, from the last block, which has the highest drop path rate."""
     return {
         "mlp_ratio": block.mlp.fc1.out_features / block.mlp.fc1.in_features,
         "qkv_bias": block.attn.qkv.bias is not None,
@@ -86,7 +89,7 @@ def _block_fields(block: nn.Module) -> dict[str, Any]:
 
 
 def _labels(classes: int) -> dict[str, Any]:
-    """Return the class names of ImageNet-1K if the number of classes matches."""
+    """Return the fields with the class names of ImageNet-1K if the number of classes matches, else none."""
     if classes != _IMAGENET_CLASSES:
         return {}
     info = ImageNetInfo("imagenet-1k")
@@ -95,7 +98,7 @@ def _labels(classes: int) -> dict[str, Any]:
 
 
 def image_processor(model: nn.Module) -> BitImageProcessor:
-    """Return the preprocessing of the published evaluation, from the model's `pretrained_cfg`.
+    """Return the image processor for the evaluation protocol in the model's `pretrained_cfg`.
 
     It resizes the shorter side, crops the center and normalizes the channels.
     """

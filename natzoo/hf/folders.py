@@ -1,7 +1,4 @@
-"""Read and write folders of transformers.
-
-They contain config.json, model.safetensors and, for classifiers, preprocessor_config.json.
-"""
+"""Read and write model folders of transformers: config.json, model.safetensors and preprocessor_config.json."""
 
 from __future__ import annotations
 
@@ -21,22 +18,22 @@ from natzoo.hf.export import from_timm, image_processor, make_config
 from natzoo.hf.modeling import DinatBackbone, NatBackbone, arguments_of
 from natzoo.models import NAT, DiNAT_s, Isotropic
 
-# A registered model of each class; a record stores the arguments that turn it into any other.
+# A registered model per class; the arguments in a record turn it into any other model of the class.
 _MODELS = {NAT: "nat_mini", DiNAT_s: "dinat_s_tiny", Isotropic: "nat_isotropic_small"}
 
 
 def save_folder(
     model: NAT | DiNAT_s | Isotropic, folder: str | os.PathLike, classes: Sequence[str] | None = None
 ) -> None:
-    """Write a classifier for transformers, atomically.
+    """Write a classifier as a folder of transformers, atomically.
 
     Args:
         model: as for `from_timm`; its `pretrained_cfg` defines the preprocessing.
         folder: the new folder.
-        classes: class names; by default those of ImageNet-1K if the number of classes matches.
+        classes: class names; None for those of ImageNet-1K if the number of classes matches.
 
     Raises:
-        ValueError: as in `from_timm`; if the number of names differs from the number of classes.
+        ValueError: as in `from_timm`, or if the number of names differs from the number of classes.
         FileExistsError: if the folder already exists and is not empty.
     """
     exported = from_timm(model)
@@ -54,10 +51,12 @@ def save_folder(
 
 
 def save_backbone_folder(model: NAT | DiNAT_s, weights: dict[str, Tensor], folder: str | os.PathLike) -> None:
-    """Write the backbone of a detector or segmenter for transformers, with the feature maps of all stages, atomically.
+    """Write the backbone of a detector or segmenter as a folder of transformers, atomically.
+
+    The configuration selects the feature maps of all stages.
 
     Args:
-        model: the classifier with the same sizes; may be on the meta device.
+        model: a classifier with the same sizes; may be on the meta device.
         weights: weights under their published names, including norm0, norm1, ...
         folder: the new folder.
 
@@ -85,7 +84,11 @@ def save_backbone_folder(model: NAT | DiNAT_s, weights: dict[str, Tensor], folde
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """Return the record of a folder, as `record_of` does for a checkpoint; None for other models."""
+    """Return the description of the model in a folder, in the format of `record_of`; None if not a Nat or Dinat.
+
+    Raises:
+        ValueError: if a field of its configuration is invalid.
+    """
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ("nat", "dinat"):
         return None
@@ -102,7 +105,7 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _preprocessing(folder: Path, channels: int) -> dict[str, Any]:
-    """Return the preprocessing of a folder in timm's terms; empty if the folder does not define it."""
+    """Return a folder's preprocessing with the names of timm's `pretrained_cfg`; empty if it defines none."""
     if not (folder / "preprocessor_config.json").exists():
         return {}
     processor = AutoImageProcessor.from_pretrained(folder)

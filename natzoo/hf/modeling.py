@@ -1,7 +1,7 @@
 """Nat and Dinat models for transformers, built from the layers of natzoo.models.
 
-Outputs, dropout and initialization follow Hugging Face's implementation. So do the names of weights in files, which
-natzoo/hf/registration.py converts. Shape suffixes: B batch, C channels, H height, W width.
+Outputs, dropout and initialization follow Hugging Face's implementation. So do the names of weights in files;
+natzoo/hf/registration.py converts them. Shape suffixes: B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class NatModelOutput(ModelOutput):
         last_hidden_state: final feature map [B, H, W, C], normalized.
         pooler_output: mean of the final feature map, [B, C].
         hidden_states: embedded tokens, then each stage's output after its downsampler, [B, H, W, C]. On request.
-        attentions: attention weights of the last block of each stage, [B, heads, H, W, kernel_size ** 2], with H and W
-            padded to the window. On request.
+        attentions: attention weights of the last block of each stage, [B, heads, H, W, kernel_size ** 2], where H and W
+            are at least the window size: smaller maps are padded. On request.
         reshaped_hidden_states: hidden_states as [B, C, H, W]. On request.
     """
 
@@ -68,14 +68,6 @@ class NatImageClassifierOutput(ModelOutput):
 # ---------------------------------------------------------------------------------------------------------------------
 # Models of natzoo from configurations
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def make_trunk(config: NatConfig) -> NAT | DiNAT_s | Isotropic:
-    """Create the model of natzoo for a configuration, without classifier; raises as `arguments_of`."""
-    kind, arguments = arguments_of(config)
-    trunk = kind(num_classes=0, **arguments)
-    _adjust(trunk, config)
-    return trunk
 
 
 def arguments_of(config: NatConfig) -> tuple[type[NAT | DiNAT_s | Isotropic], dict[str, Any]]:
@@ -133,16 +125,16 @@ def _check(config: NatConfig) -> None:
         )
 
 
-def _adjust(trunk: nn.Module, config: NatConfig) -> None:
-    """Apply Hugging Face's dropout and the fields that natzoo's constructors lack: epsilon and activation."""
-    for block in trunk.modules():
+def _adjust(model: nn.Module, config: NatConfig) -> None:
+    """Apply Hugging Face's dropout, and the fields that natzoo's constructors lack: epsilon and activation."""
+    for block in model.modules():
         if isinstance(block, NeighborhoodBlock):
             block.norm1.eps = block.norm2.eps = config.layer_norm_eps
             block.attn.proj_drop.p = config.attention_probs_dropout_prob
             block.mlp.drop2.p = config.hidden_dropout_prob
             if config.hidden_act != "gelu":
                 block.mlp.act = ACT2FN[config.hidden_act]
-    trunk.norm.eps = config.layer_norm_eps
+    model.norm.eps = config.layer_norm_eps
 
 
 class IsotropicStage(nn.Module):
@@ -161,8 +153,8 @@ class StageOutput(NamedTuple):
 
     Attributes:
         before: feature map [B, H, W, C] before the downsampler.
-        after: feature map after the downsampler.
-        attention: attention weights of the last block, if requested.
+        after: feature map [B, H/2, W/2, 2C] after the downsampler; equal to `before` in the last stage.
+        attention: attention weights of the last block if requested, else None.
     """
 
     before: Tensor
@@ -171,16 +163,16 @@ class StageOutput(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """All stages of a model."""
+    """All stages of a model of natzoo."""
 
-    def __init__(self, trunk: NAT | DiNAT_s | Isotropic):
+    def __init__(self, model: NAT | DiNAT_s | Isotropic):
         super().__init__()
-        isotropic = isinstance(trunk, Isotropic)
-        self.levels = nn.ModuleList([IsotropicStage(trunk.layers)]) if isotropic else trunk.stages
+        is_isotropic = isinstance(model, Isotropic)
+        self.levels = nn.ModuleList([IsotropicStage(model.layers)]) if is_isotropic else model.stages
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Recompute blocks in the backward pass; the attribute that transformers sets."""
+        """Whether blocks are recomputed in the backward pass; transformers sets this attribute."""
         return any(level.grad_checkpointing for level in self.levels)
 
     @gradient_checkpointing.setter
@@ -189,7 +181,7 @@ class Encoder(nn.Module):
             level.grad_checkpointing = enable
 
     def forward(self, x_BHWC: Tensor, output_attentions: bool = False) -> list[StageOutput]:
-        """Run all stages."""
+        """Run all stages on embedded tokens [B, H, W, C]."""
         outputs = []
         for level in self.levels:
             *blocks, last = level.blocks
@@ -228,12 +220,14 @@ class NatPreTrainedModel(PreTrainedModel):
             init.constant_(module.gamma2, self.config.layer_scale_init_value)
 
     def _init_stages(self, config: NatConfig) -> NAT | DiNAT_s | Isotropic:
-        """Create a model of natzoo, take over its tokenizer and stages, and return it."""
-        trunk = make_trunk(config)
-        self.embeddings = trunk.patch_embed
+        """Create the model of natzoo for a configuration, use its tokenizer and stages, and return it."""
+        model_class, arguments = arguments_of(config)
+        model = model_class(num_classes=0, **arguments)
+        _adjust(model, config)
+        self.embeddings = model.patch_embed
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.encoder = Encoder(trunk)
-        return trunk
+        self.encoder = Encoder(model)
+        return model
 
     def _embed(self, pixel_values: Tensor | None) -> Tensor:
         """Embed images: [B, num_channels, H, W] -> [B, H/4, W/4, embed_dim], or 1/16 for isotropic models."""
@@ -255,9 +249,9 @@ class NatModel(NatPreTrainedModel):
 
     def __init__(self, config: NatConfig, add_pooling_layer: bool = True):
         super().__init__(config)
-        trunk = self._init_stages(config)
-        self.num_features = trunk.num_features
-        self.layernorm = trunk.norm
+        model = self._init_stages(config)
+        self.num_features = model.num_features
+        self.layernorm = model.norm
         self.add_pooling_layer = add_pooling_layer
         self.post_init()
 
@@ -332,8 +326,8 @@ class NatForImageClassification(NatPreTrainedModel):
 class NatBackbone(BackboneMixin, NatPreTrainedModel):
     """Backbone for detection and segmentation.
 
-    Returns the feature maps [B, C, H, W] of the stages in config.out_features, before downsampling. Each map has its
-    own norm.
+    Input: images [B, num_channels, H, W]. Output: the feature maps [B, C, H, W] of the stages in config.out_features,
+    before downsampling, each with its own norm.
     """
 
     def __init__(self, config: NatConfig):

@@ -1,6 +1,6 @@
-"""Register Nat and Dinat with transformers: Auto classes, and conversions between names of weights.
+"""Register Nat and Dinat with transformers: the Auto classes, and the conversion of weight names.
 
-transformers applies the conversions when it loads a file and their inverse when it saves one, also to the backbone of a
+transformers applies the conversion when it loads a file and its inverse when it saves one, also for the backbone of a
 detector. natzoo/checkpoints/keys.py does the same without transformers.
 """
 
@@ -37,13 +37,14 @@ def register() -> None:
             (AutoBackbone, "Backbone"),
         ):
             auto.register(config, getattr(modeling, name + kind), exist_ok=True)
-        # The default of transformers, for folders that do not name a processor.
+        # Used for folders that do not name a processor; also transformers' default.
         processors = {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}
         AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
         register_checkpoint_conversion_mapping(config.model_type, _conversions(), overwrite=True)
 
 
 def _conversions() -> list[WeightRenaming | WeightConverter]:
+    """Return the conversions from Hugging Face's names to those of natzoo.hf.modeling."""
     packed = [
         WeightConverter([f"attention.self.{part}.{kind}" for part in QKV], f"attn.qkv.{kind}", [Concatenate(0)])
         for kind in ("weight", "bias")

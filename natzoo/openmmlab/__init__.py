@@ -3,11 +3,11 @@
 Import this package before mmdet or mmseg. It registers the backbones with mmengine, lets mmengine load checkpoints by
 published name, and provides two modules that mmdet and mmseg import but that cannot be installed:
 
-- `mmcv._ext`, the compiled operators of mmcv: mmcv does not compile against current PyTorch, and mmcv-lite leaves the
-  module out. operators.py implements it with torchvision.
-- `panopticapi`, which is not on PyPI. panopticapi.py implements what mmdet uses of it.
+- `mmcv._ext`, the compiled operators of mmcv: mmcv does not compile against current PyTorch, and mmcv-lite does not
+  include them. operators.py implements them with torchvision.
+- `panopticapi`, which is not on PyPI. panopticapi.py implements the parts that mmdet uses.
 
-If one of them is installed, the installed module is used. A config needs a single line:
+An installed module takes precedence over its replacement. A config needs a single line:
 
     custom_imports = dict(imports=["natzoo.openmmlab"])
 """

@@ -1,7 +1,7 @@
 """NAT, DiNAT and DiNAT_s as backbones for mmdet and mmseg.
 
-They are the models of natzoo.models with a LayerNorm on each output map. Parameter names are those of the published
-detectors and segmenters: the classifier's without `norm` and `head`, plus `norm0` to `norm3`.
+Each is a model of natzoo.models with a LayerNorm on each output map. Parameter names are those of the published
+detectors and segmenters: those of the classifier without `norm` and `head`, plus `norm0` to `norm3`.
 """
 
 from __future__ import annotations
@@ -22,28 +22,31 @@ from natzoo.models.nat import DINAT_S_SIZES, DINAT_SIZES, NAT_SIZES
 
 
 class Backbone:
-    """Turn a hierarchical model of natzoo.models into a backbone.
+    """Mixin that turns a hierarchical model of natzoo.models into a backbone.
 
-    Images [B, 3, H, W] become one feature map [B, C, H/s, W/s] per entry of `out_indices`, with s = 4, 8, 16, 32. Each
-    map is taken before its stage's downsampler and normalized.
+    Input: images [B, 3, H, W]. Output: one feature map [B, C, H/s, W/s] per entry of `out_indices`, with s = 4, 8, 16,
+    32, taken before the stage's downsampler and normalized.
 
     Args:
-        arch: Registered model that provides the constructor arguments, such as "nat_tiny". Further arguments override
+        arch: registered model that provides the constructor arguments, such as "nat_tiny". Further arguments override
             it, except `depths`, `num_heads` and `embed_dim`, which cannot be combined with `arch`.
-        out_indices: Stages whose maps are returned, in ascending order.
+        out_indices: stages whose maps are returned, in ascending order.
         frozen_stages: -1 trains everything, 0 freezes the patch embedding, n also freezes the first n stages and the
             norms of their maps. Frozen parts need no gradient and stay in eval mode.
-        with_cp: Save memory by recomputing blocks in the backward pass (gradient checkpointing).
-        pretrained: Shorthand for `init_cfg=dict(type="Pretrained", checkpoint=pretrained)`.
-        init_cfg: Weight initialization, as everywhere in mmengine. For "Pretrained", the checkpoint is anything that
-            natzoo.checkpoints.locate accepts: a published name, a path, a URL or "hf-hub:OWNER/NAME". From a
-            detector or segmenter, only the backbone is loaded.
-        sizes: Other constructor arguments of the model: depths, num_heads, embed_dim, kernel_size, dilations,
+        with_cp: save memory by recomputing blocks in the backward pass (gradient checkpointing).
+        pretrained: shorthand for `init_cfg=dict(type="Pretrained", checkpoint=pretrained)`.
+        init_cfg: weight initialization, as for any model of mmengine. For "Pretrained", the checkpoint is anything that
+            natzoo.checkpoints.locate accepts: a published name, a path, a URL or "hf-hub:OWNER/NAME". Only the backbone
+            of a detector or segmenter is loaded.
+        sizes: other constructor arguments of the model: depths, num_heads, embed_dim, kernel_size, dilations,
             drop_path_rate, ...
 
     Raises:
-        ValueError: If `arch`, `out_indices` or `frozen_stages` do not fit the model, or if `arch` is combined with
+        ValueError: if `arch`, `out_indices` or `frozen_stages` does not fit the model, or if `arch` is combined with
             depths, num_heads or embed_dim.
+
+    Subclasses define:
+        archs: constructor arguments by registered name.
     """
 
     archs: ClassVar[Mapping[str, Mapping[str, Any]]]
@@ -63,7 +66,7 @@ class Backbone:
             raise ValueError(
                 f"arch = {arch!r} is not a {type(self).__name__} model; use one of {', '.join(self.archs)}."
             )
-        # A base config may set them without the reader noticing; the name would then be wrong.
+        # A base config may set them unnoticed; `arch` would then name another model than the one built.
         conflicts = sorted({"depths", "num_heads", "embed_dim"} & sizes.keys()) if arch is not None else []
         if conflicts:
             raise ValueError(
@@ -87,12 +90,12 @@ class Backbone:
         self._freeze()
 
     def init_weights(self) -> None:
-        """Initialize or load the weights as `init_cfg` says; without `init_cfg`, keep them as constructed.
+        """Initialize or load the weights according to `init_cfg`; without `init_cfg`, keep them unchanged.
 
         Raises:
-            ValueError: If the checkpoint holds another model.
-            FileNotFoundError: If the checkpoint does not exist.
-            DownloadError: If the checkpoint cannot be downloaded.
+            ValueError: if the checkpoint belongs to another model.
+            FileNotFoundError: if the checkpoint does not exist.
+            DownloadError: if the checkpoint cannot be downloaded.
         """
         if not self.init_cfg:
             return
@@ -104,7 +107,7 @@ class Backbone:
             print_log(f"{path}: {note}", logger="current", level=logging.INFO)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode; frozen stages stay in eval mode."""
+        """Set the training mode, except for frozen stages, which stay in eval mode."""
         super().train(mode)
         self._freeze()
         return self

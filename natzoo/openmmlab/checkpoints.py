@@ -26,7 +26,7 @@ from mmengine.runner.checkpoint import get_torchvision_models
 from natzoo.checkpoints import fit_detector, locate, read_checkpoint, weights_of, write_atomically
 
 _LOADABLE_PREFIXES = ("", "http://", "https://", "torchvision://", "modelzoo://")
-# Services that no longer answer, or that would unpickle arbitrary objects.
+# Services that no longer exist, or whose files mmengine would unpickle.
 _REJECTED_PREFIXES = (
     "open-mmlab://",
     "openmmlab://",
@@ -36,7 +36,7 @@ _REJECTED_PREFIXES = (
     r"(\S+\:)?petrel://",
 )
 _RUN_KEYS = {"meta", "message_hub", "optimizer"}  # in addition to the weights, what resuming a run needs
-_PATH_KEY = "file"  # under which the loader passes the path to PlainCheckpointHook
+_PATH_KEY = "file"  # passes the path from load_checkpoint to PlainCheckpointHook
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,12 +48,15 @@ def load_checkpoint(name: str, map_location: Any = None, **kwargs: Any) -> dict[
     """Read a checkpoint for mmengine.
 
     Args:
-        name: Anything that natzoo.checkpoints.locate accepts, or "torchvision://MODEL".
-        map_location: Ignored: tensors are read to the CPU, and mmengine copies them to the model's device.
-        kwargs: Other arguments of mmengine's loaders, ignored.
+        name: anything that natzoo.checkpoints.locate accepts, or "torchvision://MODEL".
+        map_location: ignored; tensors are read to the CPU, and mmengine copies them to the model's device.
+        kwargs: ignored; other arguments of mmengine's loaders.
 
     Returns:
         A dictionary with at least "state_dict".
+
+    Raises:
+        ValueError, FileNotFoundError, DownloadError: as in `locate` and `read_checkpoint`.
     """
     scheme, _, model = name.partition("://")
     if scheme in ("torchvision", "modelzoo"):
@@ -144,7 +147,7 @@ class PlainCheckpointHook(Hook):
     """Convert checkpoints to plain values before writing and back after reading, and check that they fit the model.
 
     Args:
-        new_classes: Whether to skip layers for another number of classes, for fine-tuning.
+        new_classes: keep the model's own values in layers for another number of classes, to fine-tune.
     """
 
     priority = "VERY_LOW"  # runs last, after other hooks have added to the checkpoint
@@ -160,14 +163,14 @@ class PlainCheckpointHook(Hook):
         """Adapt the weights to the model and restore the history buffers.
 
         Raises:
-            ValueError: If the checkpoint holds another model, or lacks what resuming needs.
+            ValueError: if the checkpoint belongs to another model, or lacks what resuming requires.
         """
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         path = checkpoint.pop(_PATH_KEY, "the checkpoint")
         if runner.cfg.get("resume") and not (checkpoint.keys() >= _RUN_KEYS and "iter" in checkpoint["meta"]):
-            raise ValueError(f"{path} holds only weights and cannot be resumed; use --load-from to start a new run.")
+            raise ValueError(f"{path} contains only weights and cannot be resumed; use --load-from to start a new run.")
         checkpoint["state_dict"], notes = fit_detector(checkpoint["state_dict"], model, path, self.new_classes)
         for note in notes:
             print_log(f"{path}: {note}", logger="current", level=logging.INFO)
@@ -179,7 +182,7 @@ class PlainCheckpointHook(Hook):
 
 
 def _to_plain(value: Any) -> Any:
-    """Replace NumPy arrays by tensors, NumPy scalars by Python's, and history buffers by dictionaries of tensors."""
+    """Convert NumPy arrays to tensors, NumPy scalars to Python's, and history buffers to dictionaries of tensors."""
     if isinstance(value, HistoryBuffer):
         history, counts = value.data
         return {"history": torch.from_numpy(history), "counts": torch.from_numpy(counts), "length": value.max_length}

@@ -1,8 +1,8 @@
-"""Count parameters, MACs and activations of a config's model for one image, following the published figures.
+"""Count parameters, MACs and activations of a config's model for one image, with the conventions of the papers.
 
-Detectors: backbone, neck, proposal network, and the heads of every stage on 1000 boxes, 100 of which get masks.
-Segmenters: backbone and decode head, without the auxiliary head. Matrix products and convolutions are counted;
-RoIAlign, norms and resizing are not.
+Detectors: backbone, neck, proposal network, box heads on 1000 boxes and mask heads on 100 boxes, in every stage.
+Segmenters: backbone and decode head, without the auxiliary head. Matrix products, convolutions and attention are
+counted; RoIAlign, norms and resizing are not.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from natzoo.counting import Layer, count
 
 _BOXES, _MASKS = 1000, 100
-_DETECTION_SIZE = (800, 1280)  # height and width for which detectors' MACs are published
+_DETECTION_SIZE = (800, 1280)  # height and width of the published MACs of detectors
 
 
 def count_config(cfg: Config, size: tuple[int, int] | None = None) -> tuple[list[Layer], tuple[int, int]]:
     """Count the model of a config and each of its modules.
 
     Args:
-        cfg: A config for mmdet or mmseg.
-        size: Height and width of the image, in pixels. Defaults to the size of the published figures.
+        cfg: a config for mmdet or mmseg.
+        size: height and width of the image in pixels; None for the size of the published figures.
 
     Returns:
-        The counts, the whole model first, and the height and width they are for.
+        The counts of the model and of each module, and the height and width of the image.
 
     Raises:
-        ValueError: If the model is neither a two-stage detector, an encoder-decoder, nor a Mask2Former.
+        ValueError: if the model is not a two-stage detector, an encoder-decoder or a Mask2Former.
     """
     init_default_scope(cfg.default_scope)
     size = size or _published_size(cfg)
@@ -57,14 +57,17 @@ def _run(model: nn.Module, image: Tensor) -> None:
     maps = model.backbone(image)
     if hasattr(model, "decode_head"):
         is_mask2former = hasattr(model.decode_head, "pixel_decoder")
-        model.decode_head(maps, [_make_sample(image)]) if is_mask2former else model.decode_head(maps)
+        samples = ([_make_sample(image)],) if is_mask2former else ()
+        model.decode_head(maps, *samples)
     elif hasattr(model, "panoptic_head"):
         model.panoptic_head(maps, [_make_sample(image)])
     elif hasattr(model, "roi_head"):
         model.rpn_head(model.neck(maps))
         _run_roi_head(model.roi_head)
     else:
-        raise ValueError(f"model type {type(model).__name__} cannot be counted.")
+        raise ValueError(
+            f"model.type {type(model).__name__} is not supported; use a two-stage detector or a segmenter."
+        )
 
 
 def _run_roi_head(head: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Datasets of configs: move them to another folder, check them before a run, and resume in the middle of them."""
+"""Datasets of configs: set their folder, check them before a run, and skip the data that a resumed run has seen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
-# Pattern of a file or folder name -> what it is and where it comes from. The first match counts.
+# Pattern of a file or folder name -> where it comes from. The first match applies.
 _SOURCES = {
     "ade20k_*": "written by Mask2Former's datasets/prepare_ade20k_*.py from ADE20K (sceneparsing.csail.mit.edu)",
     "cityscapes_panoptic_*": "written by cityscapesscripts' createPanopticImgs.py from Cityscapes",
@@ -29,9 +29,9 @@ _SOURCES = {
     "shapes": "written by `python tools/make_data.py shapes data/shapes`",
 }
 
-# Heads whose num_classes must equal the number of classes in the dataset, ...
+# Heads whose num_classes must equal the number of classes in the dataset.
 _HEADS = ("bbox_head", "mask_head", "decode_head")
-# ... unless the model has one of these modules, which give num_classes another meaning.
+# With one of these modules, num_classes has another meaning and is not checked.
 _EXEMPTING_MODULES = ("semantic_head", "panoptic_fusion_head", "language_model")
 
 
@@ -41,15 +41,13 @@ _EXEMPTING_MODULES = ("semantic_head", "panoptic_fusion_head", "language_model")
 
 
 def set_data_root(cfg: Config, folder: str | os.PathLike) -> None:
-    """Replace `data_root`, at the start of every path in a config, by another folder.
+    """Replace `data_root` with another folder, in every path of a config that starts with it.
 
     Raises:
-        ValueError: If the config has no `data_root`.
+        ValueError: if the config has no `data_root`.
     """
     if "data_root" not in cfg:
-        raise ValueError(
-            f"{cfg.filename} has no data_root for --data to replace; set the paths with --cfg-options instead."
-        )
+        raise ValueError(f"{cfg.filename} has no data_root, which --data replaces; set the paths with --cfg-options.")
     old, new = cfg.data_root.rstrip("/"), str(folder).rstrip("/")
     for key, value in cfg.to_dict().items():
         cfg[key] = _replace_root(value, old, new)
@@ -69,18 +67,18 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
     """Check that the folders and annotation files that a run reads exist.
 
     Args:
-        cfg: The config.
-        loaders: Names of data loaders in the config, such as "train_dataloader".
+        cfg: the config.
+        loaders: names of data loaders in the config, such as "train_dataloader".
 
     Raises:
-        FileNotFoundError: For the first missing file or folder; the message says where to get it.
+        FileNotFoundError: for the first missing file or folder; the message states where it comes from.
     """
     for loader in loaders:
         for dataset in _iter_datasets((cfg.get(loader) or {}).get("dataset") or {}):
             for path in _iter_paths(dataset):
                 if not path.exists():
                     raise FileNotFoundError(
-                        f"{path}, which {loader} reads, does not exist; {_where_to_get(dataset, path)}"
+                        f"{path} does not exist, but {loader} reads it; {_where_to_get(dataset, path)}"
                     )
 
 
@@ -155,7 +153,7 @@ def _check_dataset(dataset: Any, model: nn.Module) -> None:
 def _check_files(dataset: Any) -> None:
     """Raise FileNotFoundError for the first missing image or label map, ValueError for an empty dataset."""
     if len(dataset) == 0:
-        raise ValueError(f"{_name_of(dataset)} has no usable image; check its annotations and the config's classes.")
+        raise ValueError(f"{_name_of(dataset)} has no usable images; check its annotations and the config's classes.")
     if getattr(dataset, "_natzoo_checked", False):
         return
     listings: dict[str, set[str]] = {}  # one listing per folder: testing each file is slow on network disks
@@ -171,19 +169,19 @@ def _check_files(dataset: Any) -> None:
             if name not in listings[folder]:
                 source = _find_source([name])
                 hint = f" It is {source}." if source else ""
-                raise FileNotFoundError(f"{path}, named by {_name_of(dataset)}, does not exist.{hint}")
+                raise FileNotFoundError(f"{path} does not exist, but {_name_of(dataset)} refers to it.{hint}")
     dataset._natzoo_checked = True
 
 
 def _check_classes(dataset: Any) -> None:
-    """Raise ValueError if COCO annotations lack classes of the config: mmdet would silently shift the others."""
+    """Raise ValueError if COCO annotations lack classes of the config: mmdet would silently renumber the others."""
     dataset = _unwrap(dataset)
     found, expected = getattr(dataset, "cat_ids", None), dataset.metainfo.get("classes") or ()
     if found is not None and len(found) != len(expected):
-        names = ", ".join(expected[:5])
+        names = ", ".join(expected[:5]) + (", ..." if len(expected) > 5 else "")
         raise ValueError(
-            f"{dataset.ann_file} has only {len(found)} of the {len(expected)} classes in the config ({names}); fix its "
-            "categories, or metainfo in the config."
+            f"{dataset.ann_file} has only {len(found)} of the {len(expected)} classes in the config ({names}); "
+            "fix its categories or the config's metainfo."
         )
 
 
@@ -218,7 +216,7 @@ def _name_of(dataset: Any) -> str:
 
 
 def _check_labels(batch: Any, dataset: Any) -> None:
-    """Raise ValueError naming the label map with a value beyond the classes; 255 is the ignore label."""
+    """Raise ValueError for the first label map with a value beyond the classes; 255 is the ignore label."""
     classes = len(dataset.metainfo.get("classes") or ())
     samples = batch.get("data_samples", ()) if isinstance(batch, dict) else ()
     for sample in samples:
@@ -242,19 +240,19 @@ def _check_labels(batch: Any, dataset: Any) -> None:
 
 @HOOKS.register_module()
 class SkipSeenDataHook(Hook):
-    """Let a resumed run skip the data it has seen without loading it.
+    """Skip the data that a resumed run has already seen, without loading it.
 
     mmengine loads every batch up to the resumed iteration again, which takes hours in a long run. This hook only draws
-    their indices. It applies to iteration-based training with InfiniteSampler.
+    the indices of these batches. It applies to iteration-based training with InfiniteSampler.
     """
 
     def before_run(self, runner: Any) -> None:
-        self.first_seed = runner.seed  # of this process; loading a checkpoint replaces it by the seed of the run
+        self.first_seed = runner.seed  # loading a checkpoint replaces it with the seed of the resumed run
 
     def before_train_epoch(self, runner: Any) -> None:
         loop = runner.train_loop
         sampler, size = loop.dataloader.sampler, loop.dataloader.batch_size
-        if getattr(sampler, "seed", None) == self.first_seed:  # keep a seed that the config gives the sampler
+        if getattr(sampler, "seed", None) == self.first_seed:  # otherwise the config sets the sampler's seed
             sampler.seed = runner.seed
         if not isinstance(loop, IterBasedTrainLoop) or loop.iter == 0:
             return

@@ -1,8 +1,8 @@
 """Replacement for `mmcv._ext`, the compiled operators of mmcv, implemented with torchvision.
 
 Functions have the names and arguments that mmcv.ops uses, and write results into the tensors that mmcv passes for them.
-float16 and bfloat16 inputs are computed in float32. mmcv looks up all of its operators at import time; those that no
-model of this project uses raise NotImplementedError when called.
+float16 and bfloat16 inputs are computed in float32. mmcv looks up all of its operators when it is imported; those that
+no model of this project uses raise NotImplementedError when called.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
 
     def missing(*args, **kwargs) -> NoReturn:
         raise NotImplementedError(
-            f"{name} is not implemented without compiled mmcv; install mmcv in place of mmcv-lite."
+            f"{name} is not implemented without compiled mmcv; install mmcv instead of mmcv-lite."
         )
 
     return missing
@@ -40,7 +40,7 @@ def _to_float(x: Tensor) -> Tensor:
 
 
 def nms(boxes: Tensor, scores: Tensor, *, iou_threshold: float, offset: int) -> Tensor:
-    """Return the indices of the kept boxes in descending order of score."""
+    """Return the indices of the kept boxes in descending order of score, int64 [M]."""
     boxes, scores = _to_float(boxes), _to_float(scores)
     if offset:
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
@@ -58,10 +58,10 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Apply Soft-NMS (arXiv:1704.04503) and return the indices of the kept boxes.
+    """Apply Soft-NMS (arXiv:1704.04503) and return the indices of the kept boxes, int64 [M].
 
     Each kept box multiplies the scores of the boxes that overlap it by 0 ("naive"), 1 - IoU ("linear") or
-    exp(-IoU^2 / sigma) ("gaussian"). The kept boxes with their reduced scores are written to the first rows of `dets`,
+    exp(-IoU^2 / sigma) ("gaussian"). The kept boxes and their reduced scores are written to the first M rows of `dets`
     [N, 5].
     """
     rest = _to_float(boxes).clone()
@@ -120,7 +120,7 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Write [N, C, aligned_height, aligned_width] to `output`; each RoI is (image index, x1, y1, x2, y2)."""
+    """Write features [N, C, aligned_height, aligned_width] to `output`; a RoI is (image index, x1, y1, x2, y2)."""
     _check_average(pool_mode)
     size = (aligned_height, aligned_width)
     features, rois = _to_float(input_BCHW), _to_float(rois_N5)
@@ -141,6 +141,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
+    """Write the gradient of the input to `grad_input`, [B, C, H, W]."""
     _check_average(pool_mode)
     window = (spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, aligned)
     grad = torch.ops.torchvision._roi_align_backward(_to_float(grad_output), _to_float(rois_N5), *window)
@@ -195,6 +196,7 @@ def modulated_deform_conv_forward(
     columns: Tensor,
     **geometry,
 ) -> None:
+    """Resize `output` to [B, C_out, H_out, W_out] and write the result to it."""
     result = _modulated_deform_conv(*map(_to_float, (input, weight, bias, offset, mask)), **geometry)
     output.resize_(result.shape).copy_(result)
 
@@ -217,6 +219,7 @@ def modulated_deform_conv_backward(
     with_bias: bool,
     **geometry,
 ) -> None:
+    """Recompute the result and write the gradients to the tensors `grad_*`, except `grad_output`."""
     arguments = [_to_float(x).detach().requires_grad_() for x in (input, weight, bias, offset, mask)]
     targets = [grad_input, grad_weight, grad_bias, grad_offset, grad_mask]
     with torch.enable_grad():
@@ -258,6 +261,7 @@ def ms_deform_attn_backward(
     *,
     im2col_step: int,
 ) -> None:
+    """Recompute the result and write the gradients to the tensors `grad_*`, except `grad_output`."""
     arguments = [_to_float(x).detach().requires_grad_() for x in (value, locations, weights)]
     with torch.enable_grad():
         result = _deformable_attention(arguments[0], shapes, *arguments[1:])

@@ -1,8 +1,8 @@
 """Panoptic datasets and metric for Cityscapes and ADE20K; list this module in `custom_imports` to use them.
 
-mmdet numbers classes in the order of the annotation file and requires things before stuff. The files that
-cityscapesscripts and Mask2Former's scripts write have another order, so the classes here are matched by name. For
-Cityscapes, the paths of images and panoptic maps are derived from the image id.
+mmdet numbers classes in the order of the annotation file and requires things before stuff. The files written by
+cityscapesscripts and by Mask2Former's scripts have another order, so this module matches classes by name. For
+Cityscapes, it derives the paths of images and panoptic maps from the image id.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Replacement for panopticapi, which is not on PyPI: what mmdet uses of it to read, write and score panoptic maps.
+"""Replacement for panopticapi, which is not on PyPI: the parts with which mmdet reads, writes and scores panoptic maps.
 
 A panoptic map is an image whose colors encode segment ids: red + 256 * green + 256^2 * blue. Id 0 is unlabeled.
 """
@@ -33,10 +33,10 @@ class Matches:
     """Matched, false and missed segments of one class.
 
     Attributes:
-        iou: Sum of the IoU of the matched segments.
-        tp: Number of matched segments.
-        fp: Number of predicted segments without a match.
-        fn: Number of true segments without a match.
+        iou: sum of the IoU of the matched segments.
+        tp: number of matched segments.
+        fp: number of predicted segments without a match.
+        fn: number of true segments without a match.
     """
 
     iou: float = 0.0
@@ -77,8 +77,8 @@ class PQStat:
         """Average the qualities over the classes that occur in the annotations or predictions.
 
         Args:
-            categories: Class id -> description, whose "isthing" is 1 for things and 0 for stuff.
-            isthing: Whether to select things or stuff; None selects both.
+            categories: class id -> description, whose "isthing" is 1 for things and 0 for stuff.
+            isthing: True to select things, False to select stuff, None to select both.
 
         Returns:
             The averages, with the number of classes as "n", and the qualities of each selected class.

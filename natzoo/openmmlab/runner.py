@@ -24,8 +24,8 @@ class Project(NamedTuple):
     """A subproject and the configs it accepts.
 
     Attributes:
-        name: Name of its folder.
-        models: For each accepted `default_scope` of a config, the accepted model type; None accepts all.
+        name: name of its folder.
+        models: for each accepted `default_scope` of a config, the accepted model type; None accepts all.
     """
 
     name: str
@@ -42,7 +42,7 @@ SEGMENTATION = Project("segmentation", {"mmseg": None, "mmdet": "Mask2Former"})
 
 
 class _ConfigOptions(DictAction):
-    """mmengine's parser for KEY=VALUE, with an error that names the malformed value."""
+    """mmengine's parser for KEY=VALUE, with error messages that name the malformed value."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         for value in values:
@@ -56,7 +56,10 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that training and evaluation share."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="dataset folder (default: data_root of the config)")
     parser.add_argument(
-        "--work-dir", type=Path, metavar="DIR", help="folder of this run (default: output/<config name>)"
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of this run (default: work_dir of the config, else output/<config name>)",
     )
     parser.add_argument(
         "--cfg-options",
@@ -72,40 +75,44 @@ def read_config(path: Path, folder: str = "configs") -> Config:
     """Read a config file.
 
     Args:
-        path: The file.
-        folder: Folder that error messages recommend for configs.
+        path: the file.
+        folder: folder of complete configs, for messages.
 
     Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file is not a complete config.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not a complete config.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; configs are in {folder}.")
+        raise FileNotFoundError(f"{path} does not exist; use a config from {folder}.")
     if path.suffix != ".py":
-        raise ValueError(f"{path} is not an OpenMMLab config, which ends in .py; configs are in {folder}.")
+        raise ValueError(f"{path} is not a .py file; use a config from {folder}.")
     _filter_warnings()
     try:
         cfg = Config.fromfile(path)
     except (SyntaxError, KeyError, AttributeError, TypeError, NameError) as error:
         raise ValueError(f"{path} is not a valid config: {error}") from error
     if "model" not in cfg:
-        raise ValueError(f"{path} defines no model and only serves as a base; complete configs are in {folder}.")
+        raise ValueError(f"{path} defines no model, so it is only a base config; use a config from {folder}.")
     return cfg
 
 
 def load_config(args: argparse.Namespace, project: Project) -> Config:
     """Read the config given on the command line and apply the common options.
 
+    Args:
+        args: the parsed command line, with the options of `add_common_options`.
+        project: the subproject.
+
     Raises:
-        FileNotFoundError: If the config does not exist.
-        ValueError: If it is not a complete config, or belongs to another subproject.
+        FileNotFoundError: if the config does not exist.
+        ValueError: if it is not a complete config, or belongs to another subproject.
     """
     path = Path(args.config)
     cfg = read_config(path, f"configs/{project.name}")
     scope = cfg.get("default_scope")
     if scope not in project.models or project.models[scope] not in (None, cfg.model.type):
         other = "segmentation" if project is DETECTION else "detection"
-        raise ValueError(f"{path} is a config for {scope} with model {cfg.model.type}; use the scripts in {other}/.")
+        raise ValueError(f"{path} has default_scope {scope} and model {cfg.model.type}; use the scripts in {other}/.")
     if args.data is not None:
         set_data_root(cfg, args.data)
     cfg.merge_from_dict(args.cfg_options)
@@ -114,7 +121,7 @@ def load_config(args: argparse.Namespace, project: Project) -> Config:
 
 
 def _filter_warnings() -> None:
-    """Hide warnings about outdated calls inside mmdet and mmseg, which users cannot fix."""
+    """Hide warnings about deprecated calls inside mmdet and mmseg, which users cannot fix."""
     for module in ("mmdet", "mmseg", "mmcv", "mmengine", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=module)
@@ -131,8 +138,8 @@ def make_runner(cfg: Config, new_classes: bool = False) -> Runner:
     """Build mmengine's runner with safe checkpoints, checked data, and support for CPUs and torchrun.
 
     Args:
-        cfg: A config from `load_config`.
-        new_classes: Whether a loaded checkpoint may have another number of classes, for fine-tuning.
+        cfg: a config from `load_config`; modified.
+        new_classes: accept a checkpoint with another number of classes, to fine-tune.
     """
     set_launcher(cfg)
     init_default_scope(cfg.default_scope)
@@ -147,9 +154,9 @@ def make_runner(cfg: Config, new_classes: bool = False) -> Runner:
 
 @contextmanager
 def report_unknown_keys(cfg: Config) -> Iterator[None]:
-    """Raise ValueError for a config key that nothing accepts, such as a misspelt one.
+    """Raise ValueError for an unknown config key, such as a misspelled one.
 
-    Wrap the whole run in it: mmengine builds loops, hooks and optimizers only when it reaches them.
+    This context must contain the whole run, because mmengine builds loops, hooks and optimizers on first use.
     """
     try:
         yield
@@ -189,7 +196,7 @@ def set_launcher(cfg: Config) -> None:
     cfg.launcher = "pytorch"
     if torch.cuda.is_available():
         return
-    # mmengine's own set-up requires GPUs.
+    # mmengine's own setup requires GPUs.
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     cfg.model_wrapper_cfg = ConfigDict(
@@ -202,7 +209,7 @@ def set_launcher(cfg: Config) -> None:
 
 
 def _replace_sync_batch_norm(node) -> None:
-    """Replace SyncBN, which PyTorch supports only on GPUs, by BatchNorm over the images of each process."""
+    """Replace SyncBN, which PyTorch supports only on GPUs, with BatchNorm over the images of each process."""
     for value in node.values() if isinstance(node, dict) else node:
         if isinstance(value, dict) and value.get("type") == "SyncBN":
             value["type"] = "BN"

@@ -18,7 +18,7 @@ from natzoo.openmmlab.runner import (
     world_size,
 )
 
-# Type of a metric -> its option that selects the measures, and the measures it supports.
+# Metric type -> the option that selects its measures, and the measures it supports.
 _MEASURES = {
     "CocoMetric": ("metric", ("bbox", "segm", "proposal")),
     "IoUMetric": ("iou_metrics", ("mIoU", "mDice", "mFscore")),
@@ -29,21 +29,32 @@ def make_parser(project: Project) -> argparse.ArgumentParser:
     """Return the parser of the evaluation script of a subproject."""
     description = f"Evaluate a checkpoint with a config in configs/{project.name}."
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("config", help="config file")
-    parser.add_argument("checkpoint", help="path, URL or published name (see tools/download.py list)")
+    parser.add_argument("config", help="config file (.py)")
+    parser.add_argument("checkpoint", help="path, URL or published name (list: python tools/download.py list)")
     add_common_options(parser)
     measures = [measure for _, supported in _MEASURES.values() for measure in supported]
-    parser.add_argument("--eval", nargs="+", choices=measures, help="metrics (default: as the config says)")
+    parser.add_argument(
+        "--eval",
+        nargs="+",
+        choices=measures,
+        metavar="METRIC",
+        help="bbox, segm or proposal for COCO annotations, mIoU, mDice or mFscore for semantic segmentation (default: "
+        "those of the config)",
+    )
     parser.add_argument(
         "--show-dir",
         type=Path,
         metavar="DIR",
-        help="save images with the predictions drawn on them (one process only)",
+        help="save the images with predictions drawn on them (one process only)",
     )
     parser.add_argument(
-        "--show-score", type=float, default=0.3, metavar="S", help="draw boxes with at least this score (default: 0.3)"
+        "--show-score",
+        type=float,
+        default=0.3,
+        metavar="S",
+        help="minimum score of drawn boxes (default: 0.3)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="save all predictions as .pkl")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="save all predictions to a .pkl file")
     parser.add_argument(
         *("--tta", "--aug-test"),
         action="store_true",
@@ -56,8 +67,12 @@ def main(project: Project, argv: Sequence[str] | None = None) -> dict[str, float
     """Evaluate with the given command-line arguments and return the metrics.
 
     Args:
-        project: The subproject.
-        argv: Arguments; defaults to those of the process.
+        project: the subproject.
+        argv: the arguments; None for those of the process.
+
+    Raises:
+        ValueError, FileNotFoundError: if the config, an option, the checkpoint or the data is unusable.
+        DownloadError: if the checkpoint cannot be downloaded.
     """
     args = make_parser(project).parse_args(argv)
     cfg = load_config(args, project)
@@ -74,7 +89,7 @@ def main(project: Project, argv: Sequence[str] | None = None) -> dict[str, float
     with report_unknown_keys(cfg):
         results = make_runner(cfg).test()
     if args.show_dir:
-        print(f"saved images to {args.show_dir}")
+        print(f"Saved images to {args.show_dir}")
     return results
 
 
@@ -87,7 +102,9 @@ def _set_measures(cfg: Config, measures: Sequence[str]) -> None:
     """Select what the config's metrics measure."""
     supporting = [metric for metric in _metrics(cfg) if set(measures) <= set(_MEASURES.get(metric.type, (None, ()))[1])]
     if not supporting:
-        raise ValueError(f"--eval {' '.join(measures)} is not supported by the metrics of {cfg.filename}; omit --eval.")
+        raise ValueError(
+            f"--eval {' '.join(measures)} is not supported by the metrics of {cfg.filename}; omit --eval to use those."
+        )
     for metric in supporting:
         metric[_MEASURES[metric.type][0]] = list(measures)
 
@@ -104,10 +121,10 @@ def _set_visualization(cfg: Config, folder: Path, score: float) -> None:
     """Let the visualization hook draw the predictions of each image.
 
     Raises:
-        ValueError: In a distributed run: mmengine draws only the images of the first process.
+        ValueError: in a distributed run: mmengine draws only the images of the first process.
     """
     if world_size() > 1:
-        raise ValueError(f"--show-dir supports one process, not {world_size()}; use test.py instead of dist_test.sh.")
+        raise ValueError(f"--show-dir requires one process, not {world_size()}; use test.py instead of dist_test.sh.")
     if cfg.default_scope == "mmdet":
         hook = {"type": "DetVisualizationHook", "test_out_dir": str(folder.resolve()), "score_thr": score}
     else:

@@ -30,36 +30,45 @@ def make_parser(project: Project) -> argparse.ArgumentParser:
     """Return the parser of the training script of a subproject."""
     description = f"Train a model from a config in configs/{project.name}."
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("config", help="config file")
+    parser.add_argument("config", help="config file (.py)")
     add_common_options(parser)
     parser.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="resume this run from CHECKPOINT (default: the latest checkpoint in its folder)",
+        help="continue a run from CHECKPOINT, or from the latest checkpoint in its folder",
     )
     parser.add_argument(
         "--load-from",
         metavar="CHECKPOINT",
-        help="fine-tune: start from the weights of a detector or segmenter (path, URL or published name)",
+        help="fine-tune the weights of a detector or segmenter: a path, URL or published name",
     )
     parser.add_argument(
         "--amp",
         action=argparse.BooleanOptionalAction,
-        help="mixed precision, float16 on GPUs and bfloat16 on CPUs (default: as the config says)",
+        help="mixed precision, float16 on GPUs and bfloat16 on CPUs (default: as in the config)",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="random seed (default: a random one)")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed (default: as in the config, else random)")
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
-        help="scale the learning rate by total batch size / auto_scale_lr.base_batch_size of the config",
+        help="scale the learning rate from auto_scale_lr.base_batch_size of the config to the total batch size",
     )
     return parser
 
 
 def main(project: Project, argv: Sequence[str] | None = None) -> None:
-    """Train with the given command-line arguments; `argv` defaults to those of the process."""
+    """Train with the given command-line arguments.
+
+    Args:
+        project: the subproject.
+        argv: the arguments; None for those of the process.
+
+    Raises:
+        ValueError, FileNotFoundError: if the config, an option, a checkpoint or the data is unusable.
+        DownloadError: if a checkpoint cannot be downloaded.
+    """
     args = make_parser(project).parse_args(argv)
     cfg = load_config(args, project)
     check_data(cfg, ("train_dataloader", "val_dataloader"))
@@ -70,8 +79,8 @@ def main(project: Project, argv: Sequence[str] | None = None) -> None:
     if args.auto_scale_lr:
         if "auto_scale_lr" not in cfg:
             raise ValueError(
-                f"{args.config} does not define the batch size of its learning rate, which --auto-scale-lr needs; add "
-                "auto_scale_lr = dict(base_batch_size=N)."
+                f"{args.config} has no auto_scale_lr, which --auto-scale-lr requires; add "
+                "auto_scale_lr = dict(base_batch_size=N), with the batch size for which the learning rate was chosen."
             )
         cfg.auto_scale_lr.enable = True
     with report_unknown_keys(cfg):
@@ -84,14 +93,16 @@ def main(project: Project, argv: Sequence[str] | None = None) -> None:
 
 
 def _set_start(cfg: Config, args: argparse.Namespace) -> None:
-    """Set `load_from` and `resume` of a config. `--resume` without a checkpoint to resume starts from scratch.
+    """Set `load_from` and `resume` of a config from the options, or from its own `resume`.
+
+    Without a checkpoint in the run folder, `--resume` starts from scratch.
 
     Raises:
-        ValueError: If the options conflict, or if the run folder holds another run, which would be overwritten.
+        ValueError: if the options conflict, or if the run folder contains another run, which would be overwritten.
     """
     if args.resume and args.load_from:
         raise ValueError(
-            "--resume and --load-from exclude each other; --resume continues a run, --load-from starts one."
+            "--resume and --load-from exclude each other; use --resume to continue a run, --load-from to start one."
         )
     requested = args.resume
     if not requested and not args.load_from and cfg.get("resume"):
@@ -110,7 +121,7 @@ def _set_start(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def _drop_backbone_weights(model: ConfigDict) -> None:
-    """Do not download backbone weights that the checkpoint replaces anyway."""
+    """Remove the initial weights of the backbone, which the checkpoint replaces."""
     backbone = model.get("backbone", {})
     for part, key in ((model, "pretrained"), (backbone, "pretrained"), (backbone, "init_cfg")):
         if key in part:
@@ -127,7 +138,7 @@ _AMP_OPTIONS = ("loss_scale", "dtype", "use_fsdp")  # accepted by AmpOptimWrappe
 
 @OPTIM_WRAPPERS.register_module()
 class CpuAmpOptimWrapper(OptimWrapper):
-    """Optimizer wrapper for mixed precision on CPUs: bfloat16 autocast, whose range needs no loss scaling."""
+    """Optimizer wrapper for mixed precision on CPUs: bfloat16 autocast, which requires no loss scaling."""
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -139,8 +150,8 @@ def set_precision(cfg: Config, amp: bool | None) -> None:
     """Choose the optimizer wrapper for this device: mmengine's (float16) on GPUs, bfloat16 on CPUs.
 
     Args:
-        cfg: The config to change.
-        amp: Whether to use mixed precision; None keeps the choice of the config.
+        cfg: the config to change.
+        amp: use mixed precision; None to keep the choice of the config.
     """
     wrapper = cfg.optim_wrapper
     is_mixed = wrapper.get("type", "OptimWrapper") in _MIXED_WRAPPERS if amp is None else amp

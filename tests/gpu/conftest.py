@@ -17,7 +17,7 @@ import torch
 
 from gpu.problems import CUDA, REHEARSAL, Machine
 
-LIMIT_S = 60  # of a test without the marker `limit`
+LIMIT_S = 35  # of a test without the marker `limit`
 GRACE_S = 30
 
 

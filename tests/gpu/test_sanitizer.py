@@ -16,7 +16,7 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.gpu
-@pytest.mark.limit(75)
+@pytest.mark.limit(55)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_small_calls(tool: str):
     if not shutil.which("compute-sanitizer"):

@@ -44,7 +44,7 @@ def inputs(rank: int, kernel_size: int | tuple[int, ...]) -> tuple[Tensor, Tenso
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
 
 
-# All public names at version 1.0.0 of each module, before old names moved into natten.compat.
+# Public names by module, which must stay importable from there.
 PUBLIC_NAMES = {
     "natten": """
         NeighborhoodAttention1D NeighborhoodAttention2D NeighborhoodAttention3D __version__ compat context functional

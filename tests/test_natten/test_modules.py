@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -359,12 +360,13 @@ class CopyTest(unittest.TestCase):
         with torch.serialization.safe_globals([type(module), torch.nn.Linear, torch.nn.Dropout, set]):
             self.assert_same(module, torch.load(file, weights_only=True))
 
-    def test_names_and_documentation(self):
+    def test_names_types_and_documentation(self):
         for rank, make in CLASSES.items():
             self.assertEqual(make.__name__, f"NeighborhoodAttention{rank}D")
             self.assertIn("num_heads", make.__doc__)
-            self.assertNotIn("{", make.__doc__)
             for suffix in ("", "_qkvpacked", "_qk", "_av"):
                 attend = function(rank, suffix)
                 self.assertEqual(attend.__name__, f"na{rank}d{suffix}")
-                self.assertNotIn("{", attend.__doc__)
+                self.assertIn("Returns:", attend.__doc__)
+                parameters = inspect.signature(attend).parameters
+                self.assertEqual({*parameters, "return"}, set(attend.__annotations__))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -161,6 +163,50 @@ def test_median():
     assert timer.median_ms(samples=3) > 0
     assert len(timer.samples_ms) == 3
     assert timer.percentile(0) <= timer.percentile(50) <= timer.percentile(100)
+
+
+@pytest.mark.parametrize("is_capturable", [True, False])
+def test_timer_on_a_gpu(monkeypatch, is_capturable):
+    """Calls run from a CUDA graph if it can capture them, and else one by one. The GPU is simulated."""
+    calls = []
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.count = len(calls)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 10.0 * (end.count - self.count)
+
+    @contextlib.contextmanager
+    def capture(graph):
+        yield
+        if not is_capturable:
+            raise RuntimeError("capture failed")
+
+    fake = {"Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": mock.MagicMock()}
+    fake |= dict.fromkeys(("current_stream", "synchronize"), mock.MagicMock())
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(profiler, "WARM_UP_S", 0.0)
+
+    others = [lambda: calls.append("other")]
+    timer = Timer(lambda: calls.append("one"), torch.device("cuda:0"), others)
+    timer.warm_up()
+    calls.clear()
+    timer.sample()
+    assert set(calls) == ({"replay"} if is_capturable else {"one", "other"})
+    assert timer.samples_ms == [5.0 if is_capturable else 10.0]  # milliseconds per call
 
 
 # ----- mistakes -------------------------------------------------------------------------------------------------------

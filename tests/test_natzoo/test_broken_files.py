@@ -1,6 +1,6 @@
-"""Broken and malicious weight files: no code from them runs, none fills the memory, the error names the file.
+"""Broken and malicious weight files never run code or exhaust the memory, and raise an error that names the file.
 
-Every file is loaded in both ways: with `read_weights`, and with timm's `pretrained=True`.
+Every file is loaded with `read_weights` and with timm's `pretrained=True`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def odd(value: torch.Tensor) -> bytes:
 
 
 def nested_lists() -> list:
-    """Return a list of twice the same list of twice the same list and so on, 60 levels deep."""
+    """Return nested lists, 60 levels deep, each of which contains the next one twice."""
     value: list = []
     for _ in range(60):
         value = [value, value]
@@ -107,7 +107,7 @@ def nested_lists() -> list:
 
 
 class Disguise:
-    """Unpickles as an OrderedDict whose attributes hide its methods behind strings."""
+    """Unpickles as an OrderedDict whose attributes replace its methods with strings."""
 
     def __init__(self, content: dict):
         self.content = content
@@ -126,15 +126,9 @@ GOOD_PTH, GOOD_SAFETENSORS = torch_file(WEIGHTS), save(WEIGHTS)
 FILES = {
     # code
     "payload.pth": (torch_file(Payload()), COMMAND),
-    "payload_beside_weights.pth": (
-        torch_file({"model": WEIGHTS, "args": Payload()}),
-        COMMAND,
-    ),
+    "payload_next_to_weights.pth": (torch_file({"model": WEIGHTS, "args": Payload()}), COMMAND),
     "payload_as_weight.bin": (torch_file({**WEIGHTS, FIRST: Payload()}), COMMAND),
-    "payload_of_old_torch.pth": (
-        torch_file(Payload(), _use_new_zipfile_serialization=False),
-        COMMAND,
-    ),
+    "payload_of_old_torch.pth": (torch_file(Payload(), _use_new_zipfile_serialization=False), COMMAND),
     "payload_pickled.pth": (pickle.dumps(Payload(), 2), COMMAND),
     "payload_pickled.bin": (pickle.dumps({"model": Payload()}, 4), CODE),  # torch only reads protocol 2
     "payload.pkl": (pickle.dumps({"model": {"a": Payload()}}), COMMAND),
@@ -194,10 +188,7 @@ FILES = {
     # not dense real numbers
     "sparse.pth": (odd(torch.zeros(2, 2).to_sparse()), ODD_FIRST),
     "no_numbers.pth": (odd(torch.zeros(2, device="meta")), ODD_FIRST),
-    "quantised.safetensors": (
-        save({FIRST: torch.zeros(2, dtype=torch.float8_e4m3fn)}),
-        ODD_FIRST,
-    ),
+    "quantized.safetensors": (save({FIRST: torch.zeros(2, dtype=torch.float8_e4m3fn)}), ODD_FIRST),
     "complex.pth": (odd(torch.zeros(2, dtype=torch.complex64)), ODD_FIRST),
     # no names
     "numbered.pth": (torch_file({1: torch.zeros(2)}), UNSUITABLE._replace(names=r"\b1\b")),
@@ -246,7 +237,7 @@ def nothing_runs(tmp_path, monkeypatch):
 
 
 def assert_refused(load, path, names, cause=BaseException):
-    """Check for one short line that starts with the file and contains `names`, and for the cause as in `Refusal`."""
+    """Check for one short line that starts with the file and matches `names`, and for the cause as in `Refusal`."""
     with warnings.catch_warnings(), pytest.raises(ValueError, match=names) as error:
         warnings.simplefilter("ignore")  # torch warns about files of other programs
         load(path)
@@ -284,7 +275,7 @@ def test_weights_of_another_model(tmp_path, name):
 
 
 def test_payload_runs_when_unpickled(tmp_path):
-    """Prove that the tests above can fail."""
+    """Otherwise the tests above could not fail."""
     pickle.loads(pickle.dumps(Payload()))
     (tmp_path / "payload-ran").unlink()
 
@@ -298,7 +289,7 @@ def test_folder_and_missing_file(tmp_path, load):
 
 
 def test_pickle_that_hides_methods_of_a_dict(tmp_path):
-    """Harmless, so it is read."""
+    """Such a file is harmless and readable."""
     arrays = {name: value.numpy() for name, value in WEIGHTS.items()}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(Disguise(arrays)))
     assert_same(read_weights(tmp_path / "a.pkl"), WEIGHTS)
@@ -309,7 +300,7 @@ def test_pickle_that_hides_methods_of_a_dict(tmp_path):
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (b"\x80\x02}r" + struct.pack("<I", 10**8) + b".", None),  # entry 10**8 of the memo
+        (b"\x80\x02}r" + struct.pack("<I", 10**8) + b".", None),  # writes entry 10**8 of the memo
         (b"\x80\x05\x96" + struct.pack("<Q", 10**9) + b".", Exception),
         (b"\x80\x04\x8e" + struct.pack("<Q", 10**9) + b".", Exception),
     ],

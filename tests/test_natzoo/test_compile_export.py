@@ -36,7 +36,7 @@ def make(name: str, kwargs: dict) -> nn.Module:
     return timm.create_model(name, num_classes=10, **kwargs).eval().requires_grad_(False)
 
 
-def pictures(batch: int, size: int = 64) -> Tensor:
+def random_images(batch: int, size: int = 64) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
 
 
@@ -57,19 +57,19 @@ def test_compiled_without_graph_breaks(name, kwargs):
     model, counter = make(name, kwargs), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for batch in (4, 2, 7, 3, 1):
-        assert_near(compiled(pictures(batch)), model(pictures(batch)))
+        assert_near(compiled(random_images(batch)), model(random_images(batch)))
     assert 1 <= counter.frame_count <= 1 + 2
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
 def test_inductor():
     model = make("dinat_mini", SHALLOW["dinat_mini"])
-    assert_near(torch.compile(model, fullgraph=True)(pictures(2)), model(pictures(2)))
+    assert_near(torch.compile(model, fullgraph=True)(random_images(2)), model(random_images(2)))
 
 
 @pytest.mark.parametrize(("name", "kwargs"), MODELS)
 def test_bfloat16_autocast(name, kwargs):
-    model, x = make(name, kwargs), pictures(2)
+    model, x = make(name, kwargs), random_images(2)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(x)
     assert logits.dtype == torch.bfloat16
@@ -80,10 +80,10 @@ def test_bfloat16_autocast(name, kwargs):
 @pytest.mark.parametrize(("name", "kwargs"), MODELS)
 def test_export_and_load(name, kwargs, tmp_path):
     model = make(name, kwargs)
-    torch.export.save(torch.export.export(model, (pictures(2),), dynamic_shapes=BATCH), tmp_path / "model.pt2")
+    torch.export.save(torch.export.export(model, (random_images(2),), dynamic_shapes=BATCH), tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for batch in (2, 3, 1):
-        assert_near(loaded(pictures(batch)), model(pictures(batch)))
+        assert_near(loaded(random_images(batch)), model(random_images(batch)))
 
 
 @pytest.mark.parametrize(
@@ -97,12 +97,12 @@ def test_export_and_load(name, kwargs, tmp_path):
 def test_onnx(name, kwargs, size, tmp_path):
     """ONNX Runtime returns the same logits, also for other batch sizes."""
     model = make(name, kwargs)
-    program = torch.onnx.export(model, (pictures(2, size),), dynamo=True, verbose=False, dynamic_shapes=BATCH)
+    program = torch.onnx.export(model, (random_images(2, size),), dynamo=True, verbose=False, dynamic_shapes=BATCH)
     assert {node.domain for node in program.model_proto.graph.node} <= {"", "pkg.onnxscript.torch_lib"}
     program.save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (images,) = session.get_inputs()
     for batch in (2, 3, 1):
-        x = pictures(batch, size)
+        x = random_images(batch, size)
         (logits,) = session.run(None, {images.name: x.numpy()})
         assert_near(torch.from_numpy(logits), model(x))

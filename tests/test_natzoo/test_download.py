@@ -37,12 +37,12 @@ def test_download(server, path):
 
 
 @pytest.mark.parametrize(
-    "behaviours",
+    "behaviors",
     [[truncated], [truncated, truncated], [status(503)], [status(429), truncated]],
     ids=["truncated", "truncated twice", "503", "429 and truncated"],
 )
-def test_temporary_failures_are_retried(server, path, behaviours):
-    server.behaviours = list(behaviours)
+def test_temporary_failures_are_retried(server, path, behaviors):
+    server.behaviors = list(behaviors)
     fetch([server.url()], path, SHA256)
     assert path.read_bytes() == CONTENT
 
@@ -51,20 +51,20 @@ def test_stalled_transfer_is_retried(server, path, monkeypatch):
     monkeypatch.setattr(download, "STALL_S", 0.2)
     monkeypatch.setattr(download, "PAUSE_S", 0.0)
     monkeypatch.setattr(download, "TRIES", 10_000)  # on a busy machine correct responses may take longer than STALL_S
-    server.behaviours = [stalled]
+    server.behaviors = [stalled]
     fetch([server.url()], path, SHA256)
     assert path.read_bytes() == CONTENT
     assert len(server.ranges) > 1
 
 
 def test_truncated_transfer_is_resumed(server, path):
-    server.behaviours = [truncated, truncated]
+    server.behaviors = [truncated, truncated]
     fetch([server.url()], path, SHA256)
     assert server.ranges == [None, "bytes=100000-", "bytes=200000-"]
 
 
 def test_failed_transfer_is_resumed_by_the_next_call(server, path):
-    server.behaviours = [truncated] + [status(500)] * 3
+    server.behaviors = [truncated] + [status(500)] * 3
     with pytest.raises(DownloadError, match="500"):
         fetch([server.url()], path, SHA256)
     assert not path.exists()
@@ -74,7 +74,7 @@ def test_failed_transfer_is_resumed_by_the_next_call(server, path):
 
 
 def test_server_without_range_support(server, path):
-    server.behaviours = [truncated, lambda handler: serve(handler, accepts_ranges=False)]
+    server.behaviors = [truncated, lambda handler: serve(handler, accepts_ranges=False)]
     fetch([server.url()], path, SHA256)
     assert path.read_bytes() == CONTENT
 
@@ -84,10 +84,10 @@ def test_file_changes_between_two_tries(server, path):
         server.etag = '"two"'
         serve(handler)
 
-    server.behaviours = [lambda handler: serve(handler, content=bytes(300_000), sent=100_000), other_half]
+    server.behaviors = [lambda handler: serve(handler, content=bytes(300_000), sent=100_000), other_half]
     fetch([server.url()], path, SHA256)
     assert path.read_bytes() == CONTENT
-    server.behaviours = [truncated, status(416)]
+    server.behaviors = [truncated, status(416)]
     path.unlink()
     fetch([server.url()], path, SHA256)
     assert path.read_bytes() == CONTENT
@@ -101,13 +101,13 @@ def test_server_sends_another_range(server, path):
         handler.end_headers()
         handler.wfile.write(CONTENT[5:10])
 
-    server.behaviours = [another_part, truncated, another_part]
+    server.behaviors = [another_part, truncated, another_part]
     fetch([server.url()], path)
     assert path.read_bytes() == CONTENT
 
 
 def test_killed_when_a_new_version_starts(server, path, monkeypatch):
-    server.behaviours = [lambda handler: serve(handler, content=bytes(300_000), sent=100_000)] + [status(500)] * 3
+    server.behaviors = [lambda handler: serve(handler, content=bytes(300_000), sent=100_000)] + [status(500)] * 3
     with pytest.raises(DownloadError):
         fetch([server.url()], path)
     server.etag = '"two"'
@@ -127,7 +127,7 @@ def test_killed_when_a_new_version_starts(server, path, monkeypatch):
 def test_flipped_bit_is_detected(server, path):
     broken = bytearray(CONTENT)
     broken[1234] ^= 1
-    server.behaviours = [lambda handler: serve(handler, content=bytes(broken))] * 2
+    server.behaviors = [lambda handler: serve(handler, content=bytes(broken))] * 2
     with pytest.raises(DownloadError, match=SHA256):
         fetch([server.url()], path, SHA256)
     assert not path.exists()
@@ -135,11 +135,11 @@ def test_flipped_bit_is_detected(server, path):
 
 
 def test_next_source_is_tried_and_all_failures_are_reported(server, path):
-    server.behaviours = [status(404)]
+    server.behaviors = [status(404)]
     fetch([server.url("missing"), server.url("mirror")], path, SHA256)
     assert path.read_bytes() == CONTENT
     path.unlink()
-    server.behaviours = [status(404), web_page]
+    server.behaviors = [status(404), web_page]
     with pytest.raises(DownloadError) as caught:
         fetch([server.url("missing"), server.url("login")], path, SHA256)
     text = str(caught.value)
@@ -158,7 +158,7 @@ def moved(url):
 
 
 def test_redirect(server, path):
-    server.behaviours = [moved(server.url("elsewhere"))]
+    server.behaviors = [moved(server.url("elsewhere"))]
     fetch([server.url()], path, SHA256)
     assert path.read_bytes() == CONTENT
 
@@ -174,11 +174,11 @@ def test_redirect_from_https_to_http_is_refused(server, path, tmp_path, monkeypa
     context.load_cert_chain(certificate, key)
     safe = Server(context)
     try:
-        safe.behaviours = [moved(server.url())]
+        safe.behaviors = [moved(server.url())]
         with pytest.raises(DownloadError, match=r"https.*http://"):
             fetch([safe.url()], path)
         assert server.ranges == []
-        server.behaviours = [moved(safe.url())]  # from http to https is fine
+        server.behaviors = [moved(safe.url())]  # from http to https is fine
         fetch([server.url()], path)
         assert path.read_bytes() == CONTENT
     finally:
@@ -221,7 +221,7 @@ def test_many_processes_download_once(server, path):
 
 
 def test_killed_process_leaves_no_lock(server, path):
-    server.behaviours = [wait_for_disconnect]
+    server.behaviors = [wait_for_disconnect]
     context = multiprocessing.get_context("fork")
     child = context.Process(target=_fetch_in_child, args=(server.url(), str(path)))
     child.start()

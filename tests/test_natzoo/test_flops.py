@@ -16,7 +16,7 @@ PUBLISHED = {name: facts["macs"] for name, facts in CLASSIFIERS.items() if "macs
 QUICK = ("nat_mini", "dinat_mini")  # the others take two minutes together
 
 
-def picture(model, device="cpu"):
+def blank_image(model, device="cpu"):
     return torch.zeros(1, *model.default_cfg["input_size"], device=device)
 
 
@@ -36,14 +36,14 @@ def test_models_with_published_macs():
 def test_macs_match_the_papers(name):
     model = timm.create_model(name).eval()
     with torch.no_grad():
-        giga_macs = get_flops(model, picture(model), disable_warnings=True) / 1e9
+        giga_macs = get_flops(model, blank_image(model), disable_warnings=True) / 1e9
     assert giga_macs == pytest.approx(PUBLISHED[name], abs=0.1, rel=0.003)
 
 
 def test_flops_are_twice_the_macs():
     """Exactly, except that only fvcore counts LayerNorm and the relative position bias."""
     model = timm.create_model("dinat_mini").eval()
-    x = picture(model)
+    x = blank_image(model)
     with torch.no_grad():
         counter = add_natten_handle(FlopCountAnalysis(model, x))
         counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -57,14 +57,14 @@ def test_flops_of_a_training_step(name):
     """Backward costs twice the forward FLOPs, attention 2.5 times; the image needs no gradient."""
     with torch.device("meta"):
         model = timm.create_model(name)
-    x = picture(model, "meta")
+    x = blank_image(model, "meta")
     with FlopCounterMode(display=False) as forward:
         logits = model(x)
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     ran, first_conv = forward.get_flop_counts()["Global"], model.patch_embed.proj[0]
     attention = ran[torch.ops.natten.attention_forward]
-    height, width = picture(model).shape[-2:]
+    height, width = blank_image(model).shape[-2:]
     gradient_of_image = 2 * first_conv.weight.numel() * (height // 2) * (width // 2)
     expected = 2 * forward.get_total_flops() + attention // 2 - gradient_of_image
     assert backward.get_total_flops() == expected

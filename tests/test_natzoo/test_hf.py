@@ -189,8 +189,8 @@ def test_backbone_from_a_classifier_folder(hub_folder):
     assert backbone.channels == [32, 64, 256]
     out = backbone.eval()(image((100, 64)), output_hidden_states=True)
     assert [tuple(x.shape) for x in out.feature_maps] == [(1, 32, 25, 16), (1, 64, 13, 8), (1, 256, 4, 2)]
-    normalised = nn.functional.layer_norm(out.hidden_states[2], (64,))
-    torch.testing.assert_close(out.feature_maps[1], normalised.permute(0, 3, 1, 2))
+    normalized = nn.functional.layer_norm(out.hidden_states[2], (64,))
+    torch.testing.assert_close(out.feature_maps[1], normalized.permute(0, 3, 1, 2))
     assert AutoBackbone.from_config(small())(image((64, 64))).hidden_states is None
 
 
@@ -366,13 +366,7 @@ def test_timm_model_to_folder_and_back(tmp_path, index):
     assert same_weights(again, model)
 
 
-QUICK = (
-    "nat_mini",
-    "dinat_mini",
-    "dinat_s_tiny",
-    "dinat_isotropic_small",
-    "vitrpb_small",
-)  # the others are slow
+QUICK = ("nat_mini", "dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small")  # the others are slow
 
 
 @pytest.mark.parametrize(

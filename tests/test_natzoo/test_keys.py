@@ -28,7 +28,7 @@ def assert_round_trip(weights):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model_with_few_channels(name):
-    """Names only depend on the depth, so values can be compared quickly."""
+    """Names only depend on the depth, so small models suffice to compare values."""
     torch.manual_seed(0)
     model = timm.create_model(name, embed_dim=24, num_classes=3)
     weights = {name: torch.rand(value.shape).to(value.dtype) for name, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Layers of the models, except attention."""
+"""LeanMlp, compared with timm's Mlp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""timm's interface on every registered model, and the results of the original implementation."""
+"""Every registered model has timm's interface and the results of the original implementation."""
 
 import ast
 import copy
@@ -62,7 +62,7 @@ def model(request):
     return timm.create_model(request.param, num_classes=CLASSES).eval()
 
 
-def pictures(height=64, width=64, channels=3, batch=1):
+def random_images(height=64, width=64, channels=3, batch=1):
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
@@ -136,7 +136,7 @@ def test_evaluation_protocol_of_the_published_weights(name):
 
 def test_forward_and_backward(model):
     model = copy.deepcopy(model).train()
-    logits = model(pictures(batch=2))
+    logits = model(random_images(batch=2))
     assert logits.shape == (2, CLASSES)
     logits.square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -146,14 +146,14 @@ def test_forward_and_backward(model):
 
 def test_any_size(model):
     with torch.inference_mode():
-        assert model(pictures(97, 130)).shape == (1, CLASSES)
+        assert model(random_images(97, 130)).shape == (1, CLASSES)
         reduction = reductions(model)[-1]
         size = (-(-97 // reduction), -(-130 // reduction))
-        assert model.forward_features(pictures(97, 130)).shape == (1, *size, model.num_features)
+        assert model.forward_features(random_images(97, 130)).shape == (1, *size, model.num_features)
 
 
 def test_forward_intermediates(model):
-    x = pictures(64, 96)
+    x = random_images(64, 96)
     with torch.inference_mode():
         final, maps = model.forward_intermediates(x, norm=True)
         torch.testing.assert_close(final, model.forward_features(x))
@@ -161,11 +161,11 @@ def test_forward_intermediates(model):
         chosen = model.forward_intermediates(
             x, indices=[0, 2], stop_early=True, output_fmt="NHWC", intermediates_only=True
         )
-        unnormalised = model.forward_intermediates(x, intermediates_only=True)
+        unnormalized = model.forward_intermediates(x, intermediates_only=True)
     for info, feature in zip(model.feature_info, maps, strict=True):
         assert feature.shape == (1, info["num_chs"], 64 // info["reduction"], 96 // info["reduction"])
-    torch.testing.assert_close(chosen[0], unnormalised[0].permute(0, 2, 3, 1))
-    torch.testing.assert_close(chosen[1], unnormalised[2].permute(0, 2, 3, 1))
+    torch.testing.assert_close(chosen[0], unnormalized[0].permute(0, 2, 3, 1))
+    torch.testing.assert_close(chosen[1], unnormalized[2].permute(0, 2, 3, 1))
     with pytest.raises(ValueError, match="output_fmt"):
         model.forward_intermediates(x, output_fmt="NLC")
 
@@ -179,7 +179,7 @@ def test_features_only(model):
     for key in unexpected:  # layers after the last map
         part = key.split(".")
         assert part[1] in ("norm", "head") or (part[1] == "layers" and int(part[2]) > 3), key
-    x = pictures(64, 96)
+    x = random_images(64, 96)
     with torch.inference_mode():
         maps = features(x)
         expected = model.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
@@ -190,7 +190,7 @@ def test_features_only(model):
 
 
 def test_classifier_can_be_replaced_and_removed(model):
-    x = pictures()
+    x = random_images()
     with torch.inference_mode():
         pooled = model.forward_head(model.forward_features(x), pre_logits=True)
         assert pooled.shape == (1, model.num_features)
@@ -208,7 +208,7 @@ def test_classifier_can_be_replaced_and_removed(model):
 def test_creation_without_classifier_and_with_one_channel(model):
     changed = timm.create_model(name_of(model), num_classes=0, in_chans=1).eval()
     with torch.inference_mode():
-        assert changed(pictures(channels=1)).shape == (1, model.num_features)
+        assert changed(random_images(channels=1)).shape == (1, model.num_features)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(model):
@@ -222,7 +222,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model):
         count = []
         first = copied.get_submodule(blocks_of(model)[0])
         first.attn.register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        copied(pictures()).square().sum().backward()
+        copied(random_images()).square().sum().backward()
         calls.append(len(count))
         gradients.append([p.grad for p in copied.parameters()])
     assert calls == [1, 2]

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need the extra `openmmlab`. Without it, none is collected and the header says so."""
+"""Fixtures of the tests that require the extra `openmmlab`; without it, no test is collected (see pytest's header)."""
 
 import functools
 import importlib
@@ -24,8 +24,10 @@ def _clean_registries():
 
 @pytest.fixture(autouse=True, scope="session")
 def _fast_configs():
-    """Skip what dominates a short run: formatting the config for each checkpoint, and reading mmdet's and mmseg's lists
-    of published models again for each base config."""
+    """Skip formatting the config for each checkpoint, and read mmdet's and mmseg's lists of models only once.
+
+    Both would dominate the time of a short run.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmengine.config.config.FormatCode", lambda text, **style: (text, False))
         find = importlib.import_module("mmengine.config.utils")._get_cfg_metainfo

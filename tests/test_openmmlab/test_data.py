@@ -1,4 +1,4 @@
-"""Invalid configs, checkpoints and data: an error that names the culprit before the first iteration."""
+"""Invalid configs, checkpoints and data raise an error that names the cause, before the first iteration."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Published checkpoints of detectors and segmenters: files of the same layout, with random weights, load strictly."""
+"""Files with the layout of the published detectors and segmenters, with random weights, load strictly."""
 
 import pickle
 import re

@@ -1,4 +1,4 @@
-"""mmdet's and mmseg's own inference functions, which need nothing but `import natzoo.openmmlab`."""
+"""mmdet's and mmseg's own inference functions, which only require `import natzoo.openmmlab`."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Replacement of mmcv._ext, called through mmcv.ops and compared with plain definitions."""
+"""The replacement for mmcv._ext, called through mmcv.ops and compared with plain definitions."""
 
 import importlib
 import math

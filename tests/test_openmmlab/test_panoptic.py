@@ -1,4 +1,4 @@
-"""Panoptic maps: the replacement of panopticapi, the datasets, and a Mask2Former trained and evaluated on them."""
+"""Panoptic maps: the replacement for panopticapi, the datasets, and a Mask2Former trained and evaluated on them."""
 
 import json
 from pathlib import Path

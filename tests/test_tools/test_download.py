@@ -93,7 +93,7 @@ def test_get(run, cache, site, tmp_path, monkeypatch):
 
 
 def test_get_resumes_an_interrupted_download(run, cache, site):
-    site.behaviours = [truncated] + [status(503)] * 3
+    site.behaviors = [truncated] + [status(503)] * 3
     assert_refused(run("get", "nat_mini"), "503")
     assert run("get", "nat_mini")[0] == 0
     assert site.ranges[-1] == "bytes=100000-"
@@ -108,7 +108,7 @@ def test_files_from_the_hub_get_the_names_of_their_checkpoints(run, site, monkey
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", from_hub)
-    site.behaviours = [status(404)] * 2
+    site.behaviors = [status(404)] * 2
     code, _, _ = run("get", "nat_mini", "dinat_mini", "--out", tmp_path / "out")
     assert code == 0
     for name in ("nat_mini", "dinat_mini"):
@@ -136,7 +136,7 @@ def test_offline(run, cache, site):
 
 
 def test_a_web_page_is_refused(run, cache, site):
-    site.behaviours = [web_page]
+    site.behaviors = [web_page]
     assert_refused(run("get", "nat_mini"), "nat_mini.pth", "web page")
     assert not (cache / "nat_mini.pth").exists()
 
@@ -170,7 +170,7 @@ def test_a_published_hash_is_checked(run, cache, site, tmp_path):
     text = sources.ZOO_FILE.read_text().replace("nat_mini.pth,", f"nat_mini.pth, sha256: {SHA256},", 1)
     sources.ZOO_FILE.write_text(text)
     zoo_entries.cache_clear()
-    site.behaviours = [lambda handler: serve(handler, content=bytes(1000))]
+    site.behaviors = [lambda handler: serve(handler, content=bytes(1000))]
     assert_refused(run("get", "nat_mini"), SHA256)
     cache.joinpath("nat_mini.pth").write_bytes(bytes(1000))  # downloaded manually
     for command in ("verify", "get"):

@@ -16,7 +16,7 @@ model = dict(
                 roi_feat_size=7,
                 num_classes=80,
                 bbox_coder=dict(
-                    type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[centre, centre, size, size]
+                    type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[center, center, size, size]
                 ),
                 reg_class_agnostic=False,
                 reg_decoded_bbox=True,
@@ -24,7 +24,7 @@ model = dict(
                 loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
                 loss_bbox=dict(type="GIoULoss", loss_weight=10.0),
             )
-            for centre, size in ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))
+            for center, size in ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))
         ]
     ),
 )

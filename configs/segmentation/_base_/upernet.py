@@ -1,4 +1,4 @@
-# UPerNet with an auxiliary head. A config adds the backbone, and its channels if they differ from NAT-Mini's.
+# UPerNet with an auxiliary head. A config sets the backbone, and the heads' in_channels if they differ from NAT-Mini's.
 _base_ = "mmseg::_base_/models/upernet_swin.py"
 
 model = dict(

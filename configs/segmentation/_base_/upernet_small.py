@@ -1,4 +1,4 @@
-# A small UPerNet that trains in minutes on two cores. A config adds the classes and the dataset.
+# A small UPerNet that trains in minutes on two cores. A config sets the classes and the dataset.
 _base_ = ["./upernet.py", "./runtime.py", "../../_base_/short_run.py"]
 
 norm_cfg = dict(type="GN", num_groups=8)  # batches are too small for BatchNorm

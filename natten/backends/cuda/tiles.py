@@ -167,7 +167,7 @@ def _span(axis: Axis, is_inverse: bool, s: int, n: int) -> tuple[int, int]:
 def _starts(axis: Axis, n: int, size: int) -> Iterator[int]:
     """Yield the first token of each tile of a class of n tokens.
 
-    For a long class, skip most of the tiles in the middle, which are all alike.
+    For a long class, skip most of the tiles in the middle, which all have the same size.
     """
     edge = _round_up(2 * axis.kernel_size + (axis.stride + 1) * size, size)
     if n <= max(_LONG_AXIS, 4 * edge):
@@ -254,6 +254,8 @@ def tiles_and_costs(
 
 
 class _Chooser:
+    """Enumerates the tiles of a kernel for a problem, and estimates their costs."""
+
     def __init__(self, kind, axes, dim: int, has_rpb: bool, max_shared_bytes: int, is_ordered: bool, item_bytes: int):
         self.kind, self.axes, self.item_bytes = kind, axes, item_bytes
         self.wide = dim * item_bytes // 2  # head_dim in units of 2 bytes
