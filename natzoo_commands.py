@@ -1,8 +1,7 @@
 """Entry points of the console commands and of the scripts in classification/, detection/ and segmentation/.
 
-This module imports only the standard library, because environment defaults must be set before PyTorch starts its
-threads. Each function takes a command line, `sys.argv[1:]` by default, prints user errors on one line and exits with
-status 2.
+This module imports only the standard library, because environment defaults must be set before PyTorch is imported. Each
+function takes a command line, `sys.argv[1:]` by default. On a user error it prints one line and exits with status 2.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from types import ModuleType
 
-# Data-loading workers share the cores with PyTorch's threads; idle threads that spin take time from them.
+# Idle OpenMP threads spin by default, which takes CPU time from data-loading workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
@@ -66,9 +66,13 @@ def _run_openmmlab(module: str, project: str, argv: Sequence[str] | None) -> Non
     command_line.run(main)
 
 
-def _import(module: str, extra: str):
-    """Import a module of natzoo, or say which extra installs what it requires."""
+def _import(module: str, extra: str) -> ModuleType:
+    """Import a module of natzoo.
+
+    Raises:
+        ImportError: naming the missing package and the extra that installs it.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed; install natten with the extra [{extra}]") from error
+        raise ImportError(f"{error.name} is not installed; install natten with the extra [{extra}].") from error

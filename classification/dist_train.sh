@@ -7,14 +7,15 @@
 # GPUS is the number of processes per machine, one per GPU. The former order, GPUS CONFIG, also works.
 #
 # Environment variables:
-#   MAX_RESTARTS=3                Restart from the last checkpoint after a process dies; implies --resume.
+#   MAX_RESTARTS=3                Restart up to 3 times from the last checkpoint if a process dies; implies --resume.
 #   NNODES=4                      Number of machines. Run the same command on each of them.
 #   RDZV_ENDPOINT=host:29500      One of the machines and a free port; required if NNODES > 1.
 #   RDZV_ID=name                  Distinguishes jobs that use the same endpoint.
-#   PYTHON=python3                The interpreter.
+#   PYTHON=python3                The Python interpreter.
+#   PET_SHUTDOWN_TIMEOUT=60       Seconds in which a run must save and exit after a signal; then it is killed.
 #
-# On SIGTERM, SIGUSR1 or Ctrl-C the run saves a checkpoint and exits within PET_SHUTDOWN_TIMEOUT seconds (60). The exit
-# status is that of the first process that failed, 2 for a user error, or 128 + the number of the signal.
+# On SIGTERM, SIGUSR1 or Ctrl-C the run saves a checkpoint and exits. The exit status is that of the first process that
+# failed: 2 for a user error, 128 + the number of the signal after a signal.
 set -euo pipefail
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; }
 is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }

@@ -56,7 +56,7 @@ def attention_layers(model: nn.Module) -> list[Layer]:
     """Return the attention layers of a model in order; isotropic models have one stage.
 
     Raises:
-        ValueError: if the model has no neighborhood attention or biased full attention.
+        ValueError: if the model has neither neighborhood attention nor the full attention of ViT-rpb.
     """
     layers: list[Layer] = []
     for name, module in model.named_modules():
@@ -67,7 +67,7 @@ def attention_layers(model: nn.Module) -> list[Layer]:
         number = layers[-1].number + 1 if layers and layers[-1].stage == stage else 1
         layers.append(Layer(stage, number, module))
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no neighborhood attention layers.")
+        raise ValueError(f"model is a {type(model).__name__}, which has no attention layers of natzoo.")
     return layers
 
 

@@ -18,7 +18,6 @@ def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
 
     Args:
         main: the function.
-
         after_interrupt: hint to print after Ctrl-C.
     """
     try:
@@ -38,6 +37,6 @@ def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and not error.filename:
-        return error.strerror
+    if isinstance(error, OSError) and error.strerror:  # str(error) would start with [Errno N]
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

@@ -64,6 +64,9 @@ def count(model: nn.Module, run: Callable[[], Any]) -> list[Layer]:
     Args:
         model: the model; on the meta device only shapes are computed.
         run: function that runs the model, or parts of it, on one image.
+
+    Returns:
+        The counts of the model, then of its modules in the order of `named_modules`.
     """
     modules = dict(model.named_modules())
     called: dict[str, list[tuple[int, int]]] = {}
@@ -78,17 +81,19 @@ def count(model: nn.Module, run: Callable[[], Any]) -> list[Layer]:
         total = _totals(macs, activations)
     layers = []
     for name, module in modules.items():
-        figures = total if not name else _figures(name, modules, called)
-        layers.append(Layer(name, type(module).__name__, sum(p.numel() for p in module.parameters()), *figures))
+        macs_and_activations = _counts(name, modules, called) if name else total
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        layers.append(Layer(name, type(module).__name__, parameters, *macs_and_activations))
     return layers
 
 
 def _totals(macs: FlopCounterMode, activations: _Activations) -> tuple[int, int]:
+    """Return the MACs and activations counted so far."""
     return macs.get_total_flops() // 2, activations.total
 
 
 def _hooks(module: nn.Module, calls: list[tuple[int, int]], totals: Callable[[], tuple[int, int]]) -> list:
-    """Append the increase of the totals during each call of a module to `calls`."""
+    """Register hooks that append the counts of each call of a module to `calls`, and return the hooks."""
     started: list[tuple[int, int]] = []
 
     def after(*_):
@@ -99,11 +104,11 @@ def _hooks(module: nn.Module, calls: list[tuple[int, int]], totals: Callable[[],
     return [module.register_forward_pre_hook(lambda *_: started.append(totals())), module.register_forward_hook(after)]
 
 
-def _figures(name: str, modules: dict[str, nn.Module], called: dict[str, list]) -> tuple[int, int]:
+def _counts(name: str, modules: dict[str, nn.Module], called: dict[str, list]) -> tuple[int, int]:
     """Return the MACs and activations of a module: the sum over its calls, or over its children if never called."""
     if not called[name]:
         children = [f"{name}.{child}" for child, _ in modules[name].named_children()]
-        calls = [_figures(child, modules, called) for child in children if child in modules]
+        calls = [_counts(child, modules, called) for child in children if child in modules]
     else:
         calls = called[name]
     return sum(macs for macs, _ in calls), sum(activations for _, activations in calls)

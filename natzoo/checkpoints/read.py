@@ -96,7 +96,7 @@ def weights_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str,
     Raises:
         ValueError: if there are no weights, or if one of them is not a dense tensor of real numbers.
     """
-    # Call the methods of dict itself: a pickle may hide them behind attributes of an OrderedDict.
+    # Use dict's own methods: a pickle can replace those of an OrderedDict by setting attributes.
     for wrapper in _WRAPPERS:
         wrapped = dict.get(checkpoint, wrapper)
         if isinstance(wrapped, dict):

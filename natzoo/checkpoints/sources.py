@@ -80,7 +80,7 @@ def find_entry(name: str) -> ZooEntry:
     if entry is None:
         similar = difflib.get_close_matches(name, entries, n=3)
         hint = f"did you mean {', '.join(similar)}?" if similar else "`python tools/download.py list` shows all names."
-        raise ValueError(f"{name!r} is neither a file nor a published checkpoint: {hint}")
+        raise ValueError(f"{name!r} is neither a file nor a published checkpoint; {hint}")
     return entry
 
 

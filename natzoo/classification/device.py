@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-# PyTorch's messages for a data-loading worker that died or could not pass its images on.
+# PyTorch's messages for a data-loading worker that died or ran out of shared memory.
 _WORKER_ERROR = re.compile("DataLoader worker.*(signal: (Killed|Bus)|exited unexpectedly)|unable to .*/torch_")
 
 
@@ -29,7 +29,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def enable_tf32(device: torch.device) -> None:
-    """On a GPU, compute float32 matrix products in TF32, as the published training did, and tune convolutions."""
+    """On a GPU, use TF32 for float32 matrix products, as the published training did, and cuDNN's autotuner."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True

@@ -1,7 +1,7 @@
 """The processes of a run: one per GPU, started by torchrun, or a single one.
 
-Values that the processes agree on are exchanged between CPUs over Gloo, which does not interrupt the GPUs. Gradients on
-GPUs are reduced over NCCL.
+Small values, such as sums of losses, are exchanged between CPUs over Gloo, which does not wait for the GPUs. Gradients
+on GPUs are reduced over NCCL.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -27,7 +28,7 @@ from natzoo.classification.signals import Interrupted, SignalHandler
 from natzoo.command_line import USER_ERRORS
 
 T = TypeVar("T")
-# How long a process keeps its own error back, for the main process to print the same one.
+# How long another process waits for the main process to print the same error.
 _ERROR_DELAY_S = 30.0
 
 
@@ -46,6 +47,7 @@ class World(NamedTuple):
 
     @property
     def nodes(self) -> int:
+        """Number of machines."""
         return -(-self.size // self.local_size)
 
     def print(self, text: str) -> None:
@@ -70,14 +72,17 @@ class World(NamedTuple):
         return values
 
     def local_main_first(self, function: Callable[[], T]) -> T:
-        """Call a function in one process per machine first, so that the others find what it downloads."""
+        """Call a function in one process per machine first; the others then find what it downloaded.
+
+        All processes must call it.
+        """
         if self.local_rank > 0:
             self.sum(0)
             return function()
         try:
             return function()
         finally:
-            self.sum(0)  # also on an error, which the other processes will then raise too
+            self.sum(0)  # also on an error: the other processes wait here
 
     def data_parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Wrap a model so that backward passes average the gradients over all processes."""
@@ -130,12 +135,12 @@ def kernel_fingerprint(device: torch.device) -> dict[str, str]:
 def init_world(device: str, signals: SignalHandler) -> Iterator[tuple[World, str]]:
     """Join the processes that torchrun started; leave them at the end of the block.
 
-    An error that all processes raise is printed only by the main process. Another process prints its own error only if
-    the main process does not end the run within 30 seconds.
+    An error that all processes raise is printed only by the main process: the others wait until torchrun stops them. If
+    that does not happen within 30 seconds, the error is their own, and they raise it too.
 
     Args:
         device: the option --device; "auto" and "cuda" become the GPU of this process.
-        signals: knows whether torchrun is stopping this process.
+        signals: records SIGTERM, with which torchrun stops this process.
 
     Yields:
         the world, and the name of the device.
@@ -165,15 +170,16 @@ def init_world(device: str, signals: SignalHandler) -> Iterator[tuple[World, str
     except SystemExit:
         dist.destroy_process_group()
         raise
-    except USER_ERRORS as error:
+    except USER_ERRORS:
         if not world.is_main_process:
+            signals.handle_ctrl_c()  # KeyboardInterrupt would hide the error
             deadline = time.monotonic() + _ERROR_DELAY_S
-            while time.monotonic() < deadline:  # torchrun stops this process when the main process fails
+            while not signals.received and time.monotonic() < deadline:
                 time.sleep(0.1)
-                if signals.received:
-                    sys.exit(2)
+            if signals.received == signal.SIGTERM:  # the main process failed, so torchrun stops this one
+                sys.exit(2)
             print(f"rank {world.rank}:", file=sys.stderr)
-        raise error
+        raise
     except RuntimeError as error:
         if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
             raise

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on a data set that is shared among the processes of a run."""
+"""Accuracy of a classifier on a dataset whose images are divided among the processes of a run."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def evaluate(
 
     Args:
         model: the model, on `device`.
-        loader: the share of this process.
+        loader: batches of this process's share of the images.
         device: device of the computation.
         autocast: creates the context of each forward pass.
-        skip_bad_images: leave out images that cannot be read instead of raising.
+        skip_bad_images: ignore images that cannot be read instead of raising.
         world: the processes.
         before_batch: called before each batch, equally often in all processes; may raise.
 
@@ -60,11 +60,11 @@ def evaluate(
             check_bad_images(dataset, skip_bad_images)
             x_BCHW, target_B = (part.to(device, non_blocking=True) for part in batch)
             target_BT = target_B.reshape(len(target_B), -1)
-            is_labelled_B = (target_BT >= 0).any(1)
-            if is_labelled_B.any():
+            is_labeled_B = (target_BT >= 0).any(1)
+            if is_labeled_B.any():
                 with autocast():
-                    logits_BK = model(x_BCHW[is_labelled_B])
-                sums += _batch_sums(logits_BK.float(), target_BT[is_labelled_B])
+                    logits_BK = model(x_BCHW[is_labeled_B])
+                sums += _batch_sums(logits_BK.float(), target_BT[is_labeled_B])
             bar.update()
     top1, top5, loss, count = world.sum(*sums.tolist())
     if count == 0:
@@ -73,10 +73,16 @@ def evaluate(
 
 
 def _batch_sums(logits_BK: Tensor, target_BT: Tensor) -> Tensor:
-    """Return the number of images correct in top 1 and in top 5, the sum of the losses, and the number of images.
+    """Sum the results of a batch.
 
-    An image may have several targets; negative ones are padding. Any of them counts as correct, and the loss of the
-    image is the mean over its targets.
+    An image may have several targets. Any of them counts as correct, and the loss of the image is the mean over them.
+
+    Args:
+        logits_BK: [batch, classes], float32.
+        target_BT: [batch, targets], class numbers; negative ones are padding.
+
+    Returns:
+        [4], float64: images correct in top 1, images correct in top 5, sum of the losses, number of images.
     """
     best_B5 = logits_BK.topk(min(5, logits_BK.shape[1])).indices
     is_correct_B5 = (best_B5[:, :, None] == target_BT[:, None, :]).any(-1)
@@ -88,10 +94,10 @@ def _batch_sums(logits_BK: Tensor, target_BT: Tensor) -> Tensor:
 
 
 def check_classes(dataset: Any, num_classes: int, matched_by_name: bool) -> None:
-    """Check that the classes of a data set fit a model.
+    """Check that the classes of a dataset fit a model.
 
     Args:
-        dataset: the data set.
+        dataset: the dataset.
         num_classes: number of classes of the model.
         matched_by_name: whether the classes were looked up by name in the model; if not, the numbers must be equal.
 

@@ -50,10 +50,19 @@ def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
 def create_training_model(
     args: argparse.Namespace, classes: list[str], world: World
 ) -> tuple[TimmModel, dict[str, Any]]:
-    """Create the model of a run with its initial weights.
+    """Create the model of a run with its initial weights, on the CPU.
+
+    Args:
+        args: the options.
+        classes: class names in the order of the class numbers.
+        world: the processes.
 
     Returns:
         the model, and the record from which validate.py and predict.py create it again.
+
+    Raises:
+        ValueError: if the model cannot be created, the weights do not fit, or --grad-checkpointing is not supported.
+        FileNotFoundError: if the file of --initial-checkpoint does not exist.
     """
     num_classes = args.num_classes or len(classes)
     kwargs = {"num_classes": num_classes, "drop_path_rate": args.drop_path, "pretrained": args.pretrained or None}
@@ -84,7 +93,14 @@ def create_training_model(
 
 
 def create_loss(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
-    """Create Mixup (None if mixup and cutmix are off) and the loss that fits its targets."""
+    """Create timm's Mixup and the loss that fits its targets.
+
+    Returns:
+        Mixup (None if mixup and cutmix are off), and the loss.
+
+    Raises:
+        ValueError: if mixup or cutmix is on and the batch size is odd.
+    """
     is_mixed = args.mixup > 0 or args.cutmix > 0
     if is_mixed and args.batch_size % 2:
         raise ValueError(f"--batch-size {args.batch_size} is odd, but mixup pairs images; use an even number.")
@@ -148,11 +164,11 @@ def _parameter_groups(args: argparse.Namespace, model: TimmModel, lr: float) -> 
 
 
 def _check_installed(opt: str) -> None:
-    """Raise ValueError if an optimizer needs a package that is not installed, or second derivatives."""
+    """Raise ValueError if an optimizer requires second derivatives, or a package that is not installed."""
     try:
         info = get_optimizer_info(opt.lower().split("_")[-1])
     except ValueError:
-        return  # create_optimizer_v2 raises a better message
+        return  # unknown name; create_optimizer_v2 raises a better message
     if info.second_order:
         raise ValueError(f"--opt {opt} needs second derivatives, which attention kernels do not provide.")
     package = info.opt_class.split(".")[0] if isinstance(info.opt_class, str) else "torch"

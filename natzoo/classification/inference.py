@@ -18,7 +18,9 @@ from natzoo.classification.options import KeyValues
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `requested_model` reads."""
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="checkpoint of train.py, folder of transformers, or weights of --model"
+        "--checkpoint",
+        metavar="FILE",
+        help="checkpoint of train.py, folder saved by transformers, or weights for --model",
     )
     parser.add_argument("--model", metavar="NAME", help="timm model name; not needed with a checkpoint of train.py")
     parser.add_argument(
@@ -27,7 +29,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default={},
         action=KeyValues,
         metavar="KEY=VALUE",
-        help="arguments for --model",
+        help="arguments of --model",
     )
     parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes of --model")
     parser.add_argument("--pretrained", action="store_true", help="load the published weights of --model")
@@ -81,7 +83,7 @@ def restore(
 
 
 def read_with_record(path: str) -> tuple[dict[str, Any], Path]:
-    """Read a checkpoint and add the record of its model if known; that of a transformers folder is in its config.
+    """Read a checkpoint; for a folder saved by transformers, add the record of its model from config.json.
 
     Returns:
         the checkpoint, and the path of its file.
@@ -103,7 +105,19 @@ def read_with_record(path: str) -> tuple[dict[str, Any], Path]:
 def create_from_checkpoint(
     checkpoint: dict[str, Any], path: str, model_name: str | None = None, kwargs: dict[str, Any] | None = None
 ) -> tuple[TimmModel, dict[str, Any]]:
-    """Create the model of a checkpoint already read; see `restore`. The model stays on the CPU."""
+    """Create the model of a checkpoint that `read_with_record` returned, on the CPU.
+
+    Args:
+        checkpoint: its content.
+        path: its path, for messages.
+        model_name, kwargs: as for `restore`.
+
+    Returns:
+        the model, and its record.
+
+    Raises:
+        ValueError: if the model is unknown, or the weights do not fit.
+    """
     record = record_of(checkpoint, path)
     if record is None:
         if model_name is None:

@@ -49,10 +49,12 @@ class EpochMeters:
 
     @property
     def mean_loss(self) -> float:
+        """Mean loss of the epoch so far; NaN before the first update."""
         return self.loss / self.losses if self.losses else math.nan
 
     @property
     def mean_norm(self) -> float:
+        """Mean finite gradient norm of the epoch so far; NaN before the first one."""
         return self.norm / self.norms if self.norms else math.nan
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,12 +62,12 @@ class EpochMeters:
 
 
 class RunLogger:
-    """Writes the figures of a run. A run that resumes from an earlier epoch drops the later rows.
+    """Writes the metrics of a run to TensorBoard and summary.csv. Resuming from an earlier epoch drops the later rows.
 
     Args:
         folder: folder of the run.
-        first_epoch: number of the next epoch, 0 for a new run.
-        first_update: number of the next update.
+        first_epoch: number of completed epochs, 0 for a new run.
+        first_update: number of completed updates.
     """
 
     def __init__(self, folder: Path, first_epoch: int = 0, first_update: int = 0):
@@ -73,27 +75,27 @@ class RunLogger:
         self.rows = [row for row in _read_rows(self.path) if int(row["epoch"]) < first_epoch]
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update)
 
-    def log_update(self, update: int, **figures: float) -> None:
-        """Write each figure to TensorBoard, under train/.
+    def log_update(self, update: int, **metrics: float) -> None:
+        """Write each metric to TensorBoard, under train/.
 
         Raises:
             OSError: if the disk is full.
         """
         with self._name_folder_in_errors():
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 self.writer.add_scalar(f"train/{name}", value, update)
 
-    def log_epoch(self, update: int, **figures: float) -> None:
-        """Write a row of summary.csv, and the figures of the epoch to TensorBoard.
+    def log_epoch(self, update: int, **metrics: float) -> None:
+        """Write a row of summary.csv, and the metrics of the epoch to TensorBoard.
 
         Raises:
             OSError: if the disk is full.
         """
-        self.rows.append({name: _format(figures[name]) for name in COLUMNS})
+        self.rows.append({name: _format(metrics[name]) for name in COLUMNS})
         with self._name_folder_in_errors():
             for name in ("val_loss", "top1", "top5"):
-                self.writer.add_scalar(f"val/{name.removeprefix('val_')}", figures[name], update)
-            self.writer.add_scalar("train/epoch_loss", figures["train_loss"], update)
+                self.writer.add_scalar(f"val/{name.removeprefix('val_')}", metrics[name], update)
+            self.writer.add_scalar("train/epoch_loss", metrics["train_loss"], update)
             self.writer.flush()
         write_table(self.path, COLUMNS, self.rows)
 

@@ -41,6 +41,10 @@ def read_config(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     Args:
         path: the file.
         derived: the files that lead to it through `base`.
+
+    Raises:
+        ValueError: if a file is not a mapping of keys to values in YAML, or is its own base.
+        FileNotFoundError: if a file does not exist.
     """
     path = path.resolve()
     if path in derived:
@@ -77,8 +81,12 @@ def make_parser() -> argparse.ArgumentParser:
     number: dict[str, Any] = {"type": float, "metavar": "X"}
     count: dict[str, Any] = {"type": positive, "metavar": "N"}
     count_or_0: dict[str, Any] = {"type": non_negative, "metavar": "N"}
-    parser.add_argument("data", nargs="?", metavar="DATA", help="folder with train/ and val/, one subfolder per class")
-    parser.add_argument("-c", "--config", metavar="YAML", help="file of options; the command line overrides it")
+    bounds: dict[str, Any] = {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")}
+    channels: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+    parser.add_argument(
+        "data", nargs="?", metavar="DATA", help="folder with train/ and val/, each with one subfolder per class"
+    )
+    parser.add_argument("-c", "--config", metavar="YAML", help="YAML file with options; the command line overrides it")
 
     group = parser.add_argument_group("data")
     add_dataset_options(group)
@@ -87,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--class-map", metavar="FILE", help="text file with one class name per line, in class order")
     group.add_argument("--synthetic", **count, help="train on N images of noise instead of DATA, to measure speed")
     group.add_argument("--workers", **count_or_0, default=WORKERS, help="data-loading workers per GPU")
-    group.add_argument("--skip-bad-images", **flag, help="continue when an image cannot be read")
+    group.add_argument("--skip-bad-images", **flag, help="ignore images that cannot be read, instead of stopping")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="nat_tiny", metavar="NAME", help="timm model name")
@@ -97,22 +105,24 @@ def make_parser() -> argparse.ArgumentParser:
         default={},
         action=KeyValues,
         metavar="KEY=VALUE",
-        help="arguments for the model",
+        help="arguments of the model",
     )
     group.add_argument("--num-classes", **count, help="number of classes (default: from the data)")
     group.add_argument("--img-size", type=positive, metavar="PIXELS", help="image size (default: from the model)")
     group.add_argument("--drop-path", **number, help="stochastic depth rate (default: from the model)")
     group.add_argument("--pretrained", **flag, help="start from the published weights")
     group.add_argument(
-        "--initial-checkpoint", metavar="FILE", help="start from these weights: a file or published name"
+        "--initial-checkpoint", metavar="FILE", help="start from these weights: a file, or the name of published ones"
     )
 
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", default="adamw", metavar="NAME", help="timm optimizer name")
     group.add_argument("--lr", **number, default=1e-3, help="peak learning rate")
     group.add_argument("--lr-base-size", **count, help="multiply --lr by (images per update) / N")
-    group.add_argument("--weight-decay", **number, default=0.05, help="weight decay; not for norms, biases and rpb")
-    group.add_argument("--decay-rpb", **flag, help="apply weight decay to relative position biases")
+    group.add_argument(
+        "--weight-decay", **number, default=0.05, help="weight decay; does not apply to norms and biases"
+    )
+    group.add_argument("--decay-rpb", **flag, help="apply weight decay to relative position biases, too")
     group.add_argument("--momentum", **number, default=0.9, help="momentum, for optimizers that have one")
     group.add_argument("--opt-eps", **number, help="optimizer epsilon (default: from the optimizer)")
     group.add_argument("--opt-betas", **number, nargs="+", help="optimizer betas (default: from the optimizer)")
@@ -121,12 +131,20 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--batch-size", **count, default=128, help="batch size per GPU")
     group.add_argument("--grad-accum", **count, default=1, help="gradient accumulation: batches per update")
     group.add_argument(
-        "--skip-nonfinite", **count_or_0, default=3, help="stop after more than N updates in a row without finite loss"
+        "--skip-nonfinite",
+        **count_or_0,
+        default=3,
+        help="skip at most N updates in a row with a non-finite loss or gradient, then stop",
     )
 
     group = parser.add_argument_group("schedule")
-    group.add_argument("--epochs", **count, default=300, help="epochs, including warm-up, without cooldown")
-    group.add_argument("--sched", default="cosine", metavar="NAME", help="cosine, poly, step, multistep or none")
+    group.add_argument("--epochs", **count, default=300, help="number of epochs, including warm-up but not cooldown")
+    group.add_argument(
+        "--sched",
+        default="cosine",
+        metavar="NAME",
+        help="learning-rate schedule: cosine, poly, step, multistep or none",
+    )
     group.add_argument("--warmup-epochs", **count_or_0, default=20, help="epochs of linear warm-up")
     group.add_argument("--warmup-lr", **number, default=1e-6, help="initial learning rate of warm-up")
     group.add_argument("--min-lr", **number, default=5e-6, help="final learning rate")
@@ -145,10 +163,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--scale", **number, nargs=2, default=[0.08, 1.0], help="area range of the random crop")
-    group.add_argument(
-        "--ratio", **number, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio range of the random crop"
-    )
+    group.add_argument("--scale", **bounds, default=[0.08, 1.0], help="area range of the random crop")
+    group.add_argument("--ratio", **bounds, default=[3 / 4, 4 / 3], help="aspect ratio range of the random crop")
     group.add_argument("--hflip", **number, default=0.5, help="probability of a horizontal flip")
     group.add_argument("--vflip", **number, default=0.0, help="probability of a vertical flip")
     group.add_argument("--color-jitter", **number, default=0.4, help="color jitter strength, used with --aa none")
@@ -176,45 +192,54 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--interpolation", choices=_INTERPOLATIONS, help="resize interpolation (default: from the model)"
     )
-    group.add_argument("--mean", **number, nargs=3, help="mean of the color channels (default: from the model)")
-    group.add_argument("--std", **number, nargs=3, help="standard deviation of the channels (default: from the model)")
+    group.add_argument("--mean", **channels, help="mean of the color channels (default: from the model)")
+    group.add_argument("--std", **channels, help="standard deviation of the channels (default: from the model)")
     group.add_argument("--val-batch-size", **count, help="batch size of validation (default: --batch-size)")
-    group.add_argument("--model-ema", **flag, help="keep an exponential moving average of the weights and evaluate it")
-    group.add_argument("--model-ema-decay", **number, default=0.9998, help="decay of the moving average")
+    group.add_argument("--model-ema", **flag, help="evaluate an exponential moving average (EMA) of the weights")
+    group.add_argument("--model-ema-decay", **number, default=0.9998, help="decay of the EMA")
 
     group = parser.add_argument_group("run")
     group.add_argument(
         "--work-dir", metavar="DIR", action=_WorkDir, help="folder of the run (default: output/<config or model name>)"
     )
     group.add_argument(
-        "--output", default="output", metavar="DIR", action=_WorkDir, help="former option: parent folder of the run"
+        "--output",
+        default="output",
+        metavar="DIR",
+        action=_WorkDir,
+        help="replaced by --work-dir: parent folder of the run",
     )
-    group.add_argument("--experiment", metavar="NAME", action=_WorkDir, help="former option: folder name in --output")
+    group.add_argument(
+        "--experiment", metavar="NAME", action=_WorkDir, help="replaced by --work-dir: name of the folder in --output"
+    )
     group.add_argument(
         "--resume", nargs="?", const="auto", metavar="FILE", help="resume from the last checkpoint of the run, or FILE"
     )
     group.add_argument(
-        "--save-interval", **count_or_0, default=0, help="save every N updates; 0: after each epoch only"
+        "--save-interval", **count_or_0, default=0, help="also save every N updates; 0 saves only after each epoch"
     )
     group.add_argument("--keep-last", **count_or_0, default=0, help="also keep the checkpoints of the last N epochs")
     group.add_argument("--seed", type=int, default=42, metavar="N", help="random seed")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto uses the GPU if there is one")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
-    group.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision")
+    group.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed-precision data type")
     group.add_argument("--channels-last", **flag, help="use the channels-last memory format")
     group.add_argument("--grad-checkpointing", **flag, help="recompute activations to save memory")
     group.add_argument("--compile", **flag, help="compile the model with torch.compile")
-    group.add_argument("--log-interval", **count, default=10, help="updates between log entries")
+    group.add_argument("--log-interval", **count, default=10, help="log every N updates")
     return parser
 
 
 def add_dataset_options(parser: argparse._ActionsContainer) -> None:
-    """Add the options that select the kind of data set."""
+    """Add the options that select the kind of dataset."""
     parser.add_argument(
-        "--dataset", default="", metavar="KIND", help="folder, tar, hfds/NAME or wds (default: detected from DATA)"
+        "--dataset",
+        default="",
+        metavar="KIND",
+        help="format of DATA: folder or tar (detected), hfds/NAME (Hugging Face) or wds (webdataset shards)",
     )
-    parser.add_argument("--input-key", default="image", metavar="NAME", help="hfds: image column")
-    parser.add_argument("--target-key", default="label", metavar="NAME", help="hfds: label column")
+    parser.add_argument("--input-key", default="image", metavar="NAME", help="hfds: name of the image column")
+    parser.add_argument("--target-key", default="label", metavar="NAME", help="hfds: name of the label column")
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from natzoo import command_line
 from natzoo.checkpoints import write_atomically
 from natzoo.classification.data.datasets import read_image
 from natzoo.classification.data.readers import IMAGE_SUFFIXES
@@ -52,7 +53,14 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 def predict(
     model: nn.Module, images: Sequence[Image.Image], transform: Callable[[Image.Image], Tensor], topk: int = 5
 ) -> list[list[tuple[int, float]]]:
-    """Return the `topk` most likely classes of each image as (class number, probability), most likely first."""
+    """Return the `topk` most likely classes of each image as (class number, probability), most likely first.
+
+    Args:
+        model: the model.
+        images: RGB images, one batch.
+        transform: makes [channels, height, width] of an image.
+        topk: number of classes.
+    """
     device = next(model.parameters()).device
     x_BCHW = torch.stack([transform(image) for image in images]).to(device)
     probabilities_BK = model.eval()(x_BCHW).float().softmax(-1)
@@ -118,11 +126,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Classify images with a trained model.", formatter_class=HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
     add_model_options(parser)
     parser.add_argument("--topk", type=positive, default=5, metavar="N", help="number of classes to print")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="batch size")
-    parser.add_argument("--grid", type=Path, metavar="PNG", help=f"draw the first {MAX_GRID_IMAGES} images")
+    parser.add_argument(
+        "--grid", type=Path, metavar="PNG", help=f"draw the first {MAX_GRID_IMAGES} images with their predictions"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions as JSON")
     args = parser.parse_args(argv)
 
@@ -155,3 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if errors:
         summary = f"{len(errors)} of {len(paths)} images could not be read; see the messages above."
         raise ValueError(summary if len(paths) > 1 else errors[0])
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -25,6 +25,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from natzoo import command_line
 from natzoo.classification.checkpoints import CheckpointSaver, check_same_run, load_resume_state, run_folder
 from natzoo.classification.data.datasets import STEP_SEED, check_bad_images, gather_bad_images, seed_all
 from natzoo.classification.data.loader import (
@@ -58,7 +59,7 @@ class Trainer:
     Args:
         args: the options of options.py.
         world: the processes of the run; each creates its own Trainer.
-        signals: records the signals on which the run saves and stops.
+        signals: records signals; the run then saves and stops.
 
     Attributes:
         epoch: number of completed epochs.
@@ -114,6 +115,7 @@ class Trainer:
         return self.epoch * self.updates_per_epoch + self.update
 
     def create_data_and_model(self) -> None:
+        """Create the datasets, the loaders, and the model, whose number of classes depends on the data."""
         args = self.args
         self.train_dataset = create_training_dataset(args, self.world)
         self.model, self.record = create_training_model(args, self.train_dataset.classes, self.world)
@@ -126,7 +128,7 @@ class Trainer:
         self.val_loader = create_evaluation_loader(val_dataset, batch_size, args.workers, pin_memory, self.world)
 
     def check_same_everywhere(self) -> None:
-        """Raise ValueError if another process has other progress, data or options; each has read its own disk."""
+        """Raise ValueError if the processes differ in progress, data or options; each has read its own disk."""
         classes = hashlib.sha256("\0".join(self.train_dataset.classes).encode()).hexdigest()[:12]
         self.world.check_same(
             "all machines must see the same data and the same --work-dir, and receive the same options",
@@ -188,9 +190,11 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model_ema"])
-        ours = [{key: group[key] for key in _HYPERPARAMETERS if key in group} for group in self.optimizer.param_groups]
+        current = [
+            {key: group[key] for key in _HYPERPARAMETERS if key in group} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, hyperparameters in zip(self.optimizer.param_groups, ours, strict=True):
+        for group, hyperparameters in zip(self.optimizer.param_groups, current, strict=True):
             group.update(hyperparameters)
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.update, self.skipped = state["epoch"], state["update"], state["skipped"]
@@ -217,15 +221,15 @@ class Trainer:
         start = time.perf_counter()
         try:
             while self.epoch < self.epochs:
-                figures = self.train_epoch()
+                metrics = self.train_epoch()
                 result = self.evaluate()
-                self.finish_epoch(figures, result)
+                self.finish_epoch(metrics, result)
                 seconds_per_update = (time.perf_counter() - start) / max(1, self.total_updates - done)
                 eta = timedelta(seconds=round(seconds_per_update * (total - self.total_updates)))
                 self.world.print(
-                    f"Epoch {self.epoch}/{self.epochs}  loss {figures['train_loss']:.4f}  "
-                    f"val loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  lr {figures['lr']:.2e}  "
-                    f"{figures['images_per_s']:.1f} img/s  ETA {eta}"
+                    f"Epoch {self.epoch}/{self.epochs}  loss {metrics['train_loss']:.4f}  "
+                    f"val loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  lr {metrics['lr']:.2e}  "
+                    f"{metrics['images_per_s']:.1f} img/s  ETA {eta}"
                 )
         except Interrupted:
             self.save_and_stop()
@@ -233,7 +237,7 @@ class Trainer:
             self.bar.close()
             if self.log is not None:
                 self.log.close()
-        datasets: list[tuple[Any, str]] = [(self.train_dataset, "replaced"), (self.val_loader.dataset, "left out")]
+        datasets: list[tuple[Any, str]] = [(self.train_dataset, "replaced"), (self.val_loader.dataset, "ignored")]
         for dataset, action in datasets:
             bad = gather_bad_images(dataset, self.world)
             if bad:
@@ -243,7 +247,7 @@ class Trainer:
         return self.best
 
     def train_epoch(self) -> dict[str, float]:
-        """Train for the rest of the epoch and return its figures. The last incomplete update is dropped."""
+        """Train for the rest of the epoch and return its metrics. The last incomplete update is dropped."""
         self.model.train()
         self.bar.set_description(f"Epoch {self.epoch + 1}/{self.epochs}")
         previous = time.perf_counter()
@@ -325,16 +329,16 @@ class Trainer:
 
     def check_skipped(self, loss: float, norm: float) -> None:
         """Raise ValueError if too many updates in a row had no finite loss or gradient."""
-        figures = (
+        summary = (
             f"Epoch {self.epoch + 1}, update {self.update + 1}: "
             f"loss {loss}, grad norm {norm}, lr {self.learning_rate():.3g}"
         )
         if self.skipped <= self.args.skip_nonfinite:
-            self.world.print(f"{figures}; update skipped")
+            self.world.print(f"{summary}; update skipped")
             return
         raise ValueError(
-            f"the loss diverged. {figures}, after {self.skipped - 1} skipped updates. {self.last_good_state()}. "
-            "Lower --lr, and use --resume or start again."
+            f"{summary}, after {self.skipped - 1} skipped updates; the loss diverged. {self.last_good_state()}. "
+            "Lower --lr, then resume with --resume or start again."
         )
 
     def last_good_state(self) -> str:
@@ -342,7 +346,7 @@ class Trainer:
         return f"The last good checkpoint is {last}" if last.exists() else "No checkpoint was saved"
 
     def log_update(self, update: int, loss: float, norm: float) -> None:
-        """Show the figures of the last update on the progress bar, and write them to TensorBoard."""
+        """Show the metrics of the last update on the progress bar, and write them to TensorBoard."""
         lr, rate = self.learning_rate(), self.images_per_second()
         self.bar.set_postfix({"loss": f"{loss:.3f}", "lr": f"{lr:.2e}", "img/s": f"{rate:.1f}"})
         if self.log is not None:
@@ -358,13 +362,13 @@ class Trainer:
         result = evaluate(model, self.val_loader, self.device, self.autocast, skip, self.world, check)
         if not math.isfinite(result["loss"]):
             raise ValueError(
-                f"the loss diverged. Epoch {self.epoch + 1}: val loss {result['loss']}; the epoch is not saved. Lower "
-                "--lr, and use --resume or start again."
+                f"Epoch {self.epoch + 1}: val loss {result['loss']}; the loss diverged and the epoch is not saved. "
+                "Lower --lr, then resume with --resume or start again."
             )
         return result
 
-    def finish_epoch(self, figures: dict[str, float], result: dict[str, float]) -> None:
-        """Write the epoch to the log, then to the checkpoints, so that a resumed run rewrites what is incomplete."""
+    def finish_epoch(self, metrics: dict[str, float], result: dict[str, float]) -> None:
+        """Write the log, then the checkpoints: a run killed in between repeats the epoch and rewrites its log."""
         is_best = result["top1"] > self.best
         if is_best:
             self.best, self.best_epoch = result["top1"], self.epoch + 1
@@ -377,7 +381,7 @@ class Trainer:
                 top1=result["top1"],
                 top5=result["top5"],
                 bad_images=len(bad),
-                **figures,
+                **metrics,
             )
         self.epoch, self.update, self.meters = self.epoch + 1, 0, EpochMeters()
         if is_best:
@@ -402,7 +406,7 @@ class Trainer:
         self.world.print(f"Stopped by {self.signals.name} (epoch {self.epoch}, update {self.update}). {outcome}")
         raise Interrupted
 
-    # ----- figures ----------------------------------------------------------------------------------------------------
+    # ----- metrics ----------------------------------------------------------------------------------------------------
 
     def learning_rate(self) -> float:
         """Return the largest learning rate of the parameter groups."""
@@ -450,5 +454,10 @@ def main(argv: Sequence[str] | None = None) -> float:
                 return Trainer(args, world, signals).run()
         except Interrupted:
             pass
-        # Outside the except block the trainer and its workers are gone. The interpreter would wait for each at exit.
+        # Exit outside the except block: its exception refers to the trainer, and the interpreter waits at exit for
+        # each data-loading worker that still exists.
         sys.exit(signals.exit_status)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from natzoo import command_line
 from natzoo.checkpoints import DownloadError, write_table, zoo_entries
 from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset, gather_bad_images
 from natzoo.classification.data.loader import create_evaluation_loader, create_validation_dataset, uses_shards
@@ -33,29 +34,46 @@ COLUMNS = (
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of validate.py."""
     parser = argparse.ArgumentParser(
-        description="Evaluate image classifiers.", formatter_class=HelpFormatter, allow_abbrev=False
+        description="Evaluate image classifiers: top-1 and top-5 accuracy.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("data", nargs="?", metavar="DATA", help="folder with val/, or with one subfolder per class")
     add_model_options(parser)
     parser.add_argument(
-        "--models", nargs="+", metavar="PATTERN", help="evaluate all published models that match: 'nat_*'"
+        "--models",
+        nargs="+",
+        metavar="PATTERN",
+        help="evaluate all published models whose name matches, such as 'nat_*'",
     )
     parser.add_argument("--results-file", type=Path, metavar="CSV", help="write a table with one row per model")
     add_dataset_options(parser)
     parser.add_argument("--val-split", default="val", metavar="NAME", help="name of the validation split")
     parser.add_argument("--class-map", metavar="FILE", help="text file with one class name per line, in class order")
     parser.add_argument(
-        "--real-labels", nargs="?", const="", metavar="JSON", help="use ImageNet's reassessed labels (ReaL)"
+        "--real-labels",
+        nargs="?",
+        const="",
+        metavar="JSON",
+        help="use the reassessed ImageNet labels (ReaL), from JSON or timm's copy",
     )
-    parser.add_argument("--tta", choices=["none", "flip"], default="none", help="flip: average with the mirrored image")
+    parser.add_argument(
+        "--tta",
+        choices=["none", "flip"],
+        default="none",
+        help="test-time augmentation; flip averages with the mirrored image",
+    )
     parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="batch size per GPU")
     parser.add_argument(
         "--workers", type=non_negative, default=WORKERS, metavar="N", help="data-loading workers per GPU"
     )
-    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision")
+    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed-precision data type")
     parser.add_argument("--channels-last", action="store_true", help="use the channels-last memory format")
-    parser.add_argument("--skip-bad-images", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument(
+        "--skip-bad-images", action="store_true", help="ignore images that cannot be read, instead of stopping"
+    )
     parser.set_defaults(synthetic=None, seed=0)  # options of train.py that the data loader reads
     return parser
 
@@ -133,7 +151,7 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
         f"{name} on {dataset.source}: {result['count']} images, "
         f"top-1 {result['top1']:.2f}%, top-5 {result['top5']:.2f}%, loss {result['loss']:.4f}"
         + (f" (published: {row['published_top1']}%)" if row["published_top1"] != "" else "")
-        + "\n  ".join([f"\n{len(bad)} unreadable images were left out:", *bad] if bad else ())
+        + "\n  ".join([f"\n{len(bad)} unreadable images were ignored:", *bad] if bad else ())
     )
     return {**result, "row": row}
 
@@ -141,6 +159,7 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
 def _make_row(
     name: str, model: nn.Module, config: dict, result: dict[str, float], is_published: bool
 ) -> dict[str, Any]:
+    """Return the row of a model in the results file."""
     entry = zoo_entries().get(name.split(".")[0])
     published: Any = entry.facts.get("top1", "") if entry and is_published else ""
     return {
@@ -186,5 +205,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                 args.results_file.parent.mkdir(parents=True, exist_ok=True)
                 write_table(args.results_file, COLUMNS, rows)
         if failed:
-            raise ValueError(f"{', '.join(failed)}: not available ({len(failed)} of {len(failed) + len(rows)} models).")
+            raise ValueError(
+                f"{', '.join(failed)} could not be downloaded ({len(failed)} of {len(failed) + len(rows)} models)."
+            )
     return result
+
+
+if __name__ == "__main__":
+    command_line.run(main)

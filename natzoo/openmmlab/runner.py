@@ -59,7 +59,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         "--work-dir",
         type=Path,
         metavar="DIR",
-        help="folder for checkpoints and logs (default: work_dir of the config, else output/<config name>)",
+        help="folder of this run (default: work_dir of the config, else output/<config name>)",
     )
     parser.add_argument(
         "--cfg-options",
@@ -112,7 +112,7 @@ def load_config(args: argparse.Namespace, project: Project) -> Config:
     scope = cfg.get("default_scope")
     if scope not in project.models or project.models[scope] not in (None, cfg.model.type):
         other = "segmentation" if project is DETECTION else "detection"
-        raise ValueError(f"{path} is for {scope} and model.type {cfg.model.type}; use the scripts in {other}/.")
+        raise ValueError(f"{path} has default_scope {scope} and model {cfg.model.type}; use the scripts in {other}/.")
     if args.data is not None:
         set_data_root(cfg, args.data)
     cfg.merge_from_dict(args.cfg_options)

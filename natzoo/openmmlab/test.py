@@ -33,7 +33,14 @@ def make_parser(project: Project) -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", help="path, URL or published name (list: python tools/download.py list)")
     add_common_options(parser)
     measures = [measure for _, supported in _MEASURES.values() for measure in supported]
-    parser.add_argument("--eval", nargs="+", choices=measures, help="metrics (default: those of the config)")
+    parser.add_argument(
+        "--eval",
+        nargs="+",
+        choices=measures,
+        metavar="METRIC",
+        help="bbox, segm or proposal for COCO annotations, mIoU, mDice or mFscore for semantic segmentation (default: "
+        "those of the config)",
+    )
     parser.add_argument(
         "--show-dir",
         type=Path,
@@ -82,7 +89,7 @@ def main(project: Project, argv: Sequence[str] | None = None) -> dict[str, float
     with report_unknown_keys(cfg):
         results = make_runner(cfg).test()
     if args.show_dir:
-        print(f"saved images to {args.show_dir}")
+        print(f"Saved images to {args.show_dir}")
     return results
 
 

@@ -37,7 +37,7 @@ def make_parser(project: Project) -> argparse.ArgumentParser:
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="continue a run from CHECKPOINT, or from the latest checkpoint in the folder of the run",
+        help="continue a run from CHECKPOINT, or from the latest checkpoint in its folder",
     )
     parser.add_argument(
         "--load-from",
@@ -53,7 +53,7 @@ def make_parser(project: Project) -> argparse.ArgumentParser:
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
-        help="scale the learning rate by (batch size of all GPUs) / (auto_scale_lr.base_batch_size of the config)",
+        help="scale the learning rate from auto_scale_lr.base_batch_size of the config to the total batch size",
     )
     return parser
 

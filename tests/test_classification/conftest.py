@@ -1,4 +1,4 @@
-"""A tiny data set, and the options of a run on it that takes seconds."""
+"""A tiny dataset, and the options of a run on it that takes seconds."""
 
 import multiprocessing
 import os

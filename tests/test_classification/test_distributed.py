@@ -21,7 +21,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from natzoo.checkpoints import read_checkpoint
-from natzoo.classification import train
+from natzoo.classification import distributed, train
 from natzoo.classification.distributed import init_world
 from natzoo.classification.signals import SignalHandler
 
@@ -230,13 +230,30 @@ def test_one_gpu_for_all_processes_is_refused(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("number", [None, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM])
+def test_error_of_one_process_is_raised_unless_torchrun_stops_it(monkeypatch, capsys, number):
+    """torchrun sends SIGTERM when the main process failed. Any other signal, or a timeout, ends the wait for it."""
+    for key, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(distributed, "_ERROR_DELAY_S", 0.0 if number is None else 600.0)
+    # During the wait, so that Ctrl-C is not handled before.
+    monkeypatch.setattr(distributed.time, "sleep", lambda _: number and os.kill(os.getpid(), number))
+    with (
+        SignalHandler() as signals,
+        pytest.raises(SystemExit if number == signal.SIGTERM else ValueError),
+        init_world("cuda:1", signals),
+    ):
+        pass
+    assert ("rank 1:" in capsys.readouterr().err) == (number != signal.SIGTERM)
+
+
 @pytest.mark.slow
 def test_twenty_processes_killed_at_random_do_not_change_the_result(launch, tmp_path):
     """Three in four are killed while they train or save, the rest while they start."""
     epochs, kills = 100, 20
     more = ("--epochs", epochs, "--save-interval", 2, "--keep-last", 2, "--model-ema")
-    unbroken = launch(2, "--experiment", "unbroken", *more)
-    assert unbroken.wait(timeout=600) == 0
+    uninterrupted = launch(2, "--experiment", "uninterrupted", *more)
+    assert uninterrupted.wait(timeout=600) == 0
     run = launch(2, "--experiment", "killed", *more, MAX_RESTARTS=str(kills + 5))
     chance, past, progress = random.Random(20), set(), []
     last = tmp_path / "output" / "killed" / "last.pth"
@@ -262,4 +279,4 @@ def test_twenty_processes_killed_at_random_do_not_change_the_result(launch, tmp_
     assert run.wait(timeout=600) == 0
     print("updates done at each kill:", progress)
     assert progress[-1] < epochs * 9
-    assert_same_run(tmp_path / "output" / "unbroken", tmp_path / "output" / "killed")
+    assert_same_run(tmp_path / "output" / "uninterrupted", tmp_path / "output" / "killed")

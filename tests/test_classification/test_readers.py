@@ -128,7 +128,7 @@ def test_all_image_formats(tmp_path):
 def test_tar_file_next_to_class_folders_is_ignored(data):
     (data / "train" / "spare.tar").write_bytes(b"")
     assert isinstance(open_reader("", str(data), "train", None), FolderReader)
-    with pytest.raises(ValueError, match=r"\.tar|train"):
+    with pytest.raises(ValueError, match=r"train/spare\.tar"):
         open_reader("tar", str(data), "train", None)
 
 
@@ -236,15 +236,15 @@ def test_class_map_renumbers_a_hugging_face_dataset(data):
 
 
 def test_webdataset_shards(shards, tiny, run_folder, tmp_path, stop_after):
-    """A run that resumes within an epoch ends with the result of an unbroken one."""
+    """A run that resumes within an epoch ends with the result of an uninterrupted one."""
     pytest.importorskip("webdataset")
     options = ["--dataset", "wds", "--num-classes", "3", "--workers", "1", "--mixup", "0.8"]
-    train.main(tiny(*options, "--output", tmp_path / "unbroken", epochs=2))
+    train.main(tiny(*options, "--output", tmp_path / "uninterrupted", epochs=2))
     stop_after(13, tiny(*options, epochs=2))
     assert read_checkpoint(run_folder / "last.pth")["epoch"] == 1
     assert read_checkpoint(run_folder / "last.pth")["update"] > 0
     train.main(tiny(*options, "--resume", epochs=2))
-    one, other = (read_checkpoint(folder / "last.pth") for folder in (tmp_path / "unbroken" / "tiny", run_folder))
+    one, other = (read_checkpoint(folder / "last.pth") for folder in (tmp_path / "uninterrupted" / "tiny", run_folder))
     torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
     train.Trainer(train.parse(tiny(*options, "--workers", "2", "--resume", epochs=3)))  # at the end of an epoch
     stop_after(5, tiny(*options, "--resume", epochs=3))

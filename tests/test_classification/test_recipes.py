@@ -63,7 +63,7 @@ def test_recipes_have_the_published_settings(name):
     assert args.img_size == ZOO[name].get("size", 224)
     comment = (FOLDER / f"{name}.yml").read_text().splitlines()[0]
     assert f"{ZOO[name]['top1']}% top-1" in comment
-    assert f"{ZOO[name]['params']}M parameters, {ZOO[name]['macs']}G MACs" in comment
+    assert f"{ZOO[name]['params']}M parameters, {ZOO[name]['macs']} GMACs" in comment
 
 
 # ----- runs -----

@@ -136,9 +136,9 @@ PLACES = {"mid-epoch": ("train.Trainer", "update_weights", 14), "mid-save": ("os
 @pytest.mark.parametrize(
     "more", [[], ["--model-ema", "--mixup", "0.8", "--grad-accum", "1"]], ids=["plain", "ema-mixup"]
 )
-def test_killed_run_resumes_to_the_result_of_an_unbroken_run(tiny, run_folder, tmp_path, place, more):
-    train.main(tiny(*more, "--output", tmp_path / "unbroken", epochs=4))
-    unbroken = tmp_path / "unbroken" / "tiny"
+def test_killed_run_resumes_to_the_result_of_an_uninterrupted_run(tiny, run_folder, tmp_path, place, more):
+    train.main(tiny(*more, "--output", tmp_path / "uninterrupted", epochs=4))
+    uninterrupted = tmp_path / "uninterrupted" / "tiny"
     owner, name, call = PLACES[place]
     code = KILLED.format(owner=owner, name=name, call=call)
     done = subprocess.run([sys.executable, "-c", code, *tiny(*more, "--workers", "1", epochs=4)], capture_output=True)
@@ -146,31 +146,31 @@ def test_killed_run_resumes_to_the_result_of_an_unbroken_run(tiny, run_folder, t
     assert 1 <= read_checkpoint(run_folder / "last.pth")["epoch"] < 4
 
     train.main(tiny(*more, "--resume", epochs=4))
-    expected, resumed = read_checkpoint(unbroken / "last.pth"), read_checkpoint(run_folder / "last.pth")
+    expected, resumed = read_checkpoint(uninterrupted / "last.pth"), read_checkpoint(run_folder / "last.pth")
     assert_same_weights(expected["model"], resumed["model"])
     if "--model-ema" in more:
         assert_same_weights(expected["model_ema"], resumed["model_ema"])
     torch.testing.assert_close(expected["optimizer"], resumed["optimizer"], rtol=0, atol=0)
     assert (resumed["epoch"], resumed["best"]) == (4, expected["best"])
-    assert untimed(run_folder) == untimed(unbroken)
-    assert sorted(path.name for path in run_folder.iterdir()) == sorted(path.name for path in unbroken.iterdir())
+    assert untimed(run_folder) == untimed(uninterrupted)
+    assert sorted(path.name for path in run_folder.iterdir()) == sorted(path.name for path in uninterrupted.iterdir())
 
 
 @pytest.mark.parametrize("updates", [5, 9], ids=["mid-epoch", "before the evaluation"])
-def test_stopped_run_resumes_to_the_result_of_an_unbroken_run(tiny, run_folder, tmp_path, stop_after, updates):
+def test_stopped_run_resumes_to_the_result_of_an_uninterrupted_run(tiny, run_folder, tmp_path, stop_after, updates):
     more = ("--mixup", "0.8", "--model-ema", "--drop-path", "0.1", "--grad-accum", "1", "--workers", "2")
-    train.main(tiny(*more, "--output", tmp_path / "unbroken"))
+    train.main(tiny(*more, "--output", tmp_path / "uninterrupted"))
     stop_after(updates, tiny(*more))
     stopped = read_checkpoint(run_folder / "last.pth")
     assert (stopped["epoch"], stopped["update"]) == (0, updates)
     train.main(tiny(*more, "--resume", "--workers", "1"))
     assert float(rows(run_folder)[0]["seconds"]) > 0.99 * stopped["totals"]["seconds"] > 0
     expected, resumed = (
-        read_checkpoint(folder / "last.pth") for folder in (tmp_path / "unbroken" / "tiny", run_folder)
+        read_checkpoint(folder / "last.pth") for folder in (tmp_path / "uninterrupted" / "tiny", run_folder)
     )
     for part in ("model", "model_ema", "optimizer", "best"):
         torch.testing.assert_close(expected[part], resumed[part], rtol=0, atol=0)
-    assert untimed(run_folder) == untimed(tmp_path / "unbroken" / "tiny")
+    assert untimed(run_folder) == untimed(tmp_path / "uninterrupted" / "tiny")
 
 
 def test_ctrl_c_saves_and_a_second_one_stops_at_once(tiny, run_folder, stop_after, monkeypatch, capfd):
@@ -424,6 +424,7 @@ def test_fine_tuning_to_other_classes(tiny, data, run_folder):
     trainer = train.Trainer(train.parse(options))
     old, new = read_weights(run_folder / "best.pth"), trainer.model.state_dict()
     assert new["head.weight"].shape == (2, 32)
+    assert not (new["head.weight"][:, None] == old["head.weight"]).all(-1).any()  # no row of the old classifier
     assert torch.equal(old["levels.1.blocks.0.attn.rpb"], new["levels.1.blocks.0.attn.rpb"])
 
 

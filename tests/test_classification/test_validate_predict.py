@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def test_validate_agrees_with_training(trained, data, capsys):
     assert re.findall(r"top-1 [0-9.]*%", capsys.readouterr().out) == [f"top-1 {best:.2f}%"]  # as quickstart.sh greps
 
 
-def test_validate_leaves_out_unreadable_images(trained, data, capsys):
+def test_validate_ignores_unreadable_images(trained, data, capsys):
     path, _ = trained
     (data / "val" / "blue" / "0.png").write_bytes(b"no image")
     argv = [str(data), "--checkpoint", str(path), "--workers", "0"]
@@ -81,7 +82,7 @@ def test_flip_averages_with_mirrored_images(trained, data):
 
 
 def test_real_labels(trained, data, tmp_path):
-    """All classes correct; only the true class correct; images without labels left out."""
+    """All classes correct; only the true class correct; images without labels ignored."""
     path, best = trained
     for number, image in enumerate(sorted((data / "val").rglob("*.png"))):
         image.rename(image.with_name(f"ILSVRC2012_val_{number + 1:08d}.png"))
@@ -104,7 +105,7 @@ def test_real_labels(trained, data, tmp_path):
 
 @pytest.fixture
 def imagenet(data, tmp_path, monkeypatch):
-    """Options for the data set with 1000 classes, and the weights of two published models in the cache."""
+    """Options for the dataset with 1000 classes, and the weights of two published models in the cache."""
     (tmp_path / "classes.txt").write_text("\n".join(["amber", "blue", "crimson", *map(str, range(997))]))
     monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -289,6 +290,17 @@ def test_scripts(trained, data):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and str(path) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "validate", "predict"])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_modules_run_as_programs(name, monkeypatch, capsys):
+    """As in `python -m natzoo.classification.train`."""
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_module(f"natzoo.classification.{name}", run_name="__main__")
+    assert exit_info.value.code == 0
+    assert "--batch-size" in capsys.readouterr().out
 
 
 def test_checkpoints_are_plain_data(trained):

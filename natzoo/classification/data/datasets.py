@@ -1,8 +1,8 @@
 """Datasets of images with random access, and streams of webdataset shards.
 
 All randomness depends only on the seed, the epoch and the index of an image, so an interrupted run continues exactly as
-it would have, with any number of data-loading workers. Transforms must therefore keep no state. Images that cannot be
-read are recorded, and do not raise here.
+it would have, with any number of data-loading workers. Transforms must therefore keep no state. Datasets record images
+that cannot be read; `check_bad_images` raises the error.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ImageDataset(Dataset):
 
     Args:
         reader: a reader of readers.py.
-        transform: makes a tensor of a PIL image in RGB; may be set later.
+        transform: turns a PIL image in RGB into a tensor; may be set later.
         replace: replace an image that cannot be read with the next one; if False, with a black one with target -1.
     """
 
@@ -93,7 +93,7 @@ class ImageDataset(Dataset):
 
 
 class SyntheticDataset(Dataset):
-    """Noise, to measure training speed. An image costs one copy of a fixed image, shifted.
+    """Noise, to measure training speed. Each image is a shifted copy of one fixed image.
 
     Args:
         length: number of images.
@@ -108,7 +108,11 @@ class SyntheticDataset(Dataset):
         self.noise = torch.empty(0)
 
     def create_noise(self, input_size: list[int]) -> None:
-        """Draw the pixels of all images, [channels, height, width]."""
+        """Draw the fixed image.
+
+        Args:
+            input_size: [channels, height, width] in pixels.
+        """
         self.noise = torch.randn(input_size, generator=torch.Generator().manual_seed(0))
 
     def __len__(self) -> int:
@@ -184,7 +188,7 @@ class ShardDataset(IterableDataset):
 
     Each process and each of its data-loading workers reads whole shards of its own. In training every worker yields the
     same number of images, and repeats some of them if necessary. In evaluation every image is read once. Unreadable
-    images are skipped with a warning; `bad_images` has the first one of each shard.
+    images are skipped with a warning; `bad_images` names the first one of each shard.
 
     A stream cannot start in the middle: a run that resumes within an epoch reads and drops what it has already seen.
     The order depends on the number of processes and workers, which must not change within an epoch.
@@ -334,7 +338,7 @@ class ShardDataset(IterableDataset):
 
 
 def _no_transform(image: Image.Image) -> Tensor:
-    raise RuntimeError("the transform of the data set is not set; create_training_loader does it")
+    raise RuntimeError("transform is not set; create_training_loader sets it")
 
 
 # ----- random seeds --------------------------------------------------------------------------------------------------
@@ -378,7 +382,7 @@ def read_image(file: str | Path | BinaryIO, name: str | Path | None = None) -> I
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey images to 8 bits; Pillow would clip them at 255."""
+    """Scale 16-bit gray images to 8 bits; Pillow would clip them at 255."""
     if not image.mode.startswith("I"):
         return image
     pixels = np.asarray(image)

@@ -54,7 +54,7 @@ class SeededBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 def create_training_dataset(args: argparse.Namespace, world: World) -> AnyDataset:
-    """Create the training data set; `create_training_loader` sets its transform.
+    """Create the training dataset; `create_training_loader` sets its transform.
 
     Raises:
         ValueError, FileNotFoundError: if there are no images, or they cannot be read.
@@ -66,18 +66,19 @@ def create_training_dataset(args: argparse.Namespace, world: World) -> AnyDatase
         return SyntheticDataset(args.synthetic, args.num_classes or len(classes or range(1000)))
     if uses_shards(args):
         return _create_shards(args, args.train_split, classes, world, is_training=True)
-    return ImageDataset(open_reader(args.dataset, args.data, args.train_split, classes, _columns(args)))
+    columns = args.input_key, args.target_key
+    return ImageDataset(open_reader(args.dataset, args.data, args.train_split, classes, columns))
 
 
 def create_validation_dataset(
     args: argparse.Namespace, classes: list[str] | None, config: dict[str, Any], world: World
 ) -> AnyDataset:
-    """Create the validation data set; with --synthetic it has a single batch.
+    """Create the validation dataset; with --synthetic it has a single batch.
 
     Args:
         args: the options.
         classes: class names in the order of the class numbers; None takes them from the data.
-        config: preprocessing.
+        config: what `preprocessing` returned.
         world: the processes.
 
     Raises:
@@ -91,7 +92,8 @@ def create_validation_dataset(
         shards = _create_shards(args, args.val_split, classes, world, is_training=False)
         shards.transform = evaluation_transform(config)
         return shards
-    reader = open_reader(args.dataset, args.data, args.val_split, classes, _columns(args))
+    columns = args.input_key, args.target_key
+    reader = open_reader(args.dataset, args.data, args.val_split, classes, columns)
     return ImageDataset(reader, evaluation_transform(config), replace=False)
 
 
@@ -99,6 +101,13 @@ def create_training_loader(
     args: argparse.Namespace, dataset: AnyDataset, config: dict[str, Any], world: World, pin_memory: bool
 ) -> DataLoader:
     """Create the loader of augmented batches, equally many per process; iterate it with `iterate_epoch`.
+
+    Args:
+        args: the options.
+        dataset: what `create_training_dataset` returned.
+        config: what `preprocessing` returned.
+        world: the processes.
+        pin_memory: whether to copy batches to pinned memory, for a GPU.
 
     Raises:
         ValueError: if there are not enough images for one batch per process.
@@ -152,10 +161,6 @@ def _worker_kwargs(workers: int, pin_memory: bool) -> dict[str, Any]:
         "pin_memory": pin_memory,
         "worker_init_fn": ignore_signals_in_worker,
     }
-
-
-def _columns(args: argparse.Namespace) -> tuple[str, str]:
-    return args.input_key, args.target_key
 
 
 def uses_shards(args: argparse.Namespace) -> bool:

@@ -38,7 +38,22 @@ class FolderReader:
 
     def __init__(self, root: Path, classes: list[str] | None = None):
         self.source = str(root)
-        paths, numbers, self.classes = _find_images(root, classes)
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} does not exist.")
+        folders = sorted(_subfolders(root), key=natural_key)
+        if not folders:
+            raise ValueError(f"{root} has no class folders; it must hold one folder of images per class.")
+        self.classes = classes or folders
+        class_numbers = {name: number for number, name in enumerate(self.classes)}
+        paths, numbers = [], []
+        for name in folders:
+            if name not in class_numbers:
+                raise _unknown_class(root, name)
+            found = _images_below(root / name)
+            if not found:
+                raise ValueError(f"{root / name} has no images ({_SUFFIX_LIST}); add some or remove the folder.")
+            paths += found
+            numbers += [class_numbers[name]] * len(found)
         # Data-loading workers share arrays. Each would copy a list, which takes 200 MB for ImageNet.
         self._paths, self._numbers = np.array([os.fsencode(path) for path in paths]), np.array(numbers)
 
@@ -70,16 +85,12 @@ class TarReader:
     def __init__(self, root: Path, classes: list[str] | None = None):
         self.source = str(root)
         members: list[_Member] = []
-        try:
-            if root.is_dir():
-                for path in sorted(root.glob("*.tar")):
-                    with tarfile.open(path, "r:") as tar:
-                        members += _list_members(tar, path, path.stem)
-            else:
-                with tarfile.open(root, "r:") as tar:
-                    members += _list_members(tar, root, "")
-        except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"{root} cannot be read as tar files of images: {error}.") from error
+        for path in sorted(root.glob("*.tar")) if root.is_dir() else [root]:
+            try:
+                with tarfile.open(path, "r:") as tar:
+                    members += _list_members(tar, path, path.stem if root.is_dir() else "")
+            except (tarfile.TarError, OSError) as error:
+                raise ValueError(f"{path} cannot be read as a tar file of images: {error}.") from error
         self.classes = classes or sorted({member.label for member in members} - {""}, key=natural_key)
         numbers = {name: number for number, name in enumerate(self.classes)}
         if not members:
@@ -131,13 +142,15 @@ def _list_members(tar: tarfile.TarFile, path: Path, folder: str, offset: int = 0
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(
-            f"{path} is truncated after {offset + tar.offset} bytes; copy it again (if its writer omitted the "
+            f"it is truncated after {offset + tar.offset} bytes; copy it again (if its writer omitted the "
             "end-of-archive marker, append 1024 zero bytes)"
         )
 
 
 def _unknown_class(source: Path | str, label: str | int) -> ValueError:
-    return ValueError(f"{source} has the class {label!r}, which --class-map, the training images or the model lack.")
+    return ValueError(
+        f"{source} has the class {label!r}, which is not in --class-map, the training images or the model."
+    )
 
 
 class HubReader:
@@ -171,7 +184,7 @@ class HubReader:
             )
             labels = self._reader.dataset.unique(target_key)
         except ImportError as error:
-            raise ValueError("--dataset hfds/... needs the package datasets; run pip install datasets.") from error
+            raise ValueError("--dataset hfds/... requires the package datasets; run pip install datasets.") from error
         except Exception as error:  # datasets raises errors of several other libraries
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
@@ -215,7 +228,7 @@ def open_reader(
     classes: list[str] | None,
     columns: tuple[str, str] = ("image", "label"),
 ) -> FolderReader | TarReader | HubReader:
-    """Open a data set.
+    """Open a dataset.
 
     Args:
         dataset: the option --dataset.
@@ -284,28 +297,6 @@ def _existing(root: Path, name: str) -> list[Path]:
 
 def _subfolders(root: Path) -> list[str]:
     return [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-
-
-def _find_images(root: Path, classes: list[str] | None) -> tuple[list[str], list[int], list[str]]:
-    """Return the path and the class number of every image, and the class names."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} does not exist.")
-    folders = _subfolders(root)
-    if not folders:
-        raise ValueError(f"{root} has no class folders; it must hold one folder of images per class.")
-    folders.sort(key=natural_key)
-    classes = classes or folders
-    numbers = {name: number for number, name in enumerate(classes)}
-    paths, path_numbers = [], []
-    for name in folders:
-        if name not in numbers:
-            raise _unknown_class(root, name)
-        found = _images_below(root / name)
-        if not found:
-            raise ValueError(f"{root / name} has no images ({_SUFFIX_LIST}); add some or remove the folder.")
-        paths += found
-        path_numbers += [numbers[name]] * len(found)
-    return paths, path_numbers, classes
 
 
 def _images_below(folder: Path) -> list[str]:

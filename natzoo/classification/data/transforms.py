@@ -73,7 +73,7 @@ def training_transform(args: argparse.Namespace, config: dict[str, Any]) -> Tran
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     """Call timm's posterize, but return a black image for 0 bits, which Pillow 13 refuses.
 
-    RandAugment of magnitude 9 with noise, as in the published recipes, draws 0 bits about once in some hundred images.
+    RandAugment of magnitude 9 with noise, as in the published recipes, draws 0 bits about once in a few hundred images.
     """
     return image.point(lambda _: 0) if bits == 0 else _TIMM_POSTERIZE(image, bits)
 

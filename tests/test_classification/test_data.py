@@ -107,12 +107,12 @@ def test_unreadable_images(data):
     assert images[10][1] == 1
 
 
-def test_16_bit_grey_images(tmp_path):
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "deep.png")), grey[..., None].repeat(3, 2))
-    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "deeper.tif")
-    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "deeper.tif")), grey[..., None].repeat(3, 2))
+def test_16_bit_gray_images(tmp_path):
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "deep.png")), gray[..., None].repeat(3, 2))
+    Image.fromarray(gray.astype(np.int32)).save(tmp_path / "deeper.tif")
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "deeper.tif")), gray[..., None].repeat(3, 2))
 
 
 def test_no_readable_image(tmp_path):

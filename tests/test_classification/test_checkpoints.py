@@ -1,4 +1,4 @@
-"""Checkpoint files stay readable whatever happens while they are written."""
+"""Checkpoints of runs: interrupted writes, the files of a run, older formats, and use as pretrained weights."""
 
 import errno
 import os
@@ -8,10 +8,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
-from natzoo.checkpoints import read_checkpoint, write_checkpoint
-from natzoo.classification import checkpoints as module
+from natzoo.checkpoints import read_checkpoint, read_weights, write_checkpoint
+from natzoo.classification import checkpoints as checkpoints_module
 from natzoo.classification import train
 from natzoo.classification.checkpoints import CheckpointSaver
 from natzoo.classification.distributed import World
@@ -162,9 +163,9 @@ def test_epochs_are_kept_without_hard_links(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    synced, sync = [], module.sync
+    synced, sync = [], checkpoints_module.sync
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(module, "sync", lambda path: (synced.append(path.stat().st_size), sync(path)))
+    monkeypatch.setattr(checkpoints_module, "sync", lambda path: (synced.append(path.stat().st_size), sync(path)))
     checkpoints = CheckpointSaver(tmp_path, keep=1, world=World())
     checkpoints.save_last(state(1))
     checkpoints.keep_epoch(1)
@@ -246,4 +247,27 @@ def test_names_of_the_run_folder(tmp_path):
         (["-c", new], "runs/b"),
         (["-c", new, "--output", "runs", "--experiment", "a"], "runs/a"),
     ):
-        assert module.run_folder(parse([str(word) for word in argv])) == Path(folder), argv
+        assert checkpoints_module.run_folder(parse([str(word) for word in argv])) == Path(folder), argv
+
+
+# ----- checkpoints as pretrained weights of timm models -----
+
+
+SMALL = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3}
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_checkpoints_of_a_run_are_pretrained_weights(tiny, run_folder, average):
+    """The averaged weights if there are any; also for a feature extractor."""
+    train.main(tiny(*(["--model-ema", "--model-ema-decay", "0.5"] if average else []), epochs=1))
+    for name in ("last.pth", "best.pth"):
+        path = run_folder / name
+        expected = read_checkpoint(path)["model_ema" if average else "model"]
+        arguments = {**SMALL, "pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+        model = timm.create_model("nat_mini", **arguments, num_classes=3)
+        features = timm.create_model("nat_mini", **arguments, features_only=True, out_indices=(0, 1))
+        for key, value in expected.items():
+            assert torch.equal(model.state_dict()[key], value), key
+            assert torch.equal(read_weights(path)[key], value), key
+        key = "levels.1.blocks.0.attn.rpb"
+        assert torch.equal(features.state_dict()[f"model.{key}"], expected[key])
