@@ -5,34 +5,28 @@
     python -m natten.build --cpu x86-64-v3 --cpu x86-64-v4 --out DIR  # ahead of time, for other machines
 
 natten also compiles the kernels by itself, when they are first needed. See natten/backends/cpu/build.py for where the
-library is searched and kept.
+library is searched and stored.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from natten.backends.cpu.build import LEVELS, Unavailable, build_ahead, cpu_library, find
+from natten.checks import CommandParser
 
 __all__ = ["LEVELS", "Unavailable", "build_ahead", "cpu_library", "find", "main"]
 
 log = logging.getLogger("natten")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")  # one line, without the usage
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `python -m natten.build` with these arguments, or with those of the command line."""
-    parser = _Parser(
+    """Run `python -m natten.build` with the given arguments, by default those of the command line."""
+    parser = CommandParser(
         prog="python -m natten.build",
         description="Compile the CPU kernels of natten. By default, compile for this machine into the cache.",
         epilog="Environment variables: CXX selects the compiler, NATTEN_CACHE_DIR the cache folder.",

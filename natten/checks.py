@@ -1,17 +1,18 @@
-"""Argument validation: every check of the public functions and layers, and its message.
+"""Argument validation: every check of the public functions, layers and commands, and its message.
 
-Checks that succeed return the validated problem: the axes, or the window arguments with one value per axis. Checks that
-fail raise ValueError with a message that starts with the offending argument.
+Checks of calls return the validated problem: the axes, or the window arguments with one value per axis. A failed check
+raises ValueError with a message that starts with the offending argument.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from numbers import Integral
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,19 +32,19 @@ R = TypeVar("R")
 # ---------------------------------------------------------------------------------------------------------------------
 # Cache
 #
-# It pays for small maps: on a 7x7 map with one head, validating a call takes 20 us, and 5 us from the cache, of about
-# 30 us for the whole call.
+# On small maps, validation is a large part of a call: with a 7x7 map and one head it takes 20 us without the cache and
+# 5 us with it; the whole call then takes about 30 us.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_RESULTS = 4096  # per cached function
 
 
 def cached(function: Callable[P, R]) -> Callable[P, R]:
-    """Cache a function of tensors and plain values by the layout of the tensors and the values.
+    """Cache the results of a function. The key is the values of its arguments and, for tensors, their layout.
 
     The function takes positional arguments. It may read the dtype, device, shape and strides of its tensors, but not
-    their contents, and must not return None. Errors are not cached, and neither are calls with symbolic sizes or
-    calls that torch.compile traces.
+    their contents, and must not return None. Not cached: errors, calls with symbolic sizes, and calls that
+    torch.compile traces.
     """
     results: dict[tuple, Any] = {}
 
@@ -71,14 +72,14 @@ _PLAIN_TYPES = {int, float, bool, str, type(None)}  # looked up first: isinstanc
 
 def _cache_key(value: Any) -> tuple:
     """Return a hashable key that includes the type, because True == 1."""
-    kind = type(value)
-    if kind in _PLAIN_TYPES:
-        return value, kind
+    value_type = type(value)
+    if value_type in _PLAIN_TYPES:
+        return value, value_type
     if isinstance(value, (tuple, list)):
         return tuple(value), tuple(map(type, value))
     if isinstance(value, Tensor):
         return value.dtype, value.device, value.shape, value.stride()
-    return value, kind
+    return value, value_type
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,24 +200,29 @@ def check_av(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def per_axis(value: Any, rank: int, name: str, kind: type) -> tuple:
-    """Return an argument given as one value, or as one value per axis, as a tuple of `rank` values.
+def per_axis(value: Any, rank: int, name: str, item_type: type) -> tuple:
+    """Return an argument, which is a single value or one value per axis, as a tuple of `rank` values.
 
     Args:
-        kind: int or bool; integers of NumPy and symbolic integers of torch.compile are accepted as int.
+        value: the argument.
+        rank: number of axes.
+        name: name of the argument, for the message.
+        item_type: int or bool; integers of NumPy and symbolic integers of torch.compile are accepted as int.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if the type or the number of values is wrong.
     """
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    if len(values) != rank or not all(_is_kind(item, kind) for item in values):
-        raise ValueError(f"{name} must be one {kind.__name__} or a sequence of {rank}, one per axis, but is {value!r}.")
-    return tuple(item if isinstance(item, torch.SymInt) else kind(item) for item in values)
+    if len(values) != rank or not all(_has_type(item, item_type) for item in values):
+        raise ValueError(
+            f"{name} must be one {item_type.__name__} or a sequence of {rank}, one per axis, but is {value!r}."
+        )
+    return tuple(item if isinstance(item, torch.SymInt) else item_type(item) for item in values)
 
 
-def _is_kind(value: Any, kind: type) -> bool:
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
+def _has_type(value: Any, item_type: type) -> bool:
+    if item_type is bool or isinstance(value, bool):  # a bool is an int, but True is no kernel_size
+        return item_type is bool and isinstance(value, bool)
     return isinstance(value, (int, torch.SymInt, Integral))
 
 
@@ -322,10 +328,10 @@ def check_tensors(rank: int, **tensors: Tensor) -> None:
         if not x.is_floating_point():
             raise ValueError(f"{name} has dtype {x.dtype}; use a floating-point dtype.")
     for name, x in others:
-        _check_same_kind(name, x, first_name, first)
+        _check_same_dtype_and_device(name, x, first_name, first)
 
 
-def _check_same_kind(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+def _check_same_dtype_and_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     if x.dtype != like.dtype or x.device != like.device:
         raise ValueError(
             f"{name} is {x.dtype} on {x.device}, but {like_name} is {like.dtype} on {like.device}; convert one of them."
@@ -387,7 +393,7 @@ def check_additional(
                 f"{name} has shape {tuple(x.shape)}, but this call requires {tuple(expected)}: batch, tokens, heads "
                 "and head_dim."
             )
-        _check_same_kind(name, x, "key", like)
+        _check_same_dtype_and_device(name, x, "key", like)
 
 
 def check_rpb(rpb: Tensor | None, axes: Sequence[Axis], heads: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -443,7 +449,7 @@ def check_heads(dim: int, num_heads: int, order: str) -> None:
     """Raise ValueError unless num_heads divides dim.
 
     Args:
-        order: the order of the layer's arguments, for the message: NATTEN up to 0.14.4 had another one.
+        order: the order of the layer's arguments, for the message; it was different up to NATTEN 0.14.4.
     """
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"num_heads = {num_heads} does not divide dim = {dim}; the order of arguments is {order}.")
@@ -508,3 +514,45 @@ def ignore_tuning(function: str, names: Iterable[str]) -> None:
 @functools.cache
 def _warn_ignored(name: str) -> None:
     warnings.warn(f"{name} has no effect; natten chooses its kernels itself.", UserWarning, stacklevel=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines of natten.build, natten.geometry and natten.profiler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+CAUSAL_HELP = "causal axes, counted from 0 (default: none; all if no axis follows)"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that reports an error in one line, without the usage, and exits with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Parse a single number, or one per axis, such as "7" or "56x56".
+
+    Raises:
+        argparse.ArgumentTypeError: if the text is neither.
+    """
+    try:
+        return tuple(int(word) for word in text.replace("x", ",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or numbers such as 12x12") from None
+
+
+def parse_causal(axes: Sequence[int] | None, rank: int) -> tuple[bool, ...]:
+    """Return is_causal per axis for the option ``--causal [AXIS ...]``.
+
+    Args:
+        axes: the causal axes; empty for all axes, None without the option.
+        rank: number of axes.
+
+    Raises:
+        ValueError: if an axis does not exist.
+    """
+    if axes and not set(axes) <= set(range(rank)):
+        raise ValueError(f"--causal {axes} names an axis that --size lacks; use axes 0 to {rank - 1}.")
+    return tuple(axes is not None and (not axes or axis in axes) for axis in range(rank))

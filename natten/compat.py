@@ -180,7 +180,7 @@ def _kernel_size_of_attn(attn: Tensor, rank: int) -> int:
 # Layers
 # ---------------------------------------------------------------------------------------------------------------------
 
-NeighborhoodAttention = NeighborhoodAttention2D  # its name up to 0.12
+NeighborhoodAttention = NeighborhoodAttention2D  # the name up to 0.12
 
 
 class LegacyNeighborhoodAttention1D(NeighborhoodAttention1D):
@@ -254,16 +254,16 @@ def _check_legacy(dim: int, num_heads: int, mode: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Switches with an effect, and questions with a real answer
+# Switches that have an effect, and getters that report real facts
 # ---------------------------------------------------------------------------------------------------------------------
 
 HAS_LIBNATTEN = False  # NATTEN's own compiled library
 
 
 def use_deterministic_algorithms(mode: bool = True) -> None:
-    """Switch PyTorch's deterministic algorithms, which natten obeys; operators without one warn.
+    """Switch PyTorch's deterministic algorithms, which natten also follows. Operators without one warn.
 
-    To have them raise instead, call torch.use_deterministic_algorithms.
+    To make them raise an error instead, call torch.use_deterministic_algorithms.
     """
     if mode != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(mode, warn_only=True)
@@ -297,14 +297,13 @@ has_tf32_gemm = has_fp32_gemm = has_fp64_gemm = has_gemm
 # ---------------------------------------------------------------------------------------------------------------------
 # Switches without effect
 #
-# In NATTEN 0.15 to 0.21 they selected among kernels and tuners that do not exist here. They change no result. Each
-# switch sets the answers of the questions next to it; before that, the questions answer what they did in the last
-# release that had them.
+# In NATTEN 0.15 to 0.21 they selected among kernels and tuners that do not exist here. They change no result. A switch
+# only stores settings, which its getters return. The defaults are those of the last release that had the setting.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class MemoryUsagePreference(Enum):
-    """The answer of `get_memory_usage_preference`."""
+    """The values of `get_memory_usage_preference`."""
 
     Default = "default"
     Strict = "strict"
@@ -328,11 +327,11 @@ _DEFAULTS: dict[str, Any] = {
     "use_flex": False,
 }
 _settings = dict(_DEFAULTS)
-_without_effect: list[str] = []  # the names of all switches and questions below
+_without_effect: list[str] = []  # the names of all switches and getters below
 
 
 class NattenContext:
-    """The holder of the settings in NATTEN 0.15 to 0.17; only `reset` is supported."""
+    """The class that held the settings in NATTEN 0.15 to 0.17. Only `reset` is supported."""
 
     @staticmethod
     def reset() -> None:
@@ -398,16 +397,16 @@ def _switch(name: str, settings: Callable[..., dict[str, Any]]) -> Callable[...,
     return switch
 
 
-def _question(name: str, setting: str, value: Any = None) -> Callable[[], Any]:
-    """Return a function that returns a setting, or whether the setting has the given value."""
+def _getter(name: str, setting: str, value: Any = None) -> Callable[[], Any]:
+    """Return a function that returns a setting or, if a value is given, whether the setting has this value."""
 
-    def question() -> Any:
+    def getter() -> Any:
         return _settings[setting] if value is None else _settings[setting] == value
 
-    question.__name__ = question.__qualname__ = name
-    question.__doc__ = "Return the last value of a switch that changes no result."
+    getter.__name__ = getter.__qualname__ = name
+    getter.__doc__ = "Return the last value of a switch that changes no result."
     _without_effect.append(name)
-    return question
+    return getter
 
 
 allow_flex_compile = _switch("allow_flex_compile", _flex_compile)
@@ -432,24 +431,24 @@ use_kv_parallelism_in_fused_na = _switch("use_kv_parallelism_in_fused_na", lambd
 use_tf32_in_gemm_na = _switch("use_tf32_in_gemm_na", lambda mode=True: {"tf32": mode})
 use_tiled_na = _switch("use_tiled_na", lambda mode=True: {"tiled_na": mode})
 
-get_memory_usage_preference = _question("get_memory_usage_preference", "memory")
-is_autotuner_enabled_for_backward = _question("is_autotuner_enabled_for_backward", "autotuner_backward")
-is_autotuner_enabled_for_forward = _question("is_autotuner_enabled_for_forward", "autotuner_forward")
-is_autotuner_thorough_for_backward = _question("is_autotuner_thorough_for_backward", "autotuner_thorough_backward")
-is_autotuner_thorough_for_forward = _question("is_autotuner_thorough_for_forward", "autotuner_thorough_forward")
-is_flex_compile_allowed = _question("is_flex_compile_allowed", "flex_compile")
-is_flex_compile_backprop_allowed = _question("is_flex_compile_backprop_allowed", "flex_compile_backprop")
-is_fna_enabled = _question("is_fna_enabled", "fused_na")
-is_fused_na_enabled = _question("is_fused_na_enabled", "fused_na")
-is_gemm_na_enabled = _question("is_gemm_na_enabled", "gemm_na")
-is_kv_parallelism_in_fused_na_enabled = _question("is_kv_parallelism_in_fused_na_enabled", "kv_parallelism")
-is_memory_usage_default = _question("is_memory_usage_default", "memory", MemoryUsagePreference.Default)
-is_memory_usage_strict = _question("is_memory_usage_strict", "memory", MemoryUsagePreference.Strict)
-is_memory_usage_unrestricted = _question("is_memory_usage_unrestricted", "memory", MemoryUsagePreference.Unrestricted)
-is_tf32_in_gemm_na_enabled = _question("is_tf32_in_gemm_na_enabled", "tf32")
-is_tiled_na_enabled = _question("is_tiled_na_enabled", "tiled_na")
-should_force_flex_attention = _question("should_force_flex_attention", "force_flex")
-should_use_flex_attention = _question("should_use_flex_attention", "use_flex")
+get_memory_usage_preference = _getter("get_memory_usage_preference", "memory")
+is_autotuner_enabled_for_backward = _getter("is_autotuner_enabled_for_backward", "autotuner_backward")
+is_autotuner_enabled_for_forward = _getter("is_autotuner_enabled_for_forward", "autotuner_forward")
+is_autotuner_thorough_for_backward = _getter("is_autotuner_thorough_for_backward", "autotuner_thorough_backward")
+is_autotuner_thorough_for_forward = _getter("is_autotuner_thorough_for_forward", "autotuner_thorough_forward")
+is_flex_compile_allowed = _getter("is_flex_compile_allowed", "flex_compile")
+is_flex_compile_backprop_allowed = _getter("is_flex_compile_backprop_allowed", "flex_compile_backprop")
+is_fna_enabled = _getter("is_fna_enabled", "fused_na")
+is_fused_na_enabled = _getter("is_fused_na_enabled", "fused_na")
+is_gemm_na_enabled = _getter("is_gemm_na_enabled", "gemm_na")
+is_kv_parallelism_in_fused_na_enabled = _getter("is_kv_parallelism_in_fused_na_enabled", "kv_parallelism")
+is_memory_usage_default = _getter("is_memory_usage_default", "memory", MemoryUsagePreference.Default)
+is_memory_usage_strict = _getter("is_memory_usage_strict", "memory", MemoryUsagePreference.Strict)
+is_memory_usage_unrestricted = _getter("is_memory_usage_unrestricted", "memory", MemoryUsagePreference.Unrestricted)
+is_tf32_in_gemm_na_enabled = _getter("is_tf32_in_gemm_na_enabled", "tf32")
+is_tiled_na_enabled = _getter("is_tiled_na_enabled", "tiled_na")
+should_force_flex_attention = _getter("should_force_flex_attention", "force_flex")
+should_use_flex_attention = _getter("should_use_flex_attention", "use_flex")
 
 
 def is_autotuner_enabled() -> bool:
@@ -502,7 +501,7 @@ __all__ = [
 
 
 def install(natten: Any) -> None:
-    """Put the older names onto natten and natten.functional, and create the module natten.version.
+    """Add the older names to natten and natten.functional, and create the module natten.version.
 
     Args:
         natten: the module natten.

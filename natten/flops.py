@@ -5,8 +5,8 @@ and DiNAT papers. FlopCounterMode counts FLOPs.
 
 Let P be the number of pairs of a query and a key of its window, summed over batch and heads, and d the head_dim.
 - The forward pass takes 2 P d MACs: query times key, and weight times value.
-- The backward pass takes 5 P d MACs: the logits again, and the gradients of weights, value, query and key. This is how
-  torch counts its own attention.
+- The backward pass takes 5 P d MACs: the logits again, and the gradients of weights, value, query and key. Torch
+  counts its own attention in the same way.
 - P is exact: prod(kernel_size) keys per query, fewer in causal windows.
 - Softmax, scale and masks are not counted.
 - Adding the relative position bias counts P MACs in fvcore (entry "rpb"), as in the published figures. FlopCounterMode
@@ -46,9 +46,9 @@ class _Work(NamedTuple):
     """The work of an operator.
 
     Attributes:
-        products: number of products of head_dim numbers for each pair of query and key.
-        tensor: name of an argument with the shape of the map, head_dim last.
-        space: its spatial axes.
+        products: number of dot products over head_dim for each pair of query and key.
+        tensor: name of the argument whose shape is that of the map; its last axis is head_dim.
+        space: the spatial axes of that argument.
     """
 
     products: int
@@ -155,17 +155,22 @@ def get_flops(model: nn.Module, input: Tensor | Sequence[Tensor], disable_warnin
 
 
 def add_natten_handle(flop_counter):
-    """Make an fvcore FlopCountAnalysis count neighborhood attention in MACs, and return it.
+    """Make an fvcore FlopCountAnalysis count neighborhood attention.
 
-    Its `by_operator()` reports matrix products as "attention_forward" and the bias as "rpb". Calls with
-    backend="reference" are counted by fvcore itself, as the PyTorch operations that they run.
+    Args:
+        flop_counter: the FlopCountAnalysis.
+
+    Returns:
+        The same object. Its `by_operator()` reports the MACs of matrix products as "attention_forward" and those of the
+        bias as "rpb". Calls with backend="reference" are counted by fvcore itself, as the PyTorch operations that they
+        run.
     """
     return flop_counter.set_op_handle(**_HANDLES)
 
 
 @contextmanager
 def _fastest_backend(model: nn.Module) -> Iterator[None]:
-    """Keep layers from running on the reference backend, whose tiles compute more than their windows require."""
+    """Select the fastest backend for all layers. The reference's tiles compute more than their windows require."""
     layers = (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D)
     previous = {layer: layer.backend for layer in model.modules() if isinstance(layer, layers)}
     try:
@@ -179,7 +184,7 @@ def _fastest_backend(model: nn.Module) -> Iterator[None]:
 
 
 def _macs(operator: str, arguments: dict[str, Any]) -> Counter[str]:
-    """Return the MACs of one call by kind, as fvcore expects them."""
+    """Return the MACs of one call by entry: matrix products under the operator's name, and the bias as "rpb"."""
     macs, pairs = _count(operator, arguments)
     return Counter({operator: macs} if arguments.get("rpb") is None else {operator: macs, "rpb": pairs})
 

@@ -108,6 +108,8 @@ def na2d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute 2-D neighborhood attention: each token attends to the window around it.
 
+    Papers: NAT, section 3 (arXiv:2204.07143); with dilation, DiNAT, section 3 (arXiv:2209.15001).
+
     Args:
         query, key, value: [B, H, W, heads, head_dim], with any strides. Key and value may have fewer heads, if their
             number divides the number of query heads; value may have a different head_dim.
@@ -121,7 +123,7 @@ def na2d(
         return_lse: also return the logsumexp of the logits.
         backend: "reference", "cpu" or "cuda"; None selects the fastest that supports the call.
         additional_keys, additional_values: N tokens [B, N, key heads, head_dim] that all queries attend to in addition
-            to their window, without bias. Needs memory for tokens x N logits.
+            to their window, without bias. Requires memory for tokens x N logits.
         window_padding: how windows that would cross the border of the map are handled.
             "shift" (default): they are shifted into the map.
             "zeros": they are not shifted; keys outside are zero vectors, which take part in the softmax, with bias.

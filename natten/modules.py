@@ -93,6 +93,17 @@ class _NeighborhoodAttention(nn.Module):
             nn.init.trunc_normal_(self.rpb, std=0.02, a=-2.0, b=2.0)
 
     def forward(self, x_BXC: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x_BXC: channels-last input [B, *space, dim].
+
+        Returns:
+            [B, *space, dim]; with window_padding="valid", each spatial axis is shorter.
+
+        Raises:
+            ValueError: if the input has another number of dimensions or channels.
+        """
         space = x_BXC.shape[1:-1]
         qkv_BX3Hd = self._project(x_BXC)
         if self.training and self.attn_drop.p > 0:
@@ -107,16 +118,22 @@ class _NeighborhoodAttention(nn.Module):
     def attention_weights(self, x_BXC: Tensor) -> Tensor:
         """Compute the attention weights that `forward` uses, before dropout.
 
+        Args:
+            x_BXC: channels-last input [B, *space, dim].
+
         Returns:
             [B, num_heads, X, W]. X is the padded map. W is the product of kernel_size, with keys in row-major order.
 
         Raises:
-            ValueError: if the layer has a stride or a window_padding other than "shift".
+            ValueError: if the layer has a stride above 1 or a window_padding other than "shift", or the input does not
+                fit.
         """
         if any(stride > 1 for stride in self.stride):
-            raise ValueError(f"stride = {self.stride}: attention weights require stride 1.")
+            raise ValueError(f"stride = {self.stride} is not supported; attention weights require stride 1.")
         if self.window_padding != "shift":
-            raise ValueError(f"window_padding = {self.window_padding!r}: attention weights require 'shift'.")
+            raise ValueError(
+                f"window_padding = {self.window_padding!r} is not supported; attention weights require 'shift'."
+            )
         return self._weights(self._project(x_BXC))
 
     def _attend(self, qkv_BX3Hd: Tensor) -> Tensor:
@@ -213,7 +230,7 @@ class NeighborhoodAttention2D(_NeighborhoodAttention):
         proj_drop: dropout rate on the output.
         window_padding: how windows that would cross the border are handled: "shift", "zeros" or "valid" as in `na2d`.
             "zeros" and "valid" support neither stride nor attn_drop.
-        embed_dim: another name of dim, from NATTEN 0.20, where rpb is off by default.
+        embed_dim: the name of dim since NATTEN 0.20. With it, rel_pos_bias defaults to False, as in those releases.
         backend: "reference", "cpu" or "cuda"; None selects the fastest that supports the call.
         device, dtype: of the parameters.
 
@@ -241,7 +258,11 @@ class NeighborhoodAttention3D(_NeighborhoodAttention):
 
 
 def _has_rpb(rel_pos_bias: bool | None, bias: bool | None, default: bool) -> bool:
-    """Return the value of rel_pos_bias, which is also called bias."""
+    """Return the value of rel_pos_bias, which may also be given as bias.
+
+    Raises:
+        ValueError: if both are given and differ.
+    """
     if rel_pos_bias is not None and bias is not None and rel_pos_bias != bias:
         raise ValueError("bias is another name of rel_pos_bias, but their values differ; give only one of them.")
     given = rel_pos_bias if rel_pos_bias is not None else bias

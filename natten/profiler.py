@@ -7,11 +7,11 @@ This module and tools/benchmark.py measure with the same three definitions, whic
 
 - `minimal_work`: the arithmetic and the memory traffic that a pass cannot avoid;
 - `Limits`: how fast this machine multiplies large matrices and copies large tensors;
-- `Timer`, with `schedule`: samples of a call, taken in turns with the calls it is compared with.
+- `Timer`, with `schedule`: samples of a call, interleaved with those of the calls it is compared with.
 
-"Percent of limit" is the shortest possible time of a pass over its measured time. The shortest possible time is the
-longer of two: the minimal arithmetic at the rate of the matrix product, and the minimal traffic at the rate of the
-copy. Small problems that fit into a CPU's cache can exceed 100 percent, since the copy does not fit.
+"Percent of limit" is the shortest possible time of a pass divided by its measured time. The shortest possible time is
+the longer of two: the minimal arithmetic at the rate of the matrix product, and the minimal traffic at the rate of the
+copy. A small problem that fits into a CPU's cache can exceed 100 percent, because the copy does not fit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,15 @@ import natten.flops  # noqa: F401  registers the FLOP formulas with FlopCounterM
 from natten import __version__, backends, functional
 from natten.backends import cuda, reference
 from natten.backends.kernels import unsupported_input
-from natten.checks import WINDOW_PADDINGS, make_axes, per_axis
+from natten.checks import (
+    CAUSAL_HELP,
+    WINDOW_PADDINGS,
+    CommandParser,
+    make_axes,
+    parse_causal,
+    parse_numbers,
+    per_axis,
+)
 from natten.geometry import Axis
 
 __all__ = [
@@ -139,6 +147,7 @@ class Work(NamedTuple):
     gbytes: float
 
     def plus(self, other: Work) -> Work:
+        """Return the work of two passes."""
         return Work(self.gflop + other.gflop, self.gbytes + other.gbytes)
 
 
@@ -248,7 +257,7 @@ def _choose(query: Tensor, backend: str | None) -> tuple[str, dict[str, str]]:
 
 
 def _choose_for(query: Tensor, gpu, backend: str | None) -> tuple[str, dict[str, str]]:
-    """Do the same for a GPU that is described only by its properties."""
+    """Return the backend for a query on a GPU that need not be present, and why the cuda backend cannot run it."""
     if backend == reference.NAME:
         return reference.NAME, {}
     if backend not in (None, cuda.NAME):
@@ -306,15 +315,15 @@ class Timer:
     """Takes samples of the time of a call.
 
     Short calls are repeated within a sample until the sample takes 20 ms. On a GPU, a sample is timed by CUDA events
-    around replays of a CUDA graph, so that neither Python nor launches count. Calls that a graph cannot capture are
-    made one by one.
+    around replays of a CUDA graph, so that neither Python nor launches count. Calls that a graph cannot capture run one
+    by one.
 
     Args:
         call: the call to time.
         device: where it runs.
-        others: equal calls with other inputs. All are made in turn, so that inputs do not stay in a GPU's cache.
+        others: the same call with other inputs. All calls run in turn, so that no input stays in a GPU's cache.
         threads: number of PyTorch's CPU threads during the call; None leaves it as it is.
-        context: returns the context manager in which the calls are made, for instance `torch.no_grad`.
+        context: returns the context manager in which the calls run, for instance `torch.no_grad`.
         use_graph: whether to try a CUDA graph.
 
     Attributes:
@@ -419,13 +428,14 @@ class Timer:
 def schedule(timers: Sequence[Timer], rounds: int, patience_s: float | None = None) -> list[Timer]:
     """Warm up timers and return them in the order in which to sample them.
 
-    They take turns, round after round, so that a disturbance meets all of them alike. The order rotates, so that no
-    timer always follows the same one.
+    In each round, every timer takes one sample, so that a disturbance affects all of them alike. The order rotates, so
+    that no timer always follows the same one.
 
     Args:
-        timers: what to compare.
-        rounds: samples of each.
-        patience_s: a call that takes longer, in seconds, takes part in proportionally fewer rounds, at least 3.
+        timers: the timers to compare.
+        rounds: number of samples of each timer.
+        patience_s: a call that takes longer than this many seconds is sampled in proportionally fewer rounds, at least
+            3. None: in all rounds.
     """
     turns = {}
     for timer in timers:
@@ -464,8 +474,8 @@ class Limits:
     ):
         self.side = MATRIX_SIDE.get(device.type, MATRIX_SIDE["cuda"])
         self.bytes = COPY_BYTES.get(device.type, COPY_BYTES["cuda"])
-        kind = self.product_dtype(dtype, device)
-        a, b, out = (torch.randn(self.side, self.side, device=device).to(kind) for _ in range(3))
+        product_dtype = self.product_dtype(dtype, device)
+        a, b, out = (torch.randn(self.side, self.side, device=device).to(product_dtype) for _ in range(3))
         source, target = (torch.ones(self.bytes, dtype=torch.uint8, device=device) for _ in range(2))
         self.timers = (
             Timer(lambda: torch.mm(a, b, out=out), device, threads=threads, context=context),
@@ -571,35 +581,19 @@ def _row(name: str, timer: Timer, work: Work, limits: Limits) -> dict[str, float
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, with status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """Parse one number, or one per axis such as "56x56"."""
-    return tuple(int(word) for word in text.replace("x", ",").split(","))
-
-
-_positive.__name__, _numbers.__name__ = "positive number", "number or numbers such as 12x12"  # argparse prints these
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m natten.profiler",
         description=__doc__.split("\n\n")[0],
         epilog="Sizes, kernel sizes, strides and dilations take one value, or one per axis: 56x56, 56,56 or 56 56.",
     )
-    per_axis_values: dict[str, Any] = {"type": _numbers, "nargs": "+", "metavar": "N"}
+    per_axis_values: dict[str, Any] = {"type": parse_numbers, "nargs": "+", "metavar": "N"}
     add = parser.add_argument
     add("-i", "--size", **per_axis_values, required=True, help="tokens along each axis, for instance 56x56")
     add("-b", "--batch", type=_positive, default=1, metavar="N", help="batch size (default: 1)")
@@ -610,14 +604,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-w", "--kernel-size", **per_axis_values, required=True, help="window size")
     add("-s", "--stride", **per_axis_values, default=[(1,)], help="queries per window (default: 1)")
     add("--dilation", **per_axis_values, default=[(1,)], help="step between tokens of a window (default: 1)")
-    add(
-        "-c",
-        "--causal",
-        type=int,
-        nargs="*",
-        metavar="AXIS",
-        help="causal axes, counted from 0 (default: none; all if no axis follows)",
-    )
+    add("-c", "--causal", type=int, nargs="*", metavar="AXIS", help=CAUSAL_HELP)
     add("--window-padding", choices=WINDOW_PADDINGS, default="shift", help="windows at borders (default: shift)")
     add("--additional", "--add-kv", type=_positive, default=0, metavar="N", help="additional keys and values")
     add("--rpb", action="store_true", help="add a relative position bias, in float32")
@@ -643,12 +630,8 @@ def read_problem(args: argparse.Namespace) -> Problem:
     rank = len(space)
     if rank > 3 or min(space) < 1:
         raise ValueError(f"--size {'x'.join(map(str, space))} must be 1 to 3 positive numbers.")
-    if args.causal and not set(args.causal) <= set(range(rank)):
-        raise ValueError(f"--causal {args.causal} names an axis that --size lacks; use axes 0 to {rank - 1}.")
     arguments: dict[str, Any] = {name: values[0] if len(values) == 1 else values for name, values in window.items()}
-    arguments["is_causal"] = tuple(
-        args.causal is not None and (not args.causal or axis in args.causal) for axis in range(rank)
-    )
+    arguments["is_causal"] = parse_causal(args.causal, rank)
     arguments["window_padding"] = args.window_padding
     return Problem(
         batch=args.batch,

@@ -75,7 +75,7 @@ def kernel_size_of(rank: int, window: tuple) -> tuple[int, ...]:
 
 
 def small_calls(machine: Machine) -> None:
-    """Run every kind of kernel once on a small problem, for compute-sanitizer."""
+    """Run every kernel once on a small problem, for compute-sanitizer."""
     for precision in ("bfloat16", "float32", "tf32"):
         dtype, _, products = PRECISIONS[precision]
         for space, dim, window in (

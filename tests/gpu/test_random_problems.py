@@ -14,7 +14,7 @@ from natten.backends.cuda import driver
 from natten.checks import make_axes
 
 PROBLEMS = 750  # per precision
-PATIENCE_S = 20  # after which only the first problem of each kind still runs
+PATIENCE_S = 20  # after which only the first problem of each case still runs
 
 # By rank: a window (kernel_size, stride, dilation, is_causal), map sizes, and head_dim. Few, to limit compilation.
 WINDOWS = {
@@ -31,7 +31,7 @@ WINDOWS = {
     ),
     3: (((3, 1, 1, False), ((6, 7, 9),), 32), (((2, 4, 3), 1, (1, 2, 1), (True, False, False)), ((5, 11, 10),), 40)),
 }
-KINDS = [
+CASES = [
     (rank, window, space, dim, has_rpb)
     for rank, windows in WINDOWS.items()
     for window, spaces, dim in windows
@@ -42,10 +42,10 @@ BATCHES = ((1, 4), (2, 2), (4, 1))  # batch and heads; equal products need the s
 
 
 def compile_ahead(dtype: torch.dtype) -> None:
-    """Compile the kernels of all kinds of problems on all cores."""
+    """Compile the kernels of all cases on all cores."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else profiler.find_gpu("9.0")
     kernels, (batch, heads) = set(), BATCHES[0]
-    for _, window, space, dim, has_rpb in KINDS:
+    for _, window, space, dim, has_rpb in CASES:
         query = torch.empty(batch, *space, heads, dim, dtype=dtype, device="meta")
         for op in ("attention", "attention_backward"):
             kernels |= {step.kernel for step in cuda.launches(op, query, make_axes(space, *window), has_rpb, gpu)}
@@ -63,11 +63,11 @@ def test_errors_are_those_of_pytorch(machine: Machine, precision: str):
         compile_ahead(dtype)
     wrong, errors = [], []
     started = time.monotonic()
-    for index in range(len(KINDS) if machine.is_rehearsal else PROBLEMS):
-        if index >= len(KINDS) and time.monotonic() - started > PATIENCE_S:
+    for index in range(len(CASES) if machine.is_rehearsal else PROBLEMS):
+        if index >= len(CASES) and time.monotonic() - started > PATIENCE_S:
             break
-        rank, window, space, dim, has_rpb = KINDS[index % len(KINDS)]
-        batch, heads = BATCHES[index // len(KINDS) % len(BATCHES)]
+        rank, window, space, dim, has_rpb = CASES[index % len(CASES)]
+        batch, heads = BATCHES[index // len(CASES) % len(BATCHES)]
         shape = (batch, space, heads, dim, kernel_size_of(rank, window))
         qkv, rpb = make_inputs(machine, *shape, dtype, index, has_rpb)
         exact = run_step(qkv.double(), None if rpb is None else rpb.double(), "reference", *window, seed=index)

@@ -18,10 +18,10 @@ from torch import nn
 MODULES = {"nat": "transformers.models.deprecated.nat", "dinat": "transformers.models.dinat"}
 
 
-def load(kind: str, name: str) -> type:
-    """Return a class of transformers, such as DinatBackbone for kind "dinat" and name "Backbone"."""
+def load(model: str, name: str) -> type:
+    """Return a class of transformers, such as DinatBackbone for the model "dinat" and the name "Backbone"."""
     part = "configuration" if name == "Config" else "modeling"
-    return getattr(importlib.import_module(f"{MODULES[kind]}.{part}_{kind}"), kind.capitalize() + name)
+    return getattr(importlib.import_module(f"{MODULES[model]}.{part}_{model}"), model.capitalize() + name)
 
 
 def shapes(tensors: dict[str, torch.Tensor] | list[torch.Tensor]) -> dict | list:
@@ -40,11 +40,11 @@ def fill(model: nn.Module) -> None:
             x.copy_(torch.from_numpy(numbers))
 
 
-def run(kind: str, config: dict) -> dict:
-    """Compute all golden results of one kind of model."""
-    make_config = load(kind, "Config")
-    model = load(kind, "ForImageClassification")(make_config(**config)).eval()
-    backbone = load(kind, "Backbone")(make_config(**config, out_features=["stage1", "stage2", "stage3", "stage4"]))
+def run(name: str, config: dict) -> dict:
+    """Compute all golden results of "nat" or "dinat"."""
+    make_config = load(name, "Config")
+    model = load(name, "ForImageClassification")(make_config(**config)).eval()
+    backbone = load(name, "Backbone")(make_config(**config, out_features=["stage1", "stage2", "stage3", "stage4"]))
     fill(model)
     with torch.no_grad():
         out = model(image((128, 128), batch=2), output_hidden_states=True, output_attentions=True)
@@ -62,5 +62,5 @@ def run(kind: str, config: dict) -> dict:
 
 if __name__ == "__main__":
     goldens = json.loads(Path(sys.argv[1]).read_text())
-    found = {kind: run(kind, goldens[f"{kind}-128x128"]["config"]) for kind in MODULES}
+    found = {name: run(name, goldens[f"{name}-128x128"]["config"]) for name in MODULES}
     print(json.dumps({"release": version("transformers"), **found}))

@@ -146,7 +146,7 @@ class ProcessTest(BuildTestCase):
         self.assertRegex(self.run_code(CPU_LIBRARY, CXX=mine), "^1 1 <CDLL '.*libnatten_cpu-")
         self.assertEqual(len(calls.read_text().splitlines()), 3)
 
-    def test_a_failure_is_remembered(self):
+    def test_a_failure_is_cached(self):
         calls = self.folder / "calls"
         broken = self.command("broken", f"echo >> {calls}; exit 1")
         output = self.run_code(CPU_LIBRARY, CXX=broken, PATH="")

@@ -20,15 +20,15 @@ from test_natten.problems import RANKS, function, runs_fused_operator
 from test_natten.test_errors import ErrorTestCase
 from test_natten.test_goldens import CASES, TOLERANCE, load, make_inputs
 
-FUNCTIONS = [f"natten{rank}d{kind}" for rank in RANKS for kind in ("qk", "qkrpb", "av")]
+FUNCTIONS = [f"natten{rank}d{suffix}" for rank in RANKS for suffix in ("qk", "qkrpb", "av")]
 LEGACY = {1: natten.LegacyNeighborhoodAttention1D, 2: natten.LegacyNeighborhoodAttention2D}
 LAYERS = {1: natten.NeighborhoodAttention1D, 2: natten.NeighborhoodAttention2D}
 MAPS = {1: (11,), 2: (7, 9), 3: (7, 8, 9)}
 
 
-def old(rank: int, kind: str) -> Callable:
-    """Return the older function natten{rank}d{kind}."""
-    return getattr(functional, f"natten{rank}d{kind}")
+def old(rank: int, suffix: str) -> Callable:
+    """Return the older function natten{rank}d{suffix}."""
+    return getattr(functional, f"natten{rank}d{suffix}")
 
 
 def inputs(rank: int, kernel_size: int | tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -239,8 +239,8 @@ class ResultsTest(unittest.TestCase):
         rank, (q, k, v) = len(case["shape"]), qkv
         window = case["kernel"][0], case["dilation"][0]
         scaled = q * case["d"] ** -0.5
-        kind, tensors = ("qk", (scaled, k)) if rpb is None else ("qkrpb", (scaled, k, rpb))
-        logits = old(rank, kind)(*tensors, *window)
+        suffix, tensors = ("qk", (scaled, k)) if rpb is None else ("qkrpb", (scaled, k, rpb))
+        logits = old(rank, suffix)(*tensors, *window)
         return old(rank, "av")(logits.softmax(-1), v, *window)
 
     def test_output_and_gradients(self):

@@ -30,7 +30,7 @@ _NAMES = """
     is_flex_compile_allowed is_flex_compile_backprop_allowed
 """
 NAMES = _NAMES.split()
-QUESTIONS = [name for name in NAMES if name.startswith(("is_", "should_", "get_"))]
+GETTERS = [name for name in NAMES if name.startswith(("is_", "should_", "get_"))]
 SWITCHES = [name for name in NAMES if name.startswith(("use_", "set_", "allow_", "force_", "enable_", "disable_"))]
 
 
@@ -74,17 +74,17 @@ class ImportTest(unittest.TestCase):
             natten.use_tiled_na(wrong=True)
 
 
-class AnswersTest(SwitchTestCase):
-    """Answers of questions after switches."""
+class GettersTest(SwitchTestCase):
+    """Values of getters after switches."""
 
-    def check(self, questions: str, *steps: tuple[Callable, str]) -> None:
-        """Assert that after each step exactly the questions given with it return True."""
+    def check(self, getters: str, *steps: tuple[Callable, str]) -> None:
+        """Assert that after each step exactly the getters named with it return True."""
         for number, (step, expected) in enumerate(steps):
             step()
             with self.subTest(step=number):
-                answers = {name: getattr(natten, name)() for name in questions.split()}
-                self.assertEqual({name for name, answer in answers.items() if answer is True}, set(expected.split()))
-                self.assertEqual({type(answer) for answer in answers.values()}, {bool})
+                values = {name: getattr(natten, name)() for name in getters.split()}
+                self.assertEqual({name for name, value in values.items() if value is True}, set(expected.split()))
+                self.assertEqual({type(value) for value in values.values()}, {bool})
 
     def test_fused_na(self):
         fused, kv = "is_fused_na_enabled is_fna_enabled", "is_kv_parallelism_in_fused_na_enabled"
@@ -121,7 +121,7 @@ class AnswersTest(SwitchTestCase):
         )
 
     def test_memory_usage(self):
-        default, strict, unrestricted = (f"is_memory_usage_{kind}" for kind in ("default", "strict", "unrestricted"))
+        default, strict, unrestricted = (f"is_memory_usage_{pref}" for pref in ("default", "strict", "unrestricted"))
         self.check(
             f"{default} {strict} {unrestricted}",
             (lambda: None, default),
@@ -149,29 +149,29 @@ class AnswersTest(SwitchTestCase):
 
     def test_kernels(self):
         for feature, short in (("tiled_na", "tiled_na"), ("gemm_na", "gemm_na"), ("tf32_in_gemm_na", "tf32")):
-            question, use = f"is_{feature}_enabled", getattr(natten, f"use_{feature}")
+            getter, use = f"is_{feature}_enabled", getattr(natten, f"use_{feature}")
             self.check(
-                question,
-                (lambda: None, question),
+                getter,
+                (lambda: None, getter),
                 (getattr(natten, f"disable_{short}"), ""),
-                (getattr(natten, f"enable_{short}"), question),
+                (getattr(natten, f"enable_{short}"), getter),
                 (partial(use, False), ""),
-                (use, question),
+                (use, getter),
                 (partial(use, mode=False), ""),
             )
 
     def test_reset(self):
-        start = {name: getattr(natten, name)() for name in QUESTIONS}
+        start = {name: getattr(natten, name)() for name in GETTERS}
         for name in SWITCHES:
             getattr(natten, name)()
-        self.assertNotEqual({name: getattr(natten, name)() for name in QUESTIONS}, start)
+        self.assertNotEqual({name: getattr(natten, name)() for name in GETTERS}, start)
         context.NattenContext.reset()
-        self.assertEqual({name: getattr(natten, name)() for name in QUESTIONS}, start)
+        self.assertEqual({name: getattr(natten, name)() for name in GETTERS}, start)
         self.assertIs(context.AutotunerContext, context.NattenContext)
 
 
 class EffectiveTest(SwitchTestCase):
-    """Switches with an effect and questions with a real answer."""
+    """Switches that have an effect, and getters that report real facts."""
 
     def test_cuda(self):
         for is_available in (False, True):
@@ -214,7 +214,7 @@ class NoEffectTest(SwitchTestCase):
                 self.assertEqual(len(logged.output), 1)
                 self.assertIn(name, logged.output[0])
 
-    def test_questions_log_nothing(self):
+    def test_getters_log_nothing(self):
         with self.assertNoLogs("natten", "DEBUG"):
             for name in NAMES:
                 if name not in SWITCHES:

@@ -150,7 +150,7 @@ class EmulatedKernelsTest(EmulatedTestCase):
 
     def test_matrix_kernels_in_tf32(self):
         given = problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True), dim=24)
-        with mock.patch.object(cuda, "may_round_float32", lambda: True):
+        with mock.patch.object(cuda, "allows_tf32", lambda: True):
             ran = self.check(given, torch.float32, eps=TF32_EPS)
             self.assertIn("natten_attention_tiles", ran)
             ran = self.check(given, torch.float32, capability=TURING)
@@ -201,7 +201,7 @@ class EmulatedSweepTest(EmulatedTestCase):
         self.check_problems(8, torch.float32)
 
     def test_tf32(self):
-        with mock.patch.object(cuda, "may_round_float32", lambda: True):
+        with mock.patch.object(cuda, "allows_tf32", lambda: True):
             for rank in RANKS:
                 for seed in range(8):
                     given = problem_of(rank, seed)
@@ -296,7 +296,7 @@ class EmulatedSweepTest(EmulatedTestCase):
         for dim in (72, 96, 128, 136, 256):
             with self.subTest(dim=dim):
                 self.check(problem((9, 10), 4, dim=dim, heads=1), torch.bfloat16)
-            with self.subTest(dim=dim, dtype="tf32"), mock.patch.object(cuda, "may_round_float32", lambda: True):
+            with self.subTest(dim=dim, dtype="tf32"), mock.patch.object(cuda, "allows_tf32", lambda: True):
                 self.check(problem((9, 10), 4, dim=dim, heads=1), torch.float32, eps=TF32_EPS)
 
     def test_goldens(self):
@@ -315,12 +315,12 @@ class EmulatedSweepTest(EmulatedTestCase):
 
     def test_results_do_not_depend_on_the_order_of_threads(self):
         given = problem((12, 17), 5, dim=16)
-        for has_fragments, gradient_bytes, is_ordered in (
+        for has_fragments, gradient_bytes, is_deterministic in (
             (True, 0, False),
             (False, 1 << 15, False),
             (False, 1400, True),
         ):
-            torch.use_deterministic_algorithms(is_ordered)
+            torch.use_deterministic_algorithms(is_deterministic)
             self.addCleanup(torch.use_deterministic_algorithms, False)
             with tile_limits(True, 0, has_fragments, gradient_bytes):
                 runs = []
@@ -428,8 +428,8 @@ class PlanTest(unittest.TestCase):
             axes = make_axes(space, kernel_size)
             axes = (*(cuda._NO_AXIS,) * (3 - len(axes)), *axes)
             limits = (99 << 10, 163 << 10, 227 << 10)
-            for kind, shared_bytes, item_bytes in itertools.product(tiles.KINDS, limits, (2, 4)):
-                tile = tiles.choose_tile(kind, axes, dim, 64, True, 108, shared_bytes, True, item_bytes)
+            for kernel, shared_bytes, item_bytes in itertools.product(tiles.KERNELS, limits, (2, 4)):
+                tile = tiles.choose_tile(kernel, axes, dim, 64, True, 108, shared_bytes, True, item_bytes)
                 self.assertLessEqual(tile.shared_bytes, shared_bytes)
                 self.assertLessEqual(tile.threads, 1024)
 
@@ -455,8 +455,8 @@ class ReachTest(unittest.TestCase):
                     sees = (first[:, None] <= torch.arange(n)) & (torch.arange(n) < end[:, None])
                     sees = sees.T if is_inverse else sees
                     for s in range(0, n, size):
-                        met = sees[s : s + size].any(0).nonzero()
-                        low, high = met.min().item(), met.max().item() + 1
+                        columns = sees[s : s + size].any(0).nonzero()
+                        low, high = columns.min().item(), columns.max().item() + 1
                         before, after, most = max(before, s - low), max(after, high - s), max(most, high - low)
                 self.assertEqual(tiles.farthest(axis, is_inverse, size), (before, after))
                 self.assertEqual(tiles.widest(axis, is_inverse, size), most)

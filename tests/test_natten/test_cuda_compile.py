@@ -65,14 +65,14 @@ class Report(NamedTuple):
 
 
 def kernels(
-    space, heads, dim, kernel_size, dilation, capability, dtype=torch.bfloat16, has_rpb=True, is_rounded=False
+    space, heads, dim, kernel_size, dilation, capability, dtype=torch.bfloat16, has_rpb=True, uses_tf32=False
 ) -> list[Kernel]:
     """Return the kernels of a forward and a backward pass."""
     query = torch.empty(128 if len(space) == 2 else 1, *space, heads, dim, dtype=dtype, device="meta")
     axes = make_axes(space, kernel_size, 1, dilation)
     found = []
     for op in ("attention", "attention_backward"):
-        with mock.patch.object(cuda, "may_round_float32", lambda: is_rounded):
+        with mock.patch.object(cuda, "allows_tf32", lambda: uses_tf32):
             found += [step.kernel for step in cuda.launches(op, query, axes, has_rpb, gpu_properties(capability))]
     return found
 
@@ -183,7 +183,7 @@ class NvccTest(unittest.TestCase):
     def test_tf32_kernels_do_not_spill(self):
         for name in ("stage 1", "stage 3", "stage 4", "k 13"):  # head_dim 32, like all published models
             for capability in CAPABILITIES:
-                for kernel in kernels(*TUNED[name], capability, torch.float32, is_rounded=True):
+                for kernel in kernels(*TUNED[name], capability, torch.float32, uses_tf32=True):
                     with self.subTest(name, capability=capability, kernel=kernel.name):
                         self.assertEqual(compile_with_nvcc(kernel, capability).spilled_bytes, 0)
 

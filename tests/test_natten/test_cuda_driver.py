@@ -32,14 +32,14 @@ class LaunchTest(unittest.TestCase):
             getattr(self.driver, name).return_value = (0,)
         self.driver.cuModuleGetFunction.return_value = (0, "function")
         self.code = mock.Mock(return_value=b"code")
-        for target, name, stand_in in (
+        for target, name, replacement in (
             (driver, "bindings", lambda: self.driver),
             (nvrtc, "machine_code", self.code),
             (torch._C, "_cuda_getCurrentRawStream", lambda device: 40 + device),
             (torch.cuda, "is_current_stream_capturing", mock.Mock(return_value=False)),
             (torch.cuda, "get_device_capability", lambda device: (9, 0)),
         ):
-            patcher = mock.patch.object(target, name, stand_in, create=True)
+            patcher = mock.patch.object(target, name, replacement, create=True)
             patcher.start()
             self.addCleanup(patcher.stop)
         driver._reset()

@@ -100,7 +100,7 @@ class WindowTest(ErrorTestCase):
             self.assert_error_everywhere((name,), **{"kernel_size": 3, name: value})
         self.assert_error_everywhere(("kernel_size",), kernel_size=())
 
-    def test_wrong_kind_of_values(self):
+    def test_wrong_type_of_values(self):
         for value in (3.0, "3", None, True, (3, 3.0)):
             with self.subTest(kernel_size=value):
                 self.assert_error(("kernel_size", "int", repr(value)), natten.na2d, *qkv_of(), value)

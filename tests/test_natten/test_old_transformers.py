@@ -62,19 +62,19 @@ class OldTransformersTest(unittest.TestCase):
         self.assertEqual(set(self.found), {"release", "nat", "dinat"})
 
     def test_values(self):
-        for kind in ("nat", "dinat"):
-            golden, found = self.goldens[f"{kind}-128x128"], self.found[kind]
+        for model in ("nat", "dinat"):
+            golden, found = self.goldens[f"{model}-128x128"], self.found[model]
             for name in ("logits", "hidden_norms", "attention_norms"):
-                with self.subTest(kind, name=name):
+                with self.subTest(model, name=name):
                     expected = torch.tensor(golden[name])
                     torch.testing.assert_close(torch.tensor(found[name]), expected, atol=1e-5, rtol=1e-5)
 
     def test_shapes(self):
-        for kind in ("nat", "dinat"):
-            golden, found = self.goldens[f"{kind}-128x128"], self.found[kind]
+        for model in ("nat", "dinat"):
+            golden, found = self.goldens[f"{model}-128x128"], self.found[model]
             for name in ("hidden_states", "reshaped_hidden_states", "attentions"):
-                with self.subTest(kind, name=name):
+                with self.subTest(model, name=name):
                     self.assertEqual(found[name], golden[name])
             for name in ("state_dict", "backbone-state_dict"):
-                with self.subTest(kind, name=name):
-                    self.assertEqual(found[name], self.goldens[f"{kind}-{name}"])
+                with self.subTest(model, name=name):
+                    self.assertEqual(found[name], self.goldens[f"{model}-{name}"])

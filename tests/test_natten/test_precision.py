@@ -6,11 +6,11 @@ import subprocess
 import sys
 import unittest
 
-_CODE = "import torch; {}; from natten.backends.cuda import may_round_float32; print(may_round_float32())"
+_CODE = "import torch; {}; from natten.backends.cuda import allows_tf32; print(allows_tf32())"
 
 
 class Float32Test(unittest.TestCase):
-    def may_round(self, setting: str) -> str:
+    def allows_tf32(self, setting: str) -> str:
         done = subprocess.run([sys.executable, "-c", _CODE.format(setting)], capture_output=True, text=True)
         self.assertEqual(done.returncode, 0, done.stderr)
         return done.stdout.strip()
@@ -27,7 +27,7 @@ class Float32Test(unittest.TestCase):
             ("torch.backends.fp32_precision = 'tf32'", "True"),
         ):
             with self.subTest(setting):
-                self.assertEqual(self.may_round(setting), answer)
+                self.assertEqual(self.allows_tf32(setting), answer)
 
 
 if __name__ == "__main__":

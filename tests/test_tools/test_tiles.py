@@ -9,7 +9,7 @@ from benchmarks import ops, tiles
 from emulation.launcher import emulated_gpu
 
 from natten.backends import cuda
-from natten.backends.cuda.tiles import KINDS
+from natten.backends.cuda.tiles import KERNELS
 from natten.profiler import find_gpu
 
 
@@ -17,8 +17,8 @@ def test_the_chosen_tile_comes_first(capsys):
     name = "b128_56x56_h2_d32_k7"
     benchmark.main(["tiles", name, "--dry-run", "--most", "3"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.startswith(name)] == [f"{name} {kind}" for kind in KINDS]
-    assert len(lines) == len(KINDS) * (1 + 3)
+    assert [line for line in lines if line.startswith(name)] == [f"{name} {kernel}" for kernel in KERNELS]
+    assert len(lines) == len(KERNELS) * (1 + 3)
     query = torch.empty(128, 56, 56, 2, 32, dtype=torch.bfloat16, device="meta")
     (step,) = cuda.launches("attention", query, ops.parse(name).axes, True, find_gpu("9.0"))
     words = dict(text.split("=") for text in step.kernel.definitions)
@@ -50,8 +50,8 @@ def test_all_tiles_compute_the_same(name):
 
     with emulated_gpu():
         expected = run()
-    for kind in KINDS:
-        for tile, _ in tiles.likely_tiles(case, kind, find_gpu("9.0"), 6):
-            with emulated_gpu(), tiles.using(kind, tile):
+    for kernel in KERNELS:
+        for tile, _ in tiles.likely_tiles(case, kernel, find_gpu("9.0"), 6):
+            with emulated_gpu(), tiles.using(kernel, tile):
                 for x, y in zip(run(), expected, strict=True):
-                    torch.testing.assert_close(x, y, atol=0.05, rtol=0.05, msg=lambda text: f"{kind} {tile}: {text}")  # noqa: B023
+                    torch.testing.assert_close(x, y, atol=0.05, rtol=0.05, msg=lambda text: f"{kernel} {tile}: {text}")  # noqa: B023

@@ -13,7 +13,7 @@ import torch
 from benchmarks import ops
 from natten.backends import cuda
 from natten.backends.cuda import driver
-from natten.backends.cuda.tiles import KINDS, Tile, tiles_and_costs
+from natten.backends.cuda.tiles import KERNELS, Tile, tiles_and_costs
 from natten.geometry import Axis
 from natten.profiler import Timer, find_gpu, input_sets
 
@@ -33,32 +33,32 @@ def run(shapes: Sequence[str], most: int, is_dry_run: bool, capability: str) -> 
         raise ValueError("tiles needs a CUDA device; use --dry-run to list the tiles without one.")
     for name, case in cases.items():
         forward, backward = ([], []) if is_dry_run else _operator_calls(case)
-        for kind in KINDS:
-            print(f"{name} {kind}")
-            found = likely_tiles(case, kind, gpu, most)
+        for kernel in KERNELS:
+            print(f"{name} {kernel}")
+            found = likely_tiles(case, kernel, gpu, most)
             if not is_dry_run:
-                _compile_all(case, kind, [tile for tile, _ in found], gpu)
+                _compile_all(case, kernel, [tile for tile, _ in found], gpu)
             for tile, cost in found:
                 time = ""
                 if not is_dry_run:
-                    call, *others = forward if kind == "forward" else backward
-                    with using(kind, tile):
+                    call, *others = forward if kernel == "forward" else backward
+                    with using(kernel, tile):
                         time = f"{Timer(call, torch.device('cuda:0'), others).median_ms() * 1e3:8.1f} us, "
                 print(f"  {time}cost {cost / found[0][1]:.2f}: {describe(tile)}", flush=True)
 
 
-def likely_tiles(case: ops.Case, kind: str, gpu, most: int) -> list[tuple[Tile, float]]:
+def likely_tiles(case: ops.Case, kernel: str, gpu, most: int) -> list[tuple[Tile, float]]:
     """Return the tiles to time with their costs, the chosen tile first.
 
     Args:
         case: the problem.
-        kind: one of KINDS.
+        kernel: one of KERNELS.
         gpu: properties of the GPU.
         most: number of tiles.
     """
     axes = (*(Axis(1, 1, 1, 1, False),) * (3 - len(case.axes)), *case.axes)
     limits = (gpu.multi_processor_count, gpu.shared_memory_per_block_optin, False)
-    found = tiles_and_costs(kind, axes, case.head_dim, case.batch * case.heads, case.has_rpb, *limits)
+    found = tiles_and_costs(kernel, axes, case.head_dim, case.batch * case.heads, case.has_rpb, *limits)
     ranked = sorted(found, key=lambda tile_and_cost: tile_and_cost[1])
     by_warps: dict[int, tuple[Tile, float]] = {}
     for tile, cost in ranked:
@@ -68,12 +68,12 @@ def likely_tiles(case: ops.Case, kind: str, gpu, most: int) -> list[tuple[Tile, 
 
 
 @contextmanager
-def using(kind: str, tile: Tile) -> Iterator[None]:
-    """Make the kernels of a kind use a tile."""
+def using(kernel: str, tile: Tile) -> Iterator[None]:
+    """Make a kernel use a tile."""
     choose = cuda.choose_tile
 
-    def choose_or_use(asked: str, *arguments, **named):
-        return tile if asked == kind else choose(asked, *arguments, **named)
+    def choose_or_use(requested: str, *arguments, **named):
+        return tile if requested == kernel else choose(requested, *arguments, **named)
 
     with (
         mock.patch.object(cuda, "choose_tile", choose_or_use),
@@ -90,12 +90,12 @@ def describe(tile: Tile) -> str:
     return ", ".join(words) + f", {tile.shared_bytes >> 10} KiB"
 
 
-def _compile_all(case: ops.Case, kind: str, tiles: list[Tile], gpu) -> None:
+def _compile_all(case: ops.Case, kernel: str, tiles: list[Tile], gpu) -> None:
     """Compile the kernels of all tiles on all cores."""
     query = torch.empty(case.batch, *case.space, case.heads, case.head_dim, dtype=torch.bfloat16, device="meta")
     kernels = set()
     for tile in tiles:
-        with using(kind, tile):
+        with using(kernel, tile):
             for op in ("attention", "attention_backward"):
                 kernels |= {step.kernel for step in cuda.launches(op, query, case.axes, case.has_rpb, gpu)}
     driver.machine_codes(kernels, (gpu.major, gpu.minor))

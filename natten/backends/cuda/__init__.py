@@ -24,14 +24,14 @@ from natten.checks import cached, check_rpb
 from natten.geometry import Axis
 
 NAME = "cuda"
-# The compute capability that the kernels need, and that the kernels with matrix instructions need.
+# The lowest compute capabilities: of all kernels, and of the kernels with matrix instructions.
 MIN_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
 _TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out * grad_out per query, an intermediate result of backward
 _VIEW_WORDS = 6
 _PARAMS = Struct(f"={len(_TENSORS) * _VIEW_WORDS}q 3q 3i 3i 3i 3i 3i f")  # `Params` in problem.h
 _TABLES = _VIEW_WORDS * len(_TENSORS)  # index of rpb; partial_rpb and grad_rpb follow
-_TFLOAT = 3  # ELEMENT of Tfloat in instructions.h: float32 that matrix instructions round to TF32
+_TF32 = 3  # ELEMENT of Tfloat in instructions.h: float32 that matrix instructions round to TF32
 _NO_AXIS = Axis(1, 1, 1, 1, False)
 
 _GROUP_THREADS = 128  # THREADS in groups.h
@@ -77,17 +77,17 @@ def _unsupported_device(device: int) -> str | None:
 
 
 def unsupported_capability(capability: tuple[int, int]) -> str | None:
-    """Return why there are no kernels for GPUs of a compute capability, or None if there are."""
+    """Return why no kernel runs on GPUs of a compute capability, or None if kernels do."""
     if capability >= MIN_CAPABILITY:
         return None
-    return f"the GPU has compute capability {capability[0]}.{capability[1]}; the kernels need 7.5 or higher"
+    return f"the GPU has compute capability {capability[0]}.{capability[1]}; the kernels require 7.5 or higher"
 
 
 _properties = cache(torch.cuda.get_device_properties)
 
 
-def may_round_float32() -> bool:
-    """Return whether PyTorch may compute products of float32 matrices on GPUs in TF32, with 10 bits of fraction."""
+def allows_tf32() -> bool:
+    """Return whether PyTorch's settings allow TF32 (10 bits of fraction) in float32 matrix products on GPUs."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -134,9 +134,9 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     shaped = tensors["QUERY"] if "QUERY" in tensors else tensors["VALUE"]
     if op == "attention_backward":
         tensors["DELTA"] = torch.empty_like(tensors["LSE"], memory_format=torch.contiguous_format)
-    is_ordered = torch.are_deterministic_algorithms_enabled()
-    is_rounded = shaped.dtype == torch.float32 and may_round_float32()
-    plan = _plan(op, shaped, axes, scale, rpb, is_ordered, is_rounded, tuple(tensors), *tensors.values())
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    uses_tf32 = shaped.dtype == torch.float32 and allows_tf32()
+    plan = _plan(op, shaped, axes, scale, rpb, is_deterministic, uses_tf32, tuple(tensors), *tensors.values())
     table = None if rpb is None else rpb.detach().float().contiguous()
     partial = grad_rpb = None
     if op.endswith("_backward") and rpb is not None:
@@ -164,8 +164,8 @@ def _plan(
     axes: Sequence[Axis],
     scale: float,
     rpb: Tensor | None,
-    is_ordered: bool,
-    is_rounded: bool,
+    is_deterministic: bool,
+    uses_tf32: bool,
     names: tuple[str, ...],
     *tensors: Tensor,
 ) -> Plan:
@@ -179,7 +179,7 @@ def _plan(
     for name, x in given.items():
         check_layout(name, x, shaped, axes)
     gpu = _properties(shaped.device)
-    planner = _Planner(shaped, axes, scale, rpb is not None, is_ordered, is_rounded, given, gpu)
+    planner = _Planner(shaped, axes, scale, rpb is not None, is_deterministic, uses_tf32, given, gpu)
     if shaped.numel():
         getattr(planner, op)()
     return Plan(tuple(planner.steps), planner.partial)
@@ -196,22 +196,24 @@ def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) 
         gpu: an object with the attributes `major`, `minor`, `multi_processor_count` and
             `shared_memory_per_block_optin` of `torch.cuda.get_device_properties`.
     """
-    is_ordered = torch.are_deterministic_algorithms_enabled()
-    planner = _Planner(shaped, axes, 1.0, has_rpb, is_ordered, may_round_float32(), {}, gpu)
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    planner = _Planner(shaped, axes, 1.0, has_rpb, is_deterministic, allows_tf32(), {}, gpu)
     if shaped.numel():
         getattr(planner, op)()
     return tuple(planner.steps)
 
 
 class _Planner:
-    """Collects the launches of a problem. It has one method per op."""
+    """Collect the launches of a problem. There is one method per op."""
 
-    def __init__(self, shaped: Tensor, axes, scale, has_rpb: bool, is_ordered: bool, is_rounded: bool, tensors, gpu):
+    def __init__(
+        self, shaped: Tensor, axes, scale, has_rpb: bool, is_deterministic: bool, uses_tf32: bool, tensors, gpu
+    ):
         self.axes = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
         self.batch, self.heads, self.dim = shaped.shape[0], shaped.shape[-2], shaped.shape[-1]
         self.element, self.gpu = DTYPES[shaped.dtype], gpu
-        self.tiled_element = _TFLOAT if self.element == 0 and is_rounded else self.element
-        self.scale, self.has_rpb, self.is_ordered = scale, has_rpb, is_ordered
+        self.tiled_element = _TF32 if self.element == 0 and uses_tf32 else self.element
+        self.scale, self.has_rpb, self.is_deterministic = scale, has_rpb, is_deterministic
         self.views = self._views(tensors, 3 - len(axes))
         self.has_long_steps = any(
             abs(stride) * axis.dilation * x.element_size() > _MAX_SHORT_STEP
@@ -222,11 +224,11 @@ class _Planner:
         self.steps: list[Step] = []
         self.partial = 0
 
-    def _views(self, tensors: dict, no_axes: int) -> tuple[int, ...]:
+    def _views(self, tensors: dict[str, Tensor], missing_axes: int) -> tuple[int, ...]:
         words: list[int] = []
         for name in _TENSORS:
             x = tensors.get(name)
-            strides = (0,) * 5 if x is None else (x.stride(0), *(0,) * no_axes, *x.stride()[1 : 5 - no_axes])
+            strides = (0,) * 5 if x is None else (x.stride(0), *(0,) * missing_axes, *x.stride()[1 : 5 - missing_axes])
             words += (0, *strides)
         return tuple(words)
 
@@ -272,25 +274,26 @@ class _Planner:
 
     # Launches
 
-    def _tile(self, kind: str) -> Tile | None:
-        """Return the tile of a kernel with matrix instructions.
+    def _tile(self, kernel: str) -> Tile | None:
+        """Return the tile of a kernel with matrix instructions, or None if it does not support this problem or GPU.
 
-        Returns None if there is no such kernel for the dtype, scale, GPU and window.
+        Args:
+            kernel: one of `tiles.KERNELS`.
         """
         gpu = self.gpu
         is_divisor = _MIN_SCALE < self.scale < 1 / _MIN_SCALE  # kernels divide the bias by the scale
         if self.tiled_element == 0 or not is_divisor or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
             return None
         return choose_tile(
-            kind,
+            kernel,
             self.axes,
             self.dim,
             maps=self.batch * self.heads,
             has_rpb=self.has_rpb,
             processors=gpu.multi_processor_count,
             max_shared_bytes=gpu.shared_memory_per_block_optin,
-            is_ordered=self.is_ordered,
-            item_bytes=4 if self.tiled_element == _TFLOAT else 2,
+            is_deterministic=self.is_deterministic,
+            item_bytes=4 if self.tiled_element == _TF32 else 2,
         )
 
     def _group_size(self) -> tuple[int, int, int]:
@@ -341,7 +344,7 @@ class _Planner:
         blocks = parts * slices * self.heads if blocks is None else blocks
         if max(blocks, pieces) >= 2**31:
             raise ValueError(
-                f"query needs {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31; split the batch."
+                f"query requires {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31; split the batch."
             )
         classes = [divmod(axis.length, axis.dilation) for axis in self.axes]
         parameters = _PARAMS.pack(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from natten.geometry import Axis
 
-KINDS = ("forward", "grad_query", "grad_key_value")
+KERNELS = ("forward", "grad_query", "grad_key_value")
 
 _LONG_AXIS = 1 << 12  # on longer axes, only some tiles are examined
 _MAX_WARPS = 8  # per block
@@ -121,7 +121,13 @@ class _Layout(NamedTuple):
 
 
 class _Stage(NamedTuple):
-    """The rows of columns in shared memory at a time, whether there may be more of them, and the number of warps."""
+    """How a tile is processed.
+
+    Attributes:
+        rows: rows of columns in shared memory at a time.
+        is_staged: whether there may be more rows than these.
+        warps: number of warps.
+    """
 
     rows: int
     is_staged: bool
@@ -196,13 +202,14 @@ def average(axis: Axis, is_inverse: bool, size: int) -> float:
 
 @cache
 def farthest(axis: Axis, is_inverse: bool, size: int) -> tuple[int, int]:
-    """Return how far the columns of a tile reach at most: before its first token, and after it (to the end)."""
+    """Return the largest distance of a tile's columns from its first token: of the first column, and of their end."""
     reaches = _reaches(axis, is_inverse, size)
     return max(before for before, _ in reaches), max(after for _, after in reaches)
 
 
 @cache
 def _reaches(axis: Axis, is_inverse: bool, size: int) -> list[tuple[int, int]]:
+    """Return for each tile how far its columns begin before its first token, and end after it."""
     found = []
     for n in _classes(axis):
         for s in _starts(axis, n, size):
@@ -218,49 +225,51 @@ def _reaches(axis: Axis, is_inverse: bool, size: int) -> list[tuple[int, int]]:
 
 @cache
 def choose_tile(
-    kind: str,
+    kernel: str,
     axes: tuple[Axis, Axis, Axis],
     dim: int,
     maps: int,
     has_rpb: bool,
     processors: int,
     max_shared_bytes: int,
-    is_ordered: bool,
+    is_deterministic: bool,
     item_bytes: int = 2,
 ) -> Tile | None:
     """Return the tile for a kernel, or None if no tile fits.
 
     Args:
-        kind: the kernel, one of KINDS.
+        kernel: one of KERNELS.
         axes: three axes; the leading ones have one token if the problem has fewer axes.
         dim: head_dim.
         maps: number of images times number of heads.
         has_rpb: whether the problem has a bias.
         processors: number of multiprocessors of the GPU.
         max_shared_bytes: limit of shared memory per block.
-        is_ordered: whether the gradient of rpb must be deterministic.
+        is_deterministic: whether the gradient of rpb must be deterministic.
         item_bytes: bytes per element: 2, or 4 for float32 in TF32.
     """
-    arguments = (kind, axes, dim, maps, has_rpb, processors, max_shared_bytes, is_ordered, item_bytes)
+    arguments = (kernel, axes, dim, maps, has_rpb, processors, max_shared_bytes, is_deterministic, item_bytes)
     return min(tiles_and_costs(*arguments), key=lambda found: found[1], default=(None, 0.0))[0]
 
 
 def tiles_and_costs(
-    kind: str, axes, dim, maps, has_rpb, processors, max_shared_bytes, is_ordered, item_bytes=2
+    kernel: str, axes, dim, maps, has_rpb, processors, max_shared_bytes, is_deterministic, item_bytes=2
 ) -> Iterator[tuple[Tile, float]]:
     """Yield all tiles that `choose_tile` compares, each with its estimated cost."""
-    chooser = _Chooser(kind, axes, dim, has_rpb, max_shared_bytes, is_ordered, item_bytes)
+    chooser = _Chooser(kernel, axes, dim, has_rpb, max_shared_bytes, is_deterministic, item_bytes)
     return ((tile, chooser.cost(tile, maps, processors)) for tile in chooser.tiles())
 
 
 class _Chooser:
     """Enumerates the tiles of a kernel for a problem, and estimates their costs."""
 
-    def __init__(self, kind, axes, dim: int, has_rpb: bool, max_shared_bytes: int, is_ordered: bool, item_bytes: int):
-        self.kind, self.axes, self.item_bytes = kind, axes, item_bytes
+    def __init__(
+        self, kernel: str, axes, dim: int, has_rpb: bool, max_shared_bytes: int, is_deterministic: bool, item_bytes: int
+    ):
+        self.kernel, self.axes, self.item_bytes = kernel, axes, item_bytes
         self.wide = dim * item_bytes // 2  # head_dim in units of 2 bytes
-        self.has_rpb, self.max_shared_bytes, self.is_ordered = has_rpb, max_shared_bytes, is_ordered
-        self.is_inverse = kind == "grad_key_value"
+        self.has_rpb, self.max_shared_bytes, self.is_deterministic = has_rpb, max_shared_bytes, is_deterministic
+        self.is_inverse = kernel == "grad_key_value"
         self.rank = 3 if axes[0].kernel_size > 1 else 2 if axes[1].kernel_size > 1 else 1
         self.unit = (1, 2, 8) if self.rank > 1 else (1, 1, 16)
         self.longest = [-(-axis.length // axis.dilation) for axis in axes]
@@ -269,13 +278,13 @@ class _Chooser:
         self.fragments_per_row = 1 if self.rank > 1 else 2
         self.pieces = self.wide // 8  # 16-byte pieces per row
         is_large = item_bytes == 4 and dim > 64  # results and operands together would spill registers
-        max_slice_dim = _MAX_SLICE_DIM[kind] // (2 if is_large else 1)
+        max_slice_dim = _MAX_SLICE_DIM[kernel] // (2 if is_large else 1)
         self.slices = -(-dim // max_slice_dim)
         self.slice_results = -(-(dim // 8) // self.slices)
-        self.chunk_blocks = _CHUNK_BLOCKS[kind] if self.wide <= 32 else max(_CHUNK_BLOCKS[kind] // 2, 2)
-        resident = (warps for max_dim, warps in _RESIDENT_WARPS[kind] if self.wide <= max_dim)
+        self.chunk_blocks = _CHUNK_BLOCKS[kernel] if self.wide <= 32 else max(_CHUNK_BLOCKS[kernel] // 2, 2)
+        resident = (warps for max_dim, warps in _RESIDENT_WARPS[kernel] if self.wide <= max_dim)
         self.max_resident_warps = next(resident, _FEWEST_RESIDENT_WARPS)
-        self.has_gradient = has_rpb and kind == "grad_query"
+        self.has_gradient = has_rpb and kernel == "grad_query"
 
     def tiles(self) -> Iterator[Tile]:
         """Yield all tiles that fit."""
@@ -292,8 +301,8 @@ class _Chooser:
 
     def _tiles_of_size(self, size, units: int) -> Iterator[Tile]:
         for layout in self._layouts(size[2]):
-            met = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, size, strict=True)]
-            rows = met[0] * met[1] * (-(-met[2] // layout.columns) if layout.is_segmented else 1)
+            spans = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, size, strict=True)]
+            rows = spans[0] * spans[1] * (-(-spans[2] // layout.columns) if layout.is_segmented else 1)
             chunk_rows = max(1, min(self.chunk_blocks // (layout.unit_columns // 8), rows))
             for chunk in {chunk_rows, 1} if self.wide > _LARGE_DIM else {chunk_rows}:
                 for stage in self._stages(units, rows, chunk):
@@ -326,13 +335,13 @@ class _Chooser:
         reach = farthest(axis, self.is_inverse, unit if has_gradient_fragments else size_x)[0]
         begins, widest_unit = set(), 0
         for n in _classes(axis):
-            for at in _starts(axis, n, size_x):
-                for x in range(at, min(at + size_x, n), unit):
+            for tile_x in _starts(axis, n, size_x):
+                for x in range(tile_x, min(tile_x + size_x, n), unit):
                     first = _span(axis, self.is_inverse, x, n)[0]
                     end = _span(axis, self.is_inverse, min(x + unit, n) - 1, n)[1]
-                    begin = x - at if has_gradient_fragments else (first - at + reach) // 8 * 8
+                    begin = x - tile_x if has_gradient_fragments else (first - tile_x + reach) // 8 * 8
                     begins.add(begin)
-                    widest_unit = max(widest_unit, end - at + reach - begin)
+                    widest_unit = max(widest_unit, end - tile_x + reach - begin)
         return reach, begins, _round_up(widest_unit, 8)
 
     def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[_Stage]:
@@ -346,11 +355,10 @@ class _Chooser:
                 yield _Stage(chunks * chunk_rows, True, units)
 
     def _fits(self, tile: Tile) -> bool:
-        """Return whether a tile fits the GPU and, if the problem needs that, sums gradients in a fixed order."""
-        is_ordered = tile.warps == 1 or tile.has_gradient_fragments or tile.gradient_tables == tile.warps
-        return tile.shared_bytes <= self.max_shared_bytes and (
-            is_ordered or not (self.has_gradient and self.is_ordered)
-        )
+        """Return whether a tile fits into shared memory and, if required, sums gradients in a fixed order."""
+        has_fixed_order = tile.warps == 1 or tile.has_gradient_fragments or tile.gradient_tables == tile.warps
+        needs_fixed_order = self.has_gradient and self.is_deterministic
+        return tile.shared_bytes <= self.max_shared_bytes and (has_fixed_order or not needs_fixed_order)
 
     def _tile(self, size, layout: _Layout, chunk_rows: int, stage: _Stage) -> Tile:
         pitch = self.pieces if self.pieces & (self.pieces - 1) == 0 else self.pieces | 1
@@ -388,7 +396,7 @@ class _Chooser:
         """Return the number of warps for which a multiprocessor has registers."""
         chunk = chunk_rows * layout.unit_columns
         is_large_stage = stage.is_staged and self.wide > 32
-        if self.kind != "forward" and (layout.is_segmented or is_large_stage or chunk > 32):
+        if self.kernel != "forward" and (layout.is_segmented or is_large_stage or chunk > 32):
             return _FEWEST_RESIDENT_WARPS
         if self.rank > 2 or is_large_stage or (self.is_inverse and chunk > 16):
             return min(self.max_resident_warps, _FEWER_RESIDENT_WARPS)
@@ -399,52 +407,52 @@ class _Chooser:
         if layout.has_bias_fragments:
             rows = self.table_rows if self.has_rpb else 1
             return False, size[2] // self.unit[2] * (rows * self.fragments_per_row + 1) * layout.fragment_bytes
-        table = _round_up(self.table + 2 * (2 * layout.unit_columns + 32), 4) * 4
-        is_shared = self.has_rpb and table <= _MAX_TABLE_BYTES
-        return is_shared, table * is_shared
+        table_bytes = _round_up(self.table + 2 * (2 * layout.unit_columns + 32), 4) * 4
+        is_shared = self.has_rpb and table_bytes <= _MAX_TABLE_BYTES
+        return is_shared, table_bytes * is_shared
 
     def _gradient(self, layout: _Layout, warps: int) -> tuple[int, int]:
         """Return the number of gradient tables in shared memory, and the bytes of the tables or of the fragments."""
         if layout.has_gradient_fragments:
             return 0, warps * self.table_rows * self.fragments_per_row * layout.fragment_bytes
-        one = _round_up(self.table, 4) * 4
-        fits = [count for count in (warps, 1) if count * one <= _MAX_GRADIENT_BYTES]
+        table_bytes = _round_up(self.table, 4) * 4
+        fits = [count for count in (warps, 1) if count * table_bytes <= _MAX_GRADIENT_BYTES]
         tables = fits[0] if fits and self.has_gradient else 0
-        return tables, tables * one
+        return tables, tables * table_bytes
 
     def cost(self, tile: Tile, maps: int, processors: int) -> float:
         """Estimate the time of all tiles of a problem, in instructions per multiprocessor. Only comparisons matter."""
         tiles = maps * prod(
             ceil(n / q) * a.dilation for n, q, a in zip(self.longest, tile.size, self.axes, strict=True)
         )
-        met = [average(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True)]
-        read = 4 * self.wide * prod(met) + 6 * self.wide * prod(tile.size)
-        one = self._instructions(tile)
+        columns = prod(average(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True))
+        reading = (4 * self.wide * columns + 6 * self.wide * prod(tile.size)) / _BYTES_PER_INSTRUCTION
+        computing = self._instructions(tile)
+        computing *= 1 + 6 / (tile.min_blocks * tile.warps)  # with few warps, the multiprocessor idles
         # One block reads while another computes; a staged block does both at the same time.
-        reading, overlapped = read / _BYTES_PER_INSTRUCTION, min(tile.min_blocks * (1.5 if tile.is_staged else 1), 2)
-        one *= 1 + 6 / (tile.min_blocks * tile.warps)  # with few warps, the multiprocessor idles
-        one = max(reading, one) + min(reading, one) / overlapped
-        blocks, at_a_time = tiles * tile.slices, processors * tile.min_blocks
-        return one * (max(blocks, at_a_time) if blocks < 4 * at_a_time else blocks)
+        overlap = min(tile.min_blocks * (1.5 if tile.is_staged else 1), 2)
+        cost_per_block = max(reading, computing) + min(reading, computing) / overlap
+        blocks, resident_blocks = tiles * tile.slices, processors * tile.min_blocks
+        return cost_per_block * (max(blocks, resident_blocks) if blocks < 4 * resident_blocks else blocks)
 
     def _instructions(self, tile: Tile) -> float:
         """Estimate the instructions that a block issues for a tile."""
-        steps = self.wide / 16 * _PRODUCTS[self.kind]
+        steps = self.wide / 16 * _PRODUCTS[self.kernel]
         column_cost = max(
-            _COLUMNS_COST[self.kind] + _PRODUCT_COST[self.item_bytes] * steps,
+            _COLUMNS_COST[self.kernel] + _PRODUCT_COST[self.item_bytes] * steps,
             _PRODUCT_TIME * steps,
-            _SHARED_TIME[self.kind] + _PRODUCT_SHARED_TIME * steps,
+            _SHARED_TIME[self.kernel] + _PRODUCT_SHARED_TIME * steps,
         )
         column_cost += _TABLE_COST * (not tile.has_bias_fragments)
         column_cost += _DIAGONAL_COST * (self.has_gradient and not tile.has_gradient_fragments)
-        unit_met = [widest(axis, self.is_inverse, u) for axis, u in zip(self.axes, self.unit, strict=True)]
-        rows: float = unit_met[0] * unit_met[1]
+        unit_spans = [widest(axis, self.is_inverse, u) for axis, u in zip(self.axes, self.unit, strict=True)]
+        rows: float = unit_spans[0] * unit_spans[1]
         stages = 1
         if tile.is_segmented:
-            rows *= -(-unit_met[2] // tile.unit_columns) + (unit_met[2] % tile.unit_columns > 0) / 2
+            rows *= -(-unit_spans[2] // tile.unit_columns) + (unit_spans[2] % tile.unit_columns > 0) / 2
         if tile.is_staged:  # in each stage, all warps wait for the slowest
-            met = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True)]
-            lines = met[0] * met[1] * (-(-met[2] // tile.columns) if tile.is_segmented else 1)
+            spans = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True)]
+            lines = spans[0] * spans[1] * (-(-spans[2] // tile.columns) if tile.is_segmented else 1)
             stages = -(-lines // tile.stage_rows)
             rows = max(rows, stages * min(rows, tile.stage_rows))
         units = prod(-(-q // u) for q, u in zip(tile.size, self.unit, strict=True))
