@@ -51,10 +51,16 @@ class CheckpointSaver:
         self.last, self.best = folder / "last.pth", folder / "best.pth"
 
     def save_last(self, state: dict[str, Any]) -> None:
+        """Write last.pth.
+
+        Raises:
+            OSError: if the disk is full or not writable; names the file.
+        """
         if self.world.is_main_process:
             write_checkpoint(self.last, state)
 
     def save_best(self, weights: dict[str, Any]) -> None:
+        """Write best.pth; raises as `save_last`."""
         if self.world.is_main_process:
             write_checkpoint(self.best, weights)
 

@@ -34,7 +34,7 @@ def evaluate(
         autocast: creates the context of each forward pass.
         skip_bad_images: ignore images that cannot be read instead of raising.
         world: the processes.
-        before_batch: called before each batch, equally often in all processes; may raise.
+        before_batch: called before each batch, the same number of times in all processes; may raise.
 
     Returns:
         top1 and top5 in percent, loss (mean cross entropy) and count (number of images).

@@ -170,14 +170,14 @@ def _check_installed(opt: str) -> None:
     except ValueError:
         return  # unknown name; create_optimizer_v2 raises a better message
     if info.second_order:
-        raise ValueError(f"--opt {opt} needs second derivatives, which attention kernels do not provide.")
+        raise ValueError(f"--opt {opt} requires second derivatives, which attention kernels do not provide.")
     package = info.opt_class.split(".")[0] if isinstance(info.opt_class, str) else "torch"
     if package == "apex":
         try:
             importlib.import_module("apex.optimizers")
         except ImportError as error:
             raise ValueError(
-                f"--opt {opt} needs NVIDIA's apex with its CUDA extensions; build it from "
+                f"--opt {opt} requires NVIDIA's apex with its CUDA extensions; build it from "
                 "https://github.com/NVIDIA/apex (the package apex on the package index is a different one), or use "
                 "--opt adamw, which PyTorch fuses too."
             ) from error
@@ -185,7 +185,7 @@ def _check_installed(opt: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ValueError(f"--opt {opt} needs the package {package}; install it.") from error
+            raise ValueError(f"--opt {opt} requires the package {package}; install it.") from error
 
 
 def create_scheduler(

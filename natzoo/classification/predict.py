@@ -29,7 +29,7 @@ Prediction = list[tuple[str, float]]  # class name and probability, most likely 
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
-    """Return the given files and all images below the given folders.
+    """Return the given files, and all images in the given folders and their subfolders.
 
     Raises:
         FileNotFoundError: if a path does not exist.

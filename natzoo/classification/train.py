@@ -358,8 +358,15 @@ class Trainer:
         model = self.model if self.ema is None else self.ema.module
         if self.world.size > 1:  # use the running statistics of the main process, which are the ones saved
             distribute_bn(model, self.world.size)
-        skip, check = self.args.skip_bad_images, self.raise_if_signalled
-        result = evaluate(model, self.val_loader, self.device, self.autocast, skip, self.world, check)
+        result = evaluate(
+            model,
+            self.val_loader,
+            self.device,
+            self.autocast,
+            skip_bad_images=self.args.skip_bad_images,
+            world=self.world,
+            before_batch=self.raise_if_signalled,
+        )
         if not math.isfinite(result["loss"]):
             raise ValueError(
                 f"Epoch {self.epoch + 1}: val loss {result['loss']}; the loss diverged and the epoch is not saved. "

@@ -133,15 +133,24 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
     check_classes(dataset, model.num_classes, matched_by_name=record["classes"] is not None)
     if args.real_labels is not None:
         if not isinstance(dataset, ImageDataset):
-            raise ValueError("--real-labels needs file names, which webdataset shards lack; use folders or tar files.")
+            raise ValueError(
+                "--real-labels requires file names, which webdataset shards lack; use folders or tar files."
+            )
         dataset = RealLabelsDataset(dataset, args.real_labels or None)
     loader = create_evaluation_loader(dataset, args.batch_size, args.workers, device.type == "cuda", world)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     name = args.model or record["model"]
     evaluated: nn.Module = FlipTTA(model) if args.tta == "flip" else model
-    autocast, check = autocast_context(args.amp, device), functools.partial(world.raise_if_signalled, signals)
-    result = evaluate(evaluated, loader, device, autocast, args.skip_bad_images, world, check)
+    result = evaluate(
+        evaluated,
+        loader,
+        device,
+        autocast_context(args.amp, device),
+        skip_bad_images=args.skip_bad_images,
+        world=world,
+        before_batch=functools.partial(world.raise_if_signalled, signals),
+    )
     bad = gather_bad_images(dataset, world)
     is_comparable = (
         args.real_labels is None and args.tta == "none" and config == preprocessing(argparse.Namespace(), model)

@@ -42,7 +42,8 @@ def check(text: str) -> None:
         from torch.distributed.run import parse_args
 
         args = parse_args(arguments)
-        _check_python([args.training_script, *args.training_script_args])
+        module = ["-m"] if args.module else []
+        _check_python([*module, args.training_script, *args.training_script_args])
     elif program == "pip":
         _check_extras(re.findall(r"^\.\[(.*)\]$", "\n".join(arguments), re.MULTILINE))
     elif program.startswith("natzoo-"):

@@ -168,7 +168,7 @@ class RealLabelsDataset(Dataset):
         for index in range(len(dataset)):
             name = PurePosixPath(dataset.reader.filename(index)).stem
             if name not in indices:
-                raise ValueError(f"{name} has no real labels; --real-labels needs ImageNet's validation images.")
+                raise ValueError(f"{name} has no real labels; --real-labels requires ImageNet's validation images.")
             found = labels[indices[name]]
             self.targets[index, : len(found)] = torch.tensor(found, dtype=torch.long)
 
@@ -199,7 +199,7 @@ class ShardDataset(IterableDataset):
         classes: class names in the order of the class numbers.
         batch_size: batch size; the number of training images per worker is a multiple of it.
         seed: seed of order and augmentation.
-        is_training: whether to shuffle and to yield equally many images per worker.
+        is_training: whether to shuffle and to yield the same number of images per worker.
         world: the processes.
 
     Attributes:
@@ -227,7 +227,7 @@ class ShardDataset(IterableDataset):
         self.world = world
         self.transform: Callable = _no_transform
         if importlib.util.find_spec("webdataset") is None:
-            raise ValueError("--dataset wds needs the package webdataset; run pip install webdataset.")
+            raise ValueError("--dataset wds requires the package webdataset; run pip install webdataset.")
         try:
             self.split = create_reader("wds/", root=root, split=split, is_training=is_training).split_info
         except (RuntimeError, KeyError) as error:

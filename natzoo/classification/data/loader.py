@@ -100,7 +100,7 @@ def create_validation_dataset(
 def create_training_loader(
     args: argparse.Namespace, dataset: AnyDataset, config: dict[str, Any], world: World, pin_memory: bool
 ) -> DataLoader:
-    """Create the loader of augmented batches, equally many per process; iterate it with `iterate_epoch`.
+    """Create the loader of augmented batches, the same number per process; iterate it with `iterate_epoch`.
 
     Args:
         args: the options.

@@ -300,8 +300,12 @@ def _subfolders(root: Path) -> list[str]:
 
 
 def _images_below(folder: Path) -> list[str]:
+    """Return the sorted paths of the images in a folder and its subfolders.
+
+    They are strings, because Path objects take four times as long for 1.3 million images.
+    """
     return sorted(
-        os.path.join(place, file)  # strings, because Path objects take four times as long for 1.3 million images
+        os.path.join(place, file)
         for place, _, files in os.walk(folder)
         for file in files
         if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
