@@ -215,7 +215,7 @@ def per_axis(value: Any, rank: int, name: str, item_type: type) -> tuple:
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     if len(values) != rank or not all(_has_type(item, item_type) for item in values):
         raise ValueError(
-            f"{name} = {value!r} is not valid; use a single {item_type.__name__}, or a sequence with one per axis ({rank})."
+            f"{name} = {value!r} is invalid; use a single {item_type.__name__}, or a sequence of {rank}, one per axis."
         )
     return tuple(item if isinstance(item, torch.SymInt) else item_type(item) for item in values)
 
