@@ -83,7 +83,7 @@ def _cache_key(value: Any) -> tuple:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whole calls
+# Calls
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +215,7 @@ def per_axis(value: Any, rank: int, name: str, item_type: type) -> tuple:
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     if len(values) != rank or not all(_has_type(item, item_type) for item in values):
         raise ValueError(
-            f"{name} must be one {item_type.__name__} or a sequence of {rank}, one per axis, but is {value!r}."
+            f"{name} = {value!r} is not valid; use a single {item_type.__name__}, or a sequence with one per axis ({rank})."
         )
     return tuple(item if isinstance(item, torch.SymInt) else item_type(item) for item in values)
 
@@ -267,7 +267,7 @@ def make_axes(
         if axis.kernel_size * axis.dilation > axis.length:
             raise ValueError(
                 f"kernel_size * dilation = {axis.kernel_size} * {axis.dilation} = {axis.kernel_size * axis.dilation} "
-                f"exceeds the length {axis.length} of axis {index} of a {'x'.join(map(str, space))} map; use a smaller "
+                f"exceeds the length {axis.length} of axis {index} (map: {'x'.join(map(str, space))}); use a smaller "
                 f"window, or the layer NeighborhoodAttention{len(axes)}D, which pads."
             )
     return axes
@@ -324,7 +324,7 @@ def check_tensors(rank: int, **tensors: Tensor) -> None:
                 f"dimensions: batch, {rank} spatial, heads and head_dim."
             )
         if x.shape[-1] == 0:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; its last dimension must not be empty.")
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, but its last dimension must not be empty.")
         if not x.is_floating_point():
             raise ValueError(f"{name} has dtype {x.dtype}; use a floating-point dtype.")
     for name, x in others:
@@ -367,7 +367,8 @@ def check_attention(rank: int, query: Tensor, key: Tensor, value: Tensor) -> Non
         raise ValueError(f"value has {value.shape[-2]} heads, but key has {kv_heads}; they must be equal.")
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(
-            f"key and value have {kv_heads} heads, but query has {heads}; the number of query heads must be a multiple."
+            f"key and value have {kv_heads} heads, but query has {heads}; the heads of the query must be a multiple of "
+            "those."
         )
 
 
@@ -459,7 +460,9 @@ def check_layer_options(stride: Sequence[int], attn_drop: float, window_padding:
     """Raise ValueError if options of a layer cannot be combined, or if window_padding is unknown."""
     has_stride = any(s > 1 for s in stride)
     if attn_drop > 0 and has_stride:
-        raise ValueError(f"attn_drop = {attn_drop} is not supported with a stride above 1; use 0.")
+        raise ValueError(
+            f"attn_drop = {attn_drop} is not supported with a stride above 1; use attn_drop=0, or stride 1."
+        )
     check_window_padding(window_padding)
     if window_padding != "shift" and (attn_drop > 0 or has_stride):
         raise ValueError(

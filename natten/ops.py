@@ -177,7 +177,7 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def _needs_dispatcher(*tensors: Tensor | None) -> bool:
-    """Return whether something must see the operator: torch.compile, a tracer, a profiler, a mode, a subclass, ..."""
+    """Return whether a compiler, tracer, profiler, dispatch mode or tensor subclass must see the operator."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -339,6 +339,10 @@ def attend(
 
     Args:
         qkv: query, key and value [B, X, H, d], or one packed tensor [B, X, 3, H, d].
+        rpb: relative position bias [H, 2K-1 per axis], or None.
+        axes: the validated axes.
+        scale: factor on the logits; None for head_dim ** -0.5.
+        backend: name of a backend, or None.
 
     Returns:
         Output [B, X, H, d] in the query's dtype and logsumexp [B, X, H] in the accumulation dtype.
@@ -354,7 +358,7 @@ def attend(
 
 
 def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], backend: str | None) -> Tensor:
-    """Compute the unscaled logits [B, H, X, W] of heads-first query and key."""
+    """Compute the unscaled logits [B, H, X, W] of heads-first query and key [B, H, X, d]."""
     backend = backends.requested(backend)
     if backends.is_plain(backend):
         return reference.query_key(query, key, rpb, axes)
@@ -364,7 +368,7 @@ def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, 
 
 
 def weight_value(attn: Tensor, value: Tensor, axes: tuple[Axis, ...], backend: str | None) -> Tensor:
-    """Compute the sums [B, H, X, d] of heads-first values, weighted by attn [B, H, X, W]."""
+    """Compute the sums [B, H, X, d] of heads-first values [B, H, X, d], weighted by attn [B, H, X, W]."""
     backend = backends.requested(backend)
     if backends.is_plain(backend):
         return reference.weight_value(attn, value, axes)
@@ -398,9 +402,14 @@ def attend_composed(
     - Additional keys and values: the attention to them alone is merged with the attention to the window by logsumexp.
 
     Args:
+        rank: number of spatial axes.
         qkv: query, key and value, heads-last, not validated.
         window: kernel_size, stride, dilation and is_causal, not validated.
+        rpb: relative position bias, not validated, or None.
+        scale: factor on the logits; None for head_dim ** -0.5.
+        backend: name of a backend, or None.
         additional: keys and values [B, N, H, d], or None and None, not validated.
+        window_padding: "shift", "zeros" or "valid", not validated.
 
     Returns:
         Output [B, X, H, value head_dim] and logsumexp [B, X, H].

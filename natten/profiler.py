@@ -126,7 +126,7 @@ class Problem(NamedTuple):
                 shapes[f"additional_{name}s"] = self.batch, self.additional, *maps[name]
         tensors = {name: torch.randn(shape, device=device).to(self.dtype) for name, shape in shapes.items()}
         if self.has_rpb:
-            sizes = (2 * k - 1 for k in per_axis(self.arguments["kernel_size"], len(self.space), "", int))
+            sizes = (2 * k - 1 for k in per_axis(self.arguments["kernel_size"], len(self.space), "kernel_size", int))
             tensors["rpb"] = torch.randn(self.heads, *sizes, device=device)
         return {name: x.requires_grad_() for name, x in tensors.items()}
 
@@ -261,12 +261,12 @@ def _choose_for(query: Tensor, gpu, backend: str | None) -> tuple[str, dict[str,
     if backend == reference.NAME:
         return reference.NAME, {}
     if backend not in (None, cuda.NAME):
-        raise ValueError(f"backend {backend!r} cannot run tensors on cuda; use {cuda.NAME!r} or {reference.NAME!r}.")
+        raise ValueError(f"--backend {backend!r} cannot run tensors on cuda; use {cuda.NAME!r} or {reference.NAME!r}.")
     reason = unsupported_input(query) or cuda.unsupported_capability((gpu.major, gpu.minor))
     if reason is None:
         return cuda.NAME, {}
     if backend is not None:
-        raise ValueError(f"backend {backend!r} cannot run this problem: {reason}.")
+        raise ValueError(f"--backend {backend!r} does not support this problem: {reason}.")
     return reference.NAME, {cuda.NAME: reason}
 
 
@@ -728,7 +728,7 @@ def _device_name(device: torch.device, gpu: SimpleNamespace | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+    """Run `python -m natten.profiler` with the given arguments, by default those of the command line."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:

@@ -59,7 +59,7 @@ def check(folder: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    """Create a folder and its missing parents, readable by this user alone (mode 0700).
+    """Create a folder and its missing parents, accessible to this user alone (mode 0700).
 
     Raises:
         OSError: if it cannot be created, or is rejected by `check`.

@@ -2,8 +2,10 @@
 
 Queries are processed in tiles (`geometry.axis_tiles`). Within a tile this is ordinary attention between all queries and
 all keys of the tile, with a bias of -inf where a key is outside the window of a query. With one query per tile, this is
-the definition itself, and unfused attention works like that. Larger tiles compute the same values with larger matrix
-products. Memory is linear in tokens x window. Inputs must be finite: a NaN spreads to every query of its tile.
+the definition itself; unfused attention always uses one query per tile. Larger tiles compute the same values with
+larger matrix products.
+
+Memory is linear in tokens x window. Inputs must be finite: a NaN spreads to every query of its tile.
 
 Shape suffixes: B batch, X the spatial axes, H heads, d head_dim, T tiles (of all axes), Q queries per tile, K keys per
 tile, W keys per window.
@@ -113,14 +115,14 @@ def attention_backward(
 
 
 def _tiles(axes: Sequence[Axis], device: torch.device) -> list[AxisTiles]:
-    """Return tiles of K queries per axis, which see 2K - 1 keys. A residue class of up to 2.5 K tokens is one tile."""
+    """Return tiles of K queries per axis, which have 2K - 1 keys. A residue class of up to 2.5 K tokens is one tile."""
     longest = [-(-axis.length // axis.dilation) for axis in axes]
     sizes = [n if 2 * n <= 5 * axis.kernel_size else axis.kernel_size for axis, n in zip(axes, longest, strict=True)]
     return [axis_tiles(axis, size, device) for axis, size in zip(axes, sizes, strict=True)]
 
 
 def _is_repeat(tiles: Sequence[AxisTiles]) -> Tensor:
-    """Return whether a query of a tile is a repetition on any axis, [T, 1, Q, 1]."""
+    """Return a mask [T, 1, Q, 1] of the queries that are repetitions on any axis."""
     is_repeat_TQ = tiles[0].is_repeat_TQ
     for axis in tiles[1:]:
         is_repeat = is_repeat_TQ[:, None, :, None] | axis.is_repeat_TQ[None, :, None, :]
@@ -204,7 +206,7 @@ def _windows(axes: Sequence[Axis], x: Tensor) -> list[AxisTiles]:
 
 
 def _is_outside(tiles: Sequence[AxisTiles]) -> Tensor:
-    """Return which slots of a causal window are before the map, [T, 1, 1, W]."""
+    """Return a mask [T, 1, 1, W] of the slots of causal windows that are before the map."""
     return _bias(None, tiles, torch.float32).isinf()
 
 

@@ -5,12 +5,12 @@ r = i mod D. It is token s = i div D of the n = ceil((L - r) / D) tokens in that
 
 - Not causal: the K tokens lo .. lo+K-1, lo = clamp(leader - K div 2, 0, n - K). Windows are shifted at the borders, so
   there are always K keys.
-- Causal: the tokens leader-K+1 .. s, without those before the map.
-- The leader is s itself. With S > 1, the S queries of a group share a leader: with g = (s div S) * S, it is
+- Causal: the tokens max(0, leader-K+1) .. s.
+- With S = 1 the leader is s itself. With S > 1 the S queries of a group share a leader: with g = (s div S) * S, it is
   min(g + S div 2, n - 1); causal: min(g + S - 1, n - 1).
 
 Key s' of query s uses entry s' - s + K - 1 of a bias table with 2K - 1 entries. Windows over several axes are products.
-This is equation 1 and 2 of DiNAT (arXiv:2209.15001), and NAT (arXiv:2204.07143) for D = 1.
+These are equations 1 and 2 of DiNAT (arXiv:2209.15001) and, for D = 1, NAT, section 3 (arXiv:2204.07143).
 
 Shape suffixes: L positions of an axis, T tiles, Q queries and K keys of a tile.
 """
@@ -40,9 +40,10 @@ class Axis(NamedTuple):
 
 
 def first_key(axis: Axis, s: Tensor, n: Tensor) -> Tensor:
-    """Return the first of the K keys of a query in its residue class; negative if before the map (causal windows).
+    """Return the first of the K keys of a query in its residue class. In causal windows it may be negative.
 
     Args:
+        axis: the axis.
         s: index of the query in its residue class, any shape.
         n: number of tokens in that class, broadcastable to s.
     """
@@ -75,9 +76,9 @@ class AxisTiles(NamedTuple):
 
 
 def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> AxisTiles:
-    """Split an axis into tiles of `size` queries.
+    """Split an axis into tiles of `size` queries, with tensors on `device`.
 
-    A tile of one query has exactly K keys, in the order of its window, so size 1 yields the table of all windows.
+    A tile of one query has exactly K keys, in the order of its window, so size 1 returns the table of all windows.
     """
     length, kernel_size, stride, dilation, _ = axis
     longest = -(-length // dilation)  # tokens of residue class 0

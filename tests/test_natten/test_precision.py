@@ -16,7 +16,7 @@ class Float32Test(unittest.TestCase):
         return done.stdout.strip()
 
     def test_old_and_new_settings(self):
-        for setting, answer in (
+        for setting, expected in (
             ("pass", "False"),
             ("torch.set_float32_matmul_precision('high')", "True"),
             ("torch.set_float32_matmul_precision('medium')", "True"),
@@ -27,7 +27,7 @@ class Float32Test(unittest.TestCase):
             ("torch.backends.fp32_precision = 'tf32'", "True"),
         ):
             with self.subTest(setting):
-                self.assertEqual(self.allows_tf32(setting), answer)
+                self.assertEqual(self.allows_tf32(setting), expected)
 
 
 if __name__ == "__main__":

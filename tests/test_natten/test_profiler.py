@@ -1,4 +1,4 @@
-"""python -m natten.profiler: what it plans, what it measures, and how it reports mistakes."""
+"""python -m natten.profiler: plans, measurements and errors."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_limits(monkeypatch, dtype, product):
         assert limits.percent(work, 4000.0) == pytest.approx(50)
 
 
-def test_a_gpu_dtype_is_multiplied_as_it_is():
+def test_limit_of_arithmetic_on_a_gpu_uses_the_dtype_of_the_problem():
     assert Limits.product_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
 
 
@@ -209,7 +209,7 @@ def test_timer_on_a_gpu(monkeypatch, is_capturable):
     assert timer.samples_ms == [5.0 if is_capturable else 10.0]  # milliseconds per call
 
 
-# ----- mistakes -------------------------------------------------------------------------------------------------------
+# ----- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_timer_on_a_gpu(monkeypatch, is_capturable):
         ),
     ],
 )
-def test_mistakes_end_in_one_line(capsys, named, options):
+def test_errors_are_one_line(capsys, named, options):
     with pytest.raises(SystemExit) as ended:
         profiler.main(options.split())
     assert ended.value.code == 2

@@ -126,13 +126,13 @@ def _plan(
 _is_forked = False
 
 
-def _note_fork() -> None:
+def _set_forked() -> None:
     global _is_forked
     _is_forked = True
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+    os.register_at_fork(after_in_child=_set_forked)
 
 
 def _threads() -> int:

@@ -77,6 +77,7 @@ def compile_library(compiler: Compiler, sources: Path, target: Path, cpu: str = 
     """Compile every *.cpp of a folder and link them into a shared library. Object files stay next to it.
 
     Args:
+        compiler: the compiler.
         sources: folder with the sources and their headers.
         target: path of the library, in an existing folder.
         cpu: the flag that selects the CPU, such as "-march=x86-64-v3".
@@ -153,6 +154,6 @@ def share_openmp() -> ctypes.CDLL | None:
 
 
 def supports_openmp(compiler: Compiler) -> bool:
-    """Return whether PyTorch's runtime has the functions that this compiler's -fopenmp calls."""
+    """Return whether PyTorch's OpenMP runtime has the functions that this compiler's -fopenmp calls."""
     entry = "__kmpc_fork_call" if "clang" in compiler.version else "GOMP_parallel"
     return hasattr(share_openmp(), entry)

@@ -69,7 +69,7 @@ def launch(kernel: Kernel, blocks: int, parameters: ctypes.Array, device: int) -
 
 
 def prepare(kernels: Sequence[Kernel], device: int) -> None:
-    """Compile and load the kernels of a problem in parallel, except those that are loaded already.
+    """Compile and load the kernels of a problem in parallel. Those that are already loaded are skipped.
 
     Raises:
         nvrtc.Unavailable: if one cannot be compiled.
@@ -94,6 +94,11 @@ def machine_codes(kernels: Iterable[Kernel], capability: tuple[int, int]) -> lis
 
 
 def _check(result: tuple):
+    """Return the value of a driver call, or None if it has none.
+
+    Raises:
+        RuntimeError: if the call failed.
+    """
     status, *values = result
     if int(status):
         _, text = bindings().cuGetErrorString(status)
@@ -110,10 +115,11 @@ _lock = threading.Lock()
 
 
 def _load(kernel: Kernel, device: int, code: bytes | None = None):
+    """Return the function of a kernel on a device. Compile (unless `code` is given) and load it if necessary."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "CUDA graph capture cannot compile or load a kernel of natten; before the capture, run the model once with "
-            "the same shapes and dtypes."
+            "natten cannot compile or load kernels during CUDA graph capture; run the model once before the capture, "
+            "with the same shapes and dtypes."
         )
     with _lock:
         found = _functions.get((device, kernel))
@@ -158,7 +164,7 @@ def _primary_context(device: int):
 
 
 class _Context:
-    """Make a device's context current. Autograd threads may have no context, or that of another device."""
+    """Make a device's context current. Autograd threads may have none, or that of another device."""
 
     __slots__ = ("context", "is_pushed")
 

@@ -58,7 +58,11 @@ def version() -> tuple[int, int]:
 
 
 def _check(result: tuple):
-    """Return the values of an NVRTC call without its status: none, one value or a tuple."""
+    """Return the value of an NVRTC call, or the tuple of its values if it does not have exactly one.
+
+    Raises:
+        Unavailable: if the call failed.
+    """
     status, *values = result
     if int(status):
         raise Unavailable(f"NVRTC failed with {status.name}")
@@ -91,7 +95,11 @@ def machine_code(source: str, definitions: Sequence[str], capability: tuple[int,
 def architecture(capability: tuple[int, int]) -> str:
     """Return the option that selects the architecture of a GPU.
 
-    This is machine code for the GPU itself, or for a GPU that is newer than NVRTC, PTX code that the driver translates.
+    The result of the compilation is machine code for this GPU. If the GPU is newer than NVRTC, it is PTX, which the
+    driver translates.
+
+    Raises:
+        Unavailable: if NVRTC no longer supports the GPU.
     """
     known = _check(bindings().nvrtcGetSupportedArchs())
     number = 10 * capability[0] + capability[1]

@@ -158,7 +158,10 @@ def _window(axis: Axis, s: int, n: int) -> tuple[int, int]:
 
 
 def _span(axis: Axis, is_inverse: bool, s: int, n: int) -> tuple[int, int]:
-    """Return the columns of a token, as in problem.h: the keys of a query or, if inverse, the queries of a key."""
+    """Return the first column of a token and the end of its columns, as in problem.h.
+
+    The columns are the keys of a query or, if inverse, the queries of a key.
+    """
     if not is_inverse:
         return _window(axis, s, n)
     k, stride = axis.kernel_size, axis.stride
@@ -315,11 +318,11 @@ class _Chooser:
         is_unsegmented = False
         may_have_gradient = self.has_gradient and _MAY_HAVE_GRADIENT_FRAGMENTS
         for has_gradient in (False, True) if may_have_gradient else (False,):
-            reach, begins, unit_columns = self._place_columns(size_x, has_gradient)
+            reach, first_columns, unit_columns = self._place_columns(size_x, has_gradient)
             if unit_columns <= 8 * _MAX_ROW_BLOCKS:
                 is_unsegmented = True
                 for has_bias in (True, False) if _MAY_HAVE_FRAGMENTS else (False,):
-                    yield _Layout(max(begins) + unit_columns, unit_columns, reach, False, has_bias, has_gradient)
+                    yield _Layout(max(first_columns) + unit_columns, unit_columns, reach, False, has_bias, has_gradient)
         if is_unsegmented and self.wide <= _LARGE_DIM:
             return
         segment = 8 * max(self.chunk_blocks, 4) if self.wide <= _LARGE_DIM else 16
@@ -333,16 +336,16 @@ class _Chooser:
         """
         axis, unit = self.axes[2], self.unit[2]
         reach = farthest(axis, self.is_inverse, unit if has_gradient_fragments else size_x)[0]
-        begins, widest_unit = set(), 0
+        first_columns, widest_unit = set(), 0
         for n in _classes(axis):
             for tile_x in _starts(axis, n, size_x):
                 for x in range(tile_x, min(tile_x + size_x, n), unit):
                     first = _span(axis, self.is_inverse, x, n)[0]
                     end = _span(axis, self.is_inverse, min(x + unit, n) - 1, n)[1]
-                    begin = x - tile_x if has_gradient_fragments else (first - tile_x + reach) // 8 * 8
-                    begins.add(begin)
-                    widest_unit = max(widest_unit, end - tile_x + reach - begin)
-        return reach, begins, _round_up(widest_unit, 8)
+                    first_column = x - tile_x if has_gradient_fragments else (first - tile_x + reach) // 8 * 8
+                    first_columns.add(first_column)
+                    widest_unit = max(widest_unit, end - tile_x + reach - first_column)
+        return reach, first_columns, _round_up(widest_unit, 8)
 
     def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[_Stage]:
         if units > _MAX_WARPS:
