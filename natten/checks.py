@@ -24,6 +24,7 @@ BoolOrTuple = bool | Sequence[bool]
 Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]
 
 WINDOW_PADDINGS = ("shift", "zeros", "valid")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -311,7 +312,7 @@ def make_margins(space: Sequence[int], window: Window, window_padding: str) -> t
 
 
 def check_tensors(rank: int, **tensors: Tensor) -> None:
-    """Check that the tensors have rank + 3 dimensions, one floating-point dtype and one device.
+    """Check that the tensors have rank + 3 dimensions, a common dtype out of `DTYPES` and a common device.
 
     Raises:
         ValueError: naming the first tensor that does not.
@@ -325,8 +326,8 @@ def check_tensors(rank: int, **tensors: Tensor) -> None:
             )
         if x.shape[-1] == 0:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, but its last dimension must not be empty.")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}; use a floating-point dtype.")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; use float16, bfloat16, float32 or float64.")
     for name, x in others:
         _check_same_dtype_and_device(name, x, first_name, first)
 

@@ -43,7 +43,7 @@ def read_axes(args: argparse.Namespace) -> tuple[Axis, ...]:
     return axes
 
 
-def write(figure, path: Path) -> None:
+def write(figure: Any, path: Path) -> None:
     """Write a figure atomically: to a temporary file, which then replaces the picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.png")

@@ -167,6 +167,11 @@ class TensorsTest(ErrorTestCase):
                 self.assert_error(("qkv", str(dtype)), natten.na2d_qkvpacked, torch.stack((q, k, v), -3), 3)
                 self.assert_error(("query", str(dtype)), natten.na2d_qk, q.movedim(-2, 1), k.movedim(-2, 1), 3)
 
+    def test_float8_tensors(self):
+        for backend in (None, "reference"):
+            q, k, v = qkv_of(dtype=torch.float8_e4m3fn)
+            self.assert_error(("query", "float8_e4m3fn"), natten.na2d, q, k, v, 3, backend=backend)
+
     def test_rpb_of_another_shape(self):
         q, k, v = qkv_of()
         for shape in ((2, 3, 3), (2, 5), (1, 5, 5), (5, 5), (2, 5, 5, 1)):

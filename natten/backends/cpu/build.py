@@ -145,9 +145,11 @@ def _find_shipped() -> Found | None:
         path = SHIPPED / f"libnatten_cpu-{level}.so"
         missing = sorted(needed - cpu_flags())
         if missing:
-            log.debug("no library for %s: this CPU lacks %s", level, " ".join(missing))
+            log.debug("no shipped library for %s: this CPU lacks %s", level, " ".join(missing))
         elif not path.exists():
-            log.debug("no library for %s: this CPU supports it, but this installation does not include it", level)
+            log.debug(
+                "no shipped library for %s: this CPU supports it, but this installation does not include it", level
+            )
         else:
             try:
                 found = Found(_load(path), path, f"shipped for {level}")
