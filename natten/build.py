@@ -4,8 +4,8 @@
     python -m natten.build --list                                     # show which library is used here, and why
     python -m natten.build --cpu x86-64-v3 --cpu x86-64-v4 --out DIR  # ahead of time, for other machines
 
-natten also compiles the kernels by itself, when they are first needed. See natten/backends/cpu/build.py for where the
-library is searched and stored.
+natten also compiles the kernels automatically on first use. natten/backends/cpu/build.py describes where the library is
+searched and stored.
 """
 
 from __future__ import annotations

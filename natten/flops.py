@@ -183,15 +183,15 @@ def _fastest_backend(model: nn.Module) -> Iterator[None]:
             layer.backend = backend
 
 
-def _macs(operator: str, arguments: dict[str, Any]) -> Counter[str]:
-    """Return the MACs of one call by entry: matrix products under the operator's name, and the bias as "rpb"."""
-    macs, pairs = _count(operator, arguments)
-    return Counter({operator: macs} if arguments.get("rpb") is None else {operator: macs, "rpb": pairs})
-
-
 def _operator_handle(operator: str) -> Callable[[list, list], Counter[str]]:
-    """Return an fvcore handle that counts one call of an operator."""
-    return lambda inputs, outputs: _macs(operator, _by_name(operator, [_argument(value) for value in inputs]))
+    """Return an fvcore handle that counts matrix products under the operator's name, and the bias as "rpb"."""
+
+    def handle(inputs: list, outputs: list) -> Counter[str]:
+        arguments = _by_name(operator, [_argument(value) for value in inputs])
+        macs, pairs = _count(operator, arguments)
+        return Counter({operator: macs} if arguments.get("rpb") is None else {operator: macs, "rpb": pairs})
+
+    return handle
 
 
 def _argument(value) -> Any:

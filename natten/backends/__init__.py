@@ -94,7 +94,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         name: "reference", "cpu" or "cuda"; None selects the fastest backend that supports each call.
 
     Raises:
-        ValueError: if there is no such backend.
+        ValueError: if the backend is unknown.
     """
     global _default
     if name is not None:
@@ -163,7 +163,7 @@ def find(name: str) -> Backend:
     """Return the backend with this name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the name is unknown.
     """
     for module in LADDER:
         if name == module.NAME:

@@ -21,7 +21,7 @@ TESTS = Path(__file__).parents[1]
 def test_small_calls(tool: str):
     if not shutil.which("compute-sanitizer"):
         pytest.skip("compute-sanitizer is not installed")
-    # A process of its own, which loads nothing but natten: the tool checks the kernels of all that is loaded.
+    # A separate process that loads only natten, because the tool checks the kernels of all loaded libraries.
     code = "from gpu.problems import CUDA, small_calls; small_calls(CUDA)"
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}

@@ -1,4 +1,4 @@
-"""Shared by the tests of natten.backends.cpu.build: folders, an environment and small sources of their own."""
+"""A test case for the tests of natten.backends.cpu.build, with temporary folders and small sources."""
 
 import contextlib
 import os

@@ -28,7 +28,8 @@ from test_natten.problems import RANKS, cotangents, function, gradients
 from test_natten.test_errors import ErrorTestCase, qkv_of
 from test_natten.test_random_problems import TOLERANCE, assert_near
 
-_MOST = {1: (5, 3, 6), 2: (4, 2, 2), 3: (3, 2, 1)}  # by rank: largest kernel_size, dilation and number of extra tokens
+# By rank: largest kernel_size, dilation and number of tokens beyond the shortest possible axis.
+_LIMITS = {1: (5, 3, 6), 2: (4, 2, 2), 3: (3, 2, 1)}
 
 
 class Problem(NamedTuple):
@@ -54,20 +55,20 @@ def random_problem(rank: int, seed: int, unit: int = 1) -> Problem:
     """Return the random problem with this seed; head dims are multiples of `unit`."""
     rng = random.Random(f"composed-{rank}-{seed}")
     window_padding = ("shift", "zeros", "valid")[seed % 3]
-    most_kernel, most_dilation, most_spare = _MOST[rank]
-    kernel_size = tuple(rng.randint(2, most_kernel) for _ in range(rank))
-    dilation = tuple(rng.randint(1, most_dilation) for _ in range(rank))
+    max_kernel, max_dilation, max_spare = _LIMITS[rank]
+    kernel_size = tuple(rng.randint(2, max_kernel) for _ in range(rank))
+    dilation = tuple(rng.randint(1, max_dilation) for _ in range(rank))
     is_strided = window_padding == "shift" and rng.random() < 0.3
     stride = tuple(rng.randint(1, k) if is_strided else 1 for k in kernel_size)
     causal = tuple(rng.random() < 0.3 for _ in range(rank))
-    least = {
+    shortest = {
         "shift": [k * d for k, d in zip(kernel_size, dilation, strict=True)],
         "zeros": [1] * rank,
         "valid": [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)],
     }[window_padding]
     kv_heads = rng.randint(1, 2)
     return Problem(
-        space=tuple(length + rng.randint(0, most_spare) for length in least),
+        space=tuple(length + rng.randint(0, max_spare) for length in shortest),
         window=Window(kernel_size, stride, dilation, causal),
         window_padding=window_padding,
         heads=kv_heads * rng.randint(1, 2),

@@ -90,7 +90,7 @@ def cpu_library() -> ctypes.CDLL:
     """Return the library of the CPU kernels. The first call finds or compiles it.
 
     Raises:
-        Unavailable: if there is none; later calls raise the same error without another attempt.
+        Unavailable: if no library can be found or compiled; later calls raise the same error without a new attempt.
     """
     global _library, _reason
     if _library is None:

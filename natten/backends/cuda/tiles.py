@@ -78,9 +78,11 @@ class Tile(NamedTuple):
 
     @property
     def threads(self) -> int:
+        """Number of threads per block."""
         return 32 * self.warps
 
     def definitions(self) -> tuple[str, ...]:
+        """Return the macros of tiles.h, as "NAME=VALUE"."""
         macros = {
             "TILE_Z": self.size[0],
             "TILE_Y": self.size[1],

@@ -1,6 +1,6 @@
 // Fused attention, backward, without matrix instructions. As in FlashAttention (arXiv:2205.14135), the weights are
 // recomputed from the logsumexp. The first kernel computes the gradients of queries and rpb, and `delta`; the second those
-// of keys and values. Each group computes the gradient of its own token.
+// of keys and values. Each group computes the gradient of one token.
 #include "groups.h"
 
 namespace natten {

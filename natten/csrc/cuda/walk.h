@@ -16,7 +16,7 @@ __device__ __forceinline__ void add_rows(Work& work, const BlockTile& tile, cons
   }
 }
 
-// Finds the only unit of a warp. Returns false if there is none, and sets a unit without rows, whose first token is
+// Finds the only unit of a warp. If there is none, returns false and sets a unit without rows, whose first token is
 // readable.
 __device__ __forceinline__ bool find_unit(const BlockTile& tile, Unit& unit) {
   if (warp_index() < UNITS && unit.locate(tile, warp_index())) return true;
