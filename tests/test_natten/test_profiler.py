@@ -14,6 +14,7 @@ import torch
 import natten
 from natten import profiler
 from natten.backends import cuda
+from natten.backends.cpu.build import cpu_library
 from natten.profiler import Limits, Timer, Work
 
 PUBLISHED = "--size 56x56 --batch 128 --heads 2 --head-dim 32 --kernel-size 7 --dtype bfloat16"
@@ -243,6 +244,7 @@ def test_errors_are_one_line(capsys, named, options):
 
 
 def test_the_command():
+    cpu_library()  # compiled here, because the first compilation is announced on stderr
     options = "-i 9 -w 3 -d 8 --dry-run --device cpu --json"
     command = [sys.executable, "-m", "natten.profiler", *options.split()]
     done = subprocess.run(command, capture_output=True, text=True)
