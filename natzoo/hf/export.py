@@ -108,8 +108,8 @@ def image_processor(model: nn.Module) -> BitImageProcessor:
     It resizes the shorter side, crops the center and normalizes the channels.
 
     Args:
-        model: a timm model, whose `pretrained_cfg` defines the protocol; or a Nat or Dinat of this package, for which it
-            is the published one for the model's repository on the hub, or else for its `config.image_size`.
+        model: a timm model, whose `pretrained_cfg` defines the protocol; or a Nat or Dinat of this package. Its
+            protocol is the published one for its repository on the hub, or else for its `config.image_size`.
 
     Raises:
         ValueError: if `model` is neither, or is a Nat or Dinat for images without three channels.
