@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,11 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _build_here() -> None:
-    start = time.monotonic()
     found = find()
     if found.path is None:
         raise Unavailable("the CPU kernels compile, but no folder can hold them; set NATTEN_CACHE_DIR.")
-    print(f"{found.path}\n{found.origin}, ready after {time.monotonic() - start:.1f} s")
+    print(f"{found.path}\n{found.origin}")
 
 
 def _list() -> None:

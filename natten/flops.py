@@ -49,18 +49,20 @@ class _Work(NamedTuple):
         products: number of dot products over head_dim for each pair of query and key.
         tensor: name of the argument whose shape is that of the map; its last axis is head_dim.
         space: the spatial axes of that argument.
+        value_products: number of dot products over the head_dim of the value.
     """
 
     products: int
     tensor: str
     space: slice
+    value_products: int = 0
 
 
 _HEADS_LAST, _HEADS_FIRST = slice(1, -2), slice(2, -1)
 
 _WORK = {  # by name in torch.ops.natten
-    "attention_forward": _Work(2, "query", _HEADS_LAST),
-    "attention_backward": _Work(5, "query", _HEADS_LAST),
+    "attention_forward": _Work(1, "query", _HEADS_LAST, value_products=1),
+    "attention_backward": _Work(3, "query", _HEADS_LAST, value_products=2),
     "query_key_forward": _Work(1, "query", _HEADS_FIRST),
     "query_key_backward": _Work(2, "query", _HEADS_FIRST),
     "weight_value_forward": _Work(1, "value", _HEADS_FIRST),
@@ -74,13 +76,14 @@ def _count(operator: str, arguments: dict[str, Any]) -> tuple[int, int]:
     Args:
         arguments: the operator's arguments by name, with shapes instead of tensors.
     """
-    products, tensor, where = _WORK[operator]
+    products, tensor, where, value_products = _WORK[operator]
     *maps, head_dim = arguments[tensor]
     space = arguments[tensor][where]
     window = (arguments.get(name, [1] * len(space)) for name in ("kernel_size", "stride", "dilation", "is_causal"))
     pairs = prod([_axis_pairs(Axis(*values)) for values in zip(space, *window, strict=True)])
     pairs *= prod(maps) // prod(space)
-    return products * pairs * head_dim, pairs
+    value_dim = arguments["value"][-1] if value_products else 0
+    return pairs * (products * head_dim + value_products * value_dim), pairs
 
 
 def _axis_pairs(axis: Axis) -> int:

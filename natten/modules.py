@@ -26,7 +26,7 @@ from natten.geometry import padding
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
 
-class _NeighborhoodAttention(nn.Module):
+class NeighborhoodAttentionNd(nn.Module):
     """Base class of the layers. Subclasses set the rank and the functions that compute attention."""
 
     rank: int
@@ -190,7 +190,7 @@ class _NeighborhoodAttention(nn.Module):
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, {text}, rel_pos_bias={self.rpb is not None}"
 
 
-class NeighborhoodAttention1D(_NeighborhoodAttention):
+class NeighborhoodAttention1D(NeighborhoodAttentionNd):
     """Multi-head neighborhood attention over one axis: [B, L, dim] -> [B, L, dim].
 
     Parameters: qkv.weight [3 dim, dim], qkv.bias, rpb [num_heads, 2K-1], proj.weight [dim, dim], proj.bias.
@@ -203,7 +203,7 @@ class NeighborhoodAttention1D(_NeighborhoodAttention):
     _weight_value = staticmethod(functional.na1d_av)
 
 
-class NeighborhoodAttention2D(_NeighborhoodAttention):
+class NeighborhoodAttention2D(NeighborhoodAttentionNd):
     """Multi-head neighborhood attention over two axes: [B, H, W, dim] -> [B, H, W, dim].
 
     See section 3 of arXiv:2204.07143; with dilation, section 3 of arXiv:2209.15001.
@@ -244,7 +244,7 @@ class NeighborhoodAttention2D(_NeighborhoodAttention):
     _weight_value = staticmethod(functional.na2d_av)
 
 
-class NeighborhoodAttention3D(_NeighborhoodAttention):
+class NeighborhoodAttention3D(NeighborhoodAttentionNd):
     """Multi-head neighborhood attention over three axes: [B, D, H, W, dim] -> [B, D, H, W, dim].
 
     Parameters: qkv.weight [3 dim, dim], qkv.bias, rpb [num_heads, 2K-1, 2K-1, 2K-1], proj.weight [dim, dim], proj.bias.

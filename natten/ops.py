@@ -26,7 +26,14 @@ from torch.autograd.function import once_differentiable
 
 from natten import backends
 from natten.backends import reference
-from natten.backends.reference import accumulation_dtype, is_autocast, no_autocast
+from natten.backends.reference import (
+    accumulation_dtype,
+    is_autocast,
+    no_autocast,
+    repeat_heads,
+    shape_of_grads,
+    split_grads,
+)
 from natten.checks import Window, cached, check_composed, check_merged, make_axes
 from natten.geometry import Axis, Margin
 
@@ -94,7 +101,8 @@ def _attention_op(query, key, value, rpb, kernel_size, stride, dilation, is_caus
 
 @torch.library.register_fake("natten::attention_forward")
 def _attention_fake(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale, backend):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
+    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return out, query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
 
 
 @torch.library.impl("natten::attention_backward", "default")
@@ -112,8 +120,7 @@ def _attention_backward_op(
 def _attention_backward_fake(
     grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale, backend
 ):
-    shape = (*query.shape[:-2], 3, *query.shape[-2:])
-    return query.new_empty(shape), _empty_grad_rpb(rpb, query)
+    return query.new_empty(shape_of_grads(query, key, value)), _empty_grad_rpb(rpb, query)
 
 
 # Unfused attention, heads-first
@@ -284,7 +291,7 @@ class _Attention(torch.autograd.Function):
         grad_qkv, grad_rpb = _attention_backward(
             grad_out, grad_lse, qkv, rpb, out, lse, ctx.axes, ctx.scale, ctx.backend
         )
-        grads = (grad_qkv,) if len(qkv) == 1 else grad_qkv.unbind(-3)
+        grads = (grad_qkv,) if len(qkv) == 1 else split_grads(grad_qkv, *qkv)
         return (None if rpb is None else grad_rpb), None, None, None, *grads
 
 
@@ -338,14 +345,15 @@ def attend(
     """Compute fused attention that the backends support natively.
 
     Args:
-        qkv: query, key and value [B, X, H, d], or one packed tensor [B, X, 3, H, d].
+        qkv: query, key and value [B, X, H, d], or one packed tensor [B, X, 3, H, d]. Key and value may have fewer
+            heads, and value another head_dim.
         rpb: relative position bias [H, 2K-1 per axis], or None.
         axes: the validated axes.
         scale: factor on the logits; None for head_dim ** -0.5.
         backend: name of a backend, or None.
 
     Returns:
-        Output [B, X, H, d] in the query's dtype and logsumexp [B, X, H] in the accumulation dtype.
+        Output [B, X, H, value head_dim] in the query's dtype and logsumexp [B, X, H] in the accumulation dtype.
     """
     scale = qkv[0].shape[-1] ** -0.5 if scale is None else float(scale)
     backend = backends.requested(backend)
@@ -394,9 +402,6 @@ def attend_composed(
 ) -> tuple[Tensor, Tensor]:
     """Compute fused attention with any feature, by reducing it to what the backends support.
 
-    - Fewer key and value heads (grouped-query and multi-query attention): the heads are repeated; query head h reads
-      key/value head h div (heads / key/value heads).
-    - A different value head_dim: the smaller head_dim is padded with zeros, which change neither logits nor output.
     - window_padding "zeros" and "valid": the map is padded with zeros so that no window of interest is shifted, and
       the output is cropped.
     - Additional keys and values: the attention to them alone is merged with the attention to the window by logsumexp.
@@ -421,28 +426,15 @@ def attend_composed(
     extra_key, extra_value = apply_autocast(*additional)
     axes, margins = check_composed(rank, query, key, value, rpb, *window, extra_key, extra_value, window_padding)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    heads, value_dim = query.shape[-2], value.shape[-1]
 
-    query, key, value = (_pad_map(_repeat_heads(x, heads), margins) for x in (query, key, value))
-    out, lse = attend(_pad_head_dims(query, key, value), rpb, axes, scale, backend)
-    out = out[..., :value_dim]
+    query, key, value = (_pad_map(x, margins) for x in (query, key, value))
+    out, lse = attend((query, key, value), rpb, axes, scale, backend)
     query, out, lse = (_crop_map(x, margins) for x in (query, out, lse))
     if extra_key is not None and extra_value is not None and extra_key.shape[1] > 0:
-        extra_key, extra_value = (_repeat_heads(x, heads) for x in (extra_key, extra_value))
+        extra_key, extra_value = (repeat_heads(x, query.shape[-2]) for x in (extra_key, extra_value))
         extra_out, extra_lse = _attend_to_all(query, extra_key, extra_value, scale)
         out, lse = merge_attentions((out, extra_out), (lse, extra_lse))
     return out.contiguous(), lse.contiguous()
-
-
-def _repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """Repeat each head: [..., fewer heads, d] -> [..., heads, d]."""
-    times = 1 if x.shape[-2] == heads else heads // x.shape[-2]
-    return x if times == 1 else x.unsqueeze(-2).expand(*x.shape[:-1], times, x.shape[-1]).flatten(-3, -2)
-
-
-def _pad_head_dims(*tensors: Tensor) -> list[Tensor]:
-    dim = max(x.shape[-1] for x in tensors)
-    return [x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in tensors]
 
 
 def _pad_map(x_BXHd: Tensor, margins: Sequence[Margin]) -> Tensor:

@@ -80,6 +80,6 @@ rm -f "$log"
 "$venv/bin/python" -m pip install --log "$log" \
     --constraint constraints.txt --constraint "$venv/torch-constraints.txt" --editable ".[$extras]" ||
     explain_pip_failure "$log"
-echo "Compiling the CPU kernels for this machine (about 20 s)"
+echo "CPU kernels:"
 "$venv/bin/python" -m natten.build || true # without a compiler natten falls back to PyTorch, with a warning
 touch "$stamp"

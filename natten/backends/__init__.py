@@ -25,7 +25,8 @@ class Backend(Protocol):
     """The interface of a backend module.
 
     Shapes: B batch, X the spatial axes, H heads, d head_dim, W keys per window. Fused attention takes heads-last
-    tensors [B, X, H, d], unfused attention (`query_key` and `weight_value`) heads-first tensors [B, H, X, d].
+    tensors [B, X, H, d], unfused attention (`query_key` and `weight_value`) heads-first tensors [B, H, X, d]. In fused
+    attention key and value may have fewer heads, and value another head_dim, which is then that of the output.
 
     Attributes:
         NAME: the name that users pass as `backend=`.
@@ -54,7 +55,7 @@ class Backend(Protocol):
         axes: Sequence[Axis],
         scale: float,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of query, key and value as one tensor [B, X, 3, H, d], and that of rpb."""
+        """Return the gradients of query, key and value in one tensor, and that of rpb; see `reference.split_grads`."""
 
     def query_key(self, query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
         """Return the unscaled logits [B, H, X, W]."""

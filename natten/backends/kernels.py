@@ -10,6 +10,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from natten.backends import reference
+from natten.backends.reference import pad_head_dim, repeat_heads, shape_of_grads, split_grads, sum_heads
 from natten.geometry import Axis
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as numbered in the kernels
@@ -19,15 +21,15 @@ TENSORS = (
     *("GRAD_QUERY", "GRAD_KEY", "GRAD_VALUE"),
 )
 _FLOAT32 = ("LSE", "GRAD_LSE", "DELTA")  # one float32 value per query and head
+_DIM_STEP = 8  # the kernels take head_dims that are multiples of it
 
 
-def unsupported_input(query: Tensor) -> str | None:
-    """Return why no kernel supports such a query (or value), or None if one does."""
+def unsupported_input(query: Tensor, max_dim: int) -> str | None:
+    """Return why kernels with this largest head_dim cannot run such a query (or value), or None if they can."""
     if query.dtype not in DTYPES:
         return f"dtype {query.dtype} is not supported; use float32, bfloat16 or float16"
-    dim = query.shape[-1]
-    if dim % 8 or dim > 256:
-        return f"head_dim {dim} is not supported; use a multiple of 8 up to 256"
+    if query.shape[-1] > max_dim:
+        return f"head_dim {query.shape[-1]} is not supported; use at most {max_dim}"
     return None
 
 
@@ -66,28 +68,38 @@ def check_layout(name: str, x: Tensor, shaped: Tensor, axes: Sequence[Axis]) -> 
 class KernelBackend:
     """The functions of `natten.backends.Backend` on top of compiled kernels.
 
+    The kernels take query, key and value of one shape, with a multiple of 8 as head_dim. Other tensors are padded with
+    zeros, which change neither logits nor output, and heads are repeated.
+
     Args:
         launch: ``launch(op, axes, scale, rpb, **tensors) -> grad_rpb`` runs the kernels of one op, which is the name of
             a method below, on heads-last tensors named as in `TENSORS`. It returns the gradient of rpb in rpb's dtype,
             or None if the op has none.
         with_usable_rows: returns a tensor, or a copy of it, whose rows of head_dim values the kernels can read.
+        max_dim: largest head_dim of the kernels. The reference computes attention to values with a larger one.
     """
 
-    def __init__(self, launch: Callable[..., Tensor | None], with_usable_rows: Callable[[Tensor], Tensor]):
+    def __init__(
+        self, launch: Callable[..., Tensor | None], with_usable_rows: Callable[[Tensor], Tensor], max_dim: int
+    ):
         self._launch = launch
         self._rows = with_usable_rows
+        self._max_dim = max_dim
 
     # Fused attention, heads-last
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Return the output [B, X, H, d] in the query's dtype and the logsumexp [B, X, H] in float32, contiguous."""
-        query, key, value = map(self._rows, (query, key, value))
+        """Return the output [B, X, H, value head_dim] in the query's dtype and the logsumexp [B, X, H] in float32."""
+        value_dim = value.shape[-1]
+        if value_dim > self._max_dim:
+            return reference.attention(query, key, value, rpb, axes, scale)
+        query, key, value = map(self._rows, uniform(query, key, value))
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
         self._launch("attention", axes, scale, rpb, QUERY=query, KEY=key, VALUE=value, OUT=out, LSE=lse)
-        return out, lse
+        return _narrow(out, value_dim).contiguous(), lse
 
     def attention_backward(
         self,
@@ -102,34 +114,42 @@ class KernelBackend:
         axes: Sequence[Axis],
         scale: float,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of query, key and value as one tensor [B, X, 3, H, d], and that of rpb."""
-        query, key, value, out, grad_out = map(self._rows, (query, key, value, out, grad_out))
-        grad_qkv = query.new_empty((*query.shape[:-2], 3, *query.shape[-2:]))
-        grad_query, grad_key, grad_value = grad_qkv.unbind(-3)
+        """Return the gradients of query, key and value in one tensor, as `split_grads` reads it, and that of rpb."""
+        if value.shape[-1] > self._max_dim:
+            return reference.attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale)
+        q, k, v = map(self._rows, uniform(query, key, value))
+        out, grad_out = (self._rows(pad_head_dim(x, q.shape[-1])) for x in (out, grad_out))
+        grads = q.new_empty((*q.shape[:-2], 3, *q.shape[-2:]))
+        grad_q, grad_k, grad_v = grads.unbind(-3)
         optional = {} if grad_lse is None else {"GRAD_LSE": grad_lse}
         grad_rpb = self._launch(
             "attention_backward",
             axes,
             scale,
             rpb,
-            QUERY=query,
-            KEY=key,
-            VALUE=value,
+            QUERY=q,
+            KEY=k,
+            VALUE=v,
             OUT=out,
             LSE=lse,
             GRAD_OUT=grad_out,
-            GRAD_QUERY=grad_query,
-            GRAD_KEY=grad_key,
-            GRAD_VALUE=grad_value,
+            GRAD_QUERY=grad_q,
+            GRAD_KEY=grad_k,
+            GRAD_VALUE=grad_v,
             **optional,
         )
+        if q.shape == query.shape == key.shape == value.shape:
+            return grads, grad_rpb
+        grad_qkv = query.new_empty(shape_of_grads(query, key, value))
+        for view, grad in zip(split_grads(grad_qkv, query, key, value), (grad_q, grad_k, grad_v), strict=True):
+            sum_heads(_narrow(grad, view.shape[-1]), view)
         return grad_qkv, grad_rpb
 
     # Unfused attention, heads-first
 
     def query_key(self, query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
         """Return the unscaled logits [B, H, X, W]; -inf in slots of a causal window before the map."""
-        query, key = map(self._rows, (query, key))
+        query, key = (self._rows(_with_supported_dim(x)) for x in (query, key))
         attn = query.new_empty((*query.shape[:-1], _window_size(axes)))
         self._launch("query_key", axes, 1.0, rpb, **_heads_last(QUERY=query, KEY=key, ATTN=attn))
         return attn
@@ -138,28 +158,55 @@ class KernelBackend:
         self, grad_attn: Tensor, query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the gradients of query, key and rpb."""
-        query, key, grad_attn = self._rows(query), self._rows(key), with_contiguous_rows(grad_attn)
-        grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
+        dim = query.shape[-1]
+        query, key = (self._rows(_with_supported_dim(x)) for x in (query, key))
+        grad_attn, grad_query, grad_key = (
+            with_contiguous_rows(grad_attn),
+            query.new_empty(query.shape),
+            key.new_empty(key.shape),
+        )
         tensors = _heads_last(QUERY=query, KEY=key, GRAD_ATTN=grad_attn, GRAD_QUERY=grad_query, GRAD_KEY=grad_key)
         grad_rpb = self._launch("query_key_backward", axes, 1.0, rpb, **tensors)
-        return grad_query, grad_key, grad_rpb
+        return _narrow(grad_query, dim), _narrow(grad_key, dim), grad_rpb
 
     def weight_value(self, attn: Tensor, value: Tensor, axes: Sequence[Axis]) -> Tensor:
         """Return the sums [B, H, X, d] of values weighted by attn [B, H, X, W]."""
-        attn, value = with_contiguous_rows(attn), self._rows(value)
+        dim, attn, value = value.shape[-1], with_contiguous_rows(attn), self._rows(_with_supported_dim(value))
         out = value.new_empty(value.shape)
         self._launch("weight_value", axes, 1.0, None, **_heads_last(VALUE=value, ATTN=attn, OUT=out))
-        return out
+        return _narrow(out, dim)
 
     def weight_value_backward(
         self, grad_out: Tensor, attn: Tensor, value: Tensor, axes: Sequence[Axis]
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of attn and value."""
-        attn, value, grad_out = with_contiguous_rows(attn), self._rows(value), self._rows(grad_out)
+        dim, attn = value.shape[-1], with_contiguous_rows(attn)
+        value, grad_out = (self._rows(_with_supported_dim(x)) for x in (value, grad_out))
         grad_attn, grad_value = attn.new_empty(attn.shape), value.new_empty(value.shape)
         tensors = _heads_last(VALUE=value, ATTN=attn, GRAD_OUT=grad_out, GRAD_ATTN=grad_attn, GRAD_VALUE=grad_value)
         self._launch("weight_value_backward", axes, 1.0, None, **tensors)
-        return grad_attn, grad_value
+        return grad_attn, _narrow(grad_value, dim)
+
+
+def uniform(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return heads-last tensors of one shape that the kernels support: as many heads as the query, padded head_dims."""
+    if query.shape == key.shape == value.shape and query.shape[-1] % _DIM_STEP == 0:
+        return query, key, value
+    heads, dim = query.shape[-2], _supported_dim(max(query.shape[-1], value.shape[-1]))
+    query, key, value = (pad_head_dim(repeat_heads(x, heads), dim) for x in (query, key, value))
+    return query, key, value
+
+
+def _with_supported_dim(x: Tensor) -> Tensor:
+    return pad_head_dim(x, _supported_dim(x.shape[-1]))
+
+
+def _narrow(x: Tensor, dim: int) -> Tensor:
+    return x if x.shape[-1] == dim else x[..., :dim]
+
+
+def _supported_dim(dim: int) -> int:
+    return -(-dim // _DIM_STEP) * _DIM_STEP
 
 
 def _heads_last(**tensors: Tensor) -> dict[str, Tensor]:

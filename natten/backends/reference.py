@@ -51,6 +51,49 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Heads and head_dims
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeat each head so that query head h meets key/value head h div (heads / heads of x): [..., heads, d]."""
+    times = 1 if x.shape[-2] == heads else heads // x.shape[-2]
+    return x if times == 1 else x.unsqueeze(-2).expand(*x.shape[:-1], times, x.shape[-1]).flatten(-3, -2)
+
+
+def sum_heads(x: Tensor, out: Tensor) -> None:
+    """Sum the repetitions of each head into `out`, which has fewer heads or as many: the adjoint of `repeat_heads`."""
+    if x.shape == out.shape:
+        out.copy_(x)
+    else:
+        torch.sum(x.unflatten(-2, (out.shape[-2], -1)).to(out.dtype), -2, out=out)
+
+
+def pad_head_dim(x: Tensor, dim: int) -> Tensor:
+    """Append zeros to the last axis."""
+    return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
+
+
+def shape_of_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    """Return the shape of the tensor that holds the gradients of query, key and value; see `split_grads`."""
+    if query.shape == key.shape == value.shape:
+        return (*query.shape[:-2], 3, *query.shape[-2:])
+    return (query.numel() + key.numel() + value.numel(),)
+
+
+def split_grads(grad_qkv: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Return views of the gradients of query, key and value.
+
+    Args:
+        grad_qkv: [B, X, 3, H, d] if the three have the same shape, else the gradients one after another, 1-D.
+    """
+    if grad_qkv.dim() > 1:
+        return grad_qkv.unbind(-3)
+    parts = grad_qkv.split([x.numel() for x in (query, key, value)])
+    return tuple(part.view(x.shape) for part, x in zip(parts, (query, key, value), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Fused attention
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -85,7 +128,7 @@ def attention_backward(
     axes: Sequence[Axis],
     scale: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of query, key and value as one tensor [B, X, 3, H, d], and that of rpb."""
+    """Return the gradients of query, key and value in one tensor, as `split_grads` reads it, and that of rpb."""
     with no_autocast(q_BXHd):
         tiles = _tiles(axes, q_BXHd.device)
         q_BTHQd, k_BTHKd, v_BTHKd, logits_BTHQK = _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles, scale)
@@ -109,7 +152,10 @@ def attention_backward(
         grad_q = _from_tiles(grad_logits_BTHQK @ k_BTHKd, tiles).mul(scale)
         grad_k = _add_tiles(grad_logits_BTHQK.mT @ q_BTHQd, keys, shape)
         grad_v = _add_tiles(weight_BTHQK.mT @ grad_out_BTHQd, keys, shape)
-        grad_qkv = torch.stack((grad_q, grad_k, grad_v), dim=-3).to(q_BXHd.dtype)
+        grad_qkv = q_BXHd.new_empty(shape_of_grads(q_BXHd, k_BXHd, v_BXHd))
+        views = split_grads(grad_qkv, q_BXHd, k_BXHd, v_BXHd)
+        for view, grad in zip(views, (grad_q, grad_k, grad_v), strict=True):
+            sum_heads(grad, view)
         grad_rpb = None if rpb is None else _add_bias(grad_logits_BTHQK.sum(0), tiles, rpb)
         return grad_qkv, grad_rpb
 
@@ -133,6 +179,7 @@ def _is_repeat(tiles: Sequence[AxisTiles]) -> Tensor:
 def _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles: list[AxisTiles], scale: float) -> tuple[Tensor, ...]:
     """Return the scaled query, the key and the value in tiles, and the logits, in the accumulation dtype."""
     dtype = accumulation_dtype(q_BXHd.dtype)
+    k_BXHd, v_BXHd = (repeat_heads(x, q_BXHd.shape[-2]) for x in (k_BXHd, v_BXHd))
     keys = [axis.key_TK for axis in tiles]
     q_BTHQd = _to_tiles(q_BXHd.to(dtype) * scale, [axis.query_TQ for axis in tiles])
     k_BTHKd = _to_tiles(k_BXHd.to(dtype), keys)

@@ -261,9 +261,12 @@ def fit_detector(
         The weights under the model's names, and one sentence per adaptation.
 
     Raises:
-        ValueError: as in `check_fit`, if the weights belong to another model.
+        ValueError: as in `unwrapped`; or as in `check_fit`, if the weights belong to another model.
     """
-    weights = {re.sub(r"^module\.", "", name): value for name, value in weights.items()}
+    try:
+        weights = unwrapped(weights)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}.") from error
     notes = []
     if is_detectron2(weights):
         weights = from_detectron2(weights, is_panoptic=hasattr(model, "panoptic_head"))

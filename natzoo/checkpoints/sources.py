@@ -126,11 +126,13 @@ def locate(what: str | os.PathLike) -> Path:
             - "hf-hub:OWNER/NAME" or "hf-hub:OWNER/NAME@REVISION", a Hugging Face repository.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if it is none of these, or both a published name and a path; "./NAME" is always a path.
         FileNotFoundError: if it is a path and the file does not exist.
         DownloadError: if no source provides the file; the message states the failure of each source.
     """
     path, text = Path(what), str(what)
+    if isinstance(what, str) and what in zoo_entries() and path.exists():
+        raise ValueError(f"{what!r} is a published checkpoint and also exists here; for the local one, write ./{what}.")
     if path.is_file():
         return path
     if path.is_dir():

@@ -37,8 +37,8 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_scale_init_value: initial value of the learned scale of each branch; 0 for no scale.
         layout: "nat" (overlapping convolutions), "dinat_s" (patches and patch merging, as in Swin) or "isotropic" (one
             stage of 16x16 patches). The repositories on the hub only use "nat".
-        image_size: image height and width in pixels, which determine the bias table of full attention; ignored with a
-            window.
+        image_size: image height and width in pixels, for `image_processor`. They also determine the bias table of full
+            attention.
         out_features, out_indices: feature maps of a backbone: "stem", "stage1", ... or their indices.
     """
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import nn
 from transformers import BitImageProcessor
 from transformers.image_utils import PILImageResampling
 
+from natzoo.checkpoints import zoo_entries
 from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
 from natzoo.hf.modeling import DinatForImageClassification, Encoder, NatForImageClassification
 from natzoo.models import NAT, DiNAT, DiNAT_s, Isotropic
@@ -66,6 +68,9 @@ def make_config(model: NAT | DiNAT_s | Isotropic) -> NatConfig:
         return NatConfig(kernel_size=None, image_size=sides, **fields)
     dilations = [[block.attn.dilation[0] for block in blocks] for blocks in stages]
     fields["kernel_size"] = attention.kernel_size[0]
+    if getattr(model, "pretrained_cfg", None):
+        height, width = model.pretrained_cfg["input_size"][1:]
+        fields["image_size"] = height if height == width else [height, width]
     if all(dilation == 1 for stage in dilations for dilation in stage):
         return NatConfig(**fields)
     return DinatConfig(dilations=dilations, **fields)
@@ -98,11 +103,18 @@ def _labels(classes: int) -> dict[str, Any]:
 
 
 def image_processor(model: nn.Module) -> BitImageProcessor:
-    """Return the image processor for the evaluation protocol in the model's `pretrained_cfg`.
+    """Return the image processor for a model's evaluation protocol.
 
     It resizes the shorter side, crops the center and normalizes the channels.
+
+    Args:
+        model: a timm model, whose `pretrained_cfg` defines the protocol; or a Nat or Dinat of this package. Its
+            protocol is the published one for its repository on the hub, or else for its `config.image_size`.
+
+    Raises:
+        ValueError: if `model` is neither, or is a Nat or Dinat for images without three channels.
     """
-    cfg = model.pretrained_cfg
+    cfg = getattr(model, "pretrained_cfg", None) or _published_cfg(model)
     channels, height, width = cfg["input_size"]
     return BitImageProcessor(
         size={"shortest_edge": math.floor(min(height, width) / cfg["crop_pct"])},
@@ -112,3 +124,27 @@ def image_processor(model: nn.Module) -> BitImageProcessor:
         image_std=list(cfg["std"]),
         do_convert_rgb=channels == 3,
     )
+
+
+def _published_cfg(model: nn.Module) -> dict[str, Any]:
+    """Return the published preprocessing for a Nat or Dinat, with the names of timm's `pretrained_cfg`."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, NatConfig):
+        raise ValueError(
+            f"model is a {type(model).__name__}, but must be a timm model or a Nat or Dinat of natzoo.hf; for other "
+            "models use transformers.AutoImageProcessor."
+        )
+    if config.num_channels != 3:
+        raise ValueError(f"config.num_channels is {config.num_channels}; published preprocessing requires 3 channels.")
+    # config.json on the hub may omit the image size, so a published model is recognized by its repository.
+    repository = Path(config.name_or_path).name
+    sizes = [e.facts.get("size", 224) for e in zoo_entries().values() if e.hub and Path(e.hub).name == repository]
+    size = sizes[0] if sizes else config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "input_size": (3, height, width),
+        "crop_pct": 0.875 if min(height, width) < 384 else 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+    }

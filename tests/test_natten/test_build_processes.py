@@ -93,6 +93,17 @@ class ProcessTest(BuildTestCase):
         self.assertEqual(Path(path).parent, self.cache)
         self.assertEqual(len(calls.read_text().splitlines()), 3)  # two sources and the link, once
 
+    def test_compilation_is_announced_on_stderr(self):
+        for level, lines in (("", 1), ("WARNING", 1), ("ERROR", 0)):
+            cache = self.folder / f"cache{level}"
+            environment = {**os.environ, "NATTEN_LOG_LEVEL": level, "NATTEN_CACHE_DIR": str(cache)}
+            for expected in (lines, 0):  # the second process finds the library
+                with self.subTest(level, expected=expected):
+                    command = [sys.executable, "-c", FIND, str(self.sources)]
+                    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                    self.assertEqual((done.returncode, done.stderr.count("\n")), (0, expected), done.stderr)
+                    self.assertEqual(done.stderr.count("compiling"), expected)
+
     def test_two_threads_without_file_locks(self):
         with mock.patch.object(fcntl, "flock", side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))):
             found = []
@@ -175,15 +186,17 @@ class CommandTest(BuildTestCase):
         return status, out.getvalue(), err.getvalue()
 
     def test_for_this_machine(self):
-        for _ in range(2):
-            status, out, err = self.run_main()
+        for check in (self.assertLogs, self.assertNoLogs):  # the second run compiles nothing
+            with check("natten", "WARNING"):
+                status, out, err = self.run_main()
             self.assertEqual((status, err), (0, ""))
             self.assertRegex(out, rf"^{self.cache}/libnatten_cpu-\w+.so\n.*c\+\+ ")
 
     def test_ahead_of_time(self):
         out = self.folder / "a" / "b"
         levels = list(build.LEVELS)
-        status, printed, err = self.run_main(*(f"--cpu={level}" for level in levels), "--out", str(out))
+        with self.assertLogs("natten", "WARNING"):
+            status, printed, err = self.run_main(*(f"--cpu={level}" for level in levels), "--out", str(out))
         self.assertEqual((status, err), (0, ""))
         self.assertEqual(printed.split(), [str(out / f"libnatten_cpu-{level}.so") for level in levels])
         self.assertEqual(sorted(map(str, out.iterdir())), sorted(printed.split()))

@@ -22,7 +22,7 @@ from natten.backends.kernels import warn_fallback
 from test_natten.problems import RANKS, Problem, cotangents, function, gradients, make_qkv, make_rpb, random_problem
 
 PROBLEMS_PER_RANK = 200
-HEAD_DIMS = (8, 16, 24, 32, 40, 64, 72, 128, 256)
+HEAD_DIMS = (8, 10, 16, 20, 24, 32, 1, 7, 12, 14, 28, 36, 40, 64, 72, 100, 128, 256, 264)
 _SPARE = {1: 70, 2: 24, 3: 7}  # tokens per axis beyond kernel_size * dilation, enough for several vectors of queries
 
 
@@ -30,7 +30,7 @@ def problem_of(rank: int, seed: int) -> Problem:
     """Return a random problem that the kernels support. Some maps are wide, some have the size of a window."""
     rng = random.Random(f"cpu-{rank}-{seed}")
     problem = random_problem(rank, seed, spare=rng.choice((0, 4, _SPARE[rank])))
-    head_dim = rng.choice(HEAD_DIMS if rng.random() < 0.3 else HEAD_DIMS[:5])
+    head_dim = rng.choice(HEAD_DIMS if rng.random() < 0.3 else HEAD_DIMS[:6])
     return problem._replace(head_dim=head_dim)
 
 
@@ -63,8 +63,15 @@ class AgainstReferenceTest(unittest.TestCase):
         self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(2)  # the number of threads decides how a problem is cut
 
-    def check(self, compute, problem: Problem, dtype: torch.dtype, rpb_dtype: torch.dtype) -> None:
-        qkv, rpb = make_qkv(problem, dtype), make_rpb(problem, rpb_dtype)
+    def check(
+        self,
+        compute,
+        problem: Problem,
+        dtype: torch.dtype,
+        rpb_dtype: torch.dtype,
+        qkv: list[Tensor] | None = None,
+    ) -> None:
+        qkv, rpb = qkv or make_qkv(problem, dtype), make_rpb(problem, rpb_dtype)
         found = compute(problem, qkv, rpb, "cpu")
         peers = compute(problem, qkv, rpb, "reference")
         exact = compute(problem, [to_double(x) for x in qkv], to_double(rpb), "reference")
@@ -102,6 +109,24 @@ class AgainstReferenceTest(unittest.TestCase):
 
     def test_unfused_bfloat16(self):
         self.check_all(unfused, 15, torch.bfloat16, torch.bfloat16)
+
+    def test_fewer_key_heads_and_other_value_head_dims(self):
+        """Natively, as all head_dims are: no repetition and no padding."""
+        generator = torch.Generator().manual_seed(0)
+
+        def make(problem: Problem, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+            x = torch.randn(problem.batch, *problem.space, heads, head_dim, generator=generator)
+            return x.to(dtype).requires_grad_()
+
+        shapes = [(8, 2, 32, 64), (4, 1, 10, 20), (3, 3, 36, 14), (6, 2, 1, 3), (2, 1, 12, 300)]
+        for (heads, key_heads, dim, value_dim), rank, dtype in itertools.product(
+            shapes, RANKS, (torch.float32, torch.bfloat16)
+        ):
+            problem = problem_of(rank, dim)._replace(heads=heads, head_dim=dim, has_rpb=True)
+            qkv = [make(problem, heads, dim, dtype), make(problem, key_heads, dim, dtype)]
+            qkv.append(make(problem, key_heads, value_dim, dtype))
+            with self.subTest(problem=problem, key_heads=key_heads, value_dim=value_dim, dtype=dtype):
+                self.check(fused, problem, dtype, torch.float32, qkv)
 
     def test_large_windows(self):
         windows = [((300,), 151), ((40, 40), 21), ((20, 20), 20), ((17, 16), (16, 15)), ((6, 9, 20), (3, 5, 13))]
@@ -195,14 +220,10 @@ class PropertiesTest(unittest.TestCase):
             torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
 
     def test_unsupported_inputs_fall_back_to_the_reference(self):
-        for shape, dtype, text in (
-            ((1, 9, 2, 4), torch.float32, "head_dim"),
-            ((1, 9, 2, 8), torch.float64, "float64"),
-        ):
-            x = torch.zeros(shape, dtype=dtype)
-            with self.assertRaisesRegex(ValueError, f"backend='cpu' .*{text}"):
-                natten.na1d(x, x, x, 3, backend="cpu")
-            self.assertEqual(natten.na1d(x, x, x, 3).shape, shape)
+        x = torch.zeros((1, 9, 2, 8), dtype=torch.float64)
+        with self.assertRaisesRegex(ValueError, "backend='cpu' .*float64"):
+            natten.na1d(x, x, x, 3, backend="cpu")
+        self.assertEqual(natten.na1d(x, x, x, 3).shape, x.shape)
 
     def test_operators_called_directly_check_their_tensors(self):
         """The kernels read addresses, so nothing below the operators would notice a mismatch."""

@@ -164,6 +164,23 @@ class EmulatedKernelsTest(EmulatedTestCase):
     def test_unfused(self):
         self.check(problem((9, 11), (4, 5), 1, (2, 1), (False, True), dim=8), torch.float16, unfused)
 
+    def test_other_head_dims_are_padded(self):
+        for dim in (1, 12, 28):
+            self.check(problem((9, 11), 5, 1, 1, dim=dim), torch.float32)
+            self.check(problem((9, 11), 5, 1, 1, dim=dim), torch.float16, unfused)
+
+    def test_fewer_key_heads_and_another_value_head_dim(self):
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((9, 11, 4, 12), (9, 11, 2, 12), (9, 11, 2, 20))
+        q, k, v = (torch.randn(2, *shape, generator=generator).requires_grad_() for shape in shapes)
+        found = []
+        for backend in ("cuda", "reference"):
+            with emulated_gpu():
+                out = natten.na2d(q, k, v, 5, backend=backend)
+                found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+        for x, y in zip(*found, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
     def test_float16_on_turing_uses_no_matrix_instructions(self):
         given = problem((12,), 5, 1, 2, dim=8, has_rpb=False)
         self.assertNotIn("natten_attention_tiles", self.check(given, torch.float16, capability=TURING))
@@ -355,14 +372,14 @@ class UnsupportedTest(unittest.TestCase):
 
     def test_supported_calls(self):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            with mock.patch.object(nvrtc, "architecture"), mock.patch.object(driver, "bindings"):
-                self.assertIsNone(self.reason(self.query("cuda:0", dtype)))
+            for dim in (1, 12, 256):
+                with mock.patch.object(nvrtc, "architecture"), mock.patch.object(driver, "bindings"):
+                    self.assertIsNone(self.reason(self.query("cuda:0", dtype, dim=dim)))
 
     def test_unsupported_calls(self):
         self.assertIn("cpu", self.reason(self.query("cpu")))
         self.assertIn("float64", self.reason(self.query("cuda:0", torch.float64)))
-        for dim in (4, 12, 264):
-            self.assertIn(f"head_dim {dim}", self.reason(self.query("cuda:0", dim=dim)))
+        self.assertIn("head_dim 264", self.reason(self.query("cuda:0", dim=264)))
 
     def test_fallback_warns_once(self):
         cases = {

@@ -69,6 +69,10 @@ class ParametersTest(unittest.TestCase):
                 }
                 self.assertEqual(self.shapes(make(*arguments)), expected)
 
+    def test_unknown_argument(self):
+        with self.assertRaisesRegex(TypeError, "NeighborhoodAttention.*dilations"):
+            natten.NeighborhoodAttention2D(32, 2, 3, dilations=2)
+
     def test_per_axis_arguments(self):
         module = natten.NeighborhoodAttention3D(
             8, 2, (2, 3, 4), (3, 1, 2), stride=(1, 3, 2), is_causal=(True, False, False)

@@ -404,6 +404,38 @@ def test_labels_and_preprocessing_of_a_published_model(tmp_path):
     assert (prepared[0] - expected).abs().max() < 0.05  # torchvision resizes PIL images differently
 
 
+@pytest.mark.parametrize(
+    ("repository", "image_size", "expected"),
+    [
+        ("", 224, (256, 224)),
+        ("", [384, 384], (384, 384)),
+        ("shi-labs/dinat-mini-in1k-224", 224, (256, 224)),
+        ("shi-labs/dinat-large-in22k-in1k-384", 224, (384, 384)),  # whose config.json may omit the size
+    ],
+)
+def test_preprocessing_of_a_transformers_model(repository, image_size, expected):
+    config = hf.DinatConfig(depths=[1], num_heads=[1], dilations=[[1]], embed_dim=32, image_size=image_size)
+    config.name_or_path = repository
+    processor = hf.image_processor(hf.DinatForImageClassification(config))
+    assert (processor.size["shortest_edge"], processor.crop_size["height"]) == expected
+    published = hf.image_processor(timm.create_model("nat_mini"))
+    for name in ("image_mean", "image_std", "resample"):
+        assert getattr(processor, name) == getattr(published, name)
+
+
+def test_preprocessing_of_an_exported_model():
+    model = timm.create_model("dinat_large_384", depths=(1, 1), num_heads=(1, 2), embed_dim=32, dilations=((1,), (1,)))
+    assert hf.image_processor(hf.from_timm(model)).to_dict() == hf.image_processor(model).to_dict()
+
+
+def test_preprocessing_of_other_models():
+    with pytest.raises(ValueError, match="Linear"):
+        hf.image_processor(nn.Linear(2, 2))
+    gray = hf.NatForImageClassification(hf.NatConfig(depths=[1], num_heads=[1], embed_dim=32, num_channels=1))
+    with pytest.raises(ValueError, match="num_channels"):
+        hf.image_processor(gray)
+
+
 def test_only_complete_classifiers_are_exported():
     for model in (nn.Linear(2, 2), NAT(depths=(1,), num_heads=(2,), global_pool="")):
         with pytest.raises(ValueError, match=type(model).__name__):

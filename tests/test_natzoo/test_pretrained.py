@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,7 +11,16 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from natzoo.checkpoints import DownloadError, find_entry, locate, path_in_cache, sources, write_checkpoint, zoo_entries
+from natzoo.checkpoints import (
+    DownloadError,
+    find_entry,
+    locate,
+    path_in_cache,
+    sources,
+    write_checkpoint,
+    write_weights,
+    zoo_entries,
+)
 from natzoo.checkpoints.keys import to_hf
 
 SMALL = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 3}
@@ -95,6 +105,20 @@ def test_locate_unknown():
     for url in ("https://example.org/", "https://example.org/a/..", "https://example.org/%2e%2e"):
         with pytest.raises(ValueError, match=url):
             locate(url)
+
+
+def test_a_published_name_that_is_also_a_path(downloads, tmp_path, weights, monkeypatch):
+    """is rejected as ambiguous; with a separator or a suffix it is a path."""
+    monkeypatch.chdir(tmp_path)
+    Path("nat_mini").mkdir()
+    write_weights(Path("nat_mini/model.safetensors"), weights)
+    with pytest.raises(ValueError, match="nat_mini"):
+        locate("nat_mini")
+    assert locate("./nat_mini") == locate(Path("nat_mini")) == Path("nat_mini/model.safetensors")
+    write_checkpoint(Path("nat_tiny.pth"), weights)
+    assert locate("nat_tiny.pth") == Path("nat_tiny.pth")
+    locate("nat_tiny")
+    assert downloads == [find_entry("nat_tiny").url]
 
 
 def test_files_with_the_same_name_from_different_urls(server, monkeypatch, tmp_path):

@@ -248,7 +248,23 @@ def class_order(dataset, task, rows):
     return [*classes, rows - 1]
 
 
-# ----- checkpoints of another model -----
+# ----- checkpoints of wrapped models and of another model -----
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_checkpoints_of_data_parallel_and_compiled_detectors(prefix):
+    model = small("detection/mask_rcnn_nat_mini_3x.py")
+    weights = random_weights(model)
+    fitted, notes = assert_loads(model, {prefix + name: value for name, value in weights.items()}, "x.pth")
+    assert notes == []
+    assert all(torch.equal(fitted[name], value) for name, value in weights.items())
+
+
+def test_a_weight_with_and_without_prefix():
+    model = small("detection/mask_rcnn_nat_mini_3x.py")
+    name, value = next(iter(model.state_dict().items()))
+    with pytest.raises(ValueError, match=r"x\.pth"):
+        fit_detector({name: value, f"module.{name}": value}, model, "x.pth")
 
 
 def test_checkpoint_of_another_backbone_is_rejected():

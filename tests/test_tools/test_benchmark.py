@@ -15,6 +15,7 @@ from benchmarks.memory import peak_mb_in_new_process
 from benchmarks.report import COLUMNS
 
 from natten import profiler
+from natten.backends.cpu.build import cpu_library
 from natten.profiler import Timer, schedule
 from natzoo import command_line
 
@@ -61,6 +62,7 @@ def check(entry: Entry) -> None:
 def test_ops(tmp_path):
     out = tmp_path / "new" / "ops.csv"
     providers = ["natten-cpu", "natten-reference", "sdpa", "gather"]
+    cpu_library()  # compiled here, because the first compilation is announced on stderr
     done = run("ops", "--case", TINY, "--provider", *providers, "--repeats", 2, "--threads", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # nothing left out, and no progress bar in a pipe

@@ -1,7 +1,7 @@
 """Show the evidence for a prediction, and the attention of the token with the most evidence.
 
 The evidence of a token is its feature times the gradient of the predicted class, where positive (HiResCAM,
-arXiv:2011.08891), after the first stage.
+arXiv:2011.08891), after the last block of stage 1. The attention is that of the same block, averaged over its heads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Evidence(NamedTuple):
 
 
 def compute_evidence(model: nn.Module, x_1CHW: Tensor) -> Evidence:
-    """Compute the evidence for the predicted class of one image, after the first stage.
+    """Compute the evidence for the predicted class of one image, after the last block of stage 1.
 
     Args:
         model: NAT, DiNAT or DiNAT_s in eval mode.
@@ -99,9 +99,13 @@ def draw_evidence(images: list[Tensor], titles: list[str], answers: list[Evidenc
         row[0].imshow(image.numpy())
         row[0].set_title(title, fontsize=8)
         overlay(row[1], image, answer.evidence_HW, f"evidence for {classes[answer.number]}")
-        overlay(row[2], image, answer.weights_HW, "attention of the framed token")
+        overlay(row[2], image, answer.weights_HW, "attention, mean over heads")
         for axes in row[1:]:
             mark_token(axes, answer.token, answer.weights_HW.shape, image.shape)
     add_color_scale(figure, table)
-    figure.supxlabel("Evidence: positive part of feature times gradient, after stage 1 (HiResCAM)", fontsize=8)
+    figure.supxlabel(
+        "Evidence: positive part of feature times gradient (HiResCAM), after the last block of stage 1.\n"
+        "Attention: of the framed token, the one with the most evidence, in that block. Stages count from 1.",
+        fontsize=8,
+    )
     return figure

@@ -35,6 +35,7 @@ NAME = "cpu"
 _PLAN = Struct(f"=4q 15q d {len(TENSORS) * 5}q")
 _ADDRESSES = Struct(f"{len(TENSORS)}P")
 _ARGUMENTS = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
+_MAX_DIM = 1024  # largest head_dim; scratch memory grows with it
 _NO_AXIS = (1, 1, 1, 1, 0)
 _NO_STRIDES = (0,) * 5
 
@@ -43,7 +44,7 @@ def unsupported_reason(query: Tensor) -> str | None:
     """Return why this backend cannot run a call with such a query (or value), or None if it can."""
     if query.device.type != "cpu":
         return f"the tensors are on {query.device}"
-    reason = unsupported_input(query)
+    reason = unsupported_input(query, _MAX_DIM)
     if reason is not None:
         return reason
     try:
@@ -144,7 +145,7 @@ def _threads() -> int:
 # The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
-_backend = KernelBackend(launch, with_contiguous_rows)
+_backend = KernelBackend(launch, with_contiguous_rows, _MAX_DIM)
 attention, attention_backward = _backend.attention, _backend.attention_backward
 query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
 weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward

@@ -7,7 +7,8 @@ first of these:
 2. cached: libnatten_cpu-KEY.so in a folder of natten/backends/cache.py; KEY is a hash of sources, flags, compiler, CPU;
 3. compiled now, and stored in the first cache folder that accepts it, or else used by this process alone.
 
-Compiling works on Linux and macOS. The command line is in natten/build.py. Set NATTEN_LOG_LEVEL=DEBUG to log each step.
+Compiling works on Linux and macOS, and is announced by a warning. The command line is in natten/build.py. Set
+NATTEN_LOG_LEVEL=DEBUG to log each step.
 """
 
 from __future__ import annotations
@@ -53,8 +54,6 @@ _X86 = {"x86-64-v4": _V4, "x86-64-v3": _V3, "x86-64-v2": _V2}
 _ARM: dict[str, frozenset[str]] = {"armv8-a": frozenset()}
 # CPU levels of this machine's architecture, highest first, with the flags that /proc/cpuinfo must list.
 LEVELS: Mapping[str, frozenset[str]] = {"x86_64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(platform.machine(), {})
-
-_SECONDS = 15  # approximate time to compile the CPU kernels, for the log
 
 log = logging.getLogger("natten")
 
@@ -202,7 +201,7 @@ def _find_cached(folder: Path, names: Mapping[Compiler, str]) -> Found | None:
             log.info("%s is damaged; compiling it again", path)
         else:
             try:
-                return Found(_load(path), path, f"compiled by {compiler}")
+                return Found(_load(path), path, f"already compiled by {compiler}")
             except OSError as error:
                 log.info("%s cannot be used; compiling it again: %s", path, _text(error))
     return None
@@ -245,7 +244,8 @@ def _compile(sources: Path, names: Mapping[Compiler, str], folder: Path, cpu: st
     """
     if not any(sources.glob("*.cpp")):
         raise Unavailable(f"{sources} does not contain the sources of the CPU kernels; install natten again")
-    log.info("compiling CPU kernels for %s (about %d s)", "this machine" if cpu == NATIVE else cpu, _SECONDS)
+    # A warning, because Python prints no lower level by default, and the first call would seem to hang.
+    log.warning("compiling natten's CPU kernels for %s (20 to 60 s)", "this machine" if cpu == NATIVE else cpu)
     failures = []
     for compiler, name in names.items():
         try:

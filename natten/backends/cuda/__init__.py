@@ -34,6 +34,7 @@ _TABLES = _VIEW_WORDS * len(_TENSORS)  # index of rpb; partial_rpb and grad_rpb 
 _TF32 = 3  # ELEMENT of Tfloat in instructions.h: float32 that matrix instructions round to TF32
 _NO_AXIS = Axis(1, 1, 1, 1, False)
 
+MAX_DIM = 256  # largest head_dim
 _GROUP_THREADS = 128  # THREADS in groups.h
 _SUM_THREADS, _SUM_ENTRIES = 1024, 32  # threads and table entries per block in sum_parts.cu
 _WAVES = 2  # waves of blocks that sum the gradient of the bias table
@@ -51,7 +52,7 @@ def unsupported_reason(query: Tensor) -> str | None:
         return warn_fallback(f"there are no kernels for {device.type} devices")
     if device.type != "cuda":
         return f"the tensors are on {device}"
-    reason = unsupported_input(query)
+    reason = unsupported_input(query, MAX_DIM)
     if reason is not None:
         return reason
     reason = _unsupported_device(device.index)
@@ -373,7 +374,7 @@ class _Planner:
 # The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
-_backend = KernelBackend(launch, _with_aligned_rows)
+_backend = KernelBackend(launch, _with_aligned_rows, MAX_DIM)
 attention, attention_backward = _backend.attention, _backend.attention_backward
 query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
 weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward
