@@ -11,6 +11,12 @@ import os
 from collections.abc import Sequence
 from types import ModuleType
 
+# Top-level modules of the packages that each extra of pyproject.toml installs, as far as the commands import them.
+_EXTRAS = {"train": {"matplotlib", "tensorboard", "tqdm", "yaml"}}
+_EXTRAS["openmmlab"] = _EXTRAS["train"] | {
+    *("ftfy", "mmcv", "mmdet", "mmengine", "mmseg", "pkg_resources", "pycocotools", "regex", "torchvision"),
+}
+
 # Idle OpenMP threads spin by default, which takes CPU time from data-loading workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -70,9 +76,11 @@ def _import(module: str, extra: str) -> ModuleType:
     """Import a module of natzoo.
 
     Raises:
-        ImportError: naming the missing package and the extra that installs it.
+        ImportError: naming the missing package, and the extra if it installs the package.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRAS[extra]:
+            raise
         raise ImportError(f"{error.name} is not installed; install natten with the extra [{extra}].") from error

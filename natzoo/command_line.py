@@ -1,11 +1,15 @@
-"""Run a program so that user errors are printed on one line and exit with status 2, without a traceback."""
+"""What all commands share: the parser, and user errors on one line with exit status 2, without a traceback."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import os
+import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 # Errors that the user can fix.
 USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
@@ -40,3 +44,89 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:  # str(error) would start with [Errno N]
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser without abbreviations. An error is one line; it suggests the closest option, or a better order."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+        self._words: list[str] = []
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self._words = list(sys.argv[1:] if args is None else args)
+        parsed = super().parse_known_args(self._words, namespace)
+        option, path = self._swallowed()
+        is_for_file = bool(option) and self._option_string_actions[option].nargs == "?"
+        if is_for_file and os.path.isdir(path) and not any(Path(path).glob("*.pth")):  # not the folder of a run
+            self.error(f"{path} is a folder")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        words = [word.partition("=")[0] for word in self._words if word.startswith("--") and word != "--"]
+        unknown = [word for word in words if word not in known]
+        option, path = self._swallowed()
+        if unknown:
+            names = closest(unknown[0], known)
+            hint = f"did you mean {' or '.join(names)}?" if names else "--help lists all options."
+            message = f"{unknown[0]} is unknown; {hint}"
+        elif option:
+            message += f"; put {path} before {option}"
+        self.exit(2, f"error: {message}\n")
+
+    def _swallowed(self) -> tuple[str, str]:
+        """Return an option and the path that it took, if the path is likely to be a missing positional argument.
+
+        Options with an optional value or any number of values take a path that follows them.
+        """
+        option = ""
+        for word in self._words if self._words[:1] and self._words[0].startswith("-") else ():
+            if word.startswith("-"):
+                action = self._option_string_actions.get(word)
+                option = word if action and action.nargs in ("?", "*", "+") else ""
+            elif option and os.path.exists(word):
+                return option, word
+        return "", ""
+
+
+def closest(word: str, names: Iterable[str]) -> list[str]:
+    """Return up to three names that a misspelled word may mean: names that it begins, else initials, else similar ones.
+
+    Hyphens and underscores do not count: "--warm-up" begins "--warmup-epochs". "--learning-rate" has the initials "lr".
+    """
+
+    def initials(name: str) -> str:
+        return "".join(part[0] for part in re.split("[-_]+", name) if part)
+
+    plain = {re.sub("[-_]", "", name).lower(): name for name in names}
+    key = re.sub("[-_]", "", word).lower()
+    found = [name for text, name in plain.items() if text.startswith(key)]
+    found = found or [name for text, name in plain.items() if initials(word) == text or initials(name) == key]
+    found = found or [plain[text] for text in difflib.get_close_matches(key, plain, cutoff=0.7)]
+    return found[:3]
+
+
+def require_file(path: Path, remedy: str, option: str = "") -> None:
+    """Raise FileNotFoundError, naming the option if there is one, unless the path is a file."""
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{option} {path} {problem}; {remedy}.".lstrip())
+
+
+def create_folder(path: Path, option: str) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        OSError: naming the option, if the folder cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        text = f"{option} {path} cannot be created ({error.strerror}); choose another folder."
+        raise OSError(error.errno, text) from error

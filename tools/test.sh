@@ -12,6 +12,18 @@ if [ "${1:-}" = "--all" ]; then
     shift
 fi
 
+# pytest-xdist does not report paths that do not exist.
+previous=""
+for word in "$@"; do
+    path=${word%%::*}
+    # A word after an option may be its value, except after flags such as -x and -q.
+    if [[ $word != -* && ($previous != -* || $previous =~ ^-[xqvsl]+$) && ! -e $path ]]; then
+        echo "error: $path does not exist; pass paths relative to $PWD." >&2
+        exit 2
+    fi
+    previous=$word
+done
+
 step "setup: install the project with the extras dev and openmmlab"
 bash tools/setup.sh dev openmmlab
 venv=${VENV:-.venv}

@@ -51,7 +51,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file; check the path.")
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {problem}; check the path.")
     with path.open("rb") as file:  # outside of the try block: errors of the system pass unchanged
         start = file.read(100)
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):

@@ -79,7 +79,7 @@ def find_entry(name: str) -> ZooEntry:
     entry = entries.get(name) or entries.get(name.split(".")[0])
     if entry is None:
         similar = difflib.get_close_matches(name, entries, n=3)
-        hint = f"did you mean {', '.join(similar)}?" if similar else "`python tools/download.py list` shows all names."
+        hint = f"did you mean {', '.join(similar)}?" if similar else "the tables of the README list the names."
         raise ValueError(f"{name!r} is neither a file nor a published checkpoint; {hint}")
     return entry
 
@@ -150,7 +150,11 @@ def _locate_in_folder(folder: Path) -> Path:
     for name in _HUB_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"{folder} is a folder without {' or '.join(_HUB_FILES)}; give the path of a file.")
+    # The folder of a training run: its best checkpoint, else its last one.
+    found = [folder / name for name in ("best.pth", "last.pth") if (folder / name).is_file()]
+    found += sorted(folder.glob("*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
+    remedy = f"use a file such as {found[0]}" if found else "give the path of a file"
+    raise FileNotFoundError(f"{folder} is a folder without {' or '.join(_HUB_FILES)}; {remedy}.")
 
 
 def _locate_url(url: str) -> Path:

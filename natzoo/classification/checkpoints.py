@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from natzoo import command_line
 from natzoo.checkpoints import read_checkpoint, write_checkpoint
 from natzoo.checkpoints.write import sync
 from natzoo.classification.distributed import World
@@ -101,6 +102,8 @@ def load_resume_state(args: argparse.Namespace, world: World) -> tuple[Path, dic
             world.print(f"No checkpoint found in {last.parent}; starting from scratch.")
     else:
         path = None if args.resume is None else Path(args.resume)
+        if path is not None:
+            command_line.require_file(path, "pass a checkpoint such as last.pth in the folder of a run", "--resume")
         if last.exists() and (path is None or path.resolve().parent != last.resolve().parent):
             raise ValueError(f"{last} already exists; continue that run with --resume, or choose a new --work-dir.")
     if path is None:

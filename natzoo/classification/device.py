@@ -28,6 +28,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def describe_device(device: torch.device, amp: str) -> str:
+    """Return the device, its name or number of threads, and the precision of --amp, for messages."""
+    detail = ""
+    if device.type == "cuda":
+        detail = f" ({torch.cuda.get_device_name(device)})"
+    elif device.type == "cpu":
+        threads = torch.get_num_threads()
+        detail = f" ({threads} thread{'s' if threads > 1 else ''})"
+    precision = {"none": "float32", "bf16": "bfloat16 mixed precision", "fp16": "float16 mixed precision"}[amp]
+    return f"{device}{detail}, {precision}"
+
+
 def enable_tf32(device: torch.device) -> None:
     """On a GPU, use TF32 for float32 matrix products, as the published training did, and cuDNN's autotuner."""
     if device.type == "cuda":

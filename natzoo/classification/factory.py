@@ -17,7 +17,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 import natzoo  # noqa: F401  registers the models
-from natzoo.checkpoints import DownloadError, load_weights, locate, read_weights
+from natzoo.checkpoints import DownloadError, load_weights, locate, read_checkpoint, weights_of
+from natzoo.checkpoints.write import RECORD
 from natzoo.classification.data.datasets import MODEL_SEED, seed_all
 from natzoo.classification.data.transforms import preprocessing
 from natzoo.classification.distributed import World
@@ -47,6 +48,12 @@ def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
         raise ValueError(f"--model {name} cannot be created with {kwargs}: {error}.") from error
 
 
+def describe_model(name: str, kwargs: dict[str, Any]) -> str:
+    """Return the name of a model and its arguments, for messages."""
+    text = ", ".join(f"{key}={value}" for key, value in kwargs.items() if value is not None)
+    return f"{name} ({text})" if text else name
+
+
 def create_training_model(
     args: argparse.Namespace, classes: list[str], world: World
 ) -> tuple[TimmModel, dict[str, Any]]:
@@ -74,8 +81,12 @@ def create_training_model(
 
     model = world.local_main_first(create) if args.pretrained else create()
     if args.initial_checkpoint:
-        weights = read_weights(world.local_main_first(lambda: locate(args.initial_checkpoint)))
-        for note in load_weights(model, weights, args.initial_checkpoint, new_classifier=True):
+        path = world.local_main_first(lambda: locate(args.initial_checkpoint))
+        checkpoint = read_checkpoint(path)
+        source = dict.get(checkpoint, RECORD)
+        name = source.get("model") if isinstance(source, dict) else None
+        world.print(f"Initial weights: {args.initial_checkpoint}{f' of the model {name}' if name else ''}")
+        for note in load_weights(model, weights_of(checkpoint, path), args.initial_checkpoint, new_classifier=True):
             world.print(f"{args.initial_checkpoint}: {note}")
     if args.grad_checkpointing:
         try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from natzoo import command_line
 
 # The processes of a machine share its cores. macOS does not report the cores this process may use.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -49,10 +50,8 @@ def read_config(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = path.resolve()
     if path in derived:
         raise ValueError(f"{path} is its own base; remove one of the keys `base`.")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; check {f'`base` in {derived[-1]}' if derived else '--config'}."
-        )
+    remedy = f"check `base` in {derived[-1]}" if derived else "check --config (recipes are in configs/ of the checkout)"
+    command_line.require_file(path, remedy)
     try:
         config = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -71,11 +70,10 @@ def read_config(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all options of train.py; each is also a key of the YAML files, with _ instead of -."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         description="Train an image classifier.",
         usage="%(prog)s [DATA] [--config YAML] [options]",
         formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     flag: dict[str, Any] = {"default": False, "action": argparse.BooleanOptionalAction}
     number: dict[str, Any] = {"type": float, "metavar": "X"}
@@ -226,7 +224,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--channels-last", **flag, help="use the channels-last memory format")
     group.add_argument("--grad-checkpointing", **flag, help="recompute activations to save memory")
     group.add_argument("--compile", **flag, help="compile the model with torch.compile")
-    group.add_argument("--log-interval", **count, default=10, help="log every N updates")
+    group.add_argument(
+        "--log-interval", **count, default=10, help="update TensorBoard and the progress bar every N updates"
+    )
     return parser
 
 
@@ -304,8 +304,8 @@ def _check_config(config: dict[str, Any], parser: argparse.ArgumentParser, path:
     checked = {}
     for key, value in config.items():
         if key not in actions:
-            closest = difflib.get_close_matches(str(key), actions, n=1, cutoff=0.75)
-            hint = f"did you mean {closest[0]!r}?" if closest else "train.py --help lists all keys."
+            names = command_line.closest(str(key), actions)
+            hint = f"did you mean {' or '.join(map(repr, names))}?" if names else "train.py --help lists all keys."
             raise ValueError(f"{path} has the unknown key {key!r}; {hint}")
         try:
             checked[key] = _convert(actions[key], value)

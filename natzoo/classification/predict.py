@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,25 +28,25 @@ MAX_GRID_IMAGES = 64
 Prediction = list[tuple[str, float]]  # class name and probability, most likely first
 
 
-def find_images(paths: Sequence[str]) -> list[Path]:
-    """Return the given files, and all images in the given folders and their subfolders.
+def find_images(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Return the given files and all images in the given folders and their subfolders.
 
-    Raises:
-        FileNotFoundError: if a path does not exist.
-        ValueError: if a folder has no images.
+    Returns:
+        the images, and a message for each path that does not exist or has no images.
     """
     found: list[Path] = []
+    errors: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
             images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not images:
-                raise ValueError(f"{path} has no images.")
             found += images
+            if not images:
+                errors.append(f"{path} has no images.")
         elif path.is_file():
             found.append(path)
         else:
-            raise FileNotFoundError(f"{path} does not exist.")
-    return found
+            errors.append(f"{path} does not exist.")
+    return found, errors
 
 
 @torch.inference_mode()
@@ -75,7 +75,7 @@ def write_json(path: Path, predictions: dict[Path, Prediction]) -> None:
         for image, prediction in predictions.items()
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    command_line.create_folder(path.parent, "--json")
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -113,7 +113,7 @@ def write_grid(path: Path, predictions: dict[Path, Prediction], columns: int = 4
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     plt.close(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    command_line.create_folder(path.parent, "--grid")
     write_atomically(path, lambda file: file.write(content.getvalue()))
 
 
@@ -123,9 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: after all images are processed, if some of them could not be read.
     """
-    parser = argparse.ArgumentParser(
-        description="Classify images with a trained model.", formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = command_line.Parser(description="Classify images with a trained model.", formatter_class=HelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
     add_model_options(parser)
     parser.add_argument("--topk", type=positive, default=5, metavar="N", help="number of classes to print")
@@ -136,12 +134,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions as JSON")
     args = parser.parse_args(argv)
 
-    paths = find_images(args.images)
+    paths, errors = find_images(args.images)
+    count = len(paths) + len(errors)
+
+    def report(error: str) -> None:
+        if count > 1:  # a single error is raised at the end
+            tqdm.write(error, file=sys.stderr)
+
+    for error in errors:
+        report(error)
     model, record = requested_model(args, pick_device(args.device))
     transform = evaluation_transform(preprocessing(args, model, record))
     names = class_names(record, model.num_classes)
     predictions: dict[Path, Prediction] = {}
-    errors: list[str] = []
     for start in tqdm(range(0, len(paths), args.batch_size), desc="Predict", leave=False, disable=None):
         batch = {}
         for path in paths[start : start + args.batch_size]:
@@ -149,8 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 batch[path] = read_image(path)
             except ValueError as error:
                 errors.append(str(error))
-                if len(paths) > 1:
-                    tqdm.write(errors[-1])
+                report(errors[-1])
         if not batch:
             continue
         with explain_memory_errors("lower --batch-size"):
@@ -163,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.grid and predictions:
         write_grid(args.grid, dict(itertools.islice(predictions.items(), MAX_GRID_IMAGES)))
     if errors:
-        summary = f"{len(errors)} of {len(paths)} images could not be read; see the messages above."
-        raise ValueError(summary if len(paths) > 1 else errors[0])
+        summary = f"{len(errors)} of {count} images could not be read; see the messages above."
+        raise ValueError(summary if count > 1 else errors[0])
 
 
 if __name__ == "__main__":

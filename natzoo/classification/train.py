@@ -35,7 +35,13 @@ from natzoo.classification.data.loader import (
     create_validation_dataset,
     iterate_epoch,
 )
-from natzoo.classification.device import autocast_context, enable_tf32, explain_memory_errors, pick_device
+from natzoo.classification.device import (
+    autocast_context,
+    describe_device,
+    enable_tf32,
+    explain_memory_errors,
+    pick_device,
+)
 from natzoo.classification.distributed import World, init_world, kernel_fingerprint
 from natzoo.classification.evaluation import check_classes, evaluate
 from natzoo.classification.factory import (
@@ -43,6 +49,7 @@ from natzoo.classification.factory import (
     create_optimizer,
     create_scheduler,
     create_training_model,
+    describe_model,
     peak_lr,
 )
 from natzoo.classification.logger import EpochMeters, RunLogger
@@ -106,13 +113,21 @@ class Trainer:
         self.check_same_everywhere()
         self.parallel: Any = self.world.data_parallel(self.model, self.device)
         self.forward = torch.compile(self.parallel) if args.compile else self.parallel
-        self.folder.mkdir(parents=True, exist_ok=True)
+        command_line.create_folder(self.folder, "--work-dir")
         self.log = RunLogger(self.folder, self.epoch, self.total_updates) if self.world.is_main_process else None
 
     @property
     def total_updates(self) -> int:
         """Number of completed updates of the run."""
         return self.epoch * self.updates_per_epoch + self.update
+
+    @property
+    def progress(self) -> str:
+        """The last completed update, counted from 1, for messages."""
+        epoch, update = self.epoch + 1, self.update
+        if self.epoch and not self.update:
+            epoch, update = self.epoch, self.updates_per_epoch
+        return f"epoch {epoch}/{self.epochs}, update {update}/{self.updates_per_epoch}"
 
     def create_data_and_model(self) -> None:
         """Create the datasets, the loaders, and the model, whose number of classes depends on the data."""
@@ -203,7 +218,11 @@ class Trainer:
             self.best, self.best_epoch = state["best"], state["best_epoch"]
         if self.scheduler is not None and self.total_updates:
             self.scheduler.step_update(self.total_updates - 1)
-        self.world.print(f"Resumed from {path} (epoch {self.epoch}, update {self.update}).")
+        self.world.print(f"Resumed from {path} ({self.progress}).")
+        if self.epoch >= self.epochs:
+            self.world.print(
+                f"Nothing to do: the run has finished its {self.epochs} epochs; raise --epochs to continue."
+            )
 
     # ----- training loop ----------------------------------------------------------------------------------------------
 
@@ -243,7 +262,8 @@ class Trainer:
             if bad:
                 count = f"{len(bad)} unreadable images in {dataset.source} were {action}:"
                 self.world.print("\n  ".join([count, *bad]))
-        self.world.print(f"Best top-1 {self.best:.2f}% (epoch {self.best_epoch}): {self.checkpoints.best}")
+        if self.best_epoch:
+            self.world.print(f"Best top-1 {self.best:.2f}% (epoch {self.best_epoch}): {self.checkpoints.best}")
         return self.best
 
     def train_epoch(self) -> dict[str, float]:
@@ -330,7 +350,7 @@ class Trainer:
     def check_skipped(self, loss: float, norm: float) -> None:
         """Raise ValueError if too many updates in a row had no finite loss or gradient."""
         summary = (
-            f"Epoch {self.epoch + 1}, update {self.update + 1}: "
+            f"Epoch {self.epoch + 1}/{self.epochs}, update {self.update + 1}/{self.updates_per_epoch}: "
             f"loss {loss}, grad norm {norm}, lr {self.learning_rate():.3g}"
         )
         if self.skipped <= self.args.skip_nonfinite:
@@ -369,8 +389,8 @@ class Trainer:
         )
         if not math.isfinite(result["loss"]):
             raise ValueError(
-                f"Epoch {self.epoch + 1}: val loss {result['loss']}; the loss diverged and the epoch is not saved. "
-                "Lower --lr, then resume with --resume or start again."
+                f"Epoch {self.epoch + 1}/{self.epochs}: val loss {result['loss']}; the loss diverged and the "
+                "epoch is not saved. Lower --lr, then resume with --resume or start again."
             )
         return result
 
@@ -410,7 +430,7 @@ class Trainer:
             outcome = f"Saved {last}; continue with --resume."
         else:
             outcome = f"The weights are not finite and were not saved. {self.last_good_state()}."
-        self.world.print(f"Stopped by {self.signals.name} (epoch {self.epoch}, update {self.update}). {outcome}")
+        self.world.print(f"Stopped by {self.signals.name} ({self.progress}). {outcome}")
         raise Interrupted
 
     # ----- metrics ----------------------------------------------------------------------------------------------------
@@ -427,9 +447,9 @@ class Trainer:
         """Return the lines printed at the start of a run."""
         parameters = sum(p.numel() for p in self.model.parameters())
         dataset, world, args = self.train_dataset, self.world, self.args
-        kwargs = ", ".join(f"{key}={value}" for key, value in args.model_kwargs.items())
         return (
-            f"Model: {args.model}{kwargs and f' ({kwargs})'}, {parameters / 1e6:.2f}M parameters\n"
+            f"Device: {describe_device(self.device, args.amp)}\n"
+            f"Model: {describe_model(args.model, args.model_kwargs)}, {parameters / 1e6:.2f}M parameters\n"
             f"Data: {dataset.resume_key()['number of training images']} training images, "
             f"{len(dataset.classes)} classes\n"
             f"Batch: {self.images_per_update} images per update (nodes {world.nodes} x processes {world.local_size} "

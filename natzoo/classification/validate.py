@@ -22,6 +22,7 @@ from natzoo.classification.data.transforms import preprocessing
 from natzoo.classification.device import autocast_context, enable_tf32, explain_memory_errors, pick_device
 from natzoo.classification.distributed import World, init_world
 from natzoo.classification.evaluation import FlipTTA, check_classes, evaluate
+from natzoo.classification.factory import describe_model
 from natzoo.classification.inference import add_model_options, requested_model
 from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, non_negative, positive
 from natzoo.classification.signals import Interrupted, SignalHandler
@@ -35,10 +36,8 @@ COLUMNS = (
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of validate.py."""
-    parser = argparse.ArgumentParser(
-        description="Evaluate image classifiers: top-1 and top-5 accuracy.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+    parser = command_line.Parser(
+        description="Evaluate image classifiers: top-1 and top-5 accuracy.", formatter_class=HelpFormatter
     )
     parser.add_argument("data", nargs="?", metavar="DATA", help="folder with val/, or with one subfolder per class")
     add_model_options(parser)
@@ -156,8 +155,11 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
         args.real_labels is None and args.tta == "none" and config == preprocessing(argparse.Namespace(), model)
     )
     row = _make_row(name, model, config, result, is_published=args.pretrained and is_comparable)
+    described = describe_model(name, record.get("model_kwargs", args.model_kwargs))
+    if args.checkpoint:
+        described += f" from {args.checkpoint}"
     world.print(
-        f"{name} on {dataset.source}: {result['count']} images, "
+        f"{described} on {dataset.source}: {result['count']} images, "
         f"top-1 {result['top1']:.2f}%, top-5 {result['top5']:.2f}%, loss {result['loss']:.4f}"
         + (f" (published: {row['published_top1']}%)" if row["published_top1"] != "" else "")
         + "\n  ".join([f"\n{len(bad)} unreadable images were ignored:", *bad] if bad else ())
@@ -211,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                 sys.exit(signals.exit_status)
             rows.append(result.pop("row"))
             if args.results_file and world.is_main_process:
-                args.results_file.parent.mkdir(parents=True, exist_ok=True)
+                command_line.create_folder(args.results_file.parent, "--results-file")
                 write_table(args.results_file, COLUMNS, rows)
         if failed:
             raise ValueError(

@@ -20,7 +20,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import CheckpointLoader
+from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop
 from mmengine.runner.checkpoint import get_torchvision_models
 
 from natzoo.checkpoints import fit_detector, locate, read_checkpoint, weights_of, write_atomically
@@ -70,9 +70,7 @@ def load_checkpoint(name: str, map_location: Any = None, **kwargs: Any) -> dict[
 
 
 def _reject(name: str, **kwargs: Any) -> None:
-    raise ValueError(
-        f"{name} uses an unsupported scheme; use a path, a URL or a name from `python tools/download.py list`."
-    )
+    raise ValueError(f"{name} uses an unsupported scheme; use a path, a URL or the name of a published checkpoint.")
 
 
 CheckpointLoader.register_scheme(_LOADABLE_PREFIXES, load_checkpoint, force=True)
@@ -154,6 +152,13 @@ class PlainCheckpointHook(Hook):
 
     def __init__(self, new_classes: bool = False):
         self.new_classes = new_classes
+
+    def before_train(self, runner: Any) -> None:
+        loop = runner.train_loop
+        key = "max_epochs" if isinstance(loop, EpochBasedTrainLoop) else "max_iters"
+        if runner.iter >= loop.max_iters:
+            text = f"Nothing to do: the run has reached train_cfg.{key}={getattr(loop, key)}; raise it to continue."
+            print_log(text, logger="current", level=logging.INFO)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         for key, value in checkpoint.items():

@@ -16,6 +16,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from natzoo import command_line
 from natzoo.openmmlab.checkpoints import PlainCheckpointHook
 from natzoo.openmmlab.data import CheckDataHook, SkipSeenDataHook, set_data_root
 
@@ -82,8 +83,7 @@ def read_config(path: Path, folder: str = "configs") -> Config:
         FileNotFoundError: if the file does not exist.
         ValueError: if the file is not a complete config.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; use a config from {folder}.")
+    command_line.require_file(path, f"use a config from {folder} of the checkout")
     if path.suffix != ".py":
         raise ValueError(f"{path} is not a .py file; use a config from {folder}.")
     _filter_warnings()
@@ -143,6 +143,7 @@ def make_runner(cfg: Config, new_classes: bool = False) -> Runner:
     """
     set_launcher(cfg)
     init_default_scope(cfg.default_scope)
+    command_line.create_folder(Path(cfg.work_dir), "--work-dir")
     runner = Runner.from_cfg(cfg)
     runner.register_hook(PlainCheckpointHook(new_classes))
     runner.register_hook(CheckDataHook())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
+from natzoo import command_line
 from natzoo.openmmlab.data import check_data
 from natzoo.openmmlab.runner import (
     Project,
@@ -28,9 +29,9 @@ _MEASURES = {
 def make_parser(project: Project) -> argparse.ArgumentParser:
     """Return the parser of the evaluation script of a subproject."""
     description = f"Evaluate a checkpoint with a config in configs/{project.name}."
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = command_line.Parser(description=description)
     parser.add_argument("config", help="config file (.py)")
-    parser.add_argument("checkpoint", help="path, URL or published name (list: python tools/download.py list)")
+    parser.add_argument("checkpoint", help="path, URL or name of a published checkpoint")
     add_common_options(parser)
     measures = [measure for _, supported in _MEASURES.values() for measure in supported]
     parser.add_argument(

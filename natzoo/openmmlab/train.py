@@ -14,6 +14,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
+from natzoo import command_line
 from natzoo.openmmlab.checkpoints import latest_checkpoint
 from natzoo.openmmlab.data import check_data
 from natzoo.openmmlab.runner import (
@@ -29,7 +30,7 @@ from natzoo.openmmlab.runner import (
 def make_parser(project: Project) -> argparse.ArgumentParser:
     """Return the parser of the training script of a subproject."""
     description = f"Train a model from a config in configs/{project.name}."
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = command_line.Parser(description=description)
     parser.add_argument("config", help="config file (.py)")
     add_common_options(parser)
     parser.add_argument(

@@ -220,7 +220,7 @@ def test_checkpoint_of_an_earlier_version_resumes(tiny, run_folder, capsys):
     capsys.readouterr()
     train.main(tiny("--resume", epochs=1))
     output = capsys.readouterr().out
-    assert "(epoch 0, update 5)" in output
+    assert "(epoch 1/1, update 5/9)" in output
     assert "Resuming with" not in output  # no option differs
     state = read_checkpoint(run_folder / "last.pth")
     assert (state["epoch"], state["update"]) == (1, 0)

@@ -1,10 +1,13 @@
 """Options from defaults, YAML files and the command line."""
 
+import importlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import natzoo_commands
 from natzoo.classification.factory import create_model
 from natzoo.classification.options import make_parser, parse
 
@@ -53,6 +56,7 @@ def test_model_arguments_are_merged_with_the_command_line(config):
     ("text", "message"),
     [
         ("weight_decy: 0.1", "'weight_decy'.*'weight_decay'"),
+        ("warm_up: 5", "'warm_up'.*'warmup_epochs'"),
         ("config: b.yml", "'config'"),
         ("learning_rate: 1", "'learning_rate'"),
         ("epochs: many", "epochs.*'many'"),
@@ -91,6 +95,45 @@ def test_command_line_errors_exit_with_2(argv, capsys):
         parse(argv)
     assert error.value.code == 2
     assert argv[0].lstrip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [("--warmup", "--warmup-epochs"), ("--learning-rate=1", "--lr"), ("--bs", "--batch-size"), ("--epoch", "--epochs")],
+)
+def test_unknown_option_suggests_the_nearest(option, nearest, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(["data", option])
+    assert error.value.code == 2
+    assert re.search(rf"{option.partition('=')[0]} .*{nearest}\b", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("option", [["--resume"], ["--model-kwargs", "depths=1"], ["--opt-betas", "0.9"]])
+def test_option_that_took_the_data_is_named(option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse([*option, str(tmp_path)])
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert str(tmp_path) in message
+    assert f"before {option[0]}" in message
+    (tmp_path / "last.pth").touch()
+    assert parse(["--resume", str(tmp_path / "last.pth")]).resume == str(tmp_path / "last.pth")
+
+
+def test_folder_is_not_a_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} is a folder"):
+        parse(["-c", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("missing", "extra"), [("tensorboard", r"\[train\]"), ("natzoo.wibble", "natzoo.wibble")])
+def test_missing_module_is_blamed_on_the_extra_that_installs_it(missing, extra, monkeypatch):
+    def fail(name):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(ImportError, match=extra) as error:
+        natzoo_commands._import("natzoo.classification.train", "train")
+    assert ("extra" in str(error.value)) == (missing == "tensorboard")
 
 
 def test_every_option_has_help():

@@ -177,7 +177,7 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(tiny, run_folder, stop_afte
     stop_after(3, tiny("--workers", "1"), signal.SIGINT)
     assert read_checkpoint(run_folder / "last.pth")["update"] == 3
     output = capfd.readouterr()
-    assert "SIGINT" in output.out
+    assert "SIGINT (epoch 1/2, update 3/9)" in output.out
     assert "Ctrl-C" in output.err
     for environment, second in (({}, signal.SIGINT), ({"RANK": "1"}, signal.SIGTERM)):
         monkeypatch.setattr(os, "environ", environment)
@@ -341,7 +341,7 @@ def test_run_stops_after_too_many_skipped_updates(tiny, run_folder, monkeypatch)
     train.main(tiny(epochs=1))
     before = (run_folder / "last.pth").read_bytes()
     broken_loss(monkeypatch, 2, 3, 4)
-    with pytest.raises(ValueError, match=r"Epoch 2, update 5: loss nan, grad norm nan, .*last\.pth.*--lr"):
+    with pytest.raises(ValueError, match=r"Epoch 2/2, update 5/9: loss nan, grad norm nan, .*last\.pth.*--lr"):
         train.main(tiny("--resume", "--skip-nonfinite", "2", "--save-interval", "4"))
     assert (run_folder / "last.pth").read_bytes() == before
 
@@ -354,10 +354,12 @@ def untimed(folder):
     return table, {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
-def test_resuming_a_finished_run_changes_nothing(tiny, run_folder):
+def test_resuming_a_finished_run_changes_nothing(tiny, run_folder, capsys):
     best = train.main(tiny(epochs=1))
     before = (run_folder / "last.pth").read_bytes()
+    capsys.readouterr()
     assert train.main(tiny("--resume", epochs=1)) == best
+    assert "--epochs" in capsys.readouterr().out
     assert (run_folder / "last.pth").read_bytes() == before
 
 
@@ -386,7 +388,7 @@ def test_run_restarted_by_torchrun_resumes_from_its_own_checkpoint(tiny, run_fol
     train.main(options)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train.main(options)
-    assert f"Resumed from {other / 'last.pth'} (epoch 2, update 0)" in capsys.readouterr().out
+    assert f"Resumed from {other / 'last.pth'} (epoch 2/2, update 9/9)" in capsys.readouterr().out
     write_checkpoint(run_folder / "kept.pth", read_checkpoint(first))
     with pytest.raises(ValueError, match=r"other/last\.pth"):  # written by another command
         train.main(tiny("--experiment", "other", "--resume", run_folder / "kept.pth", epochs=2))
@@ -428,12 +430,20 @@ def test_fine_tuning_to_other_classes(tiny, data, run_folder):
     assert torch.equal(old["levels.1.blocks.0.attn.rpb"], new["levels.1.blocks.0.attn.rpb"])
 
 
-def test_initial_checkpoint(tiny, run_folder):
+def test_resume_names_the_folder(tiny, run_folder):
+    train.main(tiny(epochs=1))
+    with pytest.raises(FileNotFoundError, match=f"--resume {run_folder} is a folder"):
+        train.main(tiny("--resume", run_folder))
+
+
+def test_initial_checkpoint(tiny, run_folder, capsys):
     train.main(tiny(epochs=1))
     trainer = train.Trainer(
         train.parse(tiny("--experiment", "second", "--initial-checkpoint", run_folder / "last.pth"))
     )
     assert_same_weights(read_checkpoint(run_folder / "last.pth")["model"], trainer.model.state_dict())
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if str(run_folder / "last.pth") in line)
+    assert "nat_mini" in line
 
 
 def test_checkpoint_of_another_model_is_refused(tiny, run_folder):
@@ -465,12 +475,18 @@ def test_checkpoint_of_another_model_is_refused(tiny, run_folder):
         (["--batch-size", "100"], "--batch-size 100"),
         (["--grad-accum", "10"], "--grad-accum 10"),
         (["--device", "cuda:99"], "--device cuda:99"),
-        (["--lr", "1e30", "--clip-grad", "0"], r"Epoch 1, update \d: loss nan.*--lr"),
+        (["--lr", "1e30", "--clip-grad", "0"], r"Epoch 1/2, update \d/9: loss nan.*--lr"),
     ],
 )
 def test_errors_name_the_option(tiny, more, message):
     with pytest.raises(ValueError, match=message):
         train.main(tiny(*more))
+
+
+def test_work_dir_that_cannot_be_created(tiny, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"--work-dir {tmp_path / 'file' / 'run'}"):
+        train.main(tiny("--work-dir", tmp_path / "file" / "run"))
 
 
 def test_diverged_run_keeps_its_last_good_checkpoint(tiny, run_folder):

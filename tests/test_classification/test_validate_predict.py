@@ -37,7 +37,9 @@ def test_validate_agrees_with_training(trained, data, capsys):
     path, best = trained
     result = validate.main([str(data), "--checkpoint", str(path), "--workers", "0", "--batch-size", "5"])
     assert result["top1"] == pytest.approx(best)
-    assert re.findall(r"top-1 [0-9.]*%", capsys.readouterr().out) == [f"top-1 {best:.2f}%"]  # as quickstart.sh greps
+    output = capsys.readouterr().out
+    assert re.findall(r"top-1 [0-9.]*%", output) == [f"top-1 {best:.2f}%"]  # as quickstart.sh greps
+    assert all(text in output.splitlines()[-1] for text in ("nat_mini", "embed_dim=16", str(path), str(data)))
 
 
 def test_validate_ignores_unreadable_images(trained, data, capsys):
@@ -215,6 +217,8 @@ def test_errors_of_validate(trained, data):
         validate.main([str(data), "--checkpoint", str(path), "--model", "nat_tiny"])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         validate.main([str(data), "--checkpoint", "nowhere.pth"])
+    with pytest.raises(FileNotFoundError, match=str(path)):
+        validate.main([str(data), "--checkpoint", str(path.parent)])
 
 
 def test_predict(trained, data, capsys):
@@ -257,6 +261,17 @@ def test_closed_pipe_is_not_an_error(trained, data):
     assert process.wait() == 128 + 13
 
 
+def test_missing_and_unreadable_images_are_skipped(trained, data, tmp_path, capsys):
+    path, _ = trained
+    (tmp_path / "a.png").write_bytes(b"no image")
+    pictures = [str(tmp_path / "nowhere.png"), str(data / "val" / "blue"), str(tmp_path / "a.png")]
+    with pytest.raises(ValueError, match="2 of 11"):
+        predict.main([*pictures, "--checkpoint", str(path), "--json", str(tmp_path / "answers.json")])
+    assert len(json.loads((tmp_path / "answers.json").read_text())) == 9
+    errors = capsys.readouterr().err
+    assert "nowhere.png" in errors and "a.png" in errors
+
+
 def test_errors_of_predict(trained, data, tmp_path):
     path, _ = trained
     (tmp_path / "a.png").write_bytes(b"no image")
@@ -266,13 +281,11 @@ def test_errors_of_predict(trained, data, tmp_path):
     assert len(json.loads((tmp_path / "answers.json").read_text())) == 9
     assert (tmp_path / "grid.png").exists()
     (tmp_path / "empty").mkdir()
-    for picture, error, message in (
-        (tmp_path / "a.png", ValueError, r"a\.png"),
-        (tmp_path / "nowhere.png", FileNotFoundError, r"nowhere\.png"),
-        (tmp_path / "empty", ValueError, "empty"),
-    ):
-        with pytest.raises(error, match=message):
-            predict.main([str(picture), "--checkpoint", str(path)])
+    for name in ("a.png", "nowhere.png", "empty"):
+        with pytest.raises(ValueError, match=name):
+            predict.main([str(tmp_path / name), "--checkpoint", str(path)])
+    with pytest.raises(OSError, match="--json"):
+        predict.main([str(data / "val" / "blue"), "--checkpoint", str(path), "--json", str(path / "a" / "b.json")])
     with pytest.raises(ValueError, match="--checkpoint"):
         predict.main([str(data / "val" / "blue")])
 

@@ -147,7 +147,7 @@ def test_checkpoints_contain_plain_values(segmenter):
         ("train_dataloader.update(num_workers=1, persistent_workers=True)\n", ["--cfg-options", "resume=True"]),
     ],
 )
-def test_resumed_run_equals_uninterrupted_run(drawn, tmp_path, workers, resume):
+def test_resumed_run_equals_uninterrupted_run(drawn, tmp_path, workers, resume, capfd):
     """Without random augmentation, two iterations and two more give the same bits as four.
 
     Each start draws another seed; the seed of the first start is used throughout.
@@ -171,6 +171,10 @@ def test_resumed_run_equals_uninterrupted_run(drawn, tmp_path, workers, resume):
     assert losses(parts) == losses(whole)
     for name, value in weights(whole / "iter_4.pth").items():
         assert torch.equal(weights(parts / "iter_4.pth")[name], value), name
+    capfd.readouterr()
+    train_segmenter(config, *two, *resume)
+    assert "train_cfg.max_iters=4" in "".join(capfd.readouterr())
+    assert sorted(losses(parts)) == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

@@ -110,3 +110,9 @@ def test_second_run_installs_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "venv" / "install.log").exists()
     assert (tmp_path / "venv" / "bin" / "pip3").exists()
+
+
+def test_checks_refuse_test_files_that_do_not_exist():
+    script = SETUP.with_name("test.sh")
+    done = subprocess.run(["bash", str(script), "-x", "tests/nowhere.py::test"], capture_output=True, text=True)
+    assert "tests/nowhere.py" in error_of(done)

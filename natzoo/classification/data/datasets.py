@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from natzoo.classification.distributed import World
+from natzoo.command_line import require_file
 
 # Last number of a seed, which separates the random numbers of model weights from those of training steps.
 MODEL_SEED, STEP_SEED = 1, 2
@@ -159,8 +160,8 @@ class RealLabelsDataset(Dataset):
     def __init__(self, dataset: ImageDataset, path: str | None = None):
         self.dataset = dataset
         self.source = f"{dataset.source} with real labels"
-        if path and not Path(path).is_file():
-            raise FileNotFoundError(f"--real-labels {path} does not exist.")
+        if path:
+            require_file(Path(path), "use a JSON file, or no value for timm's copy", "--real-labels")
         text = Path(path).read_bytes() if path else pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
         labels = json.loads(text or b"")
         indices = {_IMAGENET_NAME.format(number): number - 1 for number in range(1, len(labels) + 1)}

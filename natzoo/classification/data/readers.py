@@ -19,6 +19,8 @@ from timm.data.readers import create_reader
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
 
+from natzoo.command_line import require_file
+
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"))
 _SUFFIX_LIST = ", ".join(sorted(IMAGE_SUFFIXES))  # for messages
 _SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval", "test")}
@@ -39,7 +41,7 @@ class FolderReader:
     def __init__(self, root: Path, classes: list[str] | None = None):
         self.source = str(root)
         if not root.is_dir():
-            raise FileNotFoundError(f"{root} does not exist.")
+            raise FileNotFoundError(f"{root} is not a folder.")
         folders = sorted(_subfolders(root), key=natural_key)
         if not folders:
             raise ValueError(f"{root} has no class folders; it must hold one folder of images per class.")
@@ -260,8 +262,7 @@ def read_class_map(path: str | None) -> list[str] | None:
     """
     if path is None:
         return None
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--class-map {path} does not exist.")
+    require_file(Path(path), "use a text file with one class name per line", "--class-map")
     if Path(path).suffix != ".txt":
         raise ValueError(f"--class-map {path} must be a .txt file with one class name per line.")
     lines = [line.strip() for line in Path(path).read_text().splitlines()]
@@ -282,7 +283,8 @@ def find_split(data: str | None, split: str) -> Path:
     if root.is_file() and root.suffix == ".tar":
         return root
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} does not exist; DATA must be a folder that holds {split}/.")
+        problem = "is not a folder" if root.exists() else "does not exist"
+        raise FileNotFoundError(f"{root} {problem}; DATA must be a folder that holds {split}/.")
     for name in (split, *_SPLIT_NAMES.get(split, ())):
         for path in _existing(root, name):
             return path
