@@ -256,13 +256,18 @@ def test_webdataset_shards(shards, tiny, run_folder, tmp_path, stop_after):
         validate.main([*argv, "--real-labels"])
 
 
+def first_pixel(image):
+    """Return the first pixel; at module level, because workers that are not forked unpickle it by name."""
+    return torch.tensor(image.getpixel((0, 0)))
+
+
 def shares(data, split, size, workers, is_training=False, epoch=0):
     """Return the images and targets of each process."""
     pytest.importorskip("webdataset")
     found = []
     for rank in range(size):
         images = ShardDataset(str(data), split, CLASSES, 4, 0, is_training, World(rank, size, rank, size))
-        images.transform = lambda image: torch.tensor(image.getpixel((0, 0)))
+        images.transform = first_pixel
         images.set_workers(workers)
         images.set_epoch(epoch)
         batches = torch.utils.data.DataLoader(images, 4, num_workers=workers)
