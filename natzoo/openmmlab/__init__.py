@@ -13,6 +13,7 @@ An installed module takes precedence over its replacement. A config needs a sing
 """
 
 import importlib.util
+import pkgutil
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -46,6 +47,14 @@ class _ReplacementFinder(MetaPathFinder):
 
 
 sys.meta_path.append(_ReplacementFinder())  # last, so that an installed module is found first
+
+if not hasattr(pkgutil, "find_loader"):  # removed in Python 3.14, but mmengine and mmcv call it
+
+    def _find_loader(fullname: str):
+        spec = importlib.util.find_spec(fullname)
+        return None if spec is None else spec.loader
+
+    pkgutil.find_loader = _find_loader
 
 from natzoo.openmmlab import checkpoints  # noqa: E402, F401  lets mmengine load published names
 from natzoo.openmmlab.backbones import NAT, DiNAT_s  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,8 +156,11 @@ def create_evaluation_loader(
 
 
 def _worker_kwargs(workers: int, pin_memory: bool) -> dict[str, Any]:
+    # Python 3.14 no longer forks by default; a worker would then import PyTorch again, which takes seconds.
+    context = "fork" if workers > 0 and sys.platform == "linux" else None
     return {
         "num_workers": workers,
+        "multiprocessing_context": context,
         "persistent_workers": workers > 0,
         "pin_memory": pin_memory,
         "worker_init_fn": ignore_signals_in_worker,
