@@ -65,6 +65,17 @@ def check_layout(name: str, x: Tensor, shaped: Tensor, axes: Sequence[Axis]) -> 
         )
 
 
+def _check_head_dim(dim: int, **tensors: Tensor) -> None:
+    """Check tensors before they are padded, after which `check_layout` could not see that they do not match.
+
+    Raises:
+        ValueError: naming the tensor whose head_dim is not `dim`.
+    """
+    for name, x in tensors.items():
+        if x.shape[-1] != dim:
+            raise ValueError(f"{name} has head_dim {x.shape[-1]}; expected {dim}.")
+
+
 class KernelBackend:
     """The functions of `natten.backends.Backend` on top of compiled kernels.
 
@@ -93,6 +104,7 @@ class KernelBackend:
     ) -> tuple[Tensor, Tensor]:
         """Return the output [B, X, H, value head_dim] in the query's dtype and the logsumexp [B, X, H] in float32."""
         value_dim = value.shape[-1]
+        _check_head_dim(query.shape[-1], key=key)
         if value_dim > self._max_dim:
             return reference.attention(query, key, value, rpb, axes, scale)
         query, key, value = map(self._rows, uniform(query, key, value))
@@ -115,6 +127,8 @@ class KernelBackend:
         scale: float,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of query, key and value in one tensor, as `split_grads` reads it, and that of rpb."""
+        _check_head_dim(query.shape[-1], key=key)
+        _check_head_dim(value.shape[-1], out=out, grad_out=grad_out)
         if value.shape[-1] > self._max_dim:
             return reference.attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale)
         q, k, v = map(self._rows, uniform(query, key, value))
@@ -149,6 +163,7 @@ class KernelBackend:
 
     def query_key(self, query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
         """Return the unscaled logits [B, H, X, W]; -inf in slots of a causal window before the map."""
+        _check_head_dim(query.shape[-1], key=key)
         query, key = (self._rows(_with_supported_dim(x)) for x in (query, key))
         attn = query.new_empty((*query.shape[:-1], _window_size(axes)))
         self._launch("query_key", axes, 1.0, rpb, **_heads_last(QUERY=query, KEY=key, ATTN=attn))
@@ -159,12 +174,10 @@ class KernelBackend:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the gradients of query, key and rpb."""
         dim = query.shape[-1]
+        _check_head_dim(dim, key=key)
         query, key = (self._rows(_with_supported_dim(x)) for x in (query, key))
-        grad_attn, grad_query, grad_key = (
-            with_contiguous_rows(grad_attn),
-            query.new_empty(query.shape),
-            key.new_empty(key.shape),
-        )
+        grad_attn = with_contiguous_rows(grad_attn)
+        grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
         tensors = _heads_last(QUERY=query, KEY=key, GRAD_ATTN=grad_attn, GRAD_QUERY=grad_query, GRAD_KEY=grad_key)
         grad_rpb = self._launch("query_key_backward", axes, 1.0, rpb, **tensors)
         return _narrow(grad_query, dim), _narrow(grad_key, dim), grad_rpb
@@ -181,6 +194,7 @@ class KernelBackend:
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of attn and value."""
         dim, attn = value.shape[-1], with_contiguous_rows(attn)
+        _check_head_dim(dim, grad_out=grad_out)
         value, grad_out = (self._rows(_with_supported_dim(x)) for x in (value, grad_out))
         grad_attn, grad_value = attn.new_empty(attn.shape), value.new_empty(value.shape)
         tensors = _heads_last(VALUE=value, ATTN=attn, GRAD_OUT=grad_out, GRAD_ATTN=grad_attn, GRAD_VALUE=grad_value)

@@ -231,11 +231,15 @@ class PropertiesTest(unittest.TestCase):
         attend = torch.ops.natten.attention_forward
         for arguments, text in (
             ((x, x[:, :8], x, None), "^key .*8"),
+            ((x, x[..., :5], x, None), "^key .*head_dim 5"),
             ((x, x, x.half(), None), "^value .*float16"),
             ((x, x, x, torch.zeros(2, 3)), "^rpb .*3"),
         ):
             with self.assertRaisesRegex(ValueError, text):
                 attend(*arguments, *window)
+        heads_first = x.movedim(2, 1)
+        with self.assertRaisesRegex(ValueError, "^key .*head_dim 5"):
+            torch.ops.natten.query_key_forward(heads_first, heads_first[..., :5], None, [3], [1], [0], "cpu")
 
 
 def _attend_in_child(results) -> None:
