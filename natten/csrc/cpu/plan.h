@@ -21,7 +21,7 @@ enum TensorName { QUERY, KEY, VALUE, OUT, LSE, ATTN, GRAD_OUT, GRAD_LSE, GRAD_AT
 
 struct Plan {
   int64_t dtype;  // of all tensors except lse, grad_lse and the bias, which are float32
-  int64_t batch, heads, dim;
+  int64_t batch, heads, kv_heads, dim, value_dim;  // query heads h .. h + heads / kv_heads - 1 share a head of keys and values
   Axis axis[3];  // problems with fewer axes have leading axes of one token and a window of one
   double scale;
   Strides strides[TENSORS];
