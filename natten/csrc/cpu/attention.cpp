@@ -17,7 +17,7 @@ class Forward {
 
   Forward(const Call& call, Map& map, Scratch& scratch)
       : plan_(*call.plan), map_(map), functions_(row_functions(plan_.dtype)), query_(scratch, plan_.dim, true),
-        out_(scratch, plan_.value_dim, false), weights_(scratch, map.slots()) {}
+        out_(scratch, plan_.value_dim, false), weights_(scratch, map.slots(), true) {}
 
   void start(const Submap& submap, int64_t head) {
     query_view_ = submap.view(QUERY, head, functions_.size);
@@ -29,11 +29,11 @@ class Forward {
     query_.load(block, query_view_, functions_, static_cast<float>(plan_.scale), LOG2_E);
     if (block.has_missing)
       for (int r = 0; r < block.rows; ++r) std::fill_n(weights_.row(r), map_.slots() * W, -INFINITY);
-    for (const Visit& visit : block.visits) map_.dot(visit, query_, KEYS, true, weights_, true);
+    for (const Visit& visit : block.visits) map_.dot(visit, query_, KEYS, true, weights_);
     float inverse[MAX_ROWS][W], lse[MAX_ROWS][W];
     for (int r = 0; r < block.rows; ++r) softmax(weights_.row(r), map_.slots(), inverse[r], lse[r]);
     out_.zero(block);
-    for (const Visit& visit : block.visits) map_.gather(visit, weights_, true, VALUES, out_);
+    for (const Visit& visit : block.visits) map_.gather(visit, weights_, VALUES, out_);
     out_.store(block, out_view_, functions_, inverse);
     for_each_query(block, lse_view_, [&](char* to, int r, int lane) { *reinterpret_cast<float*>(to) = lse[r][lane]; });
   }
@@ -76,7 +76,8 @@ class Backward {
   Backward(const Call& call, Map& map, Scratch& scratch)
       : plan_(*call.plan), call_(call), map_(map), functions_(row_functions(plan_.dtype)), query_(scratch, plan_.dim, true),
         grad_query_(scratch, plan_.dim, false), grad_out_(scratch, plan_.value_dim, true),
-        out_(scratch, plan_.value_dim, false), weights_(scratch, Map::MOST_KEYS), grad_logits_(scratch, Map::MOST_KEYS) {
+        out_(scratch, plan_.value_dim, false), weights_(scratch, Map::MOST_KEYS, false),
+        grad_logits_(scratch, Map::MOST_KEYS, false) {
     for (auto& row : scale_) std::fill_n(row, W, static_cast<float>(plan_.scale));
   }
 
@@ -96,13 +97,13 @@ class Backward {
     prepare(block);
     grad_query_.zero(block);
     for (const Visit& visit : block.visits) {
-      map_.dot(visit, query_, KEYS, true, weights_, false);
-      map_.dot(visit, grad_out_, VALUES, false, grad_logits_, false);
+      map_.dot(visit, query_, KEYS, true, weights_);
+      map_.dot(visit, grad_out_, VALUES, false, grad_logits_);
       for (int r = visit.first_row; r < visit.first_row + visit.rows; ++r) differentiate(r, visit.keys);
-      if (call_.grad_rpb) map_.add_bias_gradient(visit, grad_logits_, false);
-      map_.scatter(visit, weights_, false, grad_out_, VALUES);
-      map_.scatter(visit, grad_logits_, false, query_, KEYS);
-      map_.gather(visit, grad_logits_, false, KEYS, grad_query_);
+      if (call_.grad_rpb) map_.add_bias_gradient(visit, grad_logits_);
+      map_.scatter(visit, weights_, grad_out_, VALUES);
+      map_.scatter(visit, grad_logits_, query_, KEYS);
+      map_.gather(visit, grad_logits_, KEYS, grad_query_);
     }
     grad_query_.store(block, grad_query_view_, functions_, scale_);
   }

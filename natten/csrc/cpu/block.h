@@ -48,28 +48,23 @@ struct Block {
   IntVec index;                        // `step` as a vector, for PERMUTED
   std::vector<Run> runs;
   std::vector<Visit> visits;
-
-  // Calls function(first_row, rows, lanes) for adjacent rows of a visit with the same lanes.
-  template <class Function>
-  NATTEN_INLINE void for_each_part_of(const Visit& visit, const Function& function) const {
-    for (int r = 0, end; r < visit.rows; r = end) {
-      const int row = visit.first_row + r;
-      for (end = r + 1; end < visit.rows;) {
-        if (first[visit.first_row + end] != first[row] || this->end[visit.first_row + end] != this->end[row]) break;
-        ++end;
-      }
-      function(r, end - r, Lanes{first[row], this->end[row], step});
-    }
-  }
 };
 
-// Logits or weights of a block, [rows][slots][W].
+// Logits or weights of a block, [rows][slots][W]: of whole windows, or of one visit at a time.
 struct Weights {
   float* first;
   int64_t stride;  // from one row to the next
+  bool is_whole;
 
-  Weights(Scratch& scratch, int slots) : stride(int64_t(uncrowded(slots)) * W) { first = scratch.take_zeros(MAX_ROWS * stride); }
-  float* row(int r, int slot = 0) const { return first + r * stride + int64_t(slot) * W; }
+  Weights(Scratch& scratch, int slots, bool is_whole_)
+      : stride(int64_t(uncrowded(round_up(slots, W))) * W), is_whole(is_whole_) {
+    first = scratch.take_zeros(MAX_ROWS * stride);
+  }
+
+  float* row(int r) const { return first + r * stride; }
+
+  // The keys of a visit, for the r-th of its rows.
+  float* at(const Visit& visit, int r) const { return row(visit.first_row + r) + (is_whole ? int64_t(visit.slot[r]) * W : 0); }
 };
 
 // Queries, or outputs or gradients of queries, of a block: as rows of d, [MAX_ROWS][W][padded], and transposed,

@@ -48,18 +48,15 @@ class KeyLines {
     return transposed_[side] + int64_t(line) * padded_[side] * stride_ + place;
   }
 
-  // Loads `count` tokens, which are adjacent in memory from `token` on, to places `place` .. of a line. Places that are not
-  // a multiple of W apart must be transposed before the next such W are loaded.
-  void load(int line, int place, const Token& token, int count) {
-    for (int side : {KEYS, VALUES}) {
-      if (needs_.grad[side]) std::memset(gradient(side, line, place), 0, sizeof(float) * count * padded_[side]);
-      if (needs_.is_loaded(side))
-        functions_.load(view_[side].at(token), view_[side].step[2], count, dim_[side], padded_[side], 1.f,
-                        loaded(side, line, place));
-    }
+  // Loads `count` tokens, which are adjacent in memory from `token` on, to places `place` .. of a line.
+  void load(int side, int line, int place, const Token& token, int count) {
+    if (needs_.grad[side]) std::memset(gradient(side, line, place), 0, sizeof(float) * count * padded_[side]);
+    if (needs_.is_loaded(side))
+      functions_.load(view_[side].at(token), view_[side].step[2], count, dim_[side], padded_[side], 1.f,
+                      loaded(side, line, place));
   }
 
-  // Transposes the W loaded tokens from `place` on, a multiple of W.
+  // Transposes W tokens from `place` on, a multiple of W. Must follow their loading, before others are loaded.
   void transpose(int line, int place) {
     for (int side : {KEYS, VALUES}) {
       if (!needs_.dot[side]) continue;

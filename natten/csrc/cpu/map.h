@@ -52,7 +52,7 @@ class Map {
 
   // heads: of keys, that are processed together; dense: whether all submaps are dense.
   Map(const Call& call, const Needs& needs, Bias& bias, Scratch& scratch, Strips strips, int heads, bool dense)
-      : plan_(*call.plan), needs_(needs), functions_(row_functions(plan_.dtype)), bias_(bias), dense_(dense),
+      : plan_(*call.plan), needs_(needs), bias_(bias), dense_(dense),
         is_one_line_(dense || (plan_.axis[0].length == 1 && plan_.axis[1].length == 1)), strips_(strips) {
     for (int h = 0; h < heads; ++h) keys_.emplace_back(call, needs, scratch, ring_lines(), most_tokens());
     slots_ = 1;
@@ -61,7 +61,8 @@ class Map {
     zeros_ = scratch.take_zeros(size_t(MOST_KEYS) * W);
   }
 
-  int slots() const { return slots_; }
+  int slots() const { return slots_; }        // keys of a query
+  int keys_of_line() const { return line_keys_; }  // those on a line
 
   // Runs all blocks of a task. Calls op.start(submap, head) before the blocks of a band that have a head of queries, and
   // op(block). Prefetches the task `next`, unless it is null.
@@ -77,7 +78,7 @@ class Map {
       drop_lines(first_kept_line(band));
       load_lines(end_of_lines(band));
       if (i + 1 < bands()) prefetch_lines(task, loaded_lines_, end_of_lines(band_of(i + 1)));
-      else if (next) prefetch_lines(*next, 0, end_of_lines(band_of(0)));
+      else if (next) prefetch_lines(*next, 0, dense_ ? n_[0] * n_[1] : end_of_lines(band_of(0)));
       for (int64_t head = task.head * sharing; head < (task.head + task.heads) * sharing; ++head) {
         head_ = head, head_keys_ = &keys_[head / sharing - task.head];
         op.start(submap, head);
@@ -92,8 +93,8 @@ class Map {
     drop_lines(loaded_lines_);
   }
 
-  // s = query . key, plus the bias if is_biased; the logits begin at the slot of the visit, or at slot 0.
-  void dot(const Visit& visit, const QueryRows& query, Side side, bool is_biased, const Weights& s, bool is_at_slot) {
+  // s = query . key, plus the bias if is_biased
+  void dot(const Visit& visit, const QueryRows& query, Side side, bool is_biased, const Weights& s) {
     DotArguments a;
     a.dim = (query.dim + 3) / 4 * 4;
     a.q = query.transposed + visit.first_row * W;
@@ -103,31 +104,31 @@ class Map {
     const float* values = is_biased ? bias_.values(head_) : nullptr;
     for (int r = 0; r < visit.rows; ++r) {
       a.bias[r] = values ? values + visit.bias[r] : zeros_;
-      a.s[r] = s.row(visit.first_row + r, is_at_slot ? visit.slot[r] : 0);
+      a.s[r] = s.at(visit, r);
     }
     natten::dot(a, block_.access, visit.rows, visit.keys);
   }
 
   // out += s . value
-  void gather(const Visit& visit, const Weights& s, bool is_at_slot, Side side, const QueryRows& out) {
-    for_each_window<float>(visit, s, is_at_slot, out, [&](const auto& a) {
+  void gather(const Visit& visit, const Weights& s, Side side, const QueryRows& out) {
+    for_each_window<float>(visit, s, out, [&](const auto& a) {
       natten::gather(a, visit.keys, head_keys_->natural(side, visit.line, visit.place));
     });
   }
 
   // gradient of the keys or values += s . query
-  void scatter(const Visit& visit, const Weights& s, bool is_at_slot, const QueryRows& query, Side side) {
-    for_each_window<const float>(visit, s, is_at_slot, query, [&](const auto& a) {
+  void scatter(const Visit& visit, const Weights& s, const QueryRows& query, Side side) {
+    for_each_window<const float>(visit, s, query, [&](const auto& a) {
       natten::scatter(a, visit.keys, head_keys_->gradient(side, visit.line, visit.place));
     });
   }
 
   // gradient of the bias += s
-  void add_bias_gradient(const Visit& visit, const Weights& s, bool is_at_slot) {
+  void add_bias_gradient(const Visit& visit, const Weights& s) {
     float* gradient = bias_.gradient(head_);
     for (int r = 0; r < visit.rows; ++r) {
       float* to = gradient + visit.bias[r];
-      const float* from = s.row(visit.first_row + r, is_at_slot ? visit.slot[r] : 0);
+      const float* from = s.at(visit, r);
       for (int j = 0; j < visit.keys * W; j += W) store(to + j, natten::load(to + j) + natten::load(from + j));
     }
   }
@@ -135,7 +136,6 @@ class Map {
  private:
   const Plan& plan_;
   const Needs needs_;
-  const RowFunctions functions_;
   Bias& bias_;
   const bool dense_, is_one_line_;
   const Strips strips_;
@@ -248,12 +248,12 @@ class Map {
   void load_lines(int end) {
     for (; loaded_lines_ < end; ++loaded_lines_)
       for (int begin = 0; begin < key_end_ - origin_; begin += W) {
-        const int line = loaded_lines_ % keys_[0].lines();
-        for (int h = 0; h < heads_; ++h) {
-          for_each_run(loaded_lines_, begin, std::min(begin + W, key_end_ - origin_),
-                       [&](int place, const Token& token, int count) { keys_[h].load(line, place, token, count); });
-          keys_[h].transpose(line, begin);
-        }
+        const int line = loaded_lines_ % keys_[0].lines(), last = std::min(begin + W, key_end_ - origin_);
+        for (int side : {KEYS, VALUES})
+          for_each_run(loaded_lines_, begin, last, [&](int place, const Token& token, int count) {
+            for (int h = 0; h < heads_; ++h) keys_[h].load(side, line, place, token, count);
+          });
+        for (int h = 0; h < heads_; ++h) keys_[h].transpose(line, begin);
       }
   }
 
@@ -261,22 +261,29 @@ class Map {
   void prefetch_lines(const Task& task, int begin, int end) {
     prefetcher_.clear();
     const Submap& submap = task.submap;
-    const int64_t sharing = plan_.heads / plan_.kv_heads;
-    const int size = functions_.size;
-    int x = 0, tokens = submap.n[2], first = begin;
-    if (!dense_ && strips_.axis == 2) x = int64_t(tokens) * task.strip / strips_.count, tokens = int64_t(tokens) * (task.strip + 1) / strips_.count - x;
-    else if (!dense_ && strips_.axis == 1 && &task.submap.n != nullptr) first = begin;
-    if (dense_) end = submap.n[0] * submap.n[1];
-    for (int which = first; which < end; ++which) {
-      const Token token = {which / submap.n[1], which % submap.n[1], x};
-      for (TensorName name : {QUERY, KEY, VALUE, OUT, GRAD_OUT, GRAD_QUERY}) {
-        if (!submap.call->tensors[name]) continue;
-        const bool is_key = name == KEY || name == VALUE;
-        const int64_t dim = name == VALUE || name == OUT || name == GRAD_OUT ? plan_.value_dim : plan_.dim;
-        const int64_t head = is_key ? task.head : task.head * sharing, heads = is_key ? task.heads : task.heads * sharing;
-        if (plan_.strides[name].head == dim) prefetcher_.add(submap.view(name, head, size), token, tokens, heads * dim * size);
-        else for (int64_t h = head; h < head + heads; ++h) prefetcher_.add(submap.view(name, h, size), token, tokens, dim * size);
-      }
+    Token first = {0, 0, 0};
+    int tokens = submap.n[2];
+    if (!dense_ && strips_.axis == 2) {
+      first.x = int64_t(submap.n[2]) * task.strip / strips_.count;
+      tokens = int64_t(submap.n[2]) * (task.strip + 1) / strips_.count - first.x;
+    }
+    for (int which = begin; which < std::min(end, submap.n[0] * submap.n[1]); ++which) {
+      first.z = which / submap.n[1], first.y = which % submap.n[1];
+      for (TensorName name : {QUERY, KEY, VALUE, OUT, GRAD_OUT, GRAD_QUERY})
+        if (submap.call->tensors[name]) prefetch(task, name, first, tokens);
+    }
+  }
+
+  void prefetch(const Task& task, TensorName name, const Token& first, int tokens) {
+    const int64_t sharing = name == KEY || name == VALUE ? 1 : plan_.heads / plan_.kv_heads;
+    const int64_t dim = name == VALUE || name == OUT || name == GRAD_OUT ? plan_.value_dim : plan_.dim;
+    const int64_t head = task.head * sharing, heads = task.heads * sharing;
+    const int size = element_size(plan_.dtype);
+    if (plan_.strides[name].head == dim) {
+      prefetcher_.add(task.submap.view(name, head, size), first, tokens, heads * dim * size);
+    } else {
+      for (int64_t h = head; h < head + heads; ++h)
+        prefetcher_.add(task.submap.view(name, h, size), first, tokens, dim * size);
     }
   }
 
@@ -475,23 +482,19 @@ class Map {
     }
   }
 
+  // Calls function(arguments of gather or scatter) for adjacent rows that have the same lanes, and weights at equal distances.
   template <class Float, class Function>
-  void for_each_window(const Visit& visit, const Weights& s, bool is_at_slot, const QueryRows& rows, const Function& function) {
-    const int64_t padded = rows.padded;
-    // Where all rows have the same slot, or none, their weights are at equal distances.
-    block_.for_each_part_of(visit, [&](int r, int count, const Lanes& lanes) {
-      for (int end; count > 0; r = end) {
-        for (end = r + 1; end < r + count && is_at_slot && slot_step(visit, end) == slot_step(visit, r + 1);) ++end;
-        if (!is_at_slot) end = r + count;
-        const int row = visit.first_row + r, slot = is_at_slot ? visit.slot[r] : 0;
-        const int64_t stride = s.stride + (is_at_slot && end > r + 1 ? int64_t(slot_step(visit, r + 1)) * W : 0);
-        function(WindowArguments<Float>{lanes, end - r, s.row(row, slot), stride, rows.lane(row, 0), rows.stride, padded, &prefetcher_});
-        count -= end - r;
-      }
-    });
+  void for_each_window(const Visit& visit, const Weights& s, const QueryRows& rows, const Function& function) {
+    for (int r = 0, end; r < visit.rows; r = end) {
+      const int row = visit.first_row + r;
+      const int64_t stride = r + 1 < visit.rows ? s.at(visit, r + 1) - s.at(visit, r) : 0;
+      for (end = r + 1; end < visit.rows && s.at(visit, end) - s.at(visit, end - 1) == stride; ++end)
+        if (block_.first[row + end - r] != block_.first[row] || block_.end[row + end - r] != block_.end[row]) break;
+      const Lanes lanes = {block_.first[row], block_.end[row], block_.step};
+      function(WindowArguments<Float>{lanes, end - r, s.at(visit, r), stride, rows.lane(row, 0), rows.stride, rows.padded,
+                                      &prefetcher_});
+    }
   }
-
-  static int slot_step(const Visit& visit, int r) { return r < visit.rows ? visit.slot[r] - visit.slot[r - 1] : 0; }
 };
 
 }  // namespace natten

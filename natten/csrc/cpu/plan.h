@@ -7,6 +7,8 @@ namespace natten {
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
+inline int element_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
 struct Axis {
   int64_t length, kernel_size, stride, dilation, is_causal;
 };

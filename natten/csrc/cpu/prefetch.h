@@ -29,15 +29,16 @@ class Prefetcher {
     rows_.push_back({start, view.step[2], bytes, count});
   }
 
-  // Prefetches the next cache lines.
+  // Prefetches the next LINES cache lines.
   NATTEN_INLINE void some() {
     if (left_ <= 0 && !next_row()) return;
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) __builtin_prefetch(at_ + 64 * i);
-    at_ += 256, left_ -= 256;
+    for (int i = 0; i < LINES; ++i) __builtin_prefetch(at_ + 64 * i);
+    at_ += 64 * LINES, left_ -= 64 * LINES;
   }
 
  private:
+  static constexpr int LINES = 3;
   struct Rows {
     const char* start;
     int64_t step, bytes;

@@ -11,6 +11,7 @@
 // the sums of grad, of a few keys in registers: from one lane to the next, the window usually moves by one key.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "prefetch.h"

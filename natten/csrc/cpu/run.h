@@ -12,19 +12,27 @@
 namespace natten {
 
 constexpr int CHUNKS_PER_THREAD = 2, TASKS_PER_THREAD = 4, FEW_TASKS = 8;
+constexpr int64_t ROW_BYTES = 256;
 // Largest number of queries in a strip of the last axis, so that the data of a thread fits into its cache.
 constexpr int64_t LONGEST_LINE = 1024, LONGEST_OF_MANY_LINES = 112;
 
+// Heads of a task. All heads of a token are adjacent in memory, which is slow to read in shorter pieces than ROW_BYTES.
+inline int64_t choose_heads(const Call& call, int64_t maps) {
+  const Plan& plan = *call.plan;
+  const int64_t bytes = plan.dim * element_size(plan.dtype);
+  int64_t heads = std::min(plan.kv_heads, (ROW_BYTES + bytes - 1) / bytes);
+  while (heads > 1 && call.threads > 1 && maps * plan.kv_heads < TASKS_PER_THREAD * call.threads * heads) heads = (heads + 1) / 2;
+  return std::max<int64_t>(heads, 1);
+}
+
 // Strips are pieces of a submap that are processed independently: pieces of the last axis if it is long, else of the first.
 // Neighboring strips share keys. With gradients, strips 0, 2, 4.. are processed before 1, 3, 5.., which must not share any.
-inline Strips choose_strips(const Call& call, bool has_gradients) {
+inline Strips choose_strips(const Call& call, int64_t tasks, bool has_gradients) {
   const Plan& plan = *call.plan;
   const auto tokens = [&](int i) { return plan.axis[i].length / plan.axis[i].dilation; };  // in the shortest class
   const int leading = plan.axis[0].length > 1 ? 0 : plan.axis[1].length > 1 ? 1 : 2;
   const int64_t longest = leading == 2 ? LONGEST_LINE : LONGEST_OF_MANY_LINES;
   const int axis = tokens(2) > longest ? 2 : leading;
-  int64_t tasks = plan.batch * plan.kv_heads;
-  for (const Axis& a : plan.axis) tasks *= a.dilation;
   int64_t count = tasks % call.threads == 0 ? 1 : (TASKS_PER_THREAD * call.threads + tasks - 1) / std::max<int64_t>(tasks, 1);
   if (axis == 2) count = std::max(count, (tokens(2) + longest - 1) / longest);
   const int64_t shortest = (has_gradients ? 3 : 1) * plan.axis[axis].kernel_size + plan.axis[axis].stride;
@@ -37,10 +45,10 @@ class Runner {
  public:
   explicit Runner(const Call& call) : call_(call), plan_(*call.plan), needs_(Operator::needs()) {
     const bool has_gradients = needs_.grad[KEYS] || needs_.grad[VALUES];
-    strips_ = choose_strips(call, has_gradients);
-    phases_ = has_gradients && strips_.count > 1 ? 2 : 1;
     for (const Axis& axis : plan_.axis) residues_ *= axis.dilation;
-    heads_ = GH < plan_.kv_heads ? GH : plan_.kv_heads;
+    heads_ = choose_heads(call, plan_.batch * residues_);
+    strips_ = choose_strips(call, plan_.batch * residues_ * head_groups(), has_gradients);
+    phases_ = has_gradients && strips_.count > 1 ? 2 : 1;
   }
 
   void run() {
