@@ -20,7 +20,7 @@ from natten.checks import (
     check_layer_input,
     check_layer_options,
     check_window,
-    default_scale,
+    is_default_scale,
     merge_first_axis,
 )
 from natten.geometry import padding
@@ -80,7 +80,7 @@ class NeighborhoodAttentionNd(nn.Module):
         self.window_padding = window_padding
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.scale = default_scale(qk_scale, self.head_dim)
+        self.scale = self.head_dim**-0.5 if is_default_scale(qk_scale) else qk_scale
         self.backend = backend
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)

@@ -14,10 +14,8 @@ Shape suffixes: B batch, X the spatial axes, H heads, d head_dim, N additional t
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Sequence
 from math import prod
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from natten import backends
 from natten.backends import reference
@@ -36,7 +35,7 @@ from natten.backends.reference import (
     shape_of_grads,
     split_grads,
 )
-from natten.checks import Window, cached, check_composed, check_merged, default_scale, make_axes
+from natten.checks import Window, cached, check_composed, check_merged, check_scale, is_default_scale, make_axes
 from natten.geometry import Axis, Margin
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,9 +202,14 @@ def _needs_dispatcher(*tensors: Tensor | None) -> bool:
         or torch.autograd._profiler_enabled()
         or _is_transformed()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(x is not None and (type(x) not in _PLAIN_TENSORS or x.is_meta) for x in tensors)
+        or any(x is not None and (type(x) not in _PLAIN_TENSORS or x.is_meta or _is_lazy(x)) for x in tensors)
         or torch.overrides.has_torch_function(tensors)
     )
+
+
+def _is_lazy(x: Tensor) -> bool:
+    """Return whether the memory of a tensor does not hold its values: they are still to be negated, or all zero."""
+    return x.is_neg() or x._is_zerotensor()
 
 
 def _is_transformed() -> bool:
@@ -228,13 +232,7 @@ def _is_counted() -> bool:
 
     Other traces, such as those of torch.jit.trace, contain operators instead, because they cannot save functions.
     """
-    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
-        return False
-    counter = torch.jit._trace.ONNXTracedModule.forward.__code__
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not counter:
-        frame = frame.f_back
-    return frame is not None
+    return torch.jit.is_tracing() and torch.jit._trace._trace_module_map is None
 
 
 def _fused_window(axes: Sequence[Axis]) -> list[list[int]]:
@@ -431,7 +429,7 @@ def attend(
     Returns:
         Output [B, X, H, value head_dim] in the query's dtype and logsumexp [B, X, H] in the accumulation dtype.
     """
-    scale = default_scale(scale, qkv[0].shape[-1])
+    qkv, scale = _apply_symbolic_scale(qkv, scale)
     backend = backends.requested(backend)
     if backends.is_plain(backend):
         query, key, value = _unpack(qkv)
@@ -439,6 +437,20 @@ def attend(
     if _needs_grad(*qkv, rpb) or _is_counted():
         return _ATTENTION[len(axes)].apply(rpb, axes, scale, backend, *qkv)
     return _attention(qkv, rpb, axes, scale, backend)
+
+
+def _apply_symbolic_scale(qkv: Sequence[Tensor], scale: float | None) -> tuple[Sequence[Tensor], float]:
+    """Return qkv and a factor on the logits that torch.compile may treat as a constant.
+
+    Operators take numbers as constants, so each value of `scale` would need its own graph. A factor of a tensor may
+    vary; a scale that does is therefore moved to the query.
+    """
+    default = qkv[0].shape[-1] ** -0.5
+    scale = default if is_default_scale(scale) else check_scale(scale)
+    if scale is default or not torch.compiler.is_compiling() or has_static_value(scale):
+        return qkv, scale
+    query, key, value = _unpack(qkv)
+    return (query * (scale / default), key, value), default
 
 
 def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], backend: str | None) -> Tensor:
@@ -503,7 +515,7 @@ def attend_composed(
     query, key, value = apply_autocast(*qkv)
     extra_key, extra_value = apply_autocast(*additional)
     axes, margins = check_composed(rank, query, key, value, rpb, *window, extra_key, extra_value, window_padding)
-    scale = default_scale(scale, query.shape[-1])
+    scale = query.shape[-1] ** -0.5 if is_default_scale(scale) else check_scale(scale)
 
     query, key, value = (_pad_map(x, margins) for x in (query, key, value))
     out, lse = attend((query, key, value), rpb, axes, scale, backend)
@@ -593,7 +605,7 @@ def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
         dtype = accumulation_dtype(query.dtype)
         q_BHXd = query.flatten(1, -3).movedim(-2, 1).to(dtype) * scale
         k_BHNd, v_BHNd = (x.movedim(-2, 1).to(dtype) for x in (key, value))
-        logits_BHXN = q_BHXd @ k_BHNd.mT
+        logits_BHXN = q_BHXd @ k_BHNd.transpose(-2, -1)
         out_BXHd = (logits_BHXN.softmax(-1) @ v_BHNd).movedim(1, -2)
         lse_BXH = logits_BHXN.logsumexp(-1).movedim(1, -1)
         space = query.shape[:-1]
