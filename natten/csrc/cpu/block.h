@@ -43,7 +43,7 @@ struct Block {
   int first[MAX_ROWS], end[MAX_ROWS];  // lanes of each row that have a query
   int step[W];                         // first key of each lane, relative to that of lane 0
   int missing[W];                      // slots of a causal window before the first key of each lane, on the last axis
-  bool has_missing;                    // some window has slots before the map
+  bool has_missing;                    // some window has slots without a key
   KeyAccess access;
   IntVec index;                        // `step` as a vector, for PERMUTED
   std::vector<Run> runs;

@@ -435,8 +435,8 @@ class Map {
 
   void add_visits(const Band& band, const Group& group) {
     const int z = band.z, y = band.y, *first = &windows_[1].first[y], *end = &windows_[1].end[y], last = band.rows - 1;
-    for (int r = 0; r <= last; ++r) block_.has_missing |= windows_[1].missing[y + r] > 0;
-    block_.has_missing |= windows_[0].missing[z] > 0;
+    for (int r = 0; r <= last; ++r) block_.has_missing |= end[r] - first[r] < kernel_[1];
+    block_.has_missing |= windows_[0].end[z] - windows_[0].first[z] < kernel_[0];
     const int table_line = bias_.has_table() ? kernel_[2] * W : 0;
     for (int kz = windows_[0].first[z]; kz < windows_[0].end[z]; ++kz)
       for (int ky = first[0], from = 0, to = 0; ky < end[last]; ++ky) {
