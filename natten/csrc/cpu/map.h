@@ -15,6 +15,12 @@ namespace natten {
 // Submaps are cut into `count` strips along `axis`.
 struct Strips {
   int axis, count;
+
+  // The first of n tokens in a strip. On the last axis, strips begin with a whole group of queries.
+  int begin(int n, int strip) const {
+    const int first = static_cast<int>(int64_t(n) * strip / count);
+    return axis == 2 && strip < count ? first / W * W : first;
+  }
 };
 
 // A strip of a submap, and heads of keys.
@@ -169,7 +175,7 @@ class Map {
   int most_tokens() const {
     if (dense_) return static_cast<int>(plan_.axis[0].kernel_size * plan_.axis[1].kernel_size * plan_.axis[2].kernel_size);
     if (strips_.axis != 2) return tokens(2);
-    return std::min<int>(tokens(2), (tokens(2) + strips_.count - 1) / strips_.count + 2 * plan_.axis[2].kernel_size + 1);
+    return std::min<int>(tokens(2), tokens(2) / strips_.count + W + 2 * plan_.axis[2].kernel_size + 1);
   }
 
   int ring_lines() const {
@@ -216,8 +222,7 @@ class Map {
       origin_ = 0, key_end_ = slots_;
     } else {
       const int axis = strips_.axis;
-      begin_[axis] = int64_t(n_[axis]) * strip / strips_.count;
-      end_[axis] = int64_t(n_[axis]) * (strip + 1) / strips_.count;
+      begin_[axis] = strips_.begin(n_[axis], strip), end_[axis] = strips_.begin(n_[axis], strip + 1);
       origin_ = 0, key_end_ = n_[2];
       if (axis == 2 && strips_.count > 1) {
         origin_ = windows_[2].first[begin_[2]];
@@ -264,8 +269,8 @@ class Map {
     Token first = {0, 0, 0};
     int tokens = submap.n[2];
     if (!dense_ && strips_.axis == 2) {
-      first.x = int64_t(submap.n[2]) * task.strip / strips_.count;
-      tokens = int64_t(submap.n[2]) * (task.strip + 1) / strips_.count - first.x;
+      first.x = strips_.begin(submap.n[2], task.strip);
+      tokens = strips_.begin(submap.n[2], task.strip + 1) - first.x;
     }
     for (int which = begin; which < std::min(end, submap.n[0] * submap.n[1]); ++which) {
       first.z = which / submap.n[1], first.y = which % submap.n[1];
@@ -463,9 +468,9 @@ class Map {
   void add_visits_of_line(size_t g, int rows) {
     const Group& group = groups_[g];
     const int last = groups_[g + rows - 1].place - group.place, move = rows > 1 ? last / (rows - 1) : 0;
-    int cuts[2 * MAX_ROWS];
-    for (int r = 0; r < rows; ++r) cuts[r] = r * move, cuts[rows + r] = r * move + line_keys_;
-    std::sort(cuts, cuts + 2 * rows);
+    int begins[MAX_ROWS], ends[MAX_ROWS], cuts[2 * MAX_ROWS];
+    for (int r = 0; r < rows; ++r) begins[r] = r * move, ends[r] = r * move + line_keys_;
+    std::merge(begins, begins + rows, ends, ends + rows, cuts);
     for (int i = 0; i + 1 < 2 * rows; ++i) {
       if (cuts[i] == cuts[i + 1]) continue;
       int from = 0, to = 0;

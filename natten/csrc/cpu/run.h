@@ -16,28 +16,33 @@ constexpr int64_t ROW_BYTES = 256;
 // Largest number of queries in a strip of the last axis, so that the data of a thread fits into its cache.
 constexpr int64_t LONGEST_LINE = 1024, LONGEST_OF_MANY_LINES = 112;
 
-// Heads of a task. All heads of a token are adjacent in memory, which is slow to read in shorter pieces than ROW_BYTES.
-inline int64_t choose_heads(const Call& call, int64_t maps) {
-  const Plan& plan = *call.plan;
-  const int64_t bytes = plan.dim * element_size(plan.dtype);
-  int64_t heads = std::min(plan.kv_heads, (ROW_BYTES + bytes - 1) / bytes);
-  while (heads > 1 && call.threads > 1 && maps * plan.kv_heads < TASKS_PER_THREAD * call.threads * heads) heads = (heads + 1) / 2;
-  return std::max<int64_t>(heads, 1);
-}
+// How a call is divided: tasks have `heads` heads of keys and a strip. Strips are pieces of a submap that are processed
+// independently: pieces of the last axis if it is long, else of the first. Neighboring strips share keys. With gradients,
+// strips 0, 2, 4.. are processed before 1, 3, 5.., which must not share any.
+struct Division {
+  int64_t heads;
+  Strips strips;
 
-// Strips are pieces of a submap that are processed independently: pieces of the last axis if it is long, else of the first.
-// Neighboring strips share keys. With gradients, strips 0, 2, 4.. are processed before 1, 3, 5.., which must not share any.
-inline Strips choose_strips(const Call& call, int64_t tasks, bool has_gradients) {
-  const Plan& plan = *call.plan;
-  const auto tokens = [&](int i) { return plan.axis[i].length / plan.axis[i].dilation; };  // in the shortest class
-  const int leading = plan.axis[0].length > 1 ? 0 : plan.axis[1].length > 1 ? 1 : 2;
-  const int64_t longest = leading == 2 ? LONGEST_LINE : LONGEST_OF_MANY_LINES;
-  const int axis = tokens(2) > longest ? 2 : leading;
-  int64_t count = tasks % call.threads == 0 ? 1 : (TASKS_PER_THREAD * call.threads + tasks - 1) / std::max<int64_t>(tasks, 1);
-  if (axis == 2) count = std::max(count, (tokens(2) + longest - 1) / longest);
-  const int64_t shortest = (has_gradients ? 3 : 1) * plan.axis[axis].kernel_size + plan.axis[axis].stride;
-  return {axis, static_cast<int>(std::max<int64_t>(1, std::min(count, tokens(axis) / shortest)))};
-}
+  Division(const Call& call, int64_t submaps, bool has_gradients) {
+    const Plan& plan = *call.plan;
+    const auto tokens = [&](int i) { return plan.axis[i].length / plan.axis[i].dilation; };  // in the shortest class
+    const int leading = plan.axis[0].length > 1 ? 0 : plan.axis[1].length > 1 ? 1 : 2;
+    const int64_t longest = leading == 2 ? LONGEST_LINE : LONGEST_OF_MANY_LINES;
+    const int axis = tokens(2) > longest ? 2 : leading;
+    const int64_t kernel = plan.axis[axis].kernel_size, group = axis == 2 ? W : 0;
+    const auto tasks = [&] { return std::max<int64_t>(submaps, 1) * ((plan.kv_heads + heads - 1) / heads); };
+    // All heads of a token are adjacent in memory, which is slow to read in shorter pieces than ROW_BYTES. But there are
+    // fewer heads per task where short strips would be needed to keep all threads busy.
+    const int64_t row = plan.dim * element_size(plan.dtype);
+    const auto wanted = [&] { return (TASKS_PER_THREAD * call.threads + tasks() - 1) / tasks(); };
+    heads = std::max<int64_t>(1, std::min(plan.kv_heads, (ROW_BYTES + row - 1) / row));
+    while (heads > 1 && call.threads > 1 && tokens(axis) / wanted() < 2 * kernel + group) heads = (heads + 1) / 2;
+    int64_t count = tasks() % call.threads == 0 ? 1 : wanted();
+    if (axis == 2) count = std::max(count, (tokens(2) + longest - 1) / longest);
+    const int64_t shortest = (has_gradients ? 3 : 1) * kernel + plan.axis[axis].stride + group;
+    strips = {axis, static_cast<int>(std::max<int64_t>(1, std::min(count, tokens(axis) / shortest)))};
+  }
+};
 
 // Operator: a class with a constructor (call, map, scratch), start(submap, head) and operator()(block); see Map::run.
 template <class Operator>
@@ -46,8 +51,8 @@ class Runner {
   explicit Runner(const Call& call) : call_(call), plan_(*call.plan), needs_(Operator::needs()) {
     const bool has_gradients = needs_.grad[KEYS] || needs_.grad[VALUES];
     for (const Axis& axis : plan_.axis) residues_ *= axis.dilation;
-    heads_ = choose_heads(call, plan_.batch * residues_);
-    strips_ = choose_strips(call, plan_.batch * residues_ * head_groups(), has_gradients);
+    const Division division(call, plan_.batch * residues_, has_gradients);
+    heads_ = division.heads, strips_ = division.strips;
     phases_ = has_gradients && strips_.count > 1 ? 2 : 1;
   }
 
