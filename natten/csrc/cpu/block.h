@@ -33,15 +33,16 @@ struct Visit {
   int keys;            // of each lane
   int first_row, rows;
   int slot[MAX_ROWS];      // of the first key in the window, for each of the rows
-  int64_t bias[MAX_ROWS];  // offset of the bias of the first key, for each of the rows
+  const float* bias[MAX_ROWS];  // of the first key, and its gradient, or null, for each of the rows
+  float* grad_bias[MAX_ROWS];
 };
 
-// Up to MAX_ROWS rows of W queries, which share most of their keys. Lanes that have no query, or one that belongs to another
-// block, are not in `first` .. `end`.
+// Up to MAX_ROWS rows of W queries, which share most of their keys. Lanes first .. end - 1 have a query of the block; the
+// others have none, or one of another block.
 struct Block {
   int rows;
   int first[MAX_ROWS], end[MAX_ROWS];  // lanes of each row that have a query
-  int step[W];                         // first key of each lane, relative to that of lane 0
+  int step[W + 1];                     // see Lanes
   int missing[W];                      // slots of a causal window before the first key of each lane, on the last axis
   bool has_missing;                    // some window has slots without a key
   KeyAccess access;
@@ -64,7 +65,9 @@ struct Weights {
   float* row(int r) const { return first + r * stride; }
 
   // The keys of a visit, for the r-th of its rows.
-  float* at(const Visit& visit, int r) const { return row(visit.first_row + r) + (is_whole ? int64_t(visit.slot[r]) * W : 0); }
+  float* at(const Visit& visit, int r) const {
+    return row(visit.first_row + r) + (is_whole ? int64_t(visit.slot[r]) * W : 0);
+  }
 };
 
 // Queries, or outputs or gradients of queries, of a block: as rows of d, [MAX_ROWS][W][padded], and transposed,
@@ -102,7 +105,8 @@ struct QueryRows {
       const int skipped = std::max(0, block.first[run.row] - run.lane), lane_ = run.lane + skipped;
       if (skipped >= run.count) continue;
       const Token token = {run.first.z, run.first.y, run.first.x + skipped};
-      functions.store(lane(run.row, lane_), padded, run.count - skipped, dim, &scale[run.row][lane_], to.at(token), to.step[2]);
+      functions.store(lane(run.row, lane_), padded, run.count - skipped, dim, &scale[run.row][lane_], to.at(token),
+                      to.step[2]);
     }
   }
 };

@@ -4,11 +4,11 @@
 // neighboring groups of W queries. A small submap whose window is the whole submap is treated as a single line, too.
 #pragma once
 
-#include <array>
 #include <vector>
 
-#include "bias.h"
+#include "groups.h"
 #include "keys.h"
+#include "prefetch.h"
 
 namespace natten {
 
@@ -30,20 +30,10 @@ struct Task {
   int heads, strip;
 };
 
-// Up to W adjacent queries of a line.
-struct Group {
-  int query;                // of lane 0
-  int first, end;           // lanes whose queries are not in the group before
-  int place;                // first key of lane 0, relative to the first stored key
-  int step[W], missing[W];  // see Block
-  KeyAccess access;
-  int64_t bias;             // offset of its kind
-};
-
 class Map {
  public:
-  static constexpr int MOST_KEYS = 64;        // keys of a visit
-  static constexpr int MOST_DENSE_KEYS = 256;  // a dense submap stores the bias of all pairs
+  static constexpr int MOST_KEYS = 64;            // of a visit
+  static constexpr int MOST_DENSE_KEYS = 256;      // a dense submap has the bias of all pairs
 
   // Whether the window is the whole submap, which is small.
   static bool is_dense(const Plan& plan, const int (&n)[3]) {
@@ -59,15 +49,16 @@ class Map {
   // heads: of keys, that are processed together; dense: whether all submaps are dense.
   Map(const Call& call, const Needs& needs, Bias& bias, Scratch& scratch, Strips strips, int heads, bool dense)
       : plan_(*call.plan), needs_(needs), bias_(bias), dense_(dense),
-        is_one_line_(dense || (plan_.axis[0].length == 1 && plan_.axis[1].length == 1)), strips_(strips) {
-    for (int h = 0; h < heads; ++h) keys_.emplace_back(call, needs, scratch, ring_lines(), most_tokens());
+        is_one_line_(dense || (plan_.axis[0].length == 1 && plan_.axis[1].length == 1)), strips_(strips),
+        groups_(plan_, bias) {
     slots_ = 1;
     for (int i = 0; i < 3; ++i) slots_ *= kernel_[i] = static_cast<int>(plan_.axis[i].kernel_size);
     line_keys_ = dense ? slots_ : kernel_[2];
+    for (int h = 0; h < heads; ++h) keys_.emplace_back(call, needs, scratch, ring_lines(), most_tokens());
     zeros_ = scratch.take_zeros(size_t(MOST_KEYS) * W);
   }
 
-  int slots() const { return slots_; }        // keys of a query
+  int slots() const { return slots_; }             // keys of a query
   int keys_of_line() const { return line_keys_; }  // those on a line
 
   // Runs all blocks of a task. Calls op.start(submap, head) before the blocks of a band that have a head of queries, and
@@ -107,9 +98,8 @@ class Map {
     a.k = head_keys_->transposed(side, visit.line, visit.place);
     a.k_stride = head_keys_->stride();
     a.index = block_.index;
-    const float* values = is_biased ? bias_.values(head_) : nullptr;
     for (int r = 0; r < visit.rows; ++r) {
-      a.bias[r] = values ? values + visit.bias[r] : zeros_;
+      a.bias[r] = is_biased ? visit.bias[r] : zeros_;
       a.s[r] = s.at(visit, r);
     }
     natten::dot(a, block_.access, visit.rows, visit.keys);
@@ -131,9 +121,8 @@ class Map {
 
   // gradient of the bias += s
   void add_bias_gradient(const Visit& visit, const Weights& s) {
-    float* gradient = bias_.gradient(head_);
     for (int r = 0; r < visit.rows; ++r) {
-      float* to = gradient + visit.bias[r];
+      float* to = visit.grad_bias[r];
       const float* from = s.at(visit, r);
       for (int j = 0; j < visit.keys * W; j += W) store(to + j, natten::load(to + j) + natten::load(from + j));
     }
@@ -145,43 +134,39 @@ class Map {
   Bias& bias_;
   const bool dense_, is_one_line_;
   const Strips strips_;
-  std::vector<KeyLines> keys_;  // of each head
+  Groups groups_;
   int kernel_[3], slots_, line_keys_;  // sizes of the window; keys of a query; those on a line
   float* zeros_;
+  std::vector<KeyLines> keys_;  // of each head of the task
+  Prefetcher prefetcher_;
 
   int n_[3] = {};
-  int heads_ = 0;
-  int64_t head_ = 0;              // the current head of queries
-  KeyLines* head_keys_ = nullptr;  // its keys
-  Prefetcher prefetcher_;
+  int heads_ = 0;  // of the task
   Windows windows_[3];
-  int begin_[3] = {}, end_[3] = {};  // queries of the strip
-  int origin_ = 0, key_end_ = 0;     // stored keys of a line
+  int begin_[3] = {}, end_[3] = {};        // queries of the strip
+  int origin_ = 0, key_end_ = 0;           // stored keys of a line
   int kept_lines_ = 0, loaded_lines_ = 0;  // the ring holds lines kept_lines_ .. loaded_lines_ - 1
   int own_begin_ = 0, own_end_ = 0;  // keys along the axis of strips whose gradient this strip is the first to write
-  std::vector<Group> groups_;
-  int grouped_[3] = {-1, -1, -1};    // tokens and range that groups_ is for
 
-  // Kinds of bias, by the first key of each lane relative to its query, and its number of keys.
-  typedef std::array<int, 2 * W> Pattern;
-  std::vector<std::pair<Pattern, int64_t>> kinds_;
-  std::vector<int64_t> dense_kinds_;
+  int64_t head_ = 0;               // of the queries of the block
+  KeyLines* head_keys_ = nullptr;  // its keys
   Block block_;
 
   // --- lines of keys -------------------------------------------------------------------------------------------------
 
-  int tokens(int axis) const { return (plan_.axis[axis].length + plan_.axis[axis].dilation - 1) / plan_.axis[axis].dilation; }
+  // Tokens of the longest residue class.
+  int tokens(int i) const { return (plan_.axis[i].length + plan_.axis[i].dilation - 1) / plan_.axis[i].dilation; }
 
   int most_tokens() const {
-    if (dense_) return static_cast<int>(plan_.axis[0].kernel_size * plan_.axis[1].kernel_size * plan_.axis[2].kernel_size);
+    if (dense_) return slots_;
     if (strips_.axis != 2) return tokens(2);
-    return std::min<int>(tokens(2), tokens(2) / strips_.count + W + 2 * plan_.axis[2].kernel_size + 1);
+    return std::min(tokens(2), tokens(2) / strips_.count + W + 2 * kernel_[2] + 1);
   }
 
   int ring_lines() const {
     if (is_one_line_) return 1;
-    if (plan_.axis[0].length > 1) return std::min<int>(tokens(0), plan_.axis[0].kernel_size) * tokens(1);
-    return std::min<int>(tokens(1), plan_.axis[1].kernel_size + MAX_ROWS + plan_.axis[1].stride);
+    if (plan_.axis[0].length > 1) return std::min(tokens(0), kernel_[0]) * tokens(1);
+    return std::min<int>(tokens(1), kernel_[1] + MAX_ROWS + plan_.axis[1].stride);
   }
 
   // Adjacent lines of queries.
@@ -235,8 +220,8 @@ class Map {
       }
     }
     kept_lines_ = loaded_lines_ = first_kept_line(band_of(0));
-    if (dense_) make_dense_groups();
-    else make_groups();
+    if (dense_) groups_.make_dense(slots_);
+    else groups_.make(windows_[2], begin_[2], end_[2], origin_);
   }
 
   // Calls function(place, token, count) for the tokens of a line at places begin .. end - 1 that are adjacent in memory.
@@ -316,93 +301,10 @@ class Map {
     write(0, begin, true), write(begin, end, false), write(end, key_end_ - origin_, true);
   }
 
-  // --- groups of queries ---------------------------------------------------------------------------------------------
-
-  void make_groups() {
-    if (grouped_[0] == n_[2] && grouped_[1] == begin_[2] && grouped_[2] == end_[2]) return;
-    grouped_[0] = n_[2], grouped_[1] = begin_[2], grouped_[2] = end_[2];
-    groups_.clear();
-    const Windows& windows = windows_[2];
-    for (int x = begin_[2]; x < end_[2];) {
-      // The last group overlaps the one before, so that all its lanes have queries.
-      int query = end_[2] - begin_[2] >= W ? std::min(x, end_[2] - W) : x;
-      if (windows.first[x] - windows.first[query] >= W) query = x;
-      Group group = {};
-      group.query = query, group.first = x - query, group.place = windows.first[query] - origin_;
-      bool is_shifted = true, is_shared = true;
-      for (int& lane = group.end; lane < W && query + lane < end_[2]; ++lane) {
-        const int i = query + lane, step = windows.first[i] - windows.first[query];
-        if (step >= W) break;
-        group.step[lane] = step, group.missing[lane] = windows.missing[i];
-        is_shifted &= step == lane, is_shared &= step == 0;
-      }
-      group.access = is_shared ? SHARED : is_shifted && group.end == W ? SHIFTED : PERMUTED;
-      group.bias = kind_of(group);
-      groups_.push_back(group);
-      x = query + group.end;
-    }
-  }
-
-  // Lanes without a query repeat the first.
-  int64_t kind_of(const Group& group) {
-    Pattern pattern;
-    for (int lane = 0; lane < W; ++lane) {
-      const int real = lane < group.end ? lane : 0, i = group.query + real;
-      pattern[lane] = bias_.has_table() ? windows_[2].first[i] - i : 0;
-      pattern[W + lane] = windows_[2].end[i] - windows_[2].first[i];
-    }
-    for (const auto& kind : kinds_)
-      if (kind.first == pattern) return kind.second;
-    kinds_.push_back({pattern, bias_.add_kind(bias_entries(pattern))});
-    return kinds_.back().second;
-  }
-
-  // Entries of the bias table for the keys of a group, line by line of the table.
-  std::vector<int> bias_entries(const Pattern& pattern) const {
-    const int lines = bias_.has_table() ? (2 * kernel_[0] - 1) * (2 * kernel_[1] - 1) : 1, width = 2 * kernel_[2] - 1;
-    std::vector<int> entry(size_t(lines) * kernel_[2] * W);
-    for (int t = 0; t < lines; ++t)
-      for (int j = 0; j < kernel_[2]; ++j)
-        for (int lane = 0; lane < W; ++lane) {
-          const int which = bias_.has_table() ? t * width + pattern[lane] + j + kernel_[2] - 1 : 0;
-          entry[(size_t(t) * kernel_[2] + j) * W + lane] = j < pattern[W + lane] ? which : -1;
-        }
-    return entry;
-  }
-
-  // Dense submaps are alike.
-  void make_dense_groups() {
-    if (!groups_.empty()) return;
-    for (int x = 0; x < slots_; x += W) {
-      Group group = {};
-      group.query = slots_ >= W ? std::min(x, slots_ - W) : x;
-      group.first = x - group.query, group.end = std::min(W, slots_ - group.query);
-      group.access = SHARED;
-      group.bias = bias_.has_table() || groups_.empty() ? bias_.add_kind(dense_bias_entries(group.query)) : groups_[0].bias;
-      groups_.push_back(group);
-    }
-  }
-
-  std::vector<int> dense_bias_entries(int query) const {
-    std::vector<int> entry(size_t(slots_) * W);
-    if (!bias_.has_table()) return entry;
-    const int middle = place_in_table(slots_ - 1);
-    for (int j = 0; j < slots_; ++j)
-      for (int lane = 0; lane < W; ++lane)
-        entry[size_t(j) * W + lane] = place_in_table(j) + middle - place_in_table(std::min(query + lane, slots_ - 1));
-    return entry;
-  }
-
-  // The index in the table is linear in key - query.
-  int place_in_table(int i) const {
-    const int x = i % kernel_[2], y = i / kernel_[2] % kernel_[1], z = i / kernel_[2] / kernel_[1];
-    return (z * (2 * kernel_[1] - 1) + y) * (2 * kernel_[2] - 1) + x;
-  }
-
   // --- blocks --------------------------------------------------------------------------------------------------------
 
-  // On a single line: the number of groups from g on that form a block. Their keys are shared, or shifted by W from group to
-  // group, if the windows are long enough to overlap.
+  // On a single line: the number of groups from g on that form a block. Their keys are shared, or shifted by W from group
+  // to group, if the windows are long enough to overlap.
   int rows_from(size_t g) const {
     const Group& first = groups_[g];
     const bool is_long = first.access == SHIFTED && kernel_[2] > W;
@@ -420,8 +322,9 @@ class Map {
     const Group& group = groups_[g];
     block_.rows = rows, block_.access = group.access, block_.has_missing = false;
     block_.runs.clear(), block_.visits.clear();
+    for (int lane = 0; lane <= W; ++lane) block_.step[lane] = group.step[std::min(lane, group.end - 1)];
     for (int lane = 0; lane < W; ++lane) {
-      block_.step[lane] = block_.index[lane] = group.step[lane];
+      block_.index[lane] = block_.step[lane];
       block_.missing[lane] = group.missing[lane];
       block_.has_missing |= group.missing[lane] > 0;
     }
@@ -449,14 +352,14 @@ class Map {
         while (to <= last && first[to] <= ky) ++to;
         if (from >= to) continue;
         for_each_part(kernel_[2], MOST_KEYS, [&](int j, int keys) {
-          Visit visit = {line(kz, ky) % keys_[0].lines(), group.place + j, keys, from, to - from, {}, {}};
+          Visit visit = {line(kz, ky) % keys_[0].lines(), group.place + j, keys, from, to - from, {}, {}, {}};
           for (int r = 0; r < visit.rows; ++r) {
             const int of_row = y + from + r;
             const int a = kz - windows_[0].first[z] + windows_[0].missing[z];
             const int b = ky - windows_[1].first[of_row] + windows_[1].missing[of_row];
             const int dz = kz - z + kernel_[0] - 1, dy = ky - of_row + kernel_[1] - 1;
             visit.slot[r] = (a * kernel_[1] + b) * kernel_[2] + j;
-            visit.bias[r] = group.bias + int64_t(dz * (2 * kernel_[1] - 1) + dy) * table_line + j * W;
+            set_bias(visit, r, group, int64_t(dz * (2 * kernel_[1] - 1) + dy) * table_line + j * W);
           }
           block_.visits.push_back(visit);
         });
@@ -477,17 +380,23 @@ class Map {
       while (from * move + line_keys_ <= cuts[i]) ++from;
       while (to < rows && to * move <= cuts[i]) ++to;
       for_each_part(cuts[i + 1] - cuts[i], MOST_KEYS, [&](int j, int keys) {
-        Visit visit = {0, group.place + cuts[i] + j, keys, from, to - from, {}, {}};
+        Visit visit = {0, group.place + cuts[i] + j, keys, from, to - from, {}, {}, {}};
         for (int r = 0; r < visit.rows; ++r) {
           visit.slot[r] = cuts[i] + j - (from + r) * move;
-          visit.bias[r] = groups_[g + from + r].bias + int64_t(visit.slot[r]) * W;
+          set_bias(visit, r, groups_[g + from + r], int64_t(visit.slot[r]) * W);
         }
         block_.visits.push_back(visit);
       });
     }
   }
 
-  // Calls function(arguments of gather or scatter) for adjacent rows that have the same lanes, and weights at equal distances.
+  void set_bias(Visit& visit, int r, const Group& group, int64_t offset) {
+    float* gradient = bias_.gradient(group.bias, head_);
+    visit.bias[r] = bias_.values(group.bias, head_) + offset;
+    visit.grad_bias[r] = gradient ? gradient + offset : nullptr;
+  }
+
+  // Calls function(arguments of gather or scatter) for adjacent rows with the same lanes, and weights at equal distances.
   template <class Float, class Function>
   void for_each_window(const Visit& visit, const Weights& s, const QueryRows& rows, const Function& function) {
     for (int r = 0, end; r < visit.rows; r = end) {

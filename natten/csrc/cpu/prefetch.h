@@ -18,6 +18,7 @@ class Prefetcher {
 
   // Adds rows of `bytes` bytes of `count` tokens, which are adjacent on the last axis from `first` on.
   void add(const View& view, const Token& first, int count, int64_t bytes) {
+    if (count <= 0) return;
     const char* start = view.at(first);
     if (!rows_.empty()) {
       Rows& last = rows_.back();
@@ -31,8 +32,11 @@ class Prefetcher {
 
   // Prefetches the next LINES cache lines.
   NATTEN_INLINE void some() {
-    if (left_ <= 0 && !next_row()) return;
-#pragma GCC unroll 4
+    if (left_ <= 0) {
+      if (next_ == rows_.size()) return;
+      next_row();
+    }
+#pragma GCC unroll 8
     for (int i = 0; i < LINES; ++i) __builtin_prefetch(at_ + 64 * i);
     at_ += 64 * LINES, left_ -= 64 * LINES;
   }
@@ -45,18 +49,16 @@ class Prefetcher {
     int count;
   };
   std::vector<Rows> rows_;
-  size_t next_ = 0;        // the entry of rows_ that holds the next row
-  const char* at_ = nullptr;
-  int64_t left_ = 0;       // bytes of the current row
+  size_t next_ = 0;           // the entry of rows_ that holds the next row
+  const char* at_ = nullptr;  // what is left of the current row
+  int64_t left_ = 0;
 
-  bool next_row() {
-    while (next_ < rows_.size() && rows_[next_].count == 0) ++next_;
-    if (next_ == rows_.size()) return false;
+  void next_row() {
     Rows& rows = rows_[next_];
-    at_ = rows.start, left_ += rows.bytes;
-    if (rows.bytes == rows.step) left_ += rows.bytes * (rows.count - 1), rows.count = 0;  // they are adjacent
+    at_ = rows.start, left_ = rows.bytes;
+    if (rows.bytes == rows.step) left_ *= rows.count, rows.count = 0;  // they are adjacent
     else rows.start += rows.step, --rows.count;
-    return true;
+    if (rows.count <= 0) ++next_;
   }
 };
 

@@ -1,14 +1,14 @@
 // The three products of attention, on tiles that fit into registers. All other files move data to them.
 //
-// Logits and weights of W queries are adjacent: s[key * W + lane]. A "row" is such a vector of queries; several rows share the
-// keys of a line, so that each load is used several times.
+// Logits and weights of W queries are adjacent: s[key * W + lane]. A "row" is such a vector of queries; several rows share
+// the keys of a line, so that each load is used several times.
 //
 //   dot      s[r][key][lane]   = bias + sum over d of  q[r][lane][d] * k[key][d]    logits, and gradients of weights
 //   gather   out[r][lane][d]  += sum over keys of  s[r][key][lane] * v[key][d]      output, gradient of queries
 //   scatter  grad[key][d]     += sum over queries of  s[r][key][lane] * q[r][lane][d]   gradients of keys and values
 //
-// dot keeps sums of rows x keys in registers, over all d. gather and scatter go from lane to lane and keep the rows of v, or
-// the sums of grad, of a few keys in registers: from one lane to the next, the window usually moves by one key.
+// dot keeps sums of rows x keys in registers, over all d. gather and scatter go from lane to lane and keep the rows of v,
+// or the sums of grad, of a few keys in registers: from one lane to the next, the window usually moves by one key.
 #pragma once
 
 #include <type_traits>
@@ -145,7 +145,8 @@ inline void dot(const DotArguments& a, KeyAccess access, int rows, int keys) {
 // gather and scatter
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The lanes that have a query, and the first key of each, relative to that of lane 0; it never decreases.
+// The lanes that have a query, and the first key of each, relative to that of lane 0; it never decreases. step[end] repeats
+// the last one.
 struct Lanes {
   int first, end;
   const int* step;
@@ -200,8 +201,8 @@ NATTEN_INLINE void scatter_lane(const WindowArguments<const float>& a, int lane,
   }
 }
 
-// The KEYS rows of d that the current lane sees. When the window moves by a key, the row that leaves makes place for the one
-// that enters: the rows rotate through the registers, and P, a constant in the code of each position, is the first.
+// The KEYS rows of d that the current lane sees. When the window moves by a key, the row that leaves makes place for the
+// one that enters: the rows rotate through the registers, and P, a constant in the code of each position, is the first.
 template <int KEYS, int VECS, bool IS_SUM>
 struct Window {
   typedef std::conditional_t<IS_SUM, float, const float> Float;
@@ -278,8 +279,45 @@ void for_windows(Arguments a, int count, Float* keys) {
     });
 }
 
-inline void gather(const WindowArguments<float>& a, int count, const float* values) {
-  for_windows<false>(a, count, values);
+// gather with the sums of ROWS rows and VECS vectors in registers: faster where 16 registers hold few rows of v.
+template <int ROWS, int VECS>
+void gather_rows(const WindowArguments<float>& arguments, int count, const float* values) {
+  const WindowArguments<float> a = arguments;
+  for (int lane = a.lanes.first; lane < a.lanes.end; ++lane) {
+    a.prefetcher->some();
+    const float *s = a.s + lane, *v = values + a.lanes.step[lane] * a.padded;
+    float* x = a.x + lane * a.padded;
+    Vec sum[ROWS][VECS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < VECS; ++i) sum[r][i] = load(x + r * a.x_stride + i * W);
+    for (int j = 0; j < count; ++j, s += W, v += a.padded) {
+      Vec weight[ROWS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) weight[r] = held(broadcast(s[r * a.s_stride]));
+#pragma GCC unroll 4
+      for (int i = 0; i < VECS; ++i) {
+        const Vec y = held(load(v + i * W));
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) sum[r][i] += weight[r] * y;
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < VECS; ++i) store(x + r * a.x_stride + i * W, sum[r][i]);
+  }
+}
+
+inline void gather(WindowArguments<float> a, int count, const float* values) {
+  if constexpr (REGISTERS >= 32) return for_windows<false>(a, count, values);
+  for (int d = 0, vectors; d < a.padded; d += vectors * W, a.x += vectors * W, values += vectors * W) {
+    vectors = std::min<int>(4, (a.padded - d) / W);
+    with_constant<MAX_ROWS>(a.rows, [&](auto rows) {
+      with_constant<4>(vectors, [&](auto n) { gather_rows<rows, n>(a, count, values); });
+    });
+  }
 }
 
 inline void scatter(const WindowArguments<const float>& a, int count, float* gradients) {

@@ -12,7 +12,7 @@
 namespace natten {
 
 constexpr int CHUNKS_PER_THREAD = 2, TASKS_PER_THREAD = 4, FEW_TASKS = 8;
-constexpr int64_t ROW_BYTES = 256;
+constexpr int64_t ROW_BYTES = 256;  // see Division
 // Largest number of queries in a strip of the last axis, so that the data of a thread fits into its cache.
 constexpr int64_t LONGEST_LINE = 1024, LONGEST_OF_MANY_LINES = 112;
 
@@ -25,17 +25,18 @@ struct Division {
 
   Division(const Call& call, int64_t submaps, bool has_gradients) {
     const Plan& plan = *call.plan;
+    const int64_t kv_heads = std::max<int64_t>(plan.kv_heads, 1);
     const auto tokens = [&](int i) { return plan.axis[i].length / plan.axis[i].dilation; };  // in the shortest class
     const int leading = plan.axis[0].length > 1 ? 0 : plan.axis[1].length > 1 ? 1 : 2;
     const int64_t longest = leading == 2 ? LONGEST_LINE : LONGEST_OF_MANY_LINES;
     const int axis = tokens(2) > longest ? 2 : leading;
     const int64_t kernel = plan.axis[axis].kernel_size, group = axis == 2 ? W : 0;
-    const auto tasks = [&] { return std::max<int64_t>(submaps, 1) * ((plan.kv_heads + heads - 1) / heads); };
+    const auto tasks = [&] { return std::max<int64_t>(submaps, 1) * ((kv_heads + heads - 1) / heads); };
     // All heads of a token are adjacent in memory, which is slow to read in shorter pieces than ROW_BYTES. But there are
     // fewer heads per task where short strips would be needed to keep all threads busy.
-    const int64_t row = plan.dim * element_size(plan.dtype);
+    const int64_t row = std::max<int64_t>(plan.dim, 1) * element_size(plan.dtype);
     const auto wanted = [&] { return (TASKS_PER_THREAD * call.threads + tasks() - 1) / tasks(); };
-    heads = std::max<int64_t>(1, std::min(plan.kv_heads, (ROW_BYTES + row - 1) / row));
+    heads = std::min(kv_heads, (ROW_BYTES + row - 1) / row);
     while (heads > 1 && call.threads > 1 && tokens(axis) / wanted() < 2 * kernel + group) heads = (heads + 1) / 2;
     int64_t count = tasks() % call.threads == 0 ? 1 : wanted();
     if (axis == 2) count = std::max(count, (tokens(2) + longest - 1) / longest);
@@ -80,9 +81,8 @@ class Runner {
   const Needs needs_;
   Strips strips_;
   int phases_;
-  int64_t residues_ = 1;
+  int64_t residues_ = 1, heads_;  // residue classes; heads of keys per task
 
-  int64_t heads_;  // of keys, per task
   int64_t head_groups() const { return (plan_.kv_heads + heads_ - 1) / heads_; }
 
   // Tasks are ordered by image, residue class, group of heads, strip.
@@ -102,7 +102,7 @@ class Runner {
     Operator op;
 
     Worker(const Call& call, const Needs& needs, float* gradient, Scratch& scratch, Strips strips, int heads, bool dense)
-        : bias(call, Operator::BIAS_FACTOR, gradient), map(call, needs, bias, scratch, strips, heads, dense),
+        : bias(call, scratch, Operator::BIAS_FACTOR, gradient), map(call, needs, bias, scratch, strips, heads, dense),
           op(call, map, scratch) {}
   };
 

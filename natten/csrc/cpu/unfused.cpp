@@ -7,7 +7,7 @@
 
 namespace natten {
 
-// Base class of the four operators. It converts between weights and windows in memory, which contain keys in row-major order.
+// Base class of the four operators. It converts between weights and windows in memory, whose keys are in row-major order.
 class Unfused {
  public:
   static constexpr float BIAS_FACTOR = 1.f;
