@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
+import cv2
 import numpy as np
 from mmengine.dataset import Compose
 from PIL import ExifTags, Image
@@ -246,37 +247,39 @@ def _refuse_missing_mask(file: str, image: str, box: Sequence[float]) -> None:
 
 def _check_files(dataset: Any, ignored: int, is_training: bool) -> None:
     """Check the dimensions of evenly spaced images, and the label maps of as many as can be decoded in a second."""
+    loaders = {type(step).__name__ for step in _iter_steps(dataset.pipeline)}
+    if "LoadImageFromFile" not in loaders:
+        return
     maps, pixels = [], 0
     for index in range(0, len(dataset), -(-len(dataset) // _MAX_OPENED)):
         info = dataset.get_data_info(index)
-        sizes = _image_sizes(info.get("img_path"))
+        try:
+            sizes, map_sizes = _image_sizes(info.get("img_path")), _image_sizes(info.get("seg_map_path"))
+        except ValueError as error:
+            raise ValueError(f"{error} {name_of(dataset)} refers to it.") from error
         described = (info.get("width"), info.get("height"))
         if sizes and None not in described and described not in sizes:
             raise ValueError(
                 f"{name_of(dataset)} describes {info['img_path']} as {described[0]} x {described[1]} pixels, but it "
                 f"has {sizes[0][0]} x {sizes[0][1]}; fix the annotations."
             )
-        path = info.get("seg_map_path")
-        if path and sizes:
-            size = _image_sizes(path)
-            if size and size[0] not in sizes:
-                raise ValueError(
-                    f"{path} has {size[0][0]} x {size[0][1]} pixels, but its image {sizes[0][0]} x {sizes[0][1]}; a "
-                    "label map has the size of its image."
-                )
-            if size:
-                maps.append(path)
-                pixels += size[0][0] * size[0][1]
-    if maps and "reduce_zero_label" in dataset.metainfo:
-        step = -(-pixels // _MAX_DECODED)
-        _check_label_maps(dataset, maps[::step], ignored, is_training)
+        if sizes and map_sizes and map_sizes[0] not in sizes:
+            raise ValueError(
+                f"{info['seg_map_path']} has {map_sizes[0][0]} x {map_sizes[0][1]} pixels, but its image "
+                f"{sizes[0][0]} x {sizes[0][1]}; a label map has the size of its image."
+            )
+        if map_sizes:
+            maps.append(info["seg_map_path"])
+            pixels += map_sizes[0][0] * map_sizes[0][1]
+    if maps and "reduce_zero_label" in dataset.metainfo and "LoadAnnotations" in loaders:
+        _check_label_maps(dataset, maps[:: -(-pixels // _MAX_DECODED)], ignored, is_training)
 
 
 def _image_sizes(path: str | None) -> list[tuple[int, int]]:
     """Return width and height of an image, and of the rotated image if its metadata rotates it; [] if unknown.
 
     Raises:
-        ValueError: if the image is too large, or not a file.
+        ValueError: if the image is too large, or not an image.
     """
     if not path or not os.path.exists(path):  # in a storage of mmengine
         return []
@@ -287,8 +290,10 @@ def _image_sizes(path: str | None) -> list[tuple[int, int]]:
             check_image_size(*image.size)
             is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return [image.size, image.size[::-1]] if is_rotated else [image.size]
-    except Image.UnidentifiedImageError:
-        return []  # a format that only OpenCV knows
+    except Image.UnidentifiedImageError as error:
+        if not cv2.haveImageReader(path):
+            raise ValueError(f"{path} is not an image that can be read; replace it.") from error
+        return []
     except Exception as error:  # anything can happen in a damaged file
         raise ValueError(f"{path} {error if isinstance(error, ValueError) else f'cannot be read: {error}'}") from error
 
@@ -382,12 +387,13 @@ class _CheckedPipeline(Compose):
 
     def __init__(self, pipeline: Compose):
         self.transforms = pipeline.transforms
+        self.reads_images = any(type(step).__name__ == "LoadImageFromFile" for step in self.transforms)
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any] | None:
         path = data.get("img_path")
         skips = any(getattr(step, "ignore_empty", False) for step in self.transforms)
         try:
-            _image_sizes(path if isinstance(path, str) else None)
+            _image_sizes(path if isinstance(path, str) and self.reads_images else None)
         except ValueError as error:
             if skips:
                 return None
