@@ -105,7 +105,8 @@ def ignore_index(model: nn.Module) -> int:
     """Return the label that the decode head of a segmenter ignores."""
     head = getattr(getattr(model, "module", model), "decode_head", None)
     head = head[0] if isinstance(head, nn.ModuleList) else head
-    return getattr(head, "ignore_index", None) or 255
+    label = getattr(head, "ignore_index", None)
+    return 255 if label is None else label
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def _check_ignore_index(dataset: Any, model: nn.Module, metrics: Iterable[Any]) 
     expected = ignore_index(model)
     settings = {f"metric {type(metric).__name__}": getattr(metric, "ignore_index", expected) for metric in metrics}
     for name, module in model.named_modules():
-        if name.endswith("_head") and getattr(module, "ignore_index", None) is not None:
+        if name.rstrip(".0123456789").endswith("_head") and getattr(module, "ignore_index", None) is not None:
             settings[f"model.{name}"] = module.ignore_index
     preprocessor = getattr(model, "data_preprocessor", None)
     settings["seg_pad_val of model.data_preprocessor"] = getattr(preprocessor, "seg_pad_val", expected)
@@ -288,7 +289,8 @@ def _image_sizes(path: str | None) -> list[tuple[int, int]]:
     try:
         with Image.open(path) as image:
             check_image_size(*image.size)
-            is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            # Other formats are rarely rotated, and Pillow decodes a PNG to find its metadata.
+            is_rotated = image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return [image.size, image.size[::-1]] if is_rotated else [image.size]
     except Image.UnidentifiedImageError as error:
         if not cv2.haveImageReader(path):
@@ -424,13 +426,16 @@ def name_dataset(loader: dict[str, Any]) -> Iterator[None]:
     """Raise ValueError with the name of the annotations if a dataset of a config cannot be built."""
     try:
         yield
-    except (KeyError, IndexError, AttributeError, AssertionError, TypeError) as error:
-        if "__init__() got an unexpected keyword argument" in str(error):
-            raise
+    except (KeyError, IndexError, AttributeError, AssertionError, TypeError, ValueError) as error:
         dataset = loader.get("dataset") or {}
         named = os.path.join(dataset.get("data_root") or "", dataset.get("ann_file") or "") or "the dataset"
+        if "palette does not match classes" in str(error):
+            raise ValueError(f"metainfo.palette of {named} must have a color for each class, or be omitted.") from error
+        if isinstance(error, ValueError) or "__init__() got an unexpected keyword argument" in str(error):
+            raise
+        problem = " ".join(str(error).split())
         raise ValueError(
-            f"{named} cannot be read as a {dataset.get('type')} ({type(error).__name__}: {error}); fix the annotations "
+            f"{named} cannot be read as a {dataset.get('type')} ({type(error).__name__}: {problem}); fix the annotations "
             "or the config."
         ) from error
 
