@@ -435,8 +435,8 @@ def name_dataset(loader: dict[str, Any]) -> Iterator[None]:
             raise
         problem = " ".join(str(error).split())
         raise ValueError(
-            f"{named} cannot be read as a {dataset.get('type')} ({type(error).__name__}: {problem}); fix the annotations "
-            "or the config."
+            f"{named} cannot be read as a {dataset.get('type')} ({type(error).__name__}: {problem}); fix the "
+            "annotations or the config."
         ) from error
 
 
