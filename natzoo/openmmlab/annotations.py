@@ -119,10 +119,9 @@ def _check_classes(dataset: Any) -> None:
     found, expected = getattr(dataset, "cat_ids", None), dataset.metainfo.get("classes") or ()
     if found is not None and len(found) != len(expected):
         names = ", ".join(map(str, expected[:5])) + (", ..." if len(expected) > 5 else "")
-        problem = "repeats some" if len(found) > len(expected) else f"has only {len(found)}"
         raise ValueError(
-            f"{dataset.ann_file} {problem} of the {len(expected)} classes in the config ({names}); fix its categories "
-            "or the config's metainfo."
+            f"{dataset.ann_file} has only {len(found)} of the {len(expected)} classes in the config ({names}); fix its "
+            "categories or the config's metainfo."
         )
 
 

@@ -156,10 +156,13 @@ def _check_categories(content: dict[str, Any], panoptic: bool) -> set[Any]:
     """Return the ids."""
     categories = _section(content, "categories")
     _check_ids(categories, "categories")
+    names = [category.get("name") for category in categories]
     for category in categories:
         name, is_thing = category.get("name"), category.get("isthing")
         if not isinstance(name, str) or not name:
             raise ValueError(f"has a category with the id {_show(category['id'])} whose name is {_show(name)}.")
+        if names.count(name) > 1:
+            raise ValueError(f"has two categories with the name {_show(name)}.")
         if panoptic and is_thing not in (0, 1):
             raise ValueError(f"has a category {_show(name)} whose isthing is {_show(is_thing)}; it must be 0 or 1.")
     return {category["id"] for category in categories}

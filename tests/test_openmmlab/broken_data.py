@@ -174,7 +174,6 @@ BROKEN_LABELS: dict[str, tuple[Break, str]] = {
     "another size for validation": (relabel(lambda values: values[:, :-9], "validation", "0001"), ONE),
     "transposed": (relabel(lambda values: values[:-9].T, only="0001"), ONE),
     "16 bits": (relabel(lambda values: values.astype(np.uint16) * 100, only="0001"), ONE),
-    "32 bits": (relabel(lambda values: values.astype(np.int32) * 1000, only="0001"), ONE),
     "label beyond the classes": (relabel(lambda values: values + 1, only="0001"), ONE),
     "label beyond the classes for validation": (relabel(lambda values: values + 50, "validation", "0001"), ONE),
     "0 and 255": (everywhere(lambda values: np.where(values == 1, 0, 255).astype(np.uint8)), "annotations"),
