@@ -53,13 +53,15 @@ def check_dataset(
         model: the model, whose heads must fit the classes.
         metrics: the metrics that will be computed.
         is_test: accept a dataset without annotations.
-        is_training: refuse label maps without a label beyond the first class.
+        is_training: refuse label maps without a label beyond the first class. Of several datasets, one may contain
+            only background.
 
     Raises:
         ValueError: for the first setting, image or annotation that is invalid.
         FileNotFoundError: for the first missing image or label map.
     """
-    for part in innermost(dataset):
+    parts = list(innermost(dataset))
+    for part in parts:
         if getattr(part, "_natzoo_checked", False):
             continue
         if len(part) == 0:
@@ -73,8 +75,8 @@ def check_dataset(
         if "reduce_zero_label" in part.metainfo:  # mmseg
             _check_reduce_zero_label(part)
             _check_ignore_index(part, model, metrics)
-        _check_infos(part, metrics, needs_objects=not is_test)
-        _check_files(part, ignore_index(model), is_training)
+        _check_infos(part, metrics, needs_objects=not is_test and len(parts) == 1)
+        _check_files(part, ignore_index(model), is_training and len(parts) == 1)
         part._natzoo_checked = True
 
 
