@@ -137,6 +137,8 @@ def _check_heads(dataset: Any, model: nn.Module) -> None:
         kind = [part for part in name.split(".") if not part.isdigit()][-1:]  # bbox_head of roi_head.bbox_head.0
         expected = getattr(module, "num_classes", None)
         is_agnostic = getattr(module, "class_agnostic", False)
+        if kind == ["auxiliary_head"] and type(module).__name__ == "FCNHead":  # others may predict edges
+            kind = ["decode_head"]
         if kind and kind[0] in _HEADS and expected not in (None, classes) and not is_agnostic:
             raise ValueError(
                 f"model.{name} has num_classes={expected}, but {name_of(dataset)} has {classes} classes; set "
