@@ -290,7 +290,7 @@ train_dataloader.update(batch_size=6, dataset=dict(filter_cfg=dict(filter_empty_
 
 def test_missing_files_of_metrics(shapes, tmp_path):
     """Panoptic configs evaluate masks too, with an annotation file that the datasets do not read."""
-    more = "val_evaluator = [val_evaluator, dict(type='CocoMetric', ann_file=_base_.data_root + 'other.json')]\n"
+    more = "val_evaluator = [_base_.val_evaluator, dict(type='CocoMetric', ann_file=_base_.data_root + 'other.json')]\n"
     with pytest.raises(FileNotFoundError, match=r"other\.json.*val_evaluator"):
         detect(tiny_mask_rcnn(tmp_path, more), shapes, tmp_path)
 
@@ -306,7 +306,7 @@ def test_data_root_of_datasets(roots):
     loaders = {name: {"dataset": {"data_root": root}} for name, root in zip(names, roots, strict=True)}
     cfg = Config({**loaders, "data_root": "a/b", "val_evaluator": {"ann_file": "a/b/x.json"}})
     if roots[0] == roots[1]:
-        del cfg["data_root"]
+        cfg.pop("data_root")
     set_data_root(cfg, "new")
     found = {cfg[name].dataset.data_root.rstrip("/") for name in loaders}
     assert found == {root.replace("a/b", "new").rstrip("/") for root in roots}
