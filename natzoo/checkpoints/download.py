@@ -24,6 +24,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPException, HTTPResponse
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -125,7 +126,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open_trusted(path: Path) -> BinaryIO:
+def _open_trusted(path: Path) -> BufferedReader:
     """Open a file in a folder of downloads for reading, and check through its descriptor who can have written it.
 
     Raises:
