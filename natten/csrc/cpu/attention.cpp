@@ -9,8 +9,8 @@ namespace natten {
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// Weights are powers of two: logits, and the bias, are in units of log 2. All logits of a block are computed before the first
-// weight; even those of large windows, as memory is slower only by a few percent.
+// Weights are powers of two: logits, and the bias, are in units of log 2. All logits of a block are computed before the
+// first weight; even those of large windows, as memory is slower only by a few percent.
 class Forward {
  public:
   static constexpr float BIAS_FACTOR = LOG2_E;
