@@ -43,7 +43,7 @@ struct Block {
   int rows;
   int first[MAX_ROWS], end[MAX_ROWS];  // lanes of each row that have a query
   int step[W + 1];                     // see Lanes
-  int missing[W];                      // slots of a causal window before the first key of each lane, on the last axis
+  int missing[MAX_ROWS][W];            // slots of a causal window before the first key of each lane, on the last axis
   bool has_missing;                    // some window has slots without a key
   KeyAccess access;
   IntVec index;                        // `step` as a vector, for PERMUTED

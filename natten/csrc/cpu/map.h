@@ -323,14 +323,14 @@ class Map {
     block_.rows = rows, block_.access = group.access, block_.has_missing = false;
     block_.runs.clear(), block_.visits.clear();
     for (int lane = 0; lane <= W; ++lane) block_.step[lane] = group.step[std::min(lane, group.end - 1)];
-    for (int lane = 0; lane < W; ++lane) {
-      block_.index[lane] = block_.step[lane];
-      block_.missing[lane] = group.missing[lane];
-      block_.has_missing |= group.missing[lane] > 0;
-    }
+    for (int lane = 0; lane < W; ++lane) block_.index[lane] = block_.step[lane];
     for (int r = 0; r < rows; ++r) {
       const Group& of_row = is_one_line_ ? groups_[g + r] : group;
       block_.first[r] = of_row.first, block_.end[r] = of_row.end;
+      for (int lane = 0; lane < W; ++lane) {
+        block_.missing[r][lane] = of_row.missing[lane];
+        block_.has_missing |= of_row.missing[lane] > 0;
+      }
       if (dense_)
         for_each_run(0, of_row.query, of_row.query + of_row.end, [&](int place, const Token& token, int count) {
           block_.runs.push_back({r, place - of_row.query, count, token});

@@ -68,8 +68,8 @@ class Unfused {
     if (!block.has_missing) return;
     const int keys = map_.keys_of_line();
     for (int lane = block.first[r]; lane < block.end[r]; ++lane)
-      for (int slot = 0; block.missing[lane] && slot < map_.slots(); slot += keys)
-        function(windows_.lane(r, lane) + slot, block.missing[lane], keys);
+      for (int slot = 0; block.missing[r][lane] && slot < map_.slots(); slot += keys)
+        function(windows_.lane(r, lane) + slot, block.missing[r][lane], keys);
   }
 };
 
