@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import json
 import os
 import re
 import sys
@@ -13,6 +15,9 @@ from typing import Any, NoReturn
 
 # Errors that the user can fix.
 USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
+
+# Characters that control a terminal or reverse the reading direction, and bytes of file names that are not UTF-8.
+_UNPRINTABLE = re.compile("[^\\n\\t -~\u00a0-\ud7ff\ue000-\U0010ffff]|[\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
@@ -24,6 +29,8 @@ def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
         main: the function.
         after_interrupt: hint to print after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may have characters that the terminal lacks
     try:
         main()
         sys.stdout.flush()
@@ -33,11 +40,19 @@ def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
     except USER_ERRORS as error:
         if os.environ.get("NATTEN_TRACEBACK"):
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(printable(f"error: {_message(error)}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("; ".join(filter(None, ("interrupted", after_interrupt))), file=sys.stderr)
         sys.exit(130)
+
+
+def printable(text: str) -> str:
+    """Escape all characters that a terminal would interpret or cannot print, except line breaks and tabs.
+
+    Names of files, classes and weights come from other people's data.
+    """
+    return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 def _message(error: Exception) -> str:
@@ -78,7 +93,7 @@ class Parser(argparse.ArgumentParser):
             message = f"{unknown[0]} is unknown; {hint}"
         elif option:
             message += f"; put {path} before {option}"
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, printable(f"error: {message}\n"))
 
     def _swallowed(self) -> tuple[str, str]:
         """Return an option and the path that it took, if the path is likely to be a missing positional argument.
@@ -112,11 +127,70 @@ def closest(word: str, names: Iterable[str]) -> list[str]:
     return found[:3]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def require_file(path: Path, remedy: str, option: str = "") -> None:
-    """Raise FileNotFoundError, naming the option if there is one, unless the path is a file."""
+    """Raise FileNotFoundError, naming the option if there is one, unless the path is a regular file.
+
+    Devices and FIFOs do not count: reading them may never end.
+    """
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
+        problem = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{option} {path} {problem}; {remedy}.".lstrip())
+
+
+def read_text(path: Path, remedy: str, option: str = "", limit: int = 2**24) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        remedy: what to do if it cannot be read, for the message.
+        option: the option that names the file, for the message.
+        limit: largest size in bytes.
+
+    Raises:
+        FileNotFoundError: if it is not a regular file.
+        ValueError: if it is too large, or not text in UTF-8.
+    """
+    require_file(path, remedy, option)
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    name = f"{option} {path}".lstrip()
+    if len(content) > limit:
+        raise ValueError(f"{name} has more than {limit} bytes; {remedy}.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not text in UTF-8 (byte {error.start} is invalid); {remedy}.") from error
+
+
+def read_json(path: Path, remedy: str, option: str = "", limit: int = 2**24) -> Any:
+    """Read a JSON file; arguments and errors are those of `read_text`.
+
+    Raises:
+        ValueError: also if it is not valid JSON, or is nested too deeply.
+    """
+    text = read_text(path, remedy, option, limit)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{f'{option} {path}'.lstrip()} is not valid JSON ({error}); {remedy}.") from error
+
+
+def is_relative_name(name: object) -> bool:
+    """Return whether a name in someone else's file stays within its folder: no scheme, not absolute, no `..`."""
+    if not isinstance(name, str) or not name or scheme_of(name):
+        return False
+    return not name.startswith(("/", "~")) and ".." not in name.split("/")
+
+
+def scheme_of(name: str) -> str:
+    """Return the scheme of a URL in lower case, or "" for a path."""
+    match = re.match("([a-zA-Z][a-zA-Z0-9+.-]*):", name)
+    return match[1].lower() if match else ""
 
 
 def create_folder(path: Path, option: str) -> None:

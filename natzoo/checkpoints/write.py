@@ -23,7 +23,7 @@ from torch import Tensor
 RECORD = "record"  # key of the entry that describes the model of a checkpoint
 
 # Arguments of timm.create_model that name files or addresses; a checkpoint must not set them.
-_REFUSED_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+REFUSED_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def record_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, 
             raise ValueError(f"{path} has a damaged record: {name} is missing or not a {kind.__name__}.")
     if not timm.is_model(record["model"]):
         raise ValueError(f"{path} requires the model {record['model']!r}, which is not registered with timm.")
-    refused = sorted(_REFUSED_ARGUMENTS & record["model_kwargs"].keys())
+    refused = sorted(REFUSED_ARGUMENTS & record["model_kwargs"].keys())
     if refused:
         raise ValueError(f"{path} sets {', '.join(refused)} in its model_kwargs; a checkpoint must not set them.")
     return {"classes": None, **record}
