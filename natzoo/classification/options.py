@@ -36,7 +36,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     config = parser.parse_known_args(argv)[0].config
     if config is not None:
         parser.set_defaults(**_check_config(read_config(Path(config)), parser, config))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("scale", "ratio"):
+        low, high = getattr(args, name)
+        if low > high:
+            raise ValueError(f"--{name} {low} {high} is reversed; pass the smaller number first.")
+    return args
 
 
 def read_config(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -350,7 +355,6 @@ def add_dataset_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--allow-remote-shards",
         nargs="+",
-        default=[],
         metavar="SCHEME",
         help="wds: schemes of shards that are not files in DATA, such as https; pipe runs any command that DATA names",
     )
