@@ -1,13 +1,15 @@
-"""What all commands share: the parser, and user errors on one line with exit status 2, without a traceback."""
+"""What all commands share: options, small files, user errors on one line with status 2, an end with their launcher."""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import io
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any, NoReturn
 
 # Errors that the user can fix.
 USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
-
+LAUNCHER = "NATZOO_LAUNCHER"  # environment variable with the process id of natzoo.launch
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 # Characters that control a terminal or reverse the reading direction, and bytes of file names that are not UTF-8.
 _UNPRINTABLE = re.compile("[^\\n\\t -~\u00a0-\ud7ff\ue000-\U0010ffff]|[\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -31,6 +34,7 @@ def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have characters that the terminal lacks
+    end_with_launcher()
     try:
         main()
         sys.stdout.flush()
@@ -53,6 +57,27 @@ def printable(text: str) -> str:
     Names of files, classes and weights come from other people's data.
     """
     return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def end_with_launcher() -> None:
+    """On Linux, let the kernel kill this process when torchrun dies, and the processes it forks when this one dies.
+
+    Without this, the processes of a run whose launcher was killed train on, and data-loading workers without a run
+    wait. A process that torchrun did not start is not killed.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+
+    def end_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    os.register_at_fork(after_in_child=end_with_parent)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
+        end_with_parent()
+        launcher = os.environ.get(LAUNCHER)
+        if launcher and os.getppid() != int(launcher):  # it died first
+            sys.exit(1)
 
 
 def _message(error: Exception) -> str:
