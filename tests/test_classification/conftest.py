@@ -1,8 +1,12 @@
 """A tiny dataset, and the options of a run on it that takes seconds."""
 
+import io
+import json
 import multiprocessing
 import os
+import shutil
 import signal
+import tarfile
 
 import numpy as np
 import pytest
@@ -26,6 +30,30 @@ def data(tmp_path):
                 pixels[..., number] += 80
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
     return tmp_path / "data"
+
+
+@pytest.fixture
+def shards(data):
+    """Webdataset shards of each split, and _info.json; the folders are removed."""
+    info = {}
+    for split in ("train", "val"):
+        files = sorted((data / split).rglob("*.png"), key=lambda file: (file.stem, file.parent.name))
+        names, lengths = [], []
+        for shard in range(4):
+            names.append(f"{split}-{shard:04d}.tar")
+            lengths.append(len(files[shard::4]))
+            with tarfile.open(data / names[-1], "w") as tar:
+                for file in files[shard::4]:
+                    key = f"{file.parent.name}_{file.stem}"
+                    number = str(CLASSES.index(file.parent.name)).encode()
+                    for suffix, content in (("png", file.read_bytes()), ("cls", number)):
+                        entry = tarfile.TarInfo(f"{key}.{suffix}")
+                        entry.size = len(content)
+                        tar.addfile(entry, io.BytesIO(content))
+        info[split] = {"name": split, "filenames": names, "shard_lengths": lengths, "num_samples": len(files)}
+        shutil.rmtree(data / split)
+    (data / "_info.json").write_text(json.dumps({"splits": info}))
+    return data
 
 
 @pytest.fixture
