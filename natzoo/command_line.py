@@ -162,8 +162,9 @@ def require_file(path: Path, remedy: str, option: str = "") -> None:
 
     Devices and FIFOs do not count: reading them may never end.
     """
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+    if not os.path.isfile(path):  # unlike path.is_file(), also False for a name that is too long
+        is_there = os.path.exists(path)
+        problem = "is a folder" if os.path.isdir(path) else "is not a regular file" if is_there else "does not exist"
         raise FileNotFoundError(f"{option} {path} {problem}; {remedy}.".lstrip())
 
 

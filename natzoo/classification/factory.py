@@ -43,13 +43,15 @@ def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
         raise ValueError(f"--model {name} is unknown; did you mean {closest[0]}?")
     try:
         return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
-    except (DownloadError, ValueError):
+    except DownloadError:
         raise
     except OSError as error:
         url = timm.get_pretrained_cfg(name).url if timm.is_model(name) else f"--model {name}"
         raise ValueError(f"{url} could not be downloaded or read ({error}); check the name and the network.") from error
     except Exception as error:  # models raise errors of many kinds for wrong arguments
-        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ValueError) and kwargs.get("pretrained"):  # it names the weights
+            raise
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(f"--model {name} cannot be created with {reprlib.repr(kwargs)}: {reason}.") from error
 
 

@@ -36,12 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     config = parser.parse_known_args(argv)[0].config
     if config is not None:
         parser.set_defaults(**_check_config(read_config(Path(config)), parser, config))
-    args = parser.parse_args(argv)
-    for name in ("scale", "ratio"):
-        low, high = getattr(args, name)
-        if low > high:
-            raise ValueError(f"--{name} {low} {high} is reversed; pass the smaller number first.")
-    return args
+    return parser.parse_args(argv)
 
 
 def read_config(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -152,7 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
     count: dict[str, Any] = {"type": positive, "metavar": "N"}
     count_or_0: dict[str, Any] = {"type": non_negative, "metavar": "N"}
     channels: dict[str, Any] = {"nargs": 3, "metavar": ("R", "G", "B")}
-    bounds: dict[str, Any] = {"nargs": 2, "metavar": ("MIN", "MAX")}
+    bounds: dict[str, Any] = {"nargs": 2, "metavar": ("MIN", "MAX"), "action": _Bounds}
     parser.add_argument(
         "data", nargs="?", metavar="DATA", help="folder with train/ and val/, each with one subfolder per class"
     )
@@ -385,6 +380,27 @@ class _WorkDir(argparse.Action):
             namespace.work_dir = None
 
 
+class _Bounds(argparse.Action):
+    """Store a range of two numbers."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            setattr(namespace, self.dest, self.check(values))
+        except ValueError as error:
+            parser.error(f"{option_string} {values[0]} {values[1]}: {error}")
+
+    @staticmethod
+    def check(values: list[float]) -> list[float]:
+        """Return the numbers.
+
+        Raises:
+            ValueError: if the first one is larger.
+        """
+        if values[0] > values[1]:
+            raise ValueError("the smaller number comes first")
+        return values
+
+
 class KeyValues(argparse.Action):
     """Merge KEY=VALUE pairs into the dict of the YAML file; values are Python literals or strings."""
 
@@ -451,7 +467,8 @@ def _convert(action: argparse.Action, value: Any) -> Any:
     if action.nargs in (2, 3, "+"):
         if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
             raise ValueError(f"it must be a list of {action.nargs if action.nargs != '+' else 'one or more'} numbers")
-        return [convert(item) for item in value]
+        values = [convert(str(item)) for item in value]
+        return action.check(values) if isinstance(action, _Bounds) else values
     if isinstance(value, (list, dict)):
         raise ValueError("it must be a single value")
     value = str(value) if convert is None else convert(str(value))

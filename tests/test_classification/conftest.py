@@ -1,16 +1,15 @@
 """A tiny dataset, and the options of a run on it that takes seconds."""
 
-import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
+from tar_files import tar_bytes
 
 from natzoo.classification import train
 
@@ -42,14 +41,12 @@ def shards(data):
         for shard in range(4):
             names.append(f"{split}-{shard:04d}.tar")
             lengths.append(len(files[shard::4]))
-            with tarfile.open(data / names[-1], "w") as tar:
-                for file in files[shard::4]:
-                    key = f"{file.parent.name}_{file.stem}"
-                    number = str(CLASSES.index(file.parent.name)).encode()
-                    for suffix, content in (("png", file.read_bytes()), ("cls", number)):
-                        entry = tarfile.TarInfo(f"{key}.{suffix}")
-                        entry.size = len(content)
-                        tar.addfile(entry, io.BytesIO(content))
+            entries = {}
+            for file in files[shard::4]:
+                key = f"{file.parent.name}_{file.stem}"
+                entries[f"{key}.png"] = file.read_bytes()
+                entries[f"{key}.cls"] = str(CLASSES.index(file.parent.name)).encode()
+            (data / names[-1]).write_bytes(tar_bytes(entries))
         info[split] = {"name": split, "filenames": names, "shard_lengths": lengths, "num_samples": len(files)}
         shutil.rmtree(data / split)
     (data / "_info.json").write_text(json.dumps({"splits": info}))

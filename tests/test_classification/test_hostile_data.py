@@ -1,15 +1,16 @@
 """Data from strangers: nothing in it runs commands, leaves its folder, or exhausts memory or time."""
 
-import io
 import json
 import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mutations import limited
 from PIL import Image
+from tar_files import tar_bytes
 
 from natzoo.classification import predict, train
 from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset, ShardDataset, read_image
@@ -18,6 +19,7 @@ from natzoo.classification.data.transforms import evaluation_transform
 from natzoo.classification.distributed import World
 from natzoo.classification.options import parse
 
+PREDICT = str(Path(__file__).parents[2] / "classification" / "predict.py")
 CLASSES = ["amber", "blue", "crimson"]
 
 
@@ -152,12 +154,8 @@ def test_split_patterns(shards, split):
 
 def one_shard(folder, *samples):
     """Write a shard of samples {suffix: content}, and return the images of it that can be read, and the problems."""
-    with tarfile.open(folder / "s.tar", "w") as tar:
-        for number, sample in enumerate(samples):
-            for suffix, content in sample.items():
-                entry = tarfile.TarInfo(f"{number}.{suffix}")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
+    entries = {f"{number}.{key}": value for number, sample in enumerate(samples) for key, value in sample.items()}
+    (folder / "s.tar").write_bytes(tar_bytes(entries))
     count = len(samples)
     dataset = ShardDataset(str(folder), f"s.tar|{count}", CLASSES, 1, 0, False, World())
     dataset.transform = lambda image: torch.zeros(1)
@@ -201,11 +199,7 @@ def test_label_beyond_the_classes_stops_the_run_before_the_loss(shards, tiny):
 
 
 def tar_of(path, **entries):
-    with tarfile.open(path, "w") as tar:
-        for name, content in entries.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
+    path.write_bytes(tar_bytes(entries))
     return path
 
 

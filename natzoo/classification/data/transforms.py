@@ -63,6 +63,8 @@ def requested_channels(args: argparse.Namespace) -> int | None:
         "--model-kwargs in_chans": (getattr(args, "model_kwargs", None) or {}).get("in_chans"),
     }
     found = {option: channels for option, channels in requested.items() if channels is not None}
+    if not all(isinstance(channels, int) for channels in found.values()):
+        raise ValueError(f"--model-kwargs in_chans={found['--model-kwargs in_chans']!r:.50} is not an integer.")
     if len(set(found.values())) > 1:
         raise ValueError(f"{' and '.join(found)} disagree about the number of channels; remove one of them.")
     return next(iter(found.values()), None)
