@@ -128,7 +128,7 @@ class Number:
 
 
 positive, non_negative = Number(int, 1, 10**9), Number(int, 0, 10**9)
-fraction, amount = Number(float, 0, 1), Number(float, 0, 1e9)
+fraction, amount = Number(float, 0, 1), Number(float, 0, 1e38)
 image_size, batch_size = Number(int, 1, MAX_IMAGE_SIZE), Number(int, 1, 2**16)
 num_classes, workers = Number(int, 1, 10**6), Number(int, 0, 128)
 crop_pct = Number(float, 0.1, 1)
