@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import reprlib
 from typing import Any
 
 import timm
@@ -23,6 +22,7 @@ from natzoo.checkpoints.write import RECORD
 from natzoo.classification.data.datasets import MODEL_SEED, seed_all
 from natzoo.classification.data.transforms import preprocessing, requested_channels
 from natzoo.classification.distributed import World
+from natzoo.command_line import shorten
 from natzoo.models._layers import Classifier
 
 # Prefixes of models that timm does not register: on the Hugging Face hub, or in a folder.
@@ -52,7 +52,7 @@ def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
         if isinstance(error, ValueError) and kwargs.get("pretrained"):  # it names the weights
             raise
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise ValueError(f"--model {name} cannot be created with {reprlib.repr(kwargs)}: {reason}.") from error
+        raise ValueError(f"--model {name} cannot be created with {shorten(kwargs)}: {reason}.") from error
 
 
 def input_kwargs(args: argparse.Namespace) -> dict[str, Any]:

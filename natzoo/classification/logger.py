@@ -123,8 +123,9 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     table: list[dict[str, str | None]] = []
     is_damaged = True
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file, contextlib.suppress(csv.Error):
-        table += csv.DictReader(file)
-        is_damaged = False
+        reader = csv.DictReader(file)
+        table += reader
+        is_damaged = reader.fieldnames is not None and not set(COLUMNS) <= set(reader.fieldnames)
     rows = []
     for row in table:
         values = {name: value for name in COLUMNS if (value := row.get(name)) is not None}

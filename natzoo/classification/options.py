@@ -6,7 +6,6 @@ import argparse
 import ast
 import contextlib
 import os
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,9 @@ def read_config(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return config
     if not command_line.is_relative_name(base):
-        raise ValueError(f"{path} has base = {_shorten(base)}; it must name a file in the same folder or below it.")
+        raise ValueError(
+            f"{path} has base = {command_line.shorten(base)}; it must name a file in the same folder or below it."
+        )
     if len(derived) == _MAX_BASES:
         raise ValueError(f"{derived[0]} has more than {_MAX_BASES} bases in a row; merge some of them.")
     inherited = read_config(path.parent / base, (*derived, path))
@@ -442,11 +443,11 @@ def _check_config(config: dict[str, Any], parser: argparse.ArgumentParser, path:
         if key not in actions:
             names = command_line.closest(str(key)[:100], actions)
             hint = f"did you mean {' or '.join(map(repr, names))}?" if names else "train.py --help lists all keys."
-            raise ValueError(f"{path} has the unknown key {_shorten(key)}; {hint}")
+            raise ValueError(f"{path} has the unknown key {command_line.shorten(key)}; {hint}")
         try:
             checked[key] = _convert(actions[key], value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} has {key} = {_shorten(value)}; {error}.") from error
+            raise ValueError(f"{path} has {key} = {command_line.shorten(value)}; {error}.") from error
     return checked
 
 
@@ -477,8 +478,3 @@ def _convert(action: argparse.Action, value: Any) -> Any:
     if action.choices is not None and value not in action.choices:
         raise ValueError(f"it must be one of {', '.join(action.choices)}")
     return value
-
-
-def _shorten(value: Any) -> str:
-    text = reprlib.repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -148,6 +148,8 @@ def damage_folder(folder: Path, draw: random.Random) -> None:
         return
     name = draw.choice([b"\xff\xfe", b"\x1b[31m", b"a\nb", b"..x", b"-c", b" ", "\u202e".encode(), b"x" * 200])
     other = os.path.join(os.fsencode(path.parent), name + os.fsencode(path.suffix))
+    if os.path.lexists(other):
+        return
     if kind == 3:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif kind == 4:

@@ -23,8 +23,8 @@ def options(tiny):
 
     def make(*more):
         words = tiny(epochs=1)
-        del words[words.index("--img-size") : words.index("--img-size") + 2]
-        return [*words, *map(str, more)]
+        del words[words.index("--model") : words.index("--epochs")]
+        return [*words, "--crop-pct", "1.0", *map(str, more)]
 
     return make
 
