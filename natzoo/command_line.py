@@ -218,7 +218,7 @@ def read_json(path: Path, remedy: str, option: str = "", limit: int = 2**24) -> 
 
 
 def is_relative_name(name: object) -> bool:
-    """Return whether a name in someone else's file is printable and stays in its folder: no scheme, no `..`, relative."""
+    """Return whether a name in someone else's file is printable, and relative without a scheme and without `..`."""
     if not isinstance(name, str) or not 0 < len(name) < 1024 or printable(name) != name or {"\n", "\t"} & set(name):
         return False
     return not scheme_of(name) and not name.startswith(("/", "~")) and ".." not in name.split("/")
