@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MAX_PIXELS = 120_000_000  # decoding and converting takes up to 8 bytes each
+MAX_PIXELS = 178_956_970  # Pillow refuses larger images too
 MAX_RATIO = 256  # resizing the short side to N pixels makes at most N * 256 * N
 
 

@@ -38,10 +38,10 @@ MODEL_SEED, STEP_SEED = 1, 2
 
 # Formats of IMAGE_SUFFIXES. Pillow recognizes formats by content, and passes some others to external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-# Raised by Pillow for damaged files.
+# Raised by Pillow for damaged files; MemoryError for parts that are shorter than announced.
 _DECODER_ERRORS = (
     *(OSError, ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, AttributeError, EOFError),
-    *(struct.error, zlib.error, NotImplementedError, Image.DecompressionBombError),
+    *(struct.error, zlib.error, MemoryError, NotImplementedError, Image.DecompressionBombError),
 )
 _IMAGENET_NAME = "ILSVRC2012_val_{:08d}"
 _SHUFFLE_BUFFER = 8192  # encoded images of shards
