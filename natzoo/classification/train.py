@@ -55,9 +55,7 @@ from natzoo.classification.factory import (
 from natzoo.classification.logger import EpochMeters, RunLogger
 from natzoo.classification.options import parse
 from natzoo.classification.signals import Interrupted, SignalHandler
-
-# A resumed run takes these from its options, not from the state of the optimizer.
-_HYPERPARAMETERS = ("lr", "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")
+from natzoo.classification.state import check_tensors, load_optimizer
 
 
 class Trainer:
@@ -202,15 +200,15 @@ class Trainer:
         """
         check_same_run(path, state["record"], self.record)
         check_same_run(path, state["images"], self.train_dataset.resume_key(is_within_epoch=state["update"] > 0))
+        check_tensors(
+            path, state, self.model, None if self.ema is None else self.ema.module, self.optimizer, self.scaler
+        )
+        if state["update"] > self.updates_per_epoch:
+            raise ValueError(f"{path} has update = {state['update']}; an epoch has {self.updates_per_epoch} updates.")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model_ema"])
-        current = [
-            {key: group[key] for key in _HYPERPARAMETERS if key in group} for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, hyperparameters in zip(self.optimizer.param_groups, current, strict=True):
-            group.update(hyperparameters)
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.update, self.skipped = state["epoch"], state["update"], state["skipped"]
         self.meters = EpochMeters(**state["totals"])
