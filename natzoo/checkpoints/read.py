@@ -23,7 +23,7 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
-from zipfile import ZipFile, ZipInfo
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -41,11 +41,13 @@ _DTYPES |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch
 _MAX_SHARING = 8  # how often a file may refer to each of its bytes on average; detectors share heads between stages
 _CHUNK = 2**20
 _MAX_RECORD = 2**24  # bytes of JSON in a .safetensors file
-# torch.load calls these, but no checkpoint needs them: they copy what they are given, or allocate what they are told.
+# torch.load calls these, but no checkpoint needs them: they allocate what they are told, or copy what they are given.
 _REFUSED_GLOBALS = re.compile(
-    r"collections\.Counter|_codecs\.encode|(builtins|__builtin__)\.(bytearray|set)|torch(\.cuda)?\.\w*Tensor"
-    r"|torch\._utils\._rebuild_device_tensor_\w+"
+    r"(builtins|__builtin__)\.bytearray|torch(\.cuda)?\.\w*Tensor|torch\._utils\._rebuild_device_tensor_\w+"
 )
+# These copy too, but few of them are needed: learning-rate schedules count their milestones.
+_RARE_GLOBALS = re.compile(r"collections\.Counter|_codecs\.encode|(builtins|__builtin__)\.set")
+_MAX_RARE = 16
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -184,19 +186,13 @@ def _check_torch_file(path: Path, is_zip: bool) -> None:
         if unpacked > path.stat().st_size:
             raise ValueError(f"it is compressed, which torch.save never does, and would unpack to {unpacked} bytes")
         for entry in entries:
-            _check_entry(archive, entry)
-            if entry.filename.endswith("data.pkl"):
-                with archive.open(entry) as file:
+            if entry.CRC == 0:  # torch.save can be told to write no checksum
+                del entry.CRC
+            with archive.open(entry) as file:  # verifies the checksum at the end of the file
+                if entry.filename.endswith("data.pkl"):
                     _check_pickle(io.BytesIO(file.read()))
-
-
-def _check_entry(archive: ZipFile, entry: ZipInfo) -> None:
-    """Read an entry of a zip file, which verifies its checksum."""
-    if entry.CRC == 0:  # torch.save can be told to write none
-        return
-    with archive.open(entry) as file:
-        while file.read(_CHUNK):
-            pass
+                while file.read(_CHUNK):
+                    pass
 
 
 def _check_pickle(file: BinaryIO) -> None:
@@ -205,24 +201,25 @@ def _check_pickle(file: BinaryIO) -> None:
     Raises:
         pickle.UnpicklingError: if it does.
     """
-    ordered_dicts: set[Any] = set()  # where the pickle keeps collections.OrderedDict
+    memo: dict[Any, str] = {}  # where the pickle keeps functions
+    function = ""  # that the last operation has put on the stack
     expected: list[str] = []  # next operations, after an OrderedDict: it may only be created empty
-    is_new = False
+    rare = 0
     for operation, argument, _ in pickletools.genops(file):
         name = operation.name
-        if is_new and name in ("BINPUT", "LONG_BINPUT"):
-            ordered_dicts.add(argument)
-            is_new = False
+        if function and name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument], function = function, ""
             continue
-        is_new = False
         if expected and expected.pop() != name:
             raise pickle.UnpicklingError("it requests collections.OrderedDict with content")
         if name == "GLOBAL":
-            requested = str(argument).replace(" ", ".")
-            if _REFUSED_GLOBALS.fullmatch(requested):
-                raise pickle.UnpicklingError(f"it requests {requested}")
-            is_new = requested == "collections.OrderedDict"
-        if is_new or (name in ("BINGET", "LONG_BINGET") and argument in ordered_dicts):
+            function = str(argument).replace(" ", ".")
+        else:
+            function = memo.get(argument, "") if name in ("BINGET", "LONG_BINGET") else ""
+        rare += bool(_RARE_GLOBALS.fullmatch(function))
+        if _REFUSED_GLOBALS.fullmatch(function) or rare > _MAX_RARE:
+            raise pickle.UnpicklingError(f"it requests {function}")
+        if function == "collections.OrderedDict":
             expected = ["REDUCE", "EMPTY_TUPLE"]
 
 
@@ -233,7 +230,8 @@ def _reason(error: Exception) -> str:
     if requested:
         return f"it requests {requested[1]}"
     lines = text.split("WeightsUnpickler error: ")[-1].strip().splitlines() or [type(error).__name__]
-    return lines[0].split(". ")[0].rstrip(".")
+    line = lines[0].split(". ")[0].rstrip(".")
+    return "".join(character if character.isprintable() else "?" for character in line[:300])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

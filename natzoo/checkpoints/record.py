@@ -70,8 +70,12 @@ def record_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, 
             raise ValueError(f"{source} has the implausible argument {shown(name)} = {shown(value)}.")
     check_values(f"{path} has a damaged record: its preprocessing", preprocessing, _PREPROCESSING, required=())
     channels = arguments.get("in_chans", 3)
-    if "input_size" in preprocessing and preprocessing["input_size"][0] != channels:
-        raise ValueError(f"{source} has images of {preprocessing['input_size'][0]} channels for a model of {channels}.")
+    given = {key: len(preprocessing[key]) for key in ("mean", "std") if key in preprocessing}
+    if "input_size" in preprocessing:
+        given["input_size"] = preprocessing["input_size"][0]
+    for key, count in given.items():
+        if count != channels and (key == "input_size" or count != 1):
+            raise ValueError(f"{source} has {key} = {shown(preprocessing[key])} for {shown(channels)} channels.")
     classes = record.get("classes")
     if classes and len(classes) > record["num_classes"]:
         raise ValueError(f"{source} has {len(classes)} names for {record['num_classes']} classes.")

@@ -15,7 +15,7 @@ from natzoo.checkpoints.write import copy_atomically
 from natzoo.classification.distributed import World
 from natzoo.classification.state import check_progress
 from natzoo.runs import lock_folder
-from natzoo.schema import shown
+from natzoo.schema import same, shown
 
 # Options that a resumed run may change without notice: they do not affect the result.
 _NO_EFFECT = (
@@ -135,7 +135,7 @@ def load_resume_state(args: argparse.Namespace, world: World) -> tuple[Path, dic
         args.grad_accum = steps // world.size
         world.print(f"Set --grad-accum {args.grad_accum} to keep {steps * args.batch_size} images per update.")
     for key, value in vars(args).items():
-        if options.get(key) != value and key not in _NO_EFFECT:
+        if key not in _NO_EFFECT and not same(options.get(key), value):
             world.print(f"Resuming with {key} = {value!r}; the checkpoint has {shown(options.get(key))}.")
     return path, state
 
@@ -145,7 +145,7 @@ def _is_restart(args: argparse.Namespace, last: Path) -> bool:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not last.exists():
         return False
     options = read_checkpoint(last).get("options")
-    return isinstance(options, dict) and options.get("resume") == args.resume
+    return isinstance(options, dict) and same(options.get("resume"), args.resume)
 
 
 def check_same_run(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -159,7 +159,7 @@ def check_same_run(path: Path, saved: dict[str, Any], current: dict[str, Any]) -
 
 
 def _check_equal(path: Path, key: str, saved: Any, current: Any) -> None:
-    if saved != current:
+    if not same(saved, current):
         raise ValueError(
             f"{path} has {key} = {shown(saved)} but this run has {shown(current)}; resume with the original "
             "value, or choose a new --work-dir."

@@ -97,21 +97,28 @@ def check_tensors(
         check_fit(target, weights, path)
     if scaler.is_enabled() and not state["scaler"]:
         raise ValueError(f"{path} has an empty scaler, which --amp fp16 requires.")
-    _check_optimizer(path, state["optimizer"], optimizer)
+    # With fp16, the first updates may overflow, and the optimizer has then not stepped.
+    is_begun = not scaler.is_enabled() and (state["epoch"] > 0 or state["update"] > state["skipped"])
+    _check_optimizer(path, state["optimizer"], optimizer, is_begun)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a checked state. Its groups contribute only what the optimizer counts, such as steps."""
     own = optimizer.state_dict()["param_groups"]
-    groups = [{**ours, **_counters(theirs)} for ours, theirs in zip(own, state["param_groups"], strict=True)]
+    groups = [{**ours, **_counters(theirs, ours)} for ours, theirs in zip(own, state["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
-def _counters(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in HYPERPARAMETERS and number().holds(value)}
+def _counters(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a group in a checkpoint, except those that the options of this run set."""
+    return {
+        key: value
+        for key, value in theirs.items()
+        if key not in HYPERPARAMETERS and number().holds(value) and number().holds(ours.get(key, 0))
+    }
 
 
-def _check_optimizer(path: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(path: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer, is_begun: bool) -> None:
     source = f"{path}: optimizer"
     groups, entries = state.get("param_groups"), state.get("state")
     own = optimizer.state_dict()["param_groups"]
@@ -121,24 +128,25 @@ def _check_optimizer(path: Path, state: dict[str, Any], optimizer: torch.optim.O
         or not isinstance(entries, dict)
     ):
         raise ValueError(f"{source} is not the state of an optimizer; use a checkpoint of this run.")
-    for number_of, group in enumerate(own):
-        if len(groups) != len(own) or groups[number_of].get("params") != group["params"]:
-            raise ValueError(f"{source} has other groups of parameters than this run; resume with the original model.")
-    for group in groups:
+    if [group.get("params") for group in groups] != [group["params"] for group in own]:
+        raise ValueError(f"{source} has other groups of parameters than this run; resume with the original model.")
+    for group, ours in zip(groups, own, strict=True):
         if not mapping().holds(group):
             raise ValueError(f"{source} has a group with names that are not strings.")
-        for key, value in _counters(group).items():
+        for key, value in _counters(group, ours).items():
             if not -_LARGE <= value <= _LARGE or (key in ("step", "k") and value < 0):
                 raise ValueError(f"{source} has {shown(key)} = {shown(value)} in a group.")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    expected = _state_after_one_step(optimizer)
+    expected = _state_after_one_step(optimizer) or {}
+    if is_begun and any(expected.values()) and not entries:
+        raise ValueError(f"{source} has no state after the first update; use --initial-checkpoint.")
     for index, entry in entries.items():
         if type(index) is not int or not 0 <= index < len(parameters) or not mapping().holds(entry):
             raise ValueError(f"{source} has the state {shown(index)} = {shown(entry)}, which belongs to no parameter.")
         for name, value in entry.items():
             if not _is_state(value) or (name == "step" and not _is_step(value)):
                 raise ValueError(f"{source} has {shown(name)} = {shown(value)} for parameter {index}.")
-        for name, shape in (expected or {}).get(index, {}).items():
+        for name, shape in expected.get(index, {}).items():
             value = entry.get(name)
             found = value.shape if isinstance(value, Tensor) else None if value is None else torch.Size()
             if found != shape:
@@ -156,7 +164,9 @@ def _is_state(value: Any) -> bool:
 
 
 def _is_step(value: Any) -> bool:
-    return (not isinstance(value, Tensor) or value.numel() == 1) and 0 <= float(value) <= _LARGE
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else None
+    return number(0, _LARGE).holds(value)
 
 
 def _state_after_one_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, torch.Size]] | None:

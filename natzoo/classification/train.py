@@ -41,6 +41,7 @@ from natzoo.classification.device import (
     enable_tf32,
     explain_memory_errors,
     pick_device,
+    slow_precision,
 )
 from natzoo.classification.distributed import World, init_world, kernel_fingerprint
 from natzoo.classification.evaluation import check_classes, evaluate
@@ -159,8 +160,9 @@ class Trainer:
                 f"Warning: --model-ema-decay {self.args.model_ema_decay} is too high for this run: the initial weights "
                 f"still make up {initial:.0%} of the final average; lower it."
             )
-        if self.args.amp == "fp16" and self.device.type == "cpu":
-            self.world.print("Warning: --amp fp16 is slow on a CPU; use bf16 or none.")
+        slow = slow_precision(self.args.amp, self.device)
+        if slow:
+            self.world.print(slow)
 
     # ----- checkpoints ------------------------------------------------------------------------------------------------
 
