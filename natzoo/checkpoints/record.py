@@ -15,7 +15,7 @@ MAX_CLASSES = 1_000_000
 MAX_IMAGE_SIZE = 4096  # pixels per side
 
 # Arguments of timm.create_model that name files or addresses; a checkpoint must not set them.
-_REFUSED_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+REFUSED_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 _MAX_ARGUMENT = 100_000  # any integer in the arguments of a model
 _MAX_DEPTH = 1000  # blocks of a model; building one takes milliseconds
 
@@ -62,7 +62,7 @@ def record_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, 
     if not timm.is_model(record["model"]):
         raise ValueError(f"{path} requires the model {shown(record['model'])}, which is not registered with timm.")
     arguments, preprocessing = record["model_kwargs"], record["preprocessing"]
-    refused = sorted(_REFUSED_ARGUMENTS & arguments.keys())
+    refused = sorted(REFUSED_ARGUMENTS & arguments.keys())
     if refused:
         raise ValueError(f"{path} sets {', '.join(refused)} in its model_kwargs; a checkpoint must not set them.")
     for name, value in arguments.items():
