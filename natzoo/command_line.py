@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import reprlib
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -22,10 +21,6 @@ LAUNCHER = "NATZOO_LAUNCHER"  # environment variable with the process id of natz
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 # Characters that control a terminal or reverse the reading direction, and bytes of file names that are not UTF-8.
 _UNPRINTABLE = re.compile("[^\\n\\t -~\u00a0-\ud7ff\ue000-\U0010ffff]|[\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
-_REPR = reprlib.Repr()
-_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = 20
-_REPR.maxstring = _REPR.maxother = 200
 
 
 def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
@@ -62,12 +57,6 @@ def printable(text: str) -> str:
     Names of files, classes and weights come from other people's data.
     """
     return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
-
-
-def shorten(value: Any) -> str:
-    """Return the beginning of a value's representation, for messages, without computing the rest of it."""
-    text = _REPR.repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def end_with_launcher() -> None:

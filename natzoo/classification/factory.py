@@ -18,12 +18,12 @@ from torch import nn
 
 import natzoo  # noqa: F401  registers the models
 from natzoo.checkpoints import DownloadError, load_weights, locate, read_checkpoint, weights_of
-from natzoo.checkpoints.write import RECORD
+from natzoo.checkpoints.record import RECORD
 from natzoo.classification.data.datasets import MODEL_SEED, seed_all
 from natzoo.classification.data.transforms import preprocessing, requested_channels
 from natzoo.classification.distributed import World
-from natzoo.command_line import shorten
 from natzoo.models._layers import Classifier
+from natzoo.schema import shown
 
 # Prefixes of models that timm does not register: on the Hugging Face hub, or in a folder.
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -52,7 +52,7 @@ def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
         if isinstance(error, ValueError) and kwargs.get("pretrained"):  # it names the weights
             raise
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise ValueError(f"--model {name} cannot be created with {shorten(kwargs)}: {reason}.") from error
+        raise ValueError(f"--model {name} cannot be created with {shown(kwargs)}: {reason}.") from error
 
 
 def input_kwargs(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,6 +141,7 @@ def create_training_model(
         checkpoint = read_checkpoint(path)
         source = dict.get(checkpoint, RECORD)
         name = source.get("model") if isinstance(source, dict) else None
+        name = name if isinstance(name, str) and timm.is_model(name) else None
         world.print(f"Initial weights: {args.initial_checkpoint}{f' of the model {name}' if name else ''}")
         for note in load_weights(model, weights_of(checkpoint, path), args.initial_checkpoint, new_classifier=True):
             world.print(f"{args.initial_checkpoint}: {note}")

@@ -13,15 +13,20 @@ from typing import Any
 import yaml
 
 from natzoo import command_line
-from natzoo.checkpoints.write import REFUSED_ARGUMENTS
+from natzoo.checkpoints.record import (
+    INTERPOLATIONS,
+    MAX_CLASSES,
+    MAX_IMAGE_SIZE,
+    REFUSED_ARGUMENTS,
+    is_plausible_argument,
+)
+from natzoo.schema import shown
 
 # The processes of a machine share its cores. macOS does not report the cores this process may use.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = max(1, min(8, _CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-MAX_IMAGE_SIZE = 4096  # pixels
 _MAX_BASES = 16
 _MAX_RECIPE_BYTES, _MAX_RECIPE_VALUES = 2**20, 10_000
-_INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,9 +66,7 @@ def read_config(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return config
     if not command_line.is_relative_name(base):
-        raise ValueError(
-            f"{path} has base = {command_line.shorten(base)}; it must name a file in the same folder or below it."
-        )
+        raise ValueError(f"{path} has base = {shown(base)}; it must name a file in the same folder or below it.")
     if len(derived) == _MAX_BASES:
         raise ValueError(f"{derived[0]} has more than {_MAX_BASES} bases in a row; merge some of them.")
     inherited = read_config(path.parent / base, (*derived, path))
@@ -131,7 +134,7 @@ class Number:
 positive, non_negative = Number(int, 1, 10**9), Number(int, 0, 10**9)
 fraction, amount = Number(float, 0, 1), Number(float, 0, 1e38)
 image_size, batch_size = Number(int, 1, MAX_IMAGE_SIZE), Number(int, 1, 2**16)
-num_classes, workers = Number(int, 1, 10**6), Number(int, 0, 128)
+num_classes, workers = Number(int, 1, MAX_CLASSES), Number(int, 0, 128)
 crop_pct = Number(float, 0.1, 1)
 
 
@@ -257,7 +260,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm AutoAugment policy, or none"
     )
     group.add_argument(
-        "--train-interpolation", default="random", choices=["random", *_INTERPOLATIONS], help="resize interpolation"
+        "--train-interpolation", default="random", choices=["random", *INTERPOLATIONS], help="resize interpolation"
     )
     group.add_argument("--reprob", **share, default=0.25, help="random erasing: probability")
     group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="random erasing: fill")
@@ -274,9 +277,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("evaluation")
     group.add_argument("--crop-pct", type=crop_pct, metavar="X", help="center crop fraction (default: from the model)")
-    group.add_argument(
-        "--interpolation", choices=_INTERPOLATIONS, help="resize interpolation (default: from the model)"
-    )
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="resize interpolation (default: from the model)")
     group.add_argument("--mean", type=fraction, **channels, help="mean of the color channels (default: from the model)")
     group.add_argument(
         "--std",
@@ -432,6 +433,9 @@ def _check_model_kwargs(value: Any) -> dict[str, Any]:
     refused = sorted(REFUSED_ARGUMENTS & value.keys())
     if refused:
         raise ValueError(f"{', '.join(refused)} cannot be set; use --pretrained or --initial-checkpoint")
+    for key, argument in value.items():
+        if not is_plausible_argument(key, argument):
+            raise ValueError(f"{shown(key)} = {shown(argument)} is implausible")
     return value
 
 
@@ -443,11 +447,11 @@ def _check_config(config: dict[str, Any], parser: argparse.ArgumentParser, path:
         if key not in actions:
             names = command_line.closest(str(key)[:100], actions)
             hint = f"did you mean {' or '.join(map(repr, names))}?" if names else "train.py --help lists all keys."
-            raise ValueError(f"{path} has the unknown key {command_line.shorten(key)}; {hint}")
+            raise ValueError(f"{path} has the unknown key {shown(key)}; {hint}")
         try:
             checked[key] = _convert(actions[key], value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} has {key} = {command_line.shorten(value)}; {error}.") from error
+            raise ValueError(f"{path} has {key} = {shown(value)}; {error}.") from error
     return checked
 
 
