@@ -40,15 +40,33 @@ R = TypeVar("R")
 MAX_RESULTS = 4096  # per cached function
 
 
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep torch.jit.trace from recording what a function does: it sees sizes as plain integers, not as tensors."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+            return function(*args, **kwargs)
+        state = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_tracing_state(state)
+
+    return wrapper
+
+
 def cached(function: Callable[P, R]) -> Callable[P, R]:
     """Cache the results of a function. The key is the values of its arguments and, for tensors, their layout.
 
     The function takes positional arguments. It may read the dtype, device, shape and strides of its tensors, but not
     their contents, and must not return None. Not cached: errors, calls with symbolic sizes, and calls that
-    torch.compile traces.
+    torch.compile traces. torch.jit.trace does not record what the function does.
     """
     results: dict[tuple, Any] = {}
 
+    @untraced
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         if torch.compiler.is_compiling():
@@ -56,7 +74,7 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
         try:
             key = tuple(map(_cache_key, args))
             result = results.get(key)
-        except TypeError:  # a symbolic size has no hash
+        except (TypeError, RuntimeError):  # a symbolic size has no hash, a nested tensor no shape
             return function(*args, **kwargs)
         if result is None:
             result = function(*args, **kwargs)
@@ -317,6 +335,7 @@ def check_tensors(rank: int, **tensors: Tensor) -> None:
     Raises:
         ValueError: naming the first tensor that does not.
     """
+    check_not_nested(**tensors)
     (first_name, first), *others = tensors.items()
     for name, x in tensors.items():
         if x.dim() != rank + 3:
@@ -341,6 +360,7 @@ def _check_same_dtype_and_device(name: str, x: Tensor, like_name: str, like: Ten
 
 def check_packing(rank: int, qkv: Tensor) -> None:
     """Raise ValueError unless qkv has the dimensions [B, *space, 3, heads, head_dim]."""
+    check_not_nested(qkv=qkv)
     if qkv.dim() != rank + 4 or qkv.shape[-3] != 3:
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}, but must have {rank + 4} dimensions: batch, {rank} spatial, 3 (query, "
@@ -442,6 +462,24 @@ def check_merged(outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor]) -> No
             )
 
 
+@untraced
+def have_one_shape(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether three tensors have the same shape.
+
+    Raises:
+        ValueError: if one of them is a nested tensor, which has no shape.
+    """
+    check_not_nested(query=query, key=key, value=value)
+    return query.shape == key.shape == value.shape
+
+
+def check_not_nested(**tensors: Tensor) -> None:
+    """Raise ValueError, naming the tensor, if one of them is a nested tensor."""
+    for name, x in tensors.items():
+        if x.is_nested:
+            raise ValueError(f"{name} is a nested tensor, which is not supported; pass one map of each size at a time.")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,8 +509,10 @@ def check_layer_options(stride: Sequence[int], attn_drop: float, window_padding:
         )
 
 
+@untraced
 def check_layer_input(x: Tensor, rank: int, dim: int) -> None:
     """Raise ValueError unless x has shape [B, *space, dim]."""
+    check_not_nested(input=x)
     if x.dim() != rank + 2 or x.shape[-1] != dim:
         raise ValueError(
             f"input has shape {tuple(x.shape)}, but this layer takes {rank + 2} dimensions, channels last: batch, "

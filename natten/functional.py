@@ -26,6 +26,7 @@ from natten.checks import (
     check_packed,
     check_packing,
     check_qk,
+    have_one_shape,
     ignore_tuning,
 )
 from natten.ops import merge_attentions
@@ -196,7 +197,7 @@ def _fused(
 ) -> Tensor | tuple[Tensor, Tensor]:
     if tuning:
         ignore_tuning(f"na{rank}d", tuning)
-    if query.shape == key.shape == value.shape and _is_native(additional, window_padding):
+    if have_one_shape(query, key, value) and _is_native(additional, window_padding):
         query, key, value = ops.apply_autocast(query, key, value)
         axes = check_fused(rank, query, key, value, rpb, *window)
         results = ops.attend((query, key, value), rpb, axes, scale, backend)

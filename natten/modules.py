@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from natten import functional
 from natten.checks import (
@@ -90,7 +90,7 @@ class NeighborhoodAttentionNd(nn.Module):
     def reset_parameters(self) -> None:
         """Initialize the bias table; the projections keep the default initialization of nn.Linear."""
         if self.rpb is not None:
-            nn.init.trunc_normal_(self.rpb, std=0.02, a=-2.0, b=2.0)
+            nn.init.normal_(self.rpb, std=0.02)
 
     def forward(self, x_BXC: Tensor) -> Tensor:
         """Apply the layer.
@@ -104,16 +104,16 @@ class NeighborhoodAttentionNd(nn.Module):
         Raises:
             ValueError: if the input has another number of dimensions or channels.
         """
-        space = x_BXC.shape[1:-1]
+        if isinstance(x_BXC, fx.Proxy):
+            return record_call(self, x_BXC)
         qkv_BX3Hd = self._project(x_BXC)
         if self.training and self.attn_drop.p > 0:
             out_BXHd = self._attend_with_dropout(qkv_BX3Hd)
         else:
             out_BXHd = self._attend(qkv_BX3Hd)
-        x_BXC = out_BXHd.flatten(-2)
         if self.window_padding == "shift":
-            x_BXC = self._crop(x_BXC, space)
-        return self.proj_drop(self.proj(x_BXC))
+            out_BXHd = self._crop(out_BXHd, x_BXC.shape[1:-1])
+        return self.proj_drop(self.proj(out_BXHd.flatten(-2)))
 
     def attention_weights(self, x_BXC: Tensor) -> Tensor:
         """Compute the attention weights that `forward` uses, before dropout.
@@ -167,7 +167,7 @@ class NeighborhoodAttentionNd(nn.Module):
 
     def _pad(self, x_BXC: Tensor) -> Tensor:
         missing = padding(x_BXC.shape[1:-1], self.kernel_size, self.dilation)
-        if self.window_padding != "shift" or not any(missing):
+        if self.window_padding != "shift" or not (_is_unknown(missing) or any(missing)):
             return x_BXC
         # F.pad takes the last axis first, and both ends of each.
         return F.pad(x_BXC, (0, 0, *(end for amount in reversed(missing) for end in (0, amount))))
@@ -176,6 +176,9 @@ class NeighborhoodAttentionNd(nn.Module):
         for axis, length in enumerate(space, start=1):
             x_BXC = x_BXC.narrow(axis, 0, length)
         return x_BXC
+
+    def __prepare_scriptable__(self):
+        raise ValueError(f"{type(self).__name__} does not support torch.jit.script; use torch.jit.trace.")
 
     def extra_repr(self) -> str:
         shown = {
@@ -255,6 +258,18 @@ class NeighborhoodAttention3D(NeighborhoodAttentionNd):
     _attention = staticmethod(functional.na3d_qkvpacked)
     _query_key = staticmethod(functional.na3d_qk)
     _weight_value = staticmethod(functional.na3d_av)
+
+
+def record_call(layer: nn.Module, x: fx.Proxy) -> Any:
+    """Return the output of a layer for torch.fx, which records the layer as one node, like the layers of torch.nn."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
+
+
+def _is_unknown(missing: Sequence[Any]) -> bool:
+    """Return whether a traced or exported program must compute the amount of padding, because it takes any size."""
+    if torch.compiler.is_exporting():
+        return any(isinstance(amount, torch.SymInt) for amount in missing)
+    return any(isinstance(amount, Tensor) for amount in missing)
 
 
 def _has_rpb(rel_pos_bias: bool | None, bias: bool | None, default: bool) -> bool:

@@ -3,7 +3,8 @@
 - Operators: torch.ops.natten.* are opaque to torch.compile and choose their backend at run time. Each forward operator
   has a backward operator. Fused attention saves its inputs, output and logsumexp for backward, and nothing of size
   tokens x window. In eager mode the backend is called directly, bypassing the dispatcher.
-- Autograd: a torch.autograd.Function around each pair of operators.
+- Autograd: a torch.autograd.Function around each pair of operators. Programs recorded by torch.jit.trace call the
+  operators themselves, which therefore have the same gradients.
 - Composition: features that no backend implements natively are built from features that all of them implement.
 
 Inputs are already validated (natten/checks.py), except for `attend_composed` and calls of torch.ops.natten.*.
@@ -13,8 +14,9 @@ Shape suffixes: B batch, X the spatial axes, H heads, d head_dim, N additional t
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import TypeVar
 
@@ -22,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from natten import backends
 from natten.backends import reference
@@ -34,7 +35,7 @@ from natten.backends.reference import (
     shape_of_grads,
     split_grads,
 )
-from natten.checks import Window, cached, check_composed, check_merged, make_axes
+from natten.checks import Window, cached, check_composed, check_merged, make_axes, untraced
 from natten.geometry import Axis, Margin
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +202,18 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def _is_jit_traced() -> bool:
+    """Return whether torch.jit.trace records a module. Others, such as fvcore, see the autograd functions instead."""
+    return torch.jit._trace._trace_module_map is not None and torch.jit.is_tracing()
+
+
+def _is_forward_mode() -> bool:
+    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
+
+
 def _needs_grad(*tensors: Tensor | None) -> bool:
+    if _is_jit_traced():
+        return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return True
     return not torch.compiler.is_compiling() and _is_transformed()
@@ -268,8 +280,33 @@ def _weight_value_backward(grad_out, attn, value, axes, backend) -> tuple[Tensor
 # Autograd
 # ---------------------------------------------------------------------------------------------------------------------
 
+_REFERENCE_ONLY = "backend=None and compiled backends do not support {}; pass backend=\"reference\"."
 
-class _Attention(torch.autograd.Function):
+
+class _Function(torch.autograd.Function):
+    """Base class of the functions of this module, which have first-order gradients and no torch.vmap."""
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise ValueError(_REFERENCE_ONLY.format("torch.vmap"))
+
+
+def _first_order(backward: Callable) -> Callable:
+    """Make a backward pass raise if its results are differentiated, like torch's `once_differentiable`."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return results
+        raise_later = torch._C._functions.DelayedError(_REFERENCE_ONLY.format("second-order gradients").encode(), len(results))
+        return raise_later(*[x if x is None else x.detach().requires_grad_() for x in results])
+
+    return wrapper
+
+
+class _Attention(_Function):
     """(rpb, axes, scale, backend, qkv) or (rpb, axes, scale, backend, query, key, value) -> (out, lse)."""
 
     @staticmethod
@@ -283,7 +320,7 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_out, grad_lse):
         rpb, out, lse, *qkv = ctx.saved_tensors
         if grad_out is None:
@@ -295,7 +332,7 @@ class _Attention(torch.autograd.Function):
         return (None if rpb is None else grad_rpb), None, None, None, *grads
 
 
-class _QueryKey(torch.autograd.Function):
+class _QueryKey(_Function):
     """(rpb, axes, backend, query, key) -> attn."""
 
     @staticmethod
@@ -308,14 +345,14 @@ class _QueryKey(torch.autograd.Function):
         ctx.save_for_backward(rpb, query, key)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_attn):
         rpb, query, key = ctx.saved_tensors
         grad_query, grad_key, grad_rpb = _query_key_backward(grad_attn, query, key, rpb, ctx.axes, ctx.backend)
         return (None if rpb is None else grad_rpb), None, None, grad_query, grad_key
 
 
-class _WeightValue(torch.autograd.Function):
+class _WeightValue(_Function):
     """(axes, backend, attn, value) -> out."""
 
     @staticmethod
@@ -328,7 +365,7 @@ class _WeightValue(torch.autograd.Function):
         ctx.save_for_backward(attn, value)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_out):
         attn, value = ctx.saved_tensors
         return None, None, *_weight_value_backward(grad_out, attn, value, ctx.axes, ctx.backend)
@@ -337,6 +374,47 @@ class _WeightValue(torch.autograd.Function):
 # Function.apply inspects the signature of `forward` in every call; a stored signature saves that time.
 for _function in (_Attention, _QueryKey, _WeightValue):
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
+
+
+def _register_gradients(name: str, tensors: int, keeps_outputs: bool = False) -> None:
+    """Give an operator the gradients of its function above, for programs recorded by torch.jit.trace.
+
+    Args:
+        name: of the operator, without "_forward".
+        tensors: number of its arguments that are tensors; they come first.
+        keeps_outputs: whether the backward operator takes its outputs.
+    """
+    operator = getattr(torch.ops.natten, f"{name}_backward")
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:tensors], *(output if keeps_outputs else ()))
+        ctx.window = inputs[tensors:]
+
+    @_first_order
+    def backward(ctx, *grads_out):
+        saved = ctx.saved_tensors
+        grads = operator(*grads_out, *saved, *ctx.window)
+        if name == "attention":
+            grads = (*split_grads(grads[0], *saved[:3]), grads[1])
+        grads = [None if x is None else grad for x, grad in zip(saved, grads, strict=False)]
+        return *grads, *[None] * len(ctx.window)
+
+    torch.library.register_autograd(f"natten::{name}_forward", backward, setup_context=setup_context)
+
+
+_register_gradients("attention", 4, keeps_outputs=True)
+_register_gradients("query_key", 3)
+_register_gradients("weight_value", 2)
+
+
+@untraced
+def _default_scale(query: Tensor) -> float:
+    return query.shape[-1] ** -0.5
+
+
+def _is_plain(backend: str | None) -> bool:
+    """Return whether a call runs as ordinary PyTorch operations; torch.jit.trace would fix the sizes of their maps."""
+    return backends.is_plain(backend) and not _is_jit_traced()
 
 
 def attend(
@@ -355,9 +433,9 @@ def attend(
     Returns:
         Output [B, X, H, value head_dim] in the query's dtype and logsumexp [B, X, H] in the accumulation dtype.
     """
-    scale = qkv[0].shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _default_scale(qkv[0]) if scale is None else float(scale)
     backend = backends.requested(backend)
-    if backends.is_plain(backend):
+    if _is_plain(backend) or _is_forward_mode():
         query, key, value = _unpack(qkv)
         return reference.attention(query, key, value, rpb, axes, scale)
     if _needs_grad(*qkv, rpb):
@@ -368,7 +446,7 @@ def attend(
 def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], backend: str | None) -> Tensor:
     """Compute the unscaled logits [B, H, X, W] of heads-first query and key [B, H, X, d]."""
     backend = backends.requested(backend)
-    if backends.is_plain(backend):
+    if _is_plain(backend):
         return reference.query_key(query, key, rpb, axes)
     if _needs_grad(query, key, rpb):
         return _QueryKey.apply(rpb, axes, backend, query, key)
@@ -378,7 +456,7 @@ def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, 
 def weight_value(attn: Tensor, value: Tensor, axes: tuple[Axis, ...], backend: str | None) -> Tensor:
     """Compute the sums [B, H, X, d] of heads-first values [B, H, X, d], weighted by attn [B, H, X, W]."""
     backend = backends.requested(backend)
-    if backends.is_plain(backend):
+    if _is_plain(backend):
         return reference.weight_value(attn, value, axes)
     if _needs_grad(attn, value):
         return _WeightValue.apply(axes, backend, attn, value)
@@ -425,7 +503,7 @@ def attend_composed(
     query, key, value = apply_autocast(*qkv)
     extra_key, extra_value = apply_autocast(*additional)
     axes, margins = check_composed(rank, query, key, value, rpb, *window, extra_key, extra_value, window_padding)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _default_scale(query) if scale is None else float(scale)
 
     query, key, value = (_pad_map(x, margins) for x in (query, key, value))
     out, lse = attend((query, key, value), rpb, axes, scale, backend)

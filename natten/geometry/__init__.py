@@ -120,8 +120,17 @@ def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> Axi
 
 
 def padding(space: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
-    """Return the number of tokens to append to each axis to make it at least kernel_size * dilation long."""
-    return tuple(max(0, k * d - length) for length, k, d in zip(space, kernel_size, dilation, strict=True))
+    """Return the number of tokens to append to each axis to make it at least kernel_size * dilation long.
+
+    The lengths may be symbolic integers, or the tensors that torch.jit.trace turns sizes into. So are the results.
+    """
+    return tuple(_at_least_0(k * d - length) for length, k, d in zip(space, kernel_size, dilation, strict=True))
+
+
+def _at_least_0(x):
+    if isinstance(x, int):
+        return max(0, x)
+    return x.clamp(min=0) if isinstance(x, Tensor) else torch.sym_max(0, x)
 
 
 class Margin(NamedTuple):
