@@ -60,5 +60,5 @@ if ! grep -q shutdown-timeout "$torch/distributed/run.py"; then
 fi
 # Restarted processes must not find the addresses of dead ones in torchrun's store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec "$python" -m natzoo.classification.launch "${rendezvous[@]}" --nproc-per-node "$gpus" --max-restarts "$restarts" \
+exec "$python" -m natzoo.launch "${rendezvous[@]}" --nproc-per-node "$gpus" --max-restarts "$restarts" \
     "$(dirname "$0")/train.py" "$@" --config "$config"

@@ -17,5 +17,5 @@ fi
 config=$1 checkpoint=$2 gpus=$3
 shift 3
 if [ -n "${PORT:-}" ]; then rendezvous=(--master-port "$PORT"); else rendezvous=(--standalone); fi
-exec "${PYTHON:-python}" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus" \
+exec "${PYTHON:-python}" -m natzoo.launch "${rendezvous[@]}" --nproc-per-node "$gpus" \
     "$(dirname "$0")/test.py" "$config" "$checkpoint" "$@"

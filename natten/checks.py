@@ -286,8 +286,8 @@ def make_axes(
         if axis.kernel_size * axis.dilation > axis.length:
             raise ValueError(
                 f"kernel_size * dilation = {axis.kernel_size} * {axis.dilation} = {axis.kernel_size * axis.dilation} "
-                f"exceeds the length {axis.length} of axis {index} (map: {'x'.join(map(str, space))}); use a smaller "
-                f"window, or the layer NeighborhoodAttention{len(axes)}D, which pads."
+                f"exceeds the length {axis.length} of axis {index} (map: {'x'.join(f'{n}' for n in space)}); use a "
+                f"smaller window, or the layer NeighborhoodAttention{len(axes)}D, which pads."
             )
     return axes
 
@@ -435,6 +435,23 @@ def check_rpb(rpb: Tensor | None, axes: Sequence[Axis], heads: int, dtype: torch
         raise ValueError(f"rpb has dtype {rpb.dtype}; use float32 or the dtype of the query, {dtype}.")
     if rpb.device != device:
         raise ValueError(f"rpb is on {rpb.device}, but query is on {device}; move one of them.")
+
+
+def check_scale(scale: Any) -> float:
+    """Return the factor on the logits as a float.
+
+    Raises:
+        ValueError: if it is not a single number, or a tensor whose gradient would be lost.
+    """
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "scale is a tensor that requires grad, but scale has no gradient; multiply the query by it and pass "
+            "scale=1.0, or pass scale.item()."
+        )
+    try:
+        return float(scale)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"scale = {scale!r} is invalid; use a single number.") from error
 
 
 def check_merged(outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor]) -> None:

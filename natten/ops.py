@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from natten import backends
 from natten.backends import reference
@@ -35,7 +36,7 @@ from natten.backends.reference import (
     shape_of_grads,
     split_grads,
 )
-from natten.checks import Window, cached, check_composed, check_merged, make_axes, untraced
+from natten.checks import Window, cached, check_composed, check_merged, check_scale, make_axes, untraced
 from natten.geometry import Axis, Margin
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,9 +193,14 @@ def _needs_dispatcher(*tensors: Tensor | None) -> bool:
         or torch.autograd._profiler_enabled()
         or _is_transformed()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(x is not None and (type(x) not in _PLAIN_TENSORS or x.is_meta) for x in tensors)
+        or any(x is not None and (type(x) not in _PLAIN_TENSORS or x.is_meta or _is_lazy(x)) for x in tensors)
         or torch.overrides.has_torch_function(tensors)
     )
+
+
+def _is_lazy(x: Tensor) -> bool:
+    """Return whether the memory of a tensor does not hold its values: they are still to be negated, or all zero."""
+    return x.is_neg() or x._is_zerotensor()
 
 
 def _is_transformed() -> bool:
@@ -300,7 +306,8 @@ def _first_order(backward: Callable) -> Callable:
             results = backward(ctx, *grads)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return results
-        raise_later = torch._C._functions.DelayedError(_REFERENCE_ONLY.format("second-order gradients").encode(), len(results))
+        message = _REFERENCE_ONLY.format("second-order gradients")
+        raise_later = torch._C._functions.DelayedError(message.encode(), len(results))
         return raise_later(*[x if x is None else x.detach().requires_grad_() for x in results])
 
     return wrapper
@@ -433,7 +440,7 @@ def attend(
     Returns:
         Output [B, X, H, value head_dim] in the query's dtype and logsumexp [B, X, H] in the accumulation dtype.
     """
-    scale = _default_scale(qkv[0]) if scale is None else float(scale)
+    qkv, scale = _apply_symbolic_scale(qkv, scale)
     backend = backends.requested(backend)
     if _is_plain(backend) or _is_forward_mode():
         query, key, value = _unpack(qkv)
@@ -441,6 +448,20 @@ def attend(
     if _needs_grad(*qkv, rpb):
         return _Attention.apply(rpb, axes, scale, backend, *qkv)
     return _attention(qkv, rpb, axes, scale, backend)
+
+
+def _apply_symbolic_scale(qkv: Sequence[Tensor], scale: float | None) -> tuple[Sequence[Tensor], float]:
+    """Return qkv and a factor on the logits that torch.compile may treat as a constant.
+
+    Operators take numbers as constants, so each value of `scale` would need its own graph. A factor of a tensor may
+    vary; a scale that does is therefore moved to the query.
+    """
+    default = _default_scale(qkv[0])
+    scale = default if scale is None else check_scale(scale)
+    if scale is default or not torch.compiler.is_compiling() or has_static_value(scale):
+        return qkv, scale
+    query, key, value = _unpack(qkv)
+    return (query * (scale / default), key, value), default
 
 
 def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], backend: str | None) -> Tensor:
@@ -503,7 +524,7 @@ def attend_composed(
     query, key, value = apply_autocast(*qkv)
     extra_key, extra_value = apply_autocast(*additional)
     axes, margins = check_composed(rank, query, key, value, rpb, *window, extra_key, extra_value, window_padding)
-    scale = _default_scale(query) if scale is None else float(scale)
+    scale = _default_scale(query) if scale is None else check_scale(scale)
 
     query, key, value = (_pad_map(x, margins) for x in (query, key, value))
     out, lse = attend((query, key, value), rpb, axes, scale, backend)
@@ -568,7 +589,7 @@ def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
         dtype = accumulation_dtype(query.dtype)
         q_BHXd = query.flatten(1, -3).movedim(-2, 1).to(dtype) * scale
         k_BHNd, v_BHNd = (x.movedim(-2, 1).to(dtype) for x in (key, value))
-        logits_BHXN = q_BHXd @ k_BHNd.mT
+        logits_BHXN = q_BHXd @ k_BHNd.transpose(-2, -1)
         out_BXHd = (logits_BHXN.softmax(-1) @ v_BHNd).movedim(1, -2)
         lse_BXH = logits_BHXN.logsumexp(-1).movedim(1, -1)
         space = query.shape[:-1]

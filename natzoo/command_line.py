@@ -1,11 +1,13 @@
-"""What all commands share: the parser, and user errors on one line with exit status 2, without a traceback."""
+"""What all commands share: the parser, user errors on one line with exit status 2, and an end with their launcher."""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any, NoReturn
 
 # Errors that the user can fix.
 USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
+LAUNCHER = "NATZOO_LAUNCHER"  # environment variable with the process id of natzoo.launch
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
@@ -24,6 +28,7 @@ def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
         main: the function.
         after_interrupt: hint to print after Ctrl-C.
     """
+    end_with_launcher()
     try:
         main()
         sys.stdout.flush()
@@ -38,6 +43,27 @@ def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
     except KeyboardInterrupt:
         print("; ".join(filter(None, ("interrupted", after_interrupt))), file=sys.stderr)
         sys.exit(130)
+
+
+def end_with_launcher() -> None:
+    """On Linux, let the kernel kill this process when torchrun dies, and the processes it forks when this one dies.
+
+    Without this, the processes of a run whose launcher was killed train on, and data-loading workers without a run
+    wait. A process that torchrun did not start is not killed.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+
+    def end_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    os.register_at_fork(after_in_child=end_with_parent)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
+        end_with_parent()
+        launcher = os.environ.get(LAUNCHER)
+        if launcher and os.getppid() != int(launcher):  # it died first
+            sys.exit(1)
 
 
 def _message(error: Exception) -> str:

@@ -17,5 +17,5 @@ fi
 config=$1 gpus=$2
 shift 2
 if [ -n "${PORT:-}" ]; then rendezvous=(--master-port "$PORT"); else rendezvous=(--standalone); fi
-exec "${PYTHON:-python}" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus" \
+exec "${PYTHON:-python}" -m natzoo.launch "${rendezvous[@]}" --nproc-per-node "$gpus" \
     "$(dirname "$0")/train.py" "$config" "$@"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,15 +82,23 @@ IGNORED_NAMES = ("blackwell-fna", "cutlass-fna", "flex-fna", "hopper-fna")
 
 log = logging.getLogger("natten")
 
-# A plain global instead of a context variable, so that torch.compile can guard on it.
-_default: str | None = os.environ.get("NATTEN_BACKEND") or None
+
+class _Default(threading.local):
+    """The default backend of each thread; torch.compile guards on `name` if it is set for each instance."""
+
+    def __init__(self) -> None:
+        self.name: str | None = os.environ.get("NATTEN_BACKEND") or None
+
+
+_default = _Default()
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Set the default backend, in all threads, for the duration of a ``with`` block.
+    """Set the default backend of the current thread for the duration of a ``with`` block.
 
-    Calls that pass `backend` are not affected. The environment variable NATTEN_BACKEND sets the default for a process.
+    Calls that pass `backend` are not affected. The environment variable NATTEN_BACKEND sets the default for all threads
+    of a process.
 
     Args:
         name: "reference", "cpu" or "cuda"; None selects the fastest backend that supports each call.
@@ -97,23 +106,22 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: if the backend is unknown.
     """
-    global _default
     if name is not None:
         find(name)
-    previous, _default = _default, name
+    previous, _default.name = _default.name, name
     try:
         yield
     finally:
-        _default = previous
+        _default.name = previous
 
 
 def requested(backend: str | None) -> str | None:
-    """Return the backend that a call (its `backend` argument) or the process requests, or None if neither does."""
+    """Return the backend that a call (its `backend` argument) or the thread requests, or None if neither does."""
     if backend in IGNORED_NAMES:
         if not torch.compiler.is_compiling():  # torch.compile cannot trace warnings
             _warn_ignored(backend)
         backend = None
-    return backend if backend is not None else _default
+    return backend if backend is not None else _default.name
 
 
 @functools.cache
@@ -178,8 +186,8 @@ def read_environment() -> None:
     Raises:
         ValueError: if either has an invalid value.
     """
-    if _default is not None and _default not in NAMES:
-        raise ValueError(f"NATTEN_BACKEND={_default!r} is unknown; use one of {', '.join(map(repr, NAMES))}.")
+    if _default.name is not None and _default.name not in NAMES:
+        raise ValueError(f"NATTEN_BACKEND={_default.name!r} is unknown; use one of {', '.join(map(repr, NAMES))}.")
     level = os.environ.get("NATTEN_LOG_LEVEL", "").upper()
     if not level:
         return

@@ -145,13 +145,13 @@ def attention_backward(
         lse_BTHQ1 = lse_BTHQ1.masked_fill(_is_repeat(tiles), float("inf"))
 
         weight_BTHQK = logits_BTHQK.sub_(lse_BTHQ1).exp_()
-        grad_weight_BTHQK = grad_out_BTHQd @ v_BTHKd.mT
+        grad_weight_BTHQK = grad_out_BTHQd @ v_BTHKd.transpose(-2, -1)
         grad_logits_BTHQK = grad_weight_BTHQK.sub_(delta_BTHQ1).mul_(weight_BTHQK)
 
         shape, keys = q_BXHd.shape, [axis.key_TK for axis in tiles]
         grad_q = _from_tiles(grad_logits_BTHQK @ k_BTHKd, tiles).mul(scale)
-        grad_k = _add_tiles(grad_logits_BTHQK.mT @ q_BTHQd, keys, shape)
-        grad_v = _add_tiles(weight_BTHQK.mT @ grad_out_BTHQd, keys, shape)
+        grad_k = _add_tiles(grad_logits_BTHQK.transpose(-2, -1) @ q_BTHQd, keys, shape)
+        grad_v = _add_tiles(weight_BTHQK.transpose(-2, -1) @ grad_out_BTHQd, keys, shape)
         grad_qkv = q_BXHd.new_empty(shape_of_grads(q_BXHd, k_BXHd, v_BXHd))
         views = split_grads(grad_qkv, q_BXHd, k_BXHd, v_BXHd)
         for view, grad in zip(views, (grad_q, grad_k, grad_v), strict=True):
@@ -184,7 +184,7 @@ def _logits(q_BXHd, k_BXHd, v_BXHd, rpb, tiles: list[AxisTiles], scale: float) -
     q_BTHQd = _to_tiles(q_BXHd.to(dtype) * scale, [axis.query_TQ for axis in tiles])
     k_BTHKd = _to_tiles(k_BXHd.to(dtype), keys)
     v_BTHKd = _to_tiles(v_BXHd.to(dtype), keys)
-    logits_BTHQK = q_BTHQd @ k_BTHKd.mT + _bias(rpb, tiles, dtype)
+    logits_BTHQK = q_BTHQd @ k_BTHKd.transpose(-2, -1) + _bias(rpb, tiles, dtype)
     return q_BTHQd, k_BTHKd, v_BTHKd, logits_BTHQK
 
 
@@ -203,7 +203,7 @@ def query_key(q_BHXd: Tensor, k_BHXd: Tensor, rpb: Tensor | None, axes: Sequence
         q_BTH1d, k_BTHWd = _to_windows(q_BHXd, tiles, "query_TQ"), _to_windows(k_BHXd, tiles, "key_TK")
         bias_TH1W = _bias(rpb, tiles, q_BTH1d.dtype)
         # Filled after the sum, so that autograd treats these slots as constants.
-        logits_BTH1W = (q_BTH1d @ k_BTHWd.mT + bias_TH1W).masked_fill(bias_TH1W.isinf(), float("-inf"))
+        logits_BTH1W = (q_BTH1d @ k_BTHWd.transpose(-2, -1) + bias_TH1W).masked_fill(bias_TH1W.isinf(), float("-inf"))
         return _from_windows(logits_BTH1W, tiles, q_BHXd.dtype)
 
 
@@ -217,7 +217,7 @@ def query_key_backward(
         is_void = _is_outside(tiles) | _is_repeat(tiles)
         grad_BTH1W = _to_windows(grad_BHXW, tiles, "query_TQ").masked_fill(is_void, 0.0)
         grad_q = _from_windows(grad_BTH1W @ k_BTHWd, tiles, q_BHXd.dtype)
-        grad_k = _add_windows(grad_BTH1W.mT @ q_BTH1d, tiles, k_BHXd)
+        grad_k = _add_windows(grad_BTH1W.transpose(-2, -1) @ q_BTH1d, tiles, k_BHXd)
         grad_rpb = None if rpb is None else _add_bias(grad_BTH1W.sum(0), tiles, rpb)
         return grad_q, grad_k, grad_rpb
 
@@ -242,8 +242,8 @@ def weight_value_backward(
         is_void = _is_outside(tiles) | _is_repeat(tiles)
         weight_BTH1W = _to_windows(weight_BHXW, tiles, "query_TQ").masked_fill(is_void, 0.0)
         grad_BTH1d, v_BTHWd = _to_windows(grad_BHXd, tiles, "query_TQ"), _to_windows(v_BHXd, tiles, "key_TK")
-        grad_weight_BTH1W = (grad_BTH1d @ v_BTHWd.mT).masked_fill(is_void, 0.0)
-        grad_v = _add_windows(weight_BTH1W.mT @ grad_BTH1d, tiles, v_BHXd)
+        grad_weight_BTH1W = (grad_BTH1d @ v_BTHWd.transpose(-2, -1)).masked_fill(is_void, 0.0)
+        grad_v = _add_windows(weight_BTH1W.transpose(-2, -1) @ grad_BTH1d, tiles, v_BHXd)
         return _from_windows(grad_weight_BTH1W, tiles, weight_BHXW.dtype), grad_v
 
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,8 +35,8 @@ _REFUSED_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Write a file under a temporary name in the same folder, sync it to disk, and rename it.
 
-    The temporary name is fixed, so that the next write overwrites the remains of a killed process. Each file may have
-    only one writer at a time.
+    Of several writers at a time, the last one to finish wins. A killed process leaves its temporary file behind;
+    `natzoo.runs.lock_folder` deletes those of checkpoints.
 
     Args:
         path: the file; an existing one is replaced only by a complete new one.
@@ -45,9 +46,9 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
         OSError: if the folder is missing, full or not writable; names the file. An existing file is unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
-        handle = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+        handle = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
                 write(file)
@@ -61,6 +62,25 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
         text = f"{path} could not be written ({error.strerror}); an existing file is unchanged."
         raise OSError(error.errno, text) from error
     sync(path.parent)
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """Create or replace a file as a hard link to another one, or as its copy on file systems without hard links."""
+    temporary = _temporary(path)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Return an unused name in the folder of a file."""
+    return path.with_name(f".{path.name[:60]}.{secrets.token_hex(6)}.tmp")
 
 
 def write_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> None:

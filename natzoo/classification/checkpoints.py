@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from natzoo import command_line
 from natzoo.checkpoints import read_checkpoint, write_checkpoint
-from natzoo.checkpoints.write import sync
+from natzoo.checkpoints.write import copy_atomically
 from natzoo.classification.distributed import World
+from natzoo.runs import lock_folder
 
 # Options that a resumed run may change without notice: they do not affect the result.
 _NO_EFFECT = (
@@ -32,6 +34,26 @@ def run_folder(args: argparse.Namespace) -> Path:
     if args.work_dir:
         return Path(args.work_dir)
     return Path(args.output) / (args.experiment or (Path(args.config).stem if args.config else args.model))
+
+
+@contextlib.contextmanager
+def lock_run(folder: Path, world: World) -> Iterator[None]:
+    """Keep all other runs out of the folder of a run until the end of the block. All processes must call it.
+
+    Raises:
+        ValueError, OSError: in all processes, as in `lock_folder`.
+    """
+    problem: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        if world.is_main_process:
+            try:
+                stack.enter_context(lock_folder(folder))
+            except command_line.USER_ERRORS as error:
+                problem = error
+        problem = world.gather(problem)[0]
+        if problem is not None:
+            raise problem
+        yield
 
 
 class CheckpointSaver:
@@ -69,14 +91,7 @@ class CheckpointSaver:
         """Keep last.pth as epoch-N.pth and remove those of older epochs."""
         if not self.world.is_main_process or self.keep == 0:
             return
-        kept, temporary = self.folder / f"epoch-{epoch:04d}.pth", self.folder / ".epoch.pth.tmp"
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(self.last, temporary)  # no copy: the next save replaces last.pth and leaves this file alone
-        except OSError:
-            shutil.copyfile(self.last, temporary)
-            sync(temporary)
-        os.replace(temporary, kept)
+        copy_atomically(self.last, self.folder / f"epoch-{epoch:04d}.pth")  # the next save replaces last.pth
         for path in self.folder.glob("epoch-*.pth"):
             number = path.stem.removeprefix("epoch-")
             if number.isdecimal() and int(number) <= epoch - self.keep:

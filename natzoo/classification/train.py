@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from natzoo import command_line
-from natzoo.classification.checkpoints import CheckpointSaver, check_same_run, load_resume_state, run_folder
+from natzoo.classification.checkpoints import CheckpointSaver, check_same_run, load_resume_state, lock_run, run_folder
 from natzoo.classification.data.datasets import STEP_SEED, check_bad_images, gather_bad_images, seed_all
 from natzoo.classification.data.loader import (
     create_evaluation_loader,
@@ -475,9 +475,8 @@ def main(argv: Sequence[str] | None = None) -> float:
         torch.set_num_threads(args.threads)
     with SignalHandler() as signals, init_world(args.device, signals) as (world, args.device):
         try:
-            with explain_memory_errors(
-                "lower --batch-size and raise --grad-accum, or use --grad-checkpointing or --amp"
-            ):
+            remedy = "lower --batch-size and raise --grad-accum, or use --grad-checkpointing or --amp"
+            with lock_run(run_folder(args), world), explain_memory_errors(remedy):
                 return Trainer(args, world, signals).run()
         except Interrupted:
             pass

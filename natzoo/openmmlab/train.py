@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from natzoo.openmmlab.runner import (
     make_runner,
     report_unknown_keys,
 )
+from natzoo.runs import lock_folder
 
 
 def make_parser(project: Project) -> argparse.ArgumentParser:
@@ -74,7 +75,6 @@ def main(project: Project, argv: Sequence[str] | None = None) -> None:
     cfg = load_config(args, project)
     check_data(cfg, ("train_dataloader", "val_dataloader"))
     set_precision(cfg, args.amp)
-    _set_start(cfg, args)
     if args.seed is not None:
         cfg.randomness = {**cfg.get("randomness", {}), "seed": args.seed}
     if args.auto_scale_lr:
@@ -84,7 +84,8 @@ def main(project: Project, argv: Sequence[str] | None = None) -> None:
                 "auto_scale_lr = dict(base_batch_size=N), with the batch size for which the learning rate was chosen."
             )
         cfg.auto_scale_lr.enable = True
-    with report_unknown_keys(cfg):
+    with lock_folder(Path(cfg.work_dir)) if is_main_process() else nullcontext(), report_unknown_keys(cfg):
+        _set_start(cfg, args)
         make_runner(cfg, new_classes=not cfg.resume).train()
 
 

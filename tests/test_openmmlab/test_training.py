@@ -28,6 +28,7 @@ from runs import (
 )
 
 from natzoo.checkpoints import read_checkpoint
+from natzoo.runs import lock_folder
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -218,6 +219,12 @@ def test_fine_tuning_with_other_classes(segmenter, drawn, tmp_path):
     )
     with pytest.raises(ValueError, match=r"iter_4\.pth"):
         train_segmenter(*options, tmp_path / "resumed", "--resume", old)
+
+
+def test_folder_of_another_run_is_refused(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr("natzoo.runs._PATIENCE_S", 0.0)
+    with lock_folder(tmp_path / "run"), pytest.raises(ValueError, match="run is used by another run"):
+        train_segmenter(tiny_upernet(tmp_path), "--data", drawn, "--work-dir", tmp_path / "run")
 
 
 def test_seed_keeps_other_randomness_settings(drawn, tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
 """Run torchrun and exit with the status of the process that failed first.
 
-python -m natzoo.classification.launch [options of torchrun] SCRIPT [options of the script]
+python -m natzoo.launch [options of torchrun] SCRIPT [options of the script]
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,12 +14,15 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from natzoo.command_line import LAUNCHER
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run torchrun without its traceback; the failed process has already printed its own error.
 
     Exits with the status of the process that failed first, or with 128 + the number of the signal.
     """
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         run.main(argv)
     except ChildFailedError as error:
