@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from natten.geometry import Axis, Margin, margin
+from natten.tracing import untraced
 
 IntOrTuple = int | Sequence[int]
 BoolOrTuple = bool | Sequence[bool]
@@ -38,23 +39,6 @@ R = TypeVar("R")
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_RESULTS = 4096  # per cached function
-
-
-def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """Keep torch.jit.trace from recording what a function does: it sees sizes as plain integers, not as tensors."""
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        if torch.compiler.is_compiling() or not torch.jit.is_tracing():
-            return function(*args, **kwargs)
-        state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch._C._set_tracing_state(state)
-
-    return wrapper
 
 
 def cached(function: Callable[P, R]) -> Callable[P, R]:

@@ -22,6 +22,7 @@ from natten.checks import (
     check_window,
 )
 from natten.geometry import padding
+from natten.tracing import is_unknown, record_call, resize
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -92,28 +93,34 @@ class NeighborhoodAttentionNd(nn.Module):
         if self.rpb is not None:
             nn.init.normal_(self.rpb, std=0.02)
 
-    def forward(self, x_BXC: Tensor) -> Tensor:
+    def forward(self, x_BXC: Tensor, return_weights: bool = False) -> Any:
         """Apply the layer.
 
         Args:
             x_BXC: channels-last input [B, *space, dim].
+            return_weights: also return the attention weights from which the output is computed, as
+                `attention_weights` does. They take memory for tokens x window weights.
 
         Returns:
-            [B, *space, dim]; with window_padding="valid", each spatial axis is shorter.
+            [B, *space, dim]; with window_padding="valid", each spatial axis is shorter. With return_weights, a pair of
+            this and the weights.
 
         Raises:
-            ValueError: if the input has another number of dimensions or channels.
+            ValueError: if the input has another number of dimensions or channels, or as in `attention_weights`.
         """
         if isinstance(x_BXC, fx.Proxy):
             return record_call(self, x_BXC)
         qkv_BX3Hd = self._project(x_BXC)
-        if self.training and self.attn_drop.p > 0:
-            out_BXHd = self._attend_with_dropout(qkv_BX3Hd)
+        weights_BHXW = None
+        if return_weights or (self.training and self.attn_drop.p > 0):
+            weights_BHXW = self._weights(qkv_BX3Hd)
+            out_BXHd = self._apply_weights(self.attn_drop(weights_BHXW), qkv_BX3Hd)
         else:
             out_BXHd = self._attend(qkv_BX3Hd)
         if self.window_padding == "shift":
             out_BXHd = self._crop(out_BXHd, x_BXC.shape[1:-1])
-        return self.proj_drop(self.proj(out_BXHd.flatten(-2)))
+        x_BXC = self.proj_drop(self.proj(out_BXHd.flatten(-2)))
+        return (x_BXC, weights_BHXW) if return_weights else x_BXC
 
     def attention_weights(self, x_BXC: Tensor) -> Tensor:
         """Compute the attention weights that `forward` uses, before dropout.
@@ -128,12 +135,6 @@ class NeighborhoodAttentionNd(nn.Module):
             ValueError: if the layer has a stride above 1 or a window_padding other than "shift", or the input does not
                 fit.
         """
-        if any(stride > 1 for stride in self.stride):
-            raise ValueError(f"stride = {self.stride} is not supported; attention weights require stride 1.")
-        if self.window_padding != "shift":
-            raise ValueError(
-                f"window_padding = {self.window_padding!r} is not supported; attention weights require 'shift'."
-            )
         return self._weights(self._project(x_BXC))
 
     def _attend(self, qkv_BX3Hd: Tensor) -> Tensor:
@@ -147,14 +148,19 @@ class NeighborhoodAttentionNd(nn.Module):
             window_padding=self.window_padding,
         )
 
-    def _attend_with_dropout(self, qkv_BX3Hd: Tensor) -> Tensor:
-        weights_BHXW = self.attn_drop(self._weights(qkv_BX3Hd))
+    def _apply_weights(self, weights_BHXW: Tensor, qkv_BX3Hd: Tensor) -> Tensor:
         v_BHXd = qkv_BX3Hd.select(-3, 2).movedim(-2, 1)
         window = self.kernel_size, self.dilation, self.is_causal
         out_BHXd = self._weight_value(weights_BHXW.to(v_BHXd.dtype), v_BHXd, *window, backend=self.backend)
         return out_BHXd.movedim(1, -2)
 
     def _weights(self, qkv_BX3Hd: Tensor) -> Tensor:
+        if any(stride > 1 for stride in self.stride):
+            raise ValueError(f"stride = {self.stride} is not supported; attention weights require stride 1.")
+        if self.window_padding != "shift":
+            raise ValueError(
+                f"window_padding = {self.window_padding!r} is not supported; attention weights require 'shift'."
+            )
         q_BHXd, k_BHXd = (qkv_BX3Hd.select(-3, part).movedim(-2, 1) for part in (0, 1))
         window = self.kernel_size, self.dilation, self.is_causal
         logits_BHXW = self._query_key(q_BHXd * self.scale, k_BHXd, *window, rpb=self.rpb, backend=self.backend)
@@ -166,16 +172,21 @@ class NeighborhoodAttentionNd(nn.Module):
         return self.qkv(self._pad(x_BXC)).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _pad(self, x_BXC: Tensor) -> Tensor:
-        missing = padding(x_BXC.shape[1:-1], self.kernel_size, self.dilation)
-        if self.window_padding != "shift" or not (_is_unknown(missing) or any(missing)):
+        space = x_BXC.shape[1:-1]
+        missing = padding(space, self.kernel_size, self.dilation)
+        if self.window_padding != "shift" or not (is_unknown(missing) or any(missing)):
             return x_BXC
+        if torch.compiler.is_exporting():
+            return resize(x_BXC, [length + amount for length, amount in zip(space, missing, strict=True)])
         # F.pad takes the last axis first, and both ends of each.
         return F.pad(x_BXC, (0, 0, *(end for amount in reversed(missing) for end in (0, amount))))
 
-    def _crop(self, x_BXC: Tensor, space: Sequence[int]) -> Tensor:
+    def _crop(self, x_BXHd: Tensor, space: Sequence[int]) -> Tensor:
+        if torch.compiler.is_exporting() and is_unknown(padding(space, self.kernel_size, self.dilation)):
+            return resize(x_BXHd, space)
         for axis, length in enumerate(space, start=1):
-            x_BXC = x_BXC.narrow(axis, 0, length)
-        return x_BXC
+            x_BXHd = x_BXHd.narrow(axis, 0, length)
+        return x_BXHd
 
     def __prepare_scriptable__(self):
         raise ValueError(f"{type(self).__name__} does not support torch.jit.script; use torch.jit.trace.")
@@ -258,18 +269,6 @@ class NeighborhoodAttention3D(NeighborhoodAttentionNd):
     _attention = staticmethod(functional.na3d_qkvpacked)
     _query_key = staticmethod(functional.na3d_qk)
     _weight_value = staticmethod(functional.na3d_av)
-
-
-def record_call(layer: nn.Module, x: fx.Proxy) -> Any:
-    """Return the output of a layer for torch.fx, which records the layer as one node, like the layers of torch.nn."""
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
-
-
-def _is_unknown(missing: Sequence[Any]) -> bool:
-    """Return whether a traced or exported program must compute the amount of padding, because it takes any size."""
-    if torch.compiler.is_exporting():
-        return any(isinstance(amount, torch.SymInt) for amount in missing)
-    return any(isinstance(amount, Tensor) for amount in missing)
 
 
 def _has_rpb(rel_pos_bias: bool | None, bias: bool | None, default: bool) -> bool:

@@ -36,8 +36,9 @@ from natten.backends.reference import (
     shape_of_grads,
     split_grads,
 )
-from natten.checks import Window, cached, check_composed, check_merged, check_scale, make_axes, untraced
+from natten.checks import Window, cached, check_composed, check_merged, check_scale, make_axes
 from natten.geometry import Axis, Margin
+from natten.tracing import is_recorded, no_size_guards, untraced
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Autocast
@@ -208,17 +209,12 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _is_jit_traced() -> bool:
-    """Return whether torch.jit.trace records a module. Others, such as fvcore, see the autograd functions instead."""
-    return torch.jit._trace._trace_module_map is not None and torch.jit.is_tracing()
-
-
 def _is_forward_mode() -> bool:
     return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    if _is_jit_traced():
+    if is_recorded():
         return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return True
@@ -286,7 +282,7 @@ def _weight_value_backward(grad_out, attn, value, axes, backend) -> tuple[Tensor
 # Autograd
 # ---------------------------------------------------------------------------------------------------------------------
 
-_REFERENCE_ONLY = "backend=None and compiled backends do not support {}; pass backend=\"reference\"."
+_REFERENCE_ONLY = 'backend=None and compiled backends do not support {}; pass backend="reference".'
 
 
 class _Function(torch.autograd.Function):
@@ -421,7 +417,7 @@ def _default_scale(query: Tensor) -> float:
 
 def _is_plain(backend: str | None) -> bool:
     """Return whether a call runs as ordinary PyTorch operations; torch.jit.trace would fix the sizes of their maps."""
-    return backends.is_plain(backend) and not _is_jit_traced()
+    return backends.is_plain(backend) and not is_recorded()
 
 
 def attend(
@@ -444,7 +440,8 @@ def attend(
     backend = backends.requested(backend)
     if _is_plain(backend) or _is_forward_mode():
         query, key, value = _unpack(qkv)
-        return reference.attention(query, key, value, rpb, axes, scale)
+        with no_size_guards():
+            return reference.attention(query, key, value, rpb, axes, scale)
     if _needs_grad(*qkv, rpb):
         return _Attention.apply(rpb, axes, scale, backend, *qkv)
     return _attention(qkv, rpb, axes, scale, backend)
@@ -468,7 +465,8 @@ def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, 
     """Compute the unscaled logits [B, H, X, W] of heads-first query and key [B, H, X, d]."""
     backend = backends.requested(backend)
     if _is_plain(backend):
-        return reference.query_key(query, key, rpb, axes)
+        with no_size_guards():
+            return reference.query_key(query, key, rpb, axes)
     if _needs_grad(query, key, rpb):
         return _QueryKey.apply(rpb, axes, backend, query, key)
     return _query_key(query, key, rpb, axes, backend)
@@ -478,7 +476,8 @@ def weight_value(attn: Tensor, value: Tensor, axes: tuple[Axis, ...], backend: s
     """Compute the sums [B, H, X, d] of heads-first values [B, H, X, d], weighted by attn [B, H, X, W]."""
     backend = backends.requested(backend)
     if _is_plain(backend):
-        return reference.weight_value(attn, value, axes)
+        with no_size_guards():
+            return reference.weight_value(attn, value, axes)
     if _needs_grad(attn, value):
         return _WeightValue.apply(axes, backend, attn, value)
     return _weight_value(attn, value, axes, backend)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 class Axis(NamedTuple):
@@ -83,11 +84,11 @@ def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> Axi
     length, kernel_size, stride, dilation, _ = axis
     longest = -(-length // dilation)  # tokens of residue class 0
     tiles_per_class = -(-longest // size)
-    tile = torch.arange(dilation * tiles_per_class, device=device)
-    residue_T1 = (tile // tiles_per_class)[:, None]
+    residue_T1 = torch.arange(dilation, device=device)[:, None].expand(-1, tiles_per_class).reshape(-1, 1)
+    tile_T1 = torch.arange(tiles_per_class, device=device).repeat(dilation)[:, None]
     n_T1 = (length - residue_T1 + dilation - 1) // dilation
 
-    s_TQ = (tile % tiles_per_class)[:, None] * size + torch.arange(size, device=device)
+    s_TQ = tile_T1 * size + torch.arange(size, device=device)
     is_repeat_TQ = s_TQ >= n_T1
     s_TQ = torch.minimum(s_TQ, n_T1 - 1)
     first_TQ = first_key(axis, s_TQ, n_T1)
@@ -95,7 +96,9 @@ def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> Axi
     if size == 1:
         span, start_T1 = kernel_size, first_TQ
     else:
-        span, start_T1 = min(longest, kernel_size + size + stride - 2), first_TQ[:, :1].clamp(min=0)
+        span, start_T1 = kernel_size + size + stride - 2, first_TQ[:, :1].clamp(min=0)
+        if isinstance(longest, int):  # else torch.export records a program for any length
+            span = min(span, longest)
     key_TK = start_T1 + torch.arange(span, device=device)
 
     outside = 2 * kernel_size - 1
@@ -124,13 +127,16 @@ def padding(space: Sequence[int], kernel_size: Sequence[int], dilation: Sequence
 
     The lengths may be symbolic integers, or the tensors that torch.jit.trace turns sizes into. So are the results.
     """
-    return tuple(_at_least_0(k * d - length) for length, k, d in zip(space, kernel_size, dilation, strict=True))
+    return tuple(_missing(length, k * d) for length, k, d in zip(space, kernel_size, dilation, strict=True))
 
 
-def _at_least_0(x):
-    if isinstance(x, int):
-        return max(0, x)
-    return x.clamp(min=0) if isinstance(x, Tensor) else torch.sym_max(0, x)
+def _missing(length, least: int):
+    if isinstance(length, int):
+        return max(0, least - length)
+    if isinstance(length, Tensor):
+        return (least - length).clamp(min=0)
+    # torch.export can reason about the maximum of a length and a number, but not about that of a difference and 0.
+    return 0 if statically_known_true(length >= least) else torch.sym_max(length, least) - length
 
 
 class Margin(NamedTuple):

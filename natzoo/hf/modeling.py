@@ -6,6 +6,8 @@ natzoo/hf/registration.py converts them. Shape suffixes: B batch, C channels, H 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,13 +16,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
 from natzoo.models import NAT, DiNAT_s, Isotropic
-from natzoo.models._layers import NeighborhoodBlock, check_dilations, run_blocks, to_nchw
+from natzoo.models._layers import NeighborhoodBlock, check_dilations, to_nchw
 from natzoo.models.isotropic import BiasedAttention, relative_position_index
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,15 +140,32 @@ def _adjust(model: nn.Module, config: NatConfig) -> None:
     model.norm.eps = config.layer_norm_eps
 
 
-class IsotropicStage(nn.Module):
-    """The blocks of an isotropic model as a single stage."""
+class NatBlock(GradientCheckpointingLayer, NeighborhoodBlock):
+    """NeighborhoodBlock that transformers can recompute in the backward pass, and that may return attention weights."""
 
-    downsample = None
+    @classmethod
+    def share(cls, block: NeighborhoodBlock) -> NatBlock:
+        """Return a block with the layers and parameters of another one."""
+        shared = copy.copy(block)
+        shared.__class__ = cls
+        return shared
 
-    def __init__(self, blocks: nn.Sequential):
+    def forward(self, x_BHWC: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.norm1(x_BHWC), None
+        if return_weights:
+            attended, weights = self.attn(attended, return_weights=True)
+        else:
+            attended = self.attn(attended)
+        return self.add_branches(x_BHWC, attended), weights
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and the downsampler behind them, which the last stage lacks."""
+
+    def __init__(self, blocks: Iterable[NeighborhoodBlock], downsample: nn.Module | None):
         super().__init__()
-        self.blocks = blocks
-        self.grad_checkpointing = False
+        self.blocks = nn.ModuleList(map(NatBlock.share, blocks))
+        self.downsample = downsample
 
 
 class StageOutput(NamedTuple):
@@ -167,27 +187,19 @@ class Encoder(nn.Module):
 
     def __init__(self, model: NAT | DiNAT_s | Isotropic):
         super().__init__()
-        is_isotropic = isinstance(model, Isotropic)
-        self.levels = nn.ModuleList([IsotropicStage(model.layers)]) if is_isotropic else model.stages
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass; transformers sets this attribute."""
-        return any(level.grad_checkpointing for level in self.levels)
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enable: bool) -> None:
-        for level in self.levels:
-            level.grad_checkpointing = enable
+        stages = (
+            [(model.layers, None)] if isinstance(model, Isotropic) else [(s.blocks, s.downsample) for s in model.stages]
+        )
+        self.levels = nn.ModuleList(Stage(blocks, downsample) for blocks, downsample in stages)
 
     def forward(self, x_BHWC: Tensor, output_attentions: bool = False) -> list[StageOutput]:
         """Run all stages on embedded tokens [B, H, W, C]."""
         outputs = []
         for level in self.levels:
-            *blocks, last = level.blocks
-            x_BHWC = run_blocks(blocks, x_BHWC, level.grad_checkpointing)
-            weights = last.attn.attention_weights(last.norm1(x_BHWC)) if output_attentions else None
-            before = run_blocks((last,), x_BHWC, level.grad_checkpointing)
+            last = len(level.blocks) - 1
+            for index, block in enumerate(level.blocks):
+                x_BHWC, weights = block(x_BHWC, output_attentions and index == last)
+            before = x_BHWC
             x_BHWC = before if level.downsample is None else level.downsample(before)
             outputs.append(StageOutput(before, x_BHWC, weights))
         return outputs
@@ -206,7 +218,12 @@ class NatPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ("NeighborhoodBlock",)
+    _no_split_modules = ("NatBlock",)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        # natten selects its kernels itself; "eager" is the name of the only implementation, which returns attentions.
+        name = "eager" if attn_implementation == "sdpa" else attn_implementation
+        return super()._check_and_adjust_attn_implementation(name, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
