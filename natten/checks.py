@@ -98,9 +98,9 @@ def check_fused(
     value: Tensor,
     rpb: Tensor | None,
     kernel_size: IntOrTuple,
-    stride: IntOrTuple,
-    dilation: IntOrTuple,
-    is_causal: BoolOrTuple,
+    stride: IntOrTuple | None,
+    dilation: IntOrTuple | None,
+    is_causal: BoolOrTuple | None,
 ) -> tuple[Axis, ...]:
     """Validate a fused call whose query, key and value [B, *space, heads, head_dim] have the same shape."""
     check_tensors(rank, query=query, key=key, value=value)
@@ -115,9 +115,9 @@ def check_packed(
     qkv: Tensor,
     rpb: Tensor | None,
     kernel_size: IntOrTuple,
-    stride: IntOrTuple,
-    dilation: IntOrTuple,
-    is_causal: BoolOrTuple,
+    stride: IntOrTuple | None,
+    dilation: IntOrTuple | None,
+    is_causal: BoolOrTuple | None,
 ) -> tuple[Axis, ...]:
     """Validate a fused call with packed qkv [B, *space, 3, heads, head_dim]."""
     check_packing(rank, qkv)
@@ -136,9 +136,9 @@ def check_composed(
     value: Tensor,
     rpb: Tensor | None,
     kernel_size: IntOrTuple,
-    stride: IntOrTuple,
-    dilation: IntOrTuple,
-    is_causal: BoolOrTuple,
+    stride: IntOrTuple | None,
+    dilation: IntOrTuple | None,
+    is_causal: BoolOrTuple | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     window_padding: str,
@@ -164,8 +164,9 @@ def check_qk(
     key: Tensor,
     rpb: Tensor | None,
     kernel_size: IntOrTuple,
-    dilation: IntOrTuple,
-    is_causal: BoolOrTuple,
+    dilation: IntOrTuple | None,
+    is_causal: BoolOrTuple | None,
+    additional_keys: Tensor | None,
 ) -> tuple[Axis, ...]:
     """Validate a call of na*_qk with query and key [B, heads, *space, head_dim]."""
     check_tensors(rank, query=query, key=key)
@@ -173,6 +174,7 @@ def check_qk(
         raise ValueError(
             f"key has shape {tuple(key.shape)}, but query has shape {tuple(query.shape)}; they must be equal."
         )
+    _check_additional_tokens("additional_keys", additional_keys, "key", key)
     axes = make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
     check_rpb(rpb, axes, query.shape[1], query.dtype, query.device)
     return axes
@@ -184,18 +186,47 @@ def check_av(
     attn: Tensor,
     value: Tensor,
     kernel_size: IntOrTuple,
-    dilation: IntOrTuple,
-    is_causal: BoolOrTuple,
+    dilation: IntOrTuple | None,
+    is_causal: BoolOrTuple | None,
+    additional_values: Tensor | None,
 ) -> tuple[Axis, ...]:
-    """Validate a call of na*_av with attn [B, heads, *space, window] and value [B, heads, *space, head_dim]."""
-    check_tensors(rank, attn=attn, value=value)
+    """Validate a call of na*_av with attn [B, heads, *space, window] and value [B, heads, *space, head_dim].
+
+    The dtype of attn may differ; the call converts it to that of the value.
+    """
+    check_tensors(rank, attn=attn)
+    check_tensors(rank, value=value)
+    if attn.device != value.device:
+        raise ValueError(f"attn is on {attn.device}, but value is on {value.device}; move one of them.")
+    tokens = _check_additional_tokens("additional_values", additional_values, "value", value)
     axes = make_axes(value.shape[2:-1], kernel_size, 1, dilation, is_causal)
-    expected = (*value.shape[:-1], prod([axis.kernel_size for axis in axes]))
+    expected = (*value.shape[:-1], prod([axis.kernel_size for axis in axes]) + tokens)
     if attn.shape != expected:
         raise ValueError(
             f"attn has shape {tuple(attn.shape)}, but this value and kernel_size require {tuple(expected)}."
         )
     return axes
+
+
+def _check_additional_tokens(name: str, x: Any, like_name: str, like: Tensor) -> int:
+    """Check additional keys or values [B, heads, N, head_dim] of an unfused call, and return N; 0 for None.
+
+    Raises:
+        ValueError: if it is no tensor or does not fit.
+    """
+    if x is None:
+        return 0
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} = {x!r} must be a tensor; pass is_causal, rpb and backend by name.")
+    tokens = x.shape[-2] if x.dim() == 4 else 0
+    expected = (*like.shape[:2], tokens, like.shape[-1])
+    if tuple(x.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, but this call requires {tuple(expected)}: batch, heads, tokens and "
+            "head_dim."
+        )
+    _check_same_dtype_and_device(name, x, like_name, like)
+    return tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,18 +261,24 @@ def _has_type(value: Any, item_type: type) -> bool:
 
 
 def check_window(
-    rank: int, kernel_size: IntOrTuple, stride: IntOrTuple, dilation: IntOrTuple, is_causal: BoolOrTuple
+    rank: int,
+    kernel_size: IntOrTuple,
+    stride: IntOrTuple | None,
+    dilation: IntOrTuple | None,
+    is_causal: BoolOrTuple | None,
 ) -> Window:
     """Return the four window arguments as tuples with one value per axis.
+
+    None for stride, dilation and is_causal means 1, 1 and False, as in older releases.
 
     Raises:
         ValueError: if kernel_size < 2, stride < 1, stride > kernel_size, dilation < 1, or the number of values is not
             1 or `rank`.
     """
     kernel_size = per_axis(kernel_size, rank, "kernel_size", int)
-    stride = per_axis(stride, rank, "stride", int)
-    dilation = per_axis(dilation, rank, "dilation", int)
-    is_causal = per_axis(is_causal, rank, "is_causal", bool)
+    stride = per_axis(1 if stride is None else stride, rank, "stride", int)
+    dilation = per_axis(1 if dilation is None else dilation, rank, "dilation", int)
+    is_causal = per_axis(False if is_causal is None else is_causal, rank, "is_causal", bool)
     for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True)):
         if k < 2:
             raise ValueError(f"kernel_size = {k} on axis {axis} is too small; use at least 2.")
@@ -255,9 +292,9 @@ def check_window(
 def make_axes(
     space: Sequence[int],
     kernel_size: IntOrTuple,
-    stride: IntOrTuple = 1,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    stride: IntOrTuple | None = 1,
+    dilation: IntOrTuple | None = 1,
+    is_causal: BoolOrTuple | None = False,
 ) -> tuple[Axis, ...]:
     """Return the validated axes of a problem on a map with the given lengths in tokens.
 
@@ -319,9 +356,9 @@ def check_tensors(rank: int, **tensors: Tensor) -> None:
     Raises:
         ValueError: naming the first tensor that does not.
     """
-    check_not_nested(**tensors)
     (first_name, first), *others = tensors.items()
     for name, x in tensors.items():
+        require_tensor(name, x)
         if x.dim() != rank + 3:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}, but {rank}-D neighborhood attention requires {rank + 3} "
@@ -335,6 +372,14 @@ def check_tensors(rank: int, **tensors: Tensor) -> None:
         _check_same_dtype_and_device(name, x, first_name, first)
 
 
+def require_tensor(name: str, x: Any) -> None:
+    """Raise ValueError if an argument is not a tensor, or a nested one, which has no shape."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is {'None' if x is None else type(x).__name__}; give a tensor.")
+    if x.is_nested:
+        raise ValueError(f"{name} is a nested tensor, which is not supported; pass the maps of each size separately.")
+
+
 def _check_same_dtype_and_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     if x.dtype != like.dtype or x.device != like.device:
         raise ValueError(
@@ -344,7 +389,7 @@ def _check_same_dtype_and_device(name: str, x: Tensor, like_name: str, like: Ten
 
 def check_packing(rank: int, qkv: Tensor) -> None:
     """Raise ValueError unless qkv has the dimensions [B, *space, 3, heads, head_dim]."""
-    check_not_nested(qkv=qkv)
+    require_tensor("qkv", qkv)
     if qkv.dim() != rank + 4 or qkv.shape[-3] != 3:
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}, but must have {rank + 4} dimensions: batch, {rank} spatial, 3 (query, "
@@ -390,6 +435,8 @@ def check_additional(
     if additional_keys is None or additional_values is None:
         missing = "additional_keys" if additional_keys is None else "additional_values"
         raise ValueError(f"{missing} is missing; give additional_keys and additional_values together, or neither.")
+    require_tensor("additional_keys", additional_keys)
+    require_tensor("additional_values", additional_values)
     tokens = additional_keys.shape[1] if additional_keys.dim() > 1 else 0
     pairs = {"additional_keys": (additional_keys, key), "additional_values": (additional_values, value)}
     for name, (x, like) in pairs.items():
@@ -410,6 +457,7 @@ def check_rpb(rpb: Tensor | None, axes: Sequence[Axis], heads: int, dtype: torch
     """
     if rpb is None:
         return
+    require_tensor("rpb", rpb)
     expected = (heads, *(2 * axis.kernel_size - 1 for axis in axes))
     if tuple(rpb.shape) != expected:
         raise ValueError(
@@ -419,6 +467,11 @@ def check_rpb(rpb: Tensor | None, axes: Sequence[Axis], heads: int, dtype: torch
         raise ValueError(f"rpb has dtype {rpb.dtype}; use float32 or the dtype of the query, {dtype}.")
     if rpb.device != device:
         raise ValueError(f"rpb is on {rpb.device}, but query is on {device}; move one of them.")
+
+
+def is_default_scale(scale: Any) -> bool:
+    """Return whether a factor on the logits means head_dim ** -0.5: None, False and 0, as in older releases."""
+    return scale is None or (isinstance(scale, (int, float)) and not scale)
 
 
 def check_scale(scale: Any) -> float:
@@ -465,20 +518,14 @@ def check_merged(outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor]) -> No
 
 @untraced
 def have_one_shape(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Return whether three tensors have the same shape.
+    """Return whether three arguments have the same shape.
 
     Raises:
-        ValueError: if one of them is a nested tensor, which has no shape.
+        ValueError: naming the first that is not a tensor.
     """
-    check_not_nested(query=query, key=key, value=value)
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        require_tensor(name, x)
     return query.shape == key.shape == value.shape
-
-
-def check_not_nested(**tensors: Tensor) -> None:
-    """Raise ValueError, naming the tensor, if one of them is a nested tensor."""
-    for name, x in tensors.items():
-        if x.is_nested:
-            raise ValueError(f"{name} is a nested tensor, which is not supported; pass one map of each size at a time.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,7 +560,7 @@ def check_layer_options(stride: Sequence[int], attn_drop: float, window_padding:
 @untraced
 def check_layer_input(x: Tensor, rank: int, dim: int) -> None:
     """Raise ValueError unless x has shape [B, *space, dim]."""
-    check_not_nested(input=x)
+    require_tensor("input", x)
     if x.dim() != rank + 2 or x.shape[-1] != dim:
         raise ValueError(
             f"input has shape {tuple(x.shape)}, but this layer takes {rank + 2} dimensions, channels last: batch, "
@@ -522,7 +569,7 @@ def check_layer_input(x: Tensor, rank: int, dim: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arguments of other releases, accepted without effect
+# Arguments of other releases
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Keyword arguments of na1d, na2d and na3d since NATTEN 0.17.4, which tune kernels that do not exist here.
@@ -538,6 +585,7 @@ TUNING = frozenset(
         "q_tile_shape",
         "run_persistent_kernel",
         "torch_compile",
+        "try_fuse_additional_kv",
         "xformers_kwargs",
     )
 )
@@ -554,6 +602,44 @@ def ignore_tuning(function: str, names: Iterable[str]) -> None:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
         if not torch.compiler.is_compiling():  # torch.compile cannot trace warnings
             _warn_ignored(name)
+
+
+def merge_first_axis(name: str, value: Any, first: int | None) -> Any:
+    """Return a 3-D window argument, of which NATTEN 0.15 took the value for the first axis separately.
+
+    Args:
+        name: name of the argument, for the message.
+        value: the argument.
+        first: the value for the first axis, or None if it was not given separately.
+
+    Raises:
+        ValueError: if both say something about the first axis.
+    """
+    if first is None:
+        return value
+    if not isinstance(value, int) or not isinstance(first, int):
+        raise ValueError(f"{name}_d = {first!r} requires that {name} is an int, not {value!r}; give {name} per axis.")
+    return first, value, value
+
+
+def order_3d(arguments: tuple, kernel_size_d: int | None, dilation_d: int | None) -> tuple[Any, ...]:
+    """Return the arguments of an unfused 3-D function in its own order, or in that of NATTEN 0.15.
+
+    Args:
+        arguments: kernel_size, dilation, additional tokens, is_causal and the argument that follows. In NATTEN 0.15,
+            these were kernel_size_d, kernel_size, dilation_d, dilation and additional tokens.
+        kernel_size_d, dilation_d: the values for the first axis, if given by name.
+
+    Raises:
+        ValueError: as `merge_first_axis`.
+    """
+    kernel_size, dilation, additional, is_causal, last = arguments
+    if isinstance(additional, int) and not isinstance(additional, bool):
+        kernel_size_d, kernel_size, dilation_d, dilation = kernel_size, dilation, additional, is_causal
+        additional, is_causal, last = last, False, None
+    kernel_size = merge_first_axis("kernel_size", kernel_size, kernel_size_d)
+    dilation = merge_first_axis("dilation", dilation, dilation_d)
+    return kernel_size, dilation, additional, is_causal, last
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten import functional
+from natten import functional, ops
 from natten.checks import IntOrTuple, check_heads
 from natten.modules import NeighborhoodAttention1D, NeighborhoodAttention2D
 
@@ -115,6 +115,8 @@ def _qk(name: str, rank: int, bias: str | None, args: tuple, kwargs: dict[str, A
     rpb = None if bias is None else given[bias]
     if "kernel_size" not in given:
         given["kernel_size"] = _kernel_size_of_rpb(rpb, rank)
+    if name.startswith("natten"):  # up to 0.14, autocast applied
+        given["query"], given["key"] = ops.apply_autocast(given["query"], given["key"])
     return _NEW_QK[rank](given["query"], given["key"], given["kernel_size"], given["dilation"], rpb=rpb)
 
 
@@ -122,6 +124,7 @@ def _av(name: str, rank: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     given = _sort_arguments(name, _orders(rank, ("attn", "value"), infers_kernel_size=True), args, kwargs)
     if "kernel_size" not in given:
         given["kernel_size"] = _kernel_size_of_attn(given["attn"], rank)
+    given["attn"], given["value"] = ops.apply_autocast(given["attn"], given["value"])  # as up to 0.14
     return _NEW_AV[rank](**given)
 
 

@@ -216,8 +216,4 @@ def _function_handle(inputs: list, outputs: list) -> Counter[str]:
 
 
 _HANDLES = {f"natten::{operator}": _operator_handle(operator) for operator in _WORK}
-_HANDLES |= {
-    f"prim::PythonOp.{name}": _function_handle
-    for name, value in vars(ops).items()
-    if isinstance(value, type) and issubclass(value, torch.autograd.Function)
-}
+_HANDLES |= {f"prim::PythonOp.{function.__name__}": _function_handle for function in ops.FUNCTIONS}

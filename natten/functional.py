@@ -28,6 +28,7 @@ from natten.checks import (
     check_qk,
     have_one_shape,
     ignore_tuning,
+    order_3d,
 )
 from natten.ops import merge_attentions
 
@@ -58,9 +59,9 @@ def na1d(
     key: Tensor,
     value: Tensor,
     kernel_size: IntOrTuple,
-    stride: IntOrTuple = 1,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    stride: IntOrTuple | None = 1,
+    dilation: IntOrTuple | None = 1,
+    is_causal: BoolOrTuple | None = False,
     scale: float | None = None,
     rpb: Tensor | None = None,
     return_lse: bool = False,
@@ -94,9 +95,9 @@ def na2d(
     key: Tensor,
     value: Tensor,
     kernel_size: IntOrTuple,
-    stride: IntOrTuple = 1,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    stride: IntOrTuple | None = 1,
+    dilation: IntOrTuple | None = 1,
+    is_causal: BoolOrTuple | None = False,
     scale: float | None = None,
     rpb: Tensor | None = None,
     return_lse: bool = False,
@@ -119,7 +120,7 @@ def na2d(
         stride: number of consecutive queries that share a window, at most kernel_size.
         dilation: distance between neighboring tokens of a window; kernel_size * dilation must not exceed the axis.
         is_causal: whether the window ends at its query instead of being centered on it.
-        scale: factor on the logits; default: head_dim ** -0.5 of the query.
+        scale: factor on the logits; None or 0: head_dim ** -0.5 of the query.
         rpb: relative position bias [heads, 2K-1, 2K-1], added to the scaled logits; float32 or the query's dtype.
         return_lse: also return the logsumexp of the logits.
         backend: "reference", "cpu" or "cuda"; None selects the fastest that supports the call.
@@ -150,9 +151,9 @@ def na3d(
     key: Tensor,
     value: Tensor,
     kernel_size: IntOrTuple,
-    stride: IntOrTuple = 1,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    stride: IntOrTuple | None = 1,
+    dilation: IntOrTuple | None = 1,
+    is_causal: BoolOrTuple | None = False,
     scale: float | None = None,
     rpb: Tensor | None = None,
     return_lse: bool = False,
@@ -215,9 +216,9 @@ def _is_native(additional: tuple[Tensor | None, Tensor | None], window_padding: 
 def na1d_qkvpacked(
     qkv: Tensor,
     kernel_size: IntOrTuple,
-    stride: IntOrTuple = 1,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    stride: IntOrTuple | None = 1,
+    dilation: IntOrTuple | None = 1,
+    is_causal: BoolOrTuple | None = False,
     scale: float | None = None,
     rpb: Tensor | None = None,
     return_lse: bool = False,
@@ -248,9 +249,9 @@ def na1d_qkvpacked(
 def na2d_qkvpacked(
     qkv: Tensor,
     kernel_size: IntOrTuple,
-    stride: IntOrTuple = 1,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    stride: IntOrTuple | None = 1,
+    dilation: IntOrTuple | None = 1,
+    is_causal: BoolOrTuple | None = False,
     scale: float | None = None,
     rpb: Tensor | None = None,
     return_lse: bool = False,
@@ -281,9 +282,9 @@ def na2d_qkvpacked(
 def na3d_qkvpacked(
     qkv: Tensor,
     kernel_size: IntOrTuple,
-    stride: IntOrTuple = 1,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    stride: IntOrTuple | None = 1,
+    dilation: IntOrTuple | None = 1,
+    is_causal: BoolOrTuple | None = False,
     scale: float | None = None,
     rpb: Tensor | None = None,
     return_lse: bool = False,
@@ -341,8 +342,9 @@ def na1d_qk(
     query: Tensor,
     key: Tensor,
     kernel_size: IntOrTuple,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    dilation: IntOrTuple | None = 1,
+    additional_keys: Tensor | None = None,
+    is_causal: BoolOrTuple | None = False,
     rpb: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -351,7 +353,7 @@ def na1d_qk(
     Args:
         query, key: [B, heads, L, head_dim].
         rpb: relative position bias [heads, 2K-1].
-        kernel_size, dilation, is_causal, backend: see `na2d`.
+        kernel_size, dilation, additional_keys, is_causal, backend: see `na2d_qk`.
 
     Returns:
         [B, heads, L, K]. See `na2d_qk`.
@@ -359,15 +361,16 @@ def na1d_qk(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    return _qk(1, query, key, kernel_size, dilation, is_causal, rpb, backend)
+    return _qk(1, query, key, kernel_size, dilation, additional_keys, is_causal, rpb, backend)
 
 
 def na2d_qk(
     query: Tensor,
     key: Tensor,
     kernel_size: IntOrTuple,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    dilation: IntOrTuple | None = 1,
+    additional_keys: Tensor | None = None,
+    is_causal: BoolOrTuple | None = False,
     rpb: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -375,34 +378,42 @@ def na2d_qk(
 
     Args:
         query, key: [B, heads, H, W, head_dim].
+        additional_keys: N tokens [B, heads, N, head_dim] that all queries attend to in addition to their window. Pass
+            this and what follows by name.
         rpb: relative position bias [heads, 2K-1, 2K-1], added to the logits; float32 or the query's dtype.
         kernel_size, dilation, is_causal, backend: see `na2d`.
 
     Returns:
         [B, heads, H, W, K*K] in the query's dtype, with the keys of a window in row-major order. Entries of a causal
-        window that lie before the map are -inf.
+        window that lie before the map are -inf. With additional keys [B, heads, H, W, K*K + N], theirs at the end.
+        Autocast does not change the dtype, unless those of query and key differ.
 
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    return _qk(2, query, key, kernel_size, dilation, is_causal, rpb, backend)
+    return _qk(2, query, key, kernel_size, dilation, additional_keys, is_causal, rpb, backend)
 
 
 def na3d_qk(
     query: Tensor,
     key: Tensor,
     kernel_size: IntOrTuple,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    dilation: IntOrTuple | None = 1,
+    additional_keys: Tensor | None = None,
+    is_causal: BoolOrTuple | None = False,
     rpb: Tensor | None = None,
     backend: str | None = None,
+    *,
+    kernel_size_d: int | None = None,
+    dilation_d: int | None = None,
 ) -> Tensor:
     """Compute the unscaled logits of each query with the keys of its window.
 
     Args:
         query, key: [B, heads, D, H, W, head_dim].
         rpb: relative position bias [heads, 2K-1, 2K-1, 2K-1].
-        kernel_size, dilation, is_causal, backend: see `na2d`.
+        kernel_size, dilation, additional_keys, is_causal, backend: see `na2d_qk`.
+        kernel_size_d, dilation_d: kernel_size and dilation along the first axis, as NATTEN 0.15 took them.
 
     Returns:
         [B, heads, D, H, W, K*K*K]. See `na2d_qk`.
@@ -410,7 +421,9 @@ def na3d_qk(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    return _qk(3, query, key, kernel_size, dilation, is_causal, rpb, backend)
+    arguments = kernel_size, dilation, additional_keys, is_causal, rpb
+    kernel_size, dilation, additional_keys, is_causal, rpb = order_3d(arguments, kernel_size_d, dilation_d)
+    return _qk(3, query, key, kernel_size, dilation, additional_keys, is_causal, rpb, backend)
 
 
 def _qk(
@@ -418,22 +431,26 @@ def _qk(
     query: Tensor,
     key: Tensor,
     kernel_size: IntOrTuple,
-    dilation: IntOrTuple,
-    is_causal: BoolOrTuple,
+    dilation: IntOrTuple | None,
+    additional_keys: Tensor | None,
+    is_causal: BoolOrTuple | None,
     rpb: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    query, key = ops.apply_autocast(query, key)
-    axes = check_qk(rank, query, key, rpb, kernel_size, dilation, is_causal)
-    return ops.query_key(query, key, rpb, axes, backend)
+    query, key = ops.unify_dtypes(query, key)
+    axes = check_qk(rank, query, key, rpb, kernel_size, dilation, is_causal, additional_keys)
+    if additional_keys is None:
+        return ops.query_key(query, key, rpb, axes, backend)
+    return ops.query_key_composed(query, key, rpb, axes, backend, additional_keys)
 
 
 def na1d_av(
     attn: Tensor,
     value: Tensor,
     kernel_size: IntOrTuple,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    dilation: IntOrTuple | None = 1,
+    additional_values: Tensor | None = None,
+    is_causal: BoolOrTuple | None = False,
     backend: str | None = None,
 ) -> Tensor:
     """Compute the sum of the values of each window, weighted by attention weights.
@@ -441,7 +458,7 @@ def na1d_av(
     Args:
         attn: attention weights [B, heads, L, K], as `na1d_qk` orders them.
         value: [B, heads, L, head_dim].
-        kernel_size, dilation, is_causal, backend: see `na2d`.
+        kernel_size, dilation, additional_values, is_causal, backend: see `na2d_av`.
 
     Returns:
         [B, heads, L, head_dim]. See `na2d_av`.
@@ -449,23 +466,26 @@ def na1d_av(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    return _av(1, attn, value, kernel_size, dilation, is_causal, backend)
+    return _av(1, attn, value, kernel_size, dilation, additional_values, is_causal, backend)
 
 
 def na2d_av(
     attn: Tensor,
     value: Tensor,
     kernel_size: IntOrTuple,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    dilation: IntOrTuple | None = 1,
+    additional_values: Tensor | None = None,
+    is_causal: BoolOrTuple | None = False,
     backend: str | None = None,
 ) -> Tensor:
     """Compute the sum of the values of each window, weighted by attention weights.
 
     Args:
         attn: attention weights [B, heads, H, W, K*K], as `na2d_qk` orders them. Entries of a causal window that lie
-            before the map are ignored.
+            before the map are ignored. Converted to the dtype of the value.
         value: [B, heads, H, W, head_dim].
+        additional_values: [B, heads, N, head_dim], whose weights follow those of the window: attn is then
+            [B, heads, H, W, K*K + N]. Pass this and what follows by name.
         kernel_size, dilation, is_causal, backend: see `na2d`.
 
     Returns:
@@ -474,23 +494,28 @@ def na2d_av(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    return _av(2, attn, value, kernel_size, dilation, is_causal, backend)
+    return _av(2, attn, value, kernel_size, dilation, additional_values, is_causal, backend)
 
 
 def na3d_av(
     attn: Tensor,
     value: Tensor,
     kernel_size: IntOrTuple,
-    dilation: IntOrTuple = 1,
-    is_causal: BoolOrTuple = False,
+    dilation: IntOrTuple | None = 1,
+    additional_values: Tensor | None = None,
+    is_causal: BoolOrTuple | None = False,
     backend: str | None = None,
+    *,
+    kernel_size_d: int | None = None,
+    dilation_d: int | None = None,
 ) -> Tensor:
     """Compute the sum of the values of each window, weighted by attention weights.
 
     Args:
         attn: attention weights [B, heads, D, H, W, K*K*K], as `na3d_qk` orders them.
         value: [B, heads, D, H, W, head_dim].
-        kernel_size, dilation, is_causal, backend: see `na2d`.
+        kernel_size, dilation, additional_values, is_causal, backend: see `na2d_av`.
+        kernel_size_d, dilation_d: kernel_size and dilation along the first axis, as NATTEN 0.15 took them.
 
     Returns:
         [B, heads, D, H, W, head_dim]. See `na2d_av`.
@@ -498,7 +523,9 @@ def na3d_av(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    return _av(3, attn, value, kernel_size, dilation, is_causal, backend)
+    arguments = kernel_size, dilation, additional_values, is_causal, backend
+    kernel_size, dilation, additional_values, is_causal, backend = order_3d(arguments, kernel_size_d, dilation_d)
+    return _av(3, attn, value, kernel_size, dilation, additional_values, is_causal, backend)
 
 
 def _av(
@@ -506,10 +533,13 @@ def _av(
     attn: Tensor,
     value: Tensor,
     kernel_size: IntOrTuple,
-    dilation: IntOrTuple,
-    is_causal: BoolOrTuple,
+    dilation: IntOrTuple | None,
+    additional_values: Tensor | None,
+    is_causal: BoolOrTuple | None,
     backend: str | None,
 ) -> Tensor:
-    attn, value = ops.apply_autocast(attn, value)
-    axes = check_av(rank, attn, value, kernel_size, dilation, is_causal)
-    return ops.weight_value(attn, value, axes, backend)
+    axes = check_av(rank, attn, value, kernel_size, dilation, is_causal, additional_values)
+    attn = attn.to(value.dtype)
+    if additional_values is None:
+        return ops.weight_value(attn, value, axes, backend)
+    return ops.weight_value_composed(attn, value, axes, backend, additional_values)

@@ -20,6 +20,8 @@ from natten.checks import (
     check_layer_input,
     check_layer_options,
     check_window,
+    is_default_scale,
+    merge_first_axis,
 )
 from natten.geometry import padding
 from natten.tracing import is_unknown, record_call, resize
@@ -44,8 +46,8 @@ class NeighborhoodAttentionNd(nn.Module):
         kernel_size: IntOrTuple | None = None,
         dilation: IntOrTuple | None = None,
         *,
-        stride: IntOrTuple = 1,
-        is_causal: BoolOrTuple = False,
+        stride: IntOrTuple | None = 1,
+        is_causal: BoolOrTuple | None = False,
         rel_pos_bias: bool | None = None,
         bias: bool | None = None,
         qkv_bias: bool = True,
@@ -54,6 +56,9 @@ class NeighborhoodAttentionNd(nn.Module):
         proj_drop: float = 0.0,
         window_padding: str = "shift",
         embed_dim: int | None = None,
+        kernel_size_d: int | None = None,
+        dilation_d: int | None = None,
+        use_experimental_ops: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -68,13 +73,15 @@ class NeighborhoodAttentionNd(nn.Module):
         check_heads(
             dim, num_heads, "(dim, num_heads, kernel_size); in NATTEN up to 0.14.4: (dim, kernel_size, num_heads)"
         )
-        window = check_window(self.rank, kernel_size, stride, 1 if dilation is None else dilation, is_causal)
+        kernel_size = self._merge_first_axis("kernel_size", kernel_size, kernel_size_d)
+        dilation = self._merge_first_axis("dilation", dilation, dilation_d)
+        window = check_window(self.rank, kernel_size, stride, dilation, is_causal)
         self.kernel_size, self.stride, self.dilation, self.is_causal = window
         check_layer_options(self.stride, attn_drop, window_padding)
         self.window_padding = window_padding
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.scale = self.head_dim**-0.5 if is_default_scale(qk_scale) else qk_scale
         self.backend = backend
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -87,6 +94,11 @@ class NeighborhoodAttentionNd(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
+
+    def _merge_first_axis(self, name: str, value: Any, first: int | None) -> Any:
+        if first is not None and self.rank != 3:
+            raise ValueError(f"{name}_d = {first!r} is for layers over three axes; use {name}.")
+        return merge_first_axis(name, 1 if value is None else value, first)
 
     def reset_parameters(self) -> None:
         """Initialize the bias table; the projections keep the default initialization of nn.Linear."""
@@ -150,8 +162,8 @@ class NeighborhoodAttentionNd(nn.Module):
 
     def _apply_weights(self, weights_BHXW: Tensor, qkv_BX3Hd: Tensor) -> Tensor:
         v_BHXd = qkv_BX3Hd.select(-3, 2).movedim(-2, 1)
-        window = self.kernel_size, self.dilation, self.is_causal
-        out_BHXd = self._weight_value(weights_BHXW.to(v_BHXd.dtype), v_BHXd, *window, backend=self.backend)
+        window = {"kernel_size": self.kernel_size, "dilation": self.dilation, "is_causal": self.is_causal}
+        out_BHXd = self._weight_value(weights_BHXW, v_BHXd, **window, backend=self.backend)
         return out_BHXd.movedim(1, -2)
 
     def _weights(self, qkv_BX3Hd: Tensor) -> Tensor:
@@ -162,8 +174,8 @@ class NeighborhoodAttentionNd(nn.Module):
                 f"window_padding = {self.window_padding!r} is not supported; attention weights require 'shift'."
             )
         q_BHXd, k_BHXd = (qkv_BX3Hd.select(-3, part).movedim(-2, 1) for part in (0, 1))
-        window = self.kernel_size, self.dilation, self.is_causal
-        logits_BHXW = self._query_key(q_BHXd * self.scale, k_BHXd, *window, rpb=self.rpb, backend=self.backend)
+        window = {"kernel_size": self.kernel_size, "dilation": self.dilation, "is_causal": self.is_causal}
+        logits_BHXW = self._query_key(q_BHXd * self.scale, k_BHXd, **window, rpb=self.rpb, backend=self.backend)
         return logits_BHXW.softmax(-1)
 
     def _project(self, x_BXC: Tensor) -> Tensor:
@@ -239,12 +251,14 @@ class NeighborhoodAttention2D(NeighborhoodAttentionNd):
         rel_pos_bias: whether to learn a relative position bias, `rpb`. Default: True, or False with `embed_dim`.
         bias: another name of rel_pos_bias.
         qkv_bias: whether the qkv projection has a bias.
-        qk_scale: factor on the logits; default: head_dim ** -0.5.
+        qk_scale: factor on the logits; None or 0: head_dim ** -0.5.
         attn_drop: dropout rate on the attention weights; above 0, training stores all attention weights.
         proj_drop: dropout rate on the output.
         window_padding: how windows that would cross the border are handled: "shift", "zeros" or "valid" as in `na2d`.
             "zeros" and "valid" support neither stride nor attn_drop.
         embed_dim: the name of dim since NATTEN 0.20. With it, rel_pos_bias defaults to False, as in those releases.
+        kernel_size_d, dilation_d: kernel_size and dilation along the first of three axes, as NATTEN 0.15 took them.
+        use_experimental_ops: ignored; accepted for compatibility with NATTEN 0.17.
         backend: "reference", "cpu" or "cuda"; None selects the fastest that supports the call.
         device, dtype: of the parameters.
 

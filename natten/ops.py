@@ -18,7 +18,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from natten.backends.reference import (
     shape_of_grads,
     split_grads,
 )
-from natten.checks import Window, cached, check_composed, check_merged, check_scale, make_axes
+from natten.checks import Window, cached, check_composed, check_merged, check_scale, is_default_scale, make_axes
 from natten.geometry import Axis, Margin
 from natten.tracing import is_recorded, no_size_guards, untraced
 
@@ -56,6 +56,16 @@ def apply_autocast(*tensors: T) -> tuple[T, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(x.to(dtype) if x is not None and x.dtype in _AUTOCAST_DTYPES else x for x in tensors)
+
+
+def unify_dtypes(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """Return query and key unchanged or, under autocast and if their dtypes differ, in the autocast dtype.
+
+    Unfused attention does not follow autocast otherwise: float16 would overflow on unscaled logits.
+    """
+    if query is None or key is None or query.dtype == key.dtype:
+        return query, key
+    return apply_autocast(query, key)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,6 +231,14 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and _is_transformed()
 
 
+def _is_counted() -> bool:
+    """Return whether fvcore traces the call, which counts autograd functions by their names, also without gradients.
+
+    Other traces, such as those of torch.jit.trace, contain operators instead, because they cannot save functions.
+    """
+    return torch.jit.is_tracing() and not is_recorded()
+
+
 def _fused_window(axes: Sequence[Axis]) -> list[list[int]]:
     """Return kernel_size, stride, dilation and is_causal as operators take them."""
     return [list(values) for values in zip(*axes, strict=True)][1:]
@@ -336,47 +354,93 @@ class _Attention(_Function):
 
 
 class _QueryKey(_Function):
-    """(rpb, axes, backend, query, key) -> attn."""
+    """(query, key, rpb, axes, backend) -> attn."""
 
     @staticmethod
-    def forward(rpb, axes, backend, query, key):
+    def forward(query, key, rpb, axes, backend):
         return _query_key(query, key, rpb, axes, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rpb, ctx.axes, ctx.backend, query, key = inputs
-        ctx.save_for_backward(rpb, query, key)
+        query, key, rpb, ctx.axes, ctx.backend = inputs
+        ctx.save_for_backward(query, key, rpb)
 
     @staticmethod
     @_first_order
     def backward(ctx, grad_attn):
-        rpb, query, key = ctx.saved_tensors
+        query, key, rpb = ctx.saved_tensors
         grad_query, grad_key, grad_rpb = _query_key_backward(grad_attn, query, key, rpb, ctx.axes, ctx.backend)
-        return (None if rpb is None else grad_rpb), None, None, grad_query, grad_key
+        return grad_query, grad_key, (None if rpb is None else grad_rpb), None, None
 
 
 class _WeightValue(_Function):
-    """(axes, backend, attn, value) -> out."""
+    """(attn, value, axes, backend) -> out."""
 
     @staticmethod
-    def forward(axes, backend, attn, value):
+    def forward(attn, value, axes, backend):
         return _weight_value(attn, value, axes, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.axes, ctx.backend, attn, value = inputs
+        attn, value, ctx.axes, ctx.backend = inputs
         ctx.save_for_backward(attn, value)
 
     @staticmethod
     @_first_order
     def backward(ctx, grad_out):
         attn, value = ctx.saved_tensors
-        return None, None, *_weight_value_backward(grad_out, attn, value, ctx.axes, ctx.backend)
+        return *_weight_value_backward(grad_out, attn, value, ctx.axes, ctx.backend), None, None
+
+
+# Forward-mode differentiation. Unfused attention is bilinear, so that a tangent is a sum of two calls. These are
+# separate classes because torch.compile does not support functions with a jvp.
+
+
+class _QueryKeyForwardMode(_QueryKey):
+    """`_QueryKey` with forward-mode differentiation."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _QueryKey.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
+
+    @staticmethod
+    def jvp(ctx, query_tangent, key_tangent, rpb_tangent, *_):
+        query, key, _ = ctx.saved_tensors
+        tangent = query_key(query_tangent, key, rpb_tangent, ctx.axes, ctx.backend)
+        tangent = tangent + query_key(query, key_tangent, None, ctx.axes, ctx.backend)
+        return tangent.masked_fill(tangent.isneginf(), 0.0)  # slots of causal windows before the map are constants
+
+
+class _WeightValueForwardMode(_WeightValue):
+    """`_WeightValue` with forward-mode differentiation."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _WeightValue.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx, attn_tangent, value_tangent, *_):
+        attn, value = ctx.saved_tensors
+        tangent = weight_value(attn_tangent, value, ctx.axes, ctx.backend)
+        return tangent + weight_value(attn, value_tangent, ctx.axes, ctx.backend)
 
 
 # Function.apply inspects the signature of `forward` in every call; a stored signature saves that time.
 for _function in (_Attention, _QueryKey, _WeightValue):
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
+
+
+def _by_rank(function: type[torch.autograd.Function], name: str) -> dict[int, Any]:
+    """Return a subclass for each number of axes, named as in older releases: FLOP counters find functions by name."""
+    return {rank: type(name.format(rank), (function,), {"__module__": __name__}) for rank in (1, 2, 3)}
+
+
+_ATTENTION = _by_rank(_Attention, "FusedNeighborhoodAttention{}D")
+_QUERY_KEY = _by_rank(_QueryKey, "NeighborhoodAttention{}DQKAutogradFunction")
+_WEIGHT_VALUE = _by_rank(_WeightValue, "NeighborhoodAttention{}DAVAutogradFunction")
+FUNCTIONS = tuple(function for by_rank in (_ATTENTION, _QUERY_KEY, _WEIGHT_VALUE) for function in by_rank.values())
 
 
 def _register_gradients(name: str, tensors: int, keeps_outputs: bool = False) -> None:
@@ -442,8 +506,8 @@ def attend(
         query, key, value = _unpack(qkv)
         with no_size_guards():
             return reference.attention(query, key, value, rpb, axes, scale)
-    if _needs_grad(*qkv, rpb):
-        return _Attention.apply(rpb, axes, scale, backend, *qkv)
+    if _needs_grad(*qkv, rpb) or _is_counted():
+        return _ATTENTION[len(axes)].apply(rpb, axes, scale, backend, *qkv)
     return _attention(qkv, rpb, axes, scale, backend)
 
 
@@ -454,7 +518,7 @@ def _apply_symbolic_scale(qkv: Sequence[Tensor], scale: float | None) -> tuple[S
     vary; a scale that does is therefore moved to the query.
     """
     default = _default_scale(qkv[0])
-    scale = default if scale is None else check_scale(scale)
+    scale = default if is_default_scale(scale) else check_scale(scale)
     if scale is default or not torch.compiler.is_compiling() or has_static_value(scale):
         return qkv, scale
     query, key, value = _unpack(qkv)
@@ -467,8 +531,9 @@ def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, 
     if _is_plain(backend):
         with no_size_guards():
             return reference.query_key(query, key, rpb, axes)
-    if _needs_grad(query, key, rpb):
-        return _QueryKey.apply(rpb, axes, backend, query, key)
+    if _needs_grad(query, key, rpb) or _is_counted():
+        function = _QueryKeyForwardMode if _is_forward_mode() else _QUERY_KEY[len(axes)]
+        return function.apply(query, key, rpb, axes, backend)
     return _query_key(query, key, rpb, axes, backend)
 
 
@@ -478,8 +543,9 @@ def weight_value(attn: Tensor, value: Tensor, axes: tuple[Axis, ...], backend: s
     if _is_plain(backend):
         with no_size_guards():
             return reference.weight_value(attn, value, axes)
-    if _needs_grad(attn, value):
-        return _WeightValue.apply(axes, backend, attn, value)
+    if _needs_grad(attn, value) or _is_counted():
+        function = _WeightValueForwardMode if _is_forward_mode() else _WEIGHT_VALUE[len(axes)]
+        return function.apply(attn, value, axes, backend)
     return _weight_value(attn, value, axes, backend)
 
 
@@ -523,7 +589,7 @@ def attend_composed(
     query, key, value = apply_autocast(*qkv)
     extra_key, extra_value = apply_autocast(*additional)
     axes, margins = check_composed(rank, query, key, value, rpb, *window, extra_key, extra_value, window_padding)
-    scale = _default_scale(query) if scale is None else check_scale(scale)
+    scale = _default_scale(query) if is_default_scale(scale) else check_scale(scale)
 
     query, key, value = (_pad_map(x, margins) for x in (query, key, value))
     out, lse = attend((query, key, value), rpb, axes, scale, backend)
@@ -548,6 +614,31 @@ def _crop_map(x: Tensor, margins: Sequence[Margin]) -> Tensor:
     for dim, margin in enumerate(margins, start=1):
         x = x.narrow(dim, margin.first, margin.queries)
     return x
+
+
+def query_key_composed(
+    query: Tensor,
+    key: Tensor,
+    rpb: Tensor | None,
+    axes: tuple[Axis, ...],
+    backend: str | None,
+    additional_keys: Tensor,
+) -> Tensor:
+    """Compute logits [B, H, X, W + N] as `query_key`, with those of additional keys [B, H, N, d] at the end."""
+    with no_autocast(query):
+        extra_BHXN = (query.flatten(2, -2) @ additional_keys.mT).unflatten(2, query.shape[2:-1])
+        return torch.cat((query_key(query, key, rpb, axes, backend), extra_BHXN), -1)
+
+
+def weight_value_composed(
+    attn: Tensor, value: Tensor, axes: tuple[Axis, ...], backend: str | None, additional_values: Tensor
+) -> Tensor:
+    """Compute sums as `weight_value`, with the weights [B, H, X, W + N] also of additional values [B, H, N, d]."""
+    with no_autocast(value):
+        tokens = additional_values.shape[2]
+        attn_BHXW, extra_BHXN = attn.split((attn.shape[-1] - tokens, tokens), -1)
+        extra_BHXd = (extra_BHXN.flatten(2, -2) @ additional_values).unflatten(2, value.shape[2:-1])
+        return weight_value(attn_BHXW, value, axes, backend) + extra_BHXd
 
 
 def merge_attentions(

@@ -131,6 +131,6 @@ def token_weights(attention: Attention, x_1HWC: Tensor, row: int, column: int) -
     value = weights.new_zeros(*weights.shape[:-1], 1, requires_grad=True)
     with torch.enable_grad():
         # The output is linear in the values, so its gradient with respect to them is the attention weights.
-        out = na2d_av(weights, value, attention.kernel_size, attention.dilation, attention.is_causal)
+        out = na2d_av(weights, value, attention.kernel_size, attention.dilation, is_causal=attention.is_causal)
         (received,) = torch.autograd.grad(out[0, :, row, column].sum(), value)
     return received[0, :, :height, :width, 0]

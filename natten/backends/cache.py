@@ -1,7 +1,9 @@
 """The cache of compiled kernels: private folders, and files that are either complete or absent.
 
 The folders are, in order: NATTEN_CACHE_DIR, then `natten` in XDG_CACHE_HOME (default ~/.cache). Loading a library
-executes its code, so a folder that another user owns or can write to is rejected.
+executes its code, so a folder that another user owns or can write to is rejected. So is a folder that contains a link
+in place of a file, or a file that another user owns or can write to: it was open to others at some time. Files are
+opened once; what is checked through the descriptor is what is loaded.
 
 Each file ends with the SHA-256 of its content, which loaders ignore. Without this check, loading a truncated library
 would crash the process instead of raising an error.
@@ -9,10 +11,13 @@ would crash the process instead of raising an error.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import math
 import os
 import shutil
+import socket
 import stat
 import tempfile
 import time
@@ -20,7 +25,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_LOCK_TIMEOUT_S = 120  # a suspended process may hold the lock forever
+_PATIENCE_S = 60.0  # time of waiting for a lock before a message
+_GRACE_S = 1.0  # time for the new holder of a lock to write its name
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 log = logging.getLogger("natten")
@@ -44,18 +50,64 @@ def check(folder: Path) -> None:
     Raises:
         OSError: with the reason, if it does not.
     """
+    with suppress(FileNotFoundError), _open_folder(folder):
+        pass
+
+
+@contextmanager
+def _open_folder(folder: Path) -> Iterator[int]:
+    """Open a folder and check it through the descriptor.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        OSError: as in `check`.
+    """
     try:
-        status = folder.stat()
-    except FileNotFoundError:
-        return
-    if not stat.S_ISDIR(status.st_mode):
-        raise OSError("not a folder")
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except NotADirectoryError:
+        raise OSError("not a folder") from None
+    try:
+        problem = _foreign(os.fstat(descriptor))
+        if problem:
+            raise OSError(f"{problem}; delete it, or set NATTEN_CACHE_DIR to another folder")
+        if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+            raise OSError("on a file system mounted noexec")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _foreign(status: os.stat_result) -> str | None:
+    """Return how another user controls a file or folder, or None."""
     if status.st_uid != os.geteuid():
-        raise OSError("owned by another user")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError("writable by other users; run chmod go-w")
-    if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
-        raise OSError("on a file system mounted noexec")
+        return "owned by another user"
+    return "writable by other users" if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
+
+
+def open_checked(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a file in a cache folder, and check both through their descriptors.
+
+    Returns:
+        The descriptor of a regular file that belongs to this user alone.
+
+    Raises:
+        FileNotFoundError: if the file or its folder does not exist.
+        OSError: if it cannot be opened, or if another user controls the file or its folder.
+    """
+    with _open_folder(path.parent) as folder:
+        try:
+            # O_NONBLOCK: opening a named pipe would wait for a writer.
+            descriptor = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=folder)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise OSError(f"{path.name} in it is a link; delete the folder") from error
+    status = os.fstat(descriptor)
+    problem = _foreign(status) if stat.S_ISREG(status.st_mode) else "not a regular file"
+    if problem:
+        os.close(descriptor)
+        raise OSError(f"{path.name} in it is {problem}; delete the folder")
+    return descriptor
 
 
 def make(folder: Path) -> None:
@@ -71,23 +123,35 @@ def make(folder: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time compile into a folder.
+    """Let one process at a time compile into a folder; others wait as long as it lives.
 
-    The lock only saves work. Where locks are not supported, or after a timeout, the caller continues without it.
+    The lock only saves work. Where locks are not supported, the caller continues without it.
 
     Raises:
-        OSError: if the folder is not writable.
+        OSError: if the folder is not writable, or another user controls the lock.
     """
     import fcntl
 
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    path = folder / ".lock"
+    descriptor = open_checked(path, os.O_RDWR | os.O_CREAT)
     try:
-        end = time.monotonic() + _LOCK_TIMEOUT_S
-        while time.monotonic() < end:
+        last_seen = time.monotonic()
+        reminder = last_seen + _PATIENCE_S
+        while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, _identity(os.getpid()), 0)
                 break
             except BlockingIOError:
+                holder = os.pread(descriptor, 256, 0)
+                if not _has_died(holder):
+                    last_seen = time.monotonic()
+                elif time.monotonic() > last_seen + _GRACE_S:  # a child that it forked still has the file open
+                    break
+                if time.monotonic() > reminder:
+                    log.warning("waiting for process %s, which holds %s", holder.decode(errors="replace"), path)
+                    reminder = math.inf
                 time.sleep(0.05)
             except OSError:  # a file system without locks
                 break
@@ -96,6 +160,24 @@ def lock(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # explicitly, because a forked child may still hold the file open
         os.close(descriptor)
+
+
+def _identity(process: int) -> bytes:
+    return f"{process} on {socket.gethostname()}".encode()
+
+
+def _has_died(holder: bytes) -> bool:
+    """Return whether the process of an `_identity` was one of this machine and has ended."""
+    number = holder.partition(b" ")[0]
+    if not number.isdigit() or holder != _identity(int(number)):
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # a process of another user
+        return False
+    return False
 
 
 @contextmanager
@@ -129,16 +211,25 @@ def store(file: Path, path: Path) -> None:
         raise
 
 
-def is_complete(path: Path) -> bool:
-    """Return whether a file exists exactly as `store` wrote it."""
-    return read(path) is not None
-
-
 def read(path: Path) -> bytes | None:
-    """Return the content that was given to `store`, or None if the file is missing or damaged."""
+    """Return the content that was given to `store`, or None if the file is missing or damaged.
+
+    Raises:
+        OSError: as in `open_checked`.
+    """
     try:
-        content = path.read_bytes()
-    except OSError:
+        descriptor = open_checked(path)
+    except FileNotFoundError:
         return None
-    content, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    return content if hashlib.sha256(content).digest() == digest else None
+    try:
+        return content(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def content(descriptor: int) -> bytes | None:
+    """Return the content that was given to `store` from an open file, or None if it is damaged."""
+    with open(descriptor, "rb", closefd=False) as file:
+        data = file.read()
+    data, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    return data if hashlib.sha256(data).digest() == digest else None

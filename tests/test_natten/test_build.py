@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import tempfile
+import unittest
 from pathlib import Path
 from unittest import mock
 
@@ -142,7 +143,7 @@ class FolderTest(BuildTestCase):
         real = os.open
 
         def read_only(path, *args, **named) -> int:
-            if Path(path).parent == self.cache:
+            if path == ".lock" and os.readlink(f"/proc/self/fd/{named['dir_fd']}") == str(self.cache):
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS))
             return real(path, *args, **named)
 
@@ -174,6 +175,77 @@ class FolderTest(BuildTestCase):
                 os_error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
                 with mock.patch.object(tempfile, "mkdtemp", side_effect=os_error):
                     build.find()
+
+
+class PlantedTest(BuildTestCase):
+    """Files that somebody else put into the folder while it was open to others."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = build.find().path
+        self.elsewhere = self.folder / "elsewhere.so"
+
+    def check_refused(self, name: str):
+        """Check that the folder is skipped with one warning that names the file and says to delete the folder."""
+        with self.warns(f"{self.cache} .*{name}.*delete the folder"):
+            path = build.find().path
+        self.assertEqual(path.parent, self.next_cache)
+        path.unlink()
+
+    def test_links(self):
+        os.rename(self.path, self.elsewhere)
+        for target in (self.elsewhere, self.folder / "missing", "/dev/zero"):
+            self.path.symlink_to(target)
+            self.check_refused(self.path.name)
+            self.path.unlink()
+
+    def test_files_that_are_writable_by_others(self):
+        for mode in (0o666, 0o620, 0o602):
+            self.path.chmod(mode)
+            self.check_refused(self.path.name)
+
+    @unittest.skipIf(os.geteuid() != 0, "only root can give files away")
+    def test_files_of_another_user(self):
+        os.chown(self.path, 65534, -1)
+        self.check_refused(self.path.name)
+
+    def test_what_is_not_a_file(self):
+        self.path.unlink()
+        os.mkfifo(self.path, 0o600)
+        self.check_refused(self.path.name)
+        self.path.unlink()
+        self.path.mkdir()
+        self.check_refused(self.path.name)
+
+    def test_locks(self):
+        self.path.unlink()
+        lock = self.cache / ".lock"
+        lock.unlink()
+        precious = self.folder / "precious"
+        precious.write_text("keep this")
+        lock.symlink_to(precious)
+        self.check_refused(lock.name)
+        self.assertEqual(precious.read_text(), "keep this")
+        lock.unlink()
+        os.mkfifo(lock, 0o600)
+        self.check_refused(lock.name)
+
+    def test_replaced_after_the_check(self):
+        """The file that was checked is loaded, even if its path names another one by then."""
+        self.write_sources(build.ABI)
+        (self.sources / "threads.cpp").write_text('#include "export.h"\nEXPORT int threads(int) { return 666; }\n')
+        compiler.compile_library(compiler.find_compilers()[0], self.sources, self.elsewhere)
+        self.write_sources(build.ABI)
+        cache.store(self.elsewhere, self.cache / "other.so")
+        real = cache.content
+
+        def check_and_replace(descriptor: int) -> bytes | None:
+            content = real(descriptor)
+            os.replace(self.cache / "other.so", self.path)
+            return content
+
+        with mock.patch.object(cache, "content", check_and_replace):
+            self.assertNotEqual(build.find().library.threads(1), 666)
 
 
 class CompilerTest(BuildTestCase):

@@ -115,9 +115,25 @@ class ProcessTest(BuildTestCase):
         self.assertEqual([f.library.natten_abi() for f in found], [build.ABI] * 2)
         self.check_cached(found[0].path)
 
-    def test_a_lock_that_is_never_released_is_ignored(self):
+    def test_waits_as_long_as_the_holder_of_the_lock_lives(self):
         cache.make(self.cache)
-        with cache.lock(self.cache), mock.patch.object(cache, "_LOCK_TIMEOUT_S", 0.2):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(build.find()))
+        with cache.lock(self.cache), self.warns(rf"waiting for process {os.getpid()} .*{self.cache}"):
+            with mock.patch.object(cache, "_PATIENCE_S", 0.1), mock.patch.object(cache, "_GRACE_S", 0.1):
+                thread.start()
+                thread.join(1.5)
+            self.assertTrue(thread.is_alive())
+            self.assertEqual([path.name for path in self.cache.iterdir()], [".lock"])
+        thread.join(TIMEOUT_S)
+        self.check_cached(found[0].path)
+
+    def test_a_lock_whose_holder_has_died_is_ignored(self):
+        """A child of the holder keeps the file open."""
+        cache.make(self.cache)
+        holder = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+        with cache.lock(self.cache):
+            (self.cache / ".lock").write_bytes(cache._identity(int(holder.stdout)))
             self.assertEqual(self.check_compiles().path.parent, self.cache)
 
     def test_a_killed_process_leaves_no_lock_and_no_library(self):

@@ -44,9 +44,9 @@ def unfused(problem: Problem, qkv: list[Tensor], rpb: Tensor | None, backend: st
     """Return logits, softmax(logits) times value, and the gradients of q, k, v and rpb, from the unfused functions."""
     kernel_size, _, dilation, is_causal = problem.window
     query, key, value = (x.movedim(-2, 1) for x in qkv)
-    window = (kernel_size, dilation, is_causal)
-    logits = function(problem.rank, "_qk")(query, key, *window, rpb=rpb, backend=backend)
-    out = function(problem.rank, "_av")(logits.softmax(-1), value, *window, backend=backend)
+    window = {"kernel_size": kernel_size, "dilation": dilation, "is_causal": is_causal}
+    logits = function(problem.rank, "_qk")(query, key, **window, rpb=rpb, backend=backend)
+    out = function(problem.rank, "_av")(logits.softmax(-1), value, **window, backend=backend)
     sent = cotangents(out, out, problem.seed)[:1]
     return [logits, out, *gradients((out,), [*qkv, rpb], sent)]
 

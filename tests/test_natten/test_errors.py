@@ -151,7 +151,7 @@ class TensorsTest(ErrorTestCase):
         self.assert_error(("value", "bfloat16", "query", "float32"), natten.na2d, q, k, v.bfloat16(), 3)
         q, k, _ = heads_first()
         self.assert_error(("key", "float64", "query"), natten.na2d_qk, q, k.double(), 3)
-        self.assert_error(("value", "float64", "attn"), natten.na2d_av, torch.zeros(1, 2, 9, 10, 9), k.double(), 3)
+        self.assert_error(("attn", "int64"), natten.na2d_av, torch.zeros(1, 2, 9, 10, 9, dtype=torch.int64), k, 3)
 
     def test_different_devices(self):
         q, k, v = qkv_of()

@@ -63,7 +63,7 @@ def qk(problem: Problem) -> Callable:
     kernel_size, _, dilation, is_causal = problem.window
 
     def call(query: Tensor, key: Tensor, rpb: Tensor | None = None) -> Tensor:
-        logits = function(problem.rank, "_qk")(query, key, kernel_size, dilation, is_causal, rpb=rpb)
+        logits = function(problem.rank, "_qk")(query, key, kernel_size, dilation, is_causal=is_causal, rpb=rpb)
         return logits.masked_fill(logits.isinf(), 0.0)
 
     return call
@@ -74,7 +74,7 @@ def av(problem: Problem) -> Callable:
     kernel_size, _, dilation, is_causal = problem.window
 
     def call(attn: Tensor, value: Tensor) -> Tensor:
-        return function(problem.rank, "_av")(attn, value, kernel_size, dilation, is_causal)
+        return function(problem.rank, "_av")(attn, value, kernel_size, dilation, is_causal=is_causal)
 
     return call
 

@@ -186,7 +186,7 @@ class UnfusedInFloat64Test(unittest.TestCase):
 
     def check_qk(self, problem: Problem, q: Tensor, k: Tensor, rpb: Tensor | None) -> None:
         kernel_size, _, dilation, is_causal = problem.window
-        found = function(problem.rank, "_qk")(q, k, kernel_size, dilation, is_causal, rpb=rpb)
+        found = function(problem.rank, "_qk")(q, k, kernel_size, dilation, is_causal=is_causal, rpb=rpb)
         expected = brute_force.qk(q, k, problem.window, rpb)
         assert_near(found, expected, TOLERANCE, "logits")
         grad_out = torch.randn(
@@ -200,7 +200,7 @@ class UnfusedInFloat64Test(unittest.TestCase):
         slots = brute_force.windows(problem.space, problem.window)[0].shape[1]
         generator = torch.Generator().manual_seed(problem.seed)
         weights = torch.randn(*v.shape[:-1], slots, dtype=torch.float64, generator=generator).requires_grad_()
-        found = function(problem.rank, "_av")(weights, v, kernel_size, dilation, is_causal)
+        found = function(problem.rank, "_av")(weights, v, kernel_size, dilation, is_causal=is_causal)
         expected = brute_force.av(weights, v, problem.window)
         assert_near(found, expected, TOLERANCE, "output")
         grad_out = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
@@ -234,7 +234,7 @@ class UnfusedInFloat64Test(unittest.TestCase):
         v = make_qkv(problem)[2].movedim(-2, 1)
         held = brute_force.windows(problem.space, window)[2].unflatten(0, problem.space)
         weights = torch.where(held, 0.5, float("nan")).double().expand(*v.shape[:-1], -1)
-        found = function(2, "_av")(weights, v, window.kernel_size, window.dilation, window.is_causal)
+        found = function(2, "_av")(weights, v, window.kernel_size, window.dilation, is_causal=window.is_causal)
         assert_near(found, brute_force.av(weights, v, window), TOLERANCE, "output")
 
 

@@ -195,15 +195,19 @@ def _find_cached(folder: Path, names: Mapping[Compiler, str]) -> Found | None:
     cache.check(folder)
     for compiler, name in names.items():
         path = folder / name
-        if not path.exists():
+        try:
+            descriptor = cache.open_checked(path)
+        except FileNotFoundError:
             log.debug("%s contains no library by %s for this CPU", folder, compiler)
-        elif not cache.is_complete(path):
+            continue
+        if cache.content(descriptor) is None:
             log.info("%s is damaged; compiling it again", path)
         else:
             try:
-                return Found(_load(path), path, f"already compiled by {compiler}")
+                return Found(_load(path, descriptor), path, f"already compiled by {compiler}")
             except OSError as error:
                 log.info("%s cannot be used; compiling it again: %s", path, _text(error))
+        os.close(descriptor)  # unless its library is loaded
     return None
 
 
@@ -215,7 +219,7 @@ def _compile_into(folder: Path, names: Mapping[Compiler, str], compile_once: Cal
             file, origin = compile_once()
             path = folder / file.name
             cache.store(file, path)
-            found = Found(_load(path), path, origin)
+            found = Found(_load(path, cache.open_checked(path)), path, origin)
         return found
 
 
@@ -259,14 +263,21 @@ def _compile(sources: Path, names: Mapping[Compiler, str], folder: Path, cpu: st
     raise Unavailable(f"{failures[0]}; update it, or set CXX to another compiler")
 
 
-def _load(path: Path) -> ctypes.CDLL:
+def _load(path: Path, descriptor: int | None = None) -> ctypes.CDLL:
     """Load a library.
+
+    Args:
+        path: its path.
+        descriptor: its open file, which is loaded in place of whatever the path names now. It stays open with the
+            library, because the dynamic loader recognizes libraries by name.
 
     Raises:
         OSError: if it does not load, or has another ABI.
     """
     share_openmp()
-    library = ctypes.CDLL(str(path))
+    opened = f"/proc/self/fd/{descriptor}"
+    library = ctypes.CDLL(opened if descriptor is not None and os.path.exists(opened) else str(path))
+    library._name = str(path)  # for messages
     abi = library.natten_abi() if hasattr(library, "natten_abi") else None
     if abi != ABI:
         _ctypes.dlclose(library._handle)  # otherwise a new file with this name would not be loaded
