@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natten.geometry import Axis, AxisTiles, axis_tiles
+from natten.geometry import Axis, AxisTiles, axis_tiles, ceil_div
 
 NAME = "reference"
 
@@ -166,7 +166,7 @@ def _tiles(axes: Sequence[Axis], device: torch.device) -> list[AxisTiles]:
 
 
 def _tile_size(axis: Axis) -> int:
-    longest = -(-axis.length // axis.dilation)
+    longest = ceil_div(axis.length, axis.dilation)
     is_short = isinstance(longest, int) and 2 * longest <= 5 * axis.kernel_size  # torch.export may not know the length
     return longest if is_short else axis.kernel_size
 

@@ -56,6 +56,11 @@ def first_key(axis: Axis, s: Tensor, n: Tensor) -> Tensor:
     return torch.minimum((leader - axis.kernel_size // 2).clamp(min=0), n - axis.kernel_size)
 
 
+def ceil_div(length: int, part: int) -> int:
+    """Divide and round up. In ONNX, the quotient of a negative symbolic integer would be rounded to the other side."""
+    return (length + part - 1) // part
+
+
 class AxisTiles(NamedTuple):
     """An axis split into tiles: up to Q consecutive queries of one residue class, and all keys that any of them sees.
 
@@ -82,8 +87,8 @@ def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> Axi
     A tile of one query has exactly K keys, in the order of its window, so size 1 returns the table of all windows.
     """
     length, kernel_size, stride, dilation, _ = axis
-    longest = -(-length // dilation)  # tokens of residue class 0
-    tiles_per_class = -(-longest // size)
+    longest = ceil_div(length, dilation)  # tokens of residue class 0
+    tiles_per_class = ceil_div(longest, size)
     residue_T1 = torch.arange(dilation, device=device)[:, None].expand(-1, tiles_per_class).reshape(-1, 1)
     tile_T1 = torch.arange(tiles_per_class, device=device).repeat(dilation)[:, None]
     n_T1 = (length - residue_T1 + dilation - 1) // dilation

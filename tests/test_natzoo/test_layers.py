@@ -112,11 +112,16 @@ def test_retained_graph():
     assert_same(list(first), list(second), tolerance=0)
 
 
-def test_checkpointing():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant):
     lean, plain = pair()
-    for reentrant in (False, True):
-        found = results(lambda x, r=reentrant: checkpoint(lean, x, use_reentrant=r), [], images())
-        assert_same(found, results(plain, [], images()))
+    inputs = [images().requires_grad_() for _ in range(2)]
+    checkpoint(lean, inputs[0], use_reentrant=use_reentrant).square().sum().backward()
+    plain(inputs[1]).square().sum().backward()
+    found, expected = (
+        [x.grad, *(p.grad for p in mlp.parameters())] for x, mlp in zip(inputs, (lean, plain), strict=True)
+    )
+    assert_same(found, expected)
 
 
 def test_functional_transforms_and_compile():
@@ -248,7 +253,7 @@ def test_quantization_aware_training():
         model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
         quantization.prepare_qat(model, inplace=True)
         outputs.append(results(model, trainable(model), images()))
-        assert model[1].fc2.activation_post_process.min_val.isfinite().all()
+        assert model[1].fc2.activation_post_process.scale.item() != 1  # observed
     assert_same(*outputs)
 
 
