@@ -115,13 +115,12 @@ def test_retained_graph():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(use_reentrant):
     lean, plain = pair()
-    inputs, gradients = [images().requires_grad_() for _ in range(2)], []
-    checkpoint(lean, inputs[0], use_reentrant=use_reentrant).square().sum().backward()
-    plain(inputs[1]).square().sum().backward()
-    found, expected = (
-        [x.grad, *(p.grad for p in mlp.parameters())] for x, mlp in zip(inputs, (lean, plain), strict=True)
-    )
-    assert_same(found, expected)
+    gradients = []
+    for mlp, run in ((lean, lambda x: checkpoint(lean, x, use_reentrant=use_reentrant)), (plain, plain)):
+        x = images().requires_grad_()
+        run(x).square().sum().backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in mlp.parameters())])
+    assert_same(*gradients)
 
 
 def test_functional_transforms_and_compile():
