@@ -89,8 +89,8 @@ def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> Axi
     length, kernel_size, stride, dilation, _ = axis
     longest = ceil_div(length, dilation)  # tokens of residue class 0
     tiles_per_class = ceil_div(longest, size)
-    residue_T1 = torch.arange(dilation, device=device)[:, None].expand(-1, tiles_per_class).reshape(-1, 1)
-    tile_T1 = torch.arange(tiles_per_class, device=device).repeat(dilation)[:, None]
+    counts = (torch.arange(count, device=device) for count in (dilation, tiles_per_class))
+    residue_T1, tile_T1 = (x.contiguous().flatten()[:, None] for x in torch.meshgrid(*counts, indexing="ij"))
     n_T1 = (length - residue_T1 + dilation - 1) // dilation
 
     s_TQ = tile_T1 * size + torch.arange(size, device=device)
