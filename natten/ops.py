@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from natten import backends
 from natten.backends import reference
@@ -519,7 +518,11 @@ def _apply_symbolic_scale(qkv: Sequence[Tensor], scale: float | None) -> tuple[S
     """
     default = _default_scale(qkv[0])
     scale = default if is_default_scale(scale) else check_scale(scale)
-    if scale is default or not torch.compiler.is_compiling() or has_static_value(scale):
+    if scale is default or not torch.compiler.is_compiling():
+        return qkv, scale
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
+
+    if has_static_value(scale):
         return qkv, scale
     query, key, value = _unpack(qkv)
     return (query * (scale / default), key, value), default

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 class Axis(NamedTuple):
@@ -140,6 +139,8 @@ def _missing(length, least: int):
         return max(0, least - length)
     if isinstance(length, Tensor):
         return (least - length).clamp(min=0)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
     # torch.export can reason about the maximum of a length and a number, but not about that of a difference and 0.
     return 0 if statically_known_true(length >= least) else torch.sym_max(length, least) - length
 
