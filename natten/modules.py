@@ -6,7 +6,7 @@ Shape suffixes: B batch, X the spatial axes, C channels, H heads, d head_dim, W 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ class NeighborhoodAttentionNd(nn.Module):
         self.window_padding = window_padding
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5 if is_default_scale(qk_scale) else qk_scale
+        self.scale: Any = self.head_dim**-0.5 if is_default_scale(qk_scale) else qk_scale
         self.backend = backend
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -200,7 +200,7 @@ class NeighborhoodAttentionNd(nn.Module):
             x_BXHd = x_BXHd.narrow(axis, 0, length)
         return x_BXHd
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> NoReturn:
         raise ValueError(f"{type(self).__name__} does not support torch.jit.script; use torch.jit.trace.")
 
     def extra_repr(self) -> str:

@@ -321,7 +321,7 @@ def _first_order(backward: Callable) -> Callable:
             return results
         message = _REFERENCE_ONLY.format("second-order gradients")
         raise_later = torch._C._functions.DelayedError(message.encode(), len(results))
-        return raise_later(*[x if x is None else x.detach().requires_grad_() for x in results])
+        return raise_later(*[x if x is None else x.detach().requires_grad_() for x in results])  # type: ignore[arg-type]
 
     return wrapper
 

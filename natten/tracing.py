@@ -31,11 +31,11 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
         if torch.compiler.is_compiling() or not torch.jit.is_tracing():
             return function(*args, **kwargs)
         state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
             return function(*args, **kwargs)
         finally:
-            torch._C._set_tracing_state(state)
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
     return wrapper
 
@@ -49,7 +49,7 @@ def is_unknown(sizes: Iterable[Any]) -> bool:
 def no_size_guards() -> AbstractContextManager:
     """Return a context in which views do not restrict the lengths of an exported program."""
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-        return torch.fx.experimental._config.patch(backed_size_oblivious=True)
+        return torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     return nullcontext()
 
 
@@ -65,4 +65,5 @@ def resize(x_BXC: Tensor, space: Sequence[Any]) -> Tensor:
 
 def record_call(layer: nn.Module, x: fx.Proxy) -> Any:
     """Return the output of a layer for torch.fx, which records the layer as one node, like the layers of torch.nn."""
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})

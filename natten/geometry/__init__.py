@@ -18,7 +18,7 @@ Shape suffixes: L positions of an axis, T tiles, Q queries and K keys of a tile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ def padding(space: Sequence[int], kernel_size: Sequence[int], dilation: Sequence
     return tuple(_missing(length, k * d) for length, k, d in zip(space, kernel_size, dilation, strict=True))
 
 
-def _missing(length, least: int):
+def _missing(length: Any, least: int) -> Any:
     if isinstance(length, int):
         return max(0, least - length)
     if isinstance(length, Tensor):

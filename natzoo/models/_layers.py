@@ -64,7 +64,7 @@ def _recompute_gelu(hidden: Tensor) -> AbstractContextManager:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(hidden) is not Tensor or hidden.is_leaf:
         return nullcontext()
-    gelu = hidden.grad_fn
+    gelu: Any = hidden.grad_fn
     if type(gelu).__name__ != "GeluBackward0" or hidden._version > 0 or not _can_decide_what_is_stored():
         return nullcontext()
     x, approximate = gelu._saved_self.detach(), gelu._saved_approximate
@@ -81,7 +81,7 @@ def _recompute_gelu(hidden: Tensor) -> AbstractContextManager:
 
 
 def _can_decide_what_is_stored() -> bool:
-    autograd = torch._C._autograd
+    autograd: Any = torch._C._autograd
     return autograd._saved_tensors_hooks_is_enabled() and autograd._top_saved_tensors_default_hooks(True) is None
 
 

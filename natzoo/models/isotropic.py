@@ -12,7 +12,7 @@ Shape suffixes: B batch, C channels, H height, W width, h heads, d channels per 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +129,7 @@ class BiasedAttention(nn.Module):
             with no_size_guards():
                 x_BHWhd = self._attend_to_any_size(qkv_BHW3hd)
         else:
-            x_BHWhd = natten.na2d_qkvpacked(qkv_BHW3hd, (height, width), rpb=self.bias(height, width))
+            x_BHWhd = cast(Tensor, natten.na2d_qkvpacked(qkv_BHW3hd, (height, width), rpb=self.bias(height, width)))
         x_BHWC = self.proj_drop(self.proj(x_BHWhd.flatten(-2)))
         return (x_BHWC, weights_BhHWW) if return_weights else x_BHWC
 
