@@ -151,12 +151,12 @@ class NatBlock(GradientCheckpointingLayer, NeighborhoodBlock):
         return shared
 
     def forward(self, x_BHWC: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        attended, weights = self.norm1(x_BHWC), None
+        normed_BHWC = self.norm1(x_BHWC)
         if return_weights:
-            attended, weights = self.attn(attended, return_weights=True)
+            attended_BHWC, weights = self.attn(normed_BHWC, return_weights=True)
         else:
-            attended = self.attn(attended)
-        return self.add_branches(x_BHWC, attended), weights
+            attended_BHWC, weights = self.attn(normed_BHWC), None
+        return self.add_branches(x_BHWC, attended_BHWC), weights
 
 
 class Stage(nn.Module):
@@ -187,10 +187,10 @@ class Encoder(nn.Module):
 
     def __init__(self, model: NAT | DiNAT_s | Isotropic):
         super().__init__()
-        stages = (
-            [(model.layers, None)] if isinstance(model, Isotropic) else [(s.blocks, s.downsample) for s in model.stages]
-        )
-        self.levels = nn.ModuleList(Stage(blocks, downsample) for blocks, downsample in stages)
+        if isinstance(model, Isotropic):
+            self.levels = nn.ModuleList([Stage(model.layers, None)])
+        else:
+            self.levels = nn.ModuleList(Stage(stage.blocks, stage.downsample) for stage in model.stages)
 
     def forward(self, x_BHWC: Tensor, output_attentions: bool = False) -> list[StageOutput]:
         """Run all stages on embedded tokens [B, H, W, C]."""
