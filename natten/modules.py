@@ -180,7 +180,7 @@ class NeighborhoodAttentionNd(nn.Module):
 
     def _project(self, x_BXC: Tensor) -> Tensor:
         """Return the packed query, key and value [B, X, 3, H, d] of the padded map."""
-        check_layer_input(x_BXC, self.rank, self.qkv.in_features)
+        check_layer_input(x_BXC, self.rank, self.num_heads * self.head_dim)  # qkv may be wrapped
         return self.qkv(self._pad(x_BXC)).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _pad(self, x_BXC: Tensor) -> Tensor:

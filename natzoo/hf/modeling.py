@@ -7,12 +7,13 @@ natzoo/hf/registration.py converts them. Shape suffixes: B batch, C channels, H 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -21,7 +22,9 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from natzoo.checkpoints.sources import local_files_if_offline
 from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
+from natzoo.hf.loading import rename_hub_weights
 from natzoo.models import NAT, DiNAT_s, Isotropic
 from natzoo.models._layers import NeighborhoodBlock, check_dilations, to_nchw
 from natzoo.models.isotropic import BiasedAttention, relative_position_index
@@ -108,13 +111,18 @@ def arguments_of(config: NatConfig) -> tuple[type[NAT | DiNAT_s | Isotropic], di
 
 
 def _check(config: NatConfig) -> None:
-    if config.layout not in LAYOUTS:
-        raise ValueError(f"layout is {config.layout!r}; use one of {', '.join(map(repr, LAYOUTS))}.")
     patch_size = LAYOUTS[config.layout]
     if config.patch_size not in (patch_size, [patch_size] * 2, (patch_size,) * 2):
         raise ValueError(f"patch_size is {config.patch_size}, but layout {config.layout!r} requires {patch_size}.")
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act is {config.hidden_act!r}; use one of {', '.join(sorted(ACT2FN))}.")
+    if len(config.num_heads) != len(config.depths):
+        raise ValueError(f"num_heads is {config.num_heads}, but depths is {config.depths}; use one of each per stage.")
+    for stage, heads in enumerate(config.num_heads):
+        if config.embed_dim * 2**stage % heads:
+            raise ValueError(
+                f"num_heads[{stage}] is {heads}, which does not divide {config.embed_dim * 2**stage} channels."
+            )
     if config.layout != "isotropic":
         if config.kernel_size is None:
             raise ValueError(f"kernel_size is None, but layout {config.layout!r} requires a window.")
@@ -219,6 +227,31 @@ class NatPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ("NatBlock",)
+
+    def __init__(self, config: NatConfig):
+        if not isinstance(config, self.config_class):
+            name = f"{type(config).__module__}.{type(config).__name__}"
+            raise ValueError(f"config is a {name}; use natzoo.hf.{self.config_class.__name__}.")
+        super().__init__(config)
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> NatPreTrainedModel:
+        """Create a model for the Auto classes, which also pass transformers' own DinatConfig."""
+        if not isinstance(config, cls.config_class):
+            config = cls.config_class.from_dict(config.to_dict())
+        return super()._from_config(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> NatPreTrainedModel:
+        """Load a model as in transformers; without a network, only from local files, and without retrying."""
+        if pretrained_model_name_or_path is None or os.path.isdir(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with local_files_if_offline():
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rename_hub_weights(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         # natten selects its kernels itself; "eager" is the name of the only implementation, which returns attentions.

@@ -69,12 +69,19 @@ def build(
         DownloadError: if the weights cannot be downloaded.
     """
     _check_feature_cls(kwargs)
+    stride = kwargs.pop("output_stride", None)
+    if stride not in (None, 32):
+        raise ValueError(
+            f"output_stride = {stride!r} is not supported: the windows of a stage are trained for its resolution; use "
+            "out_indices to select feature maps with a smaller stride."
+        )
     if pretrained:
         overlay = kwargs.get("pretrained_cfg_overlay") or {}
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
         if not cfg.state_dict:
             # custom_load makes timm call the model's load_pretrained(file).
-            overlay = {**overlay, "source": "", "file": str(_locate_weights(cfg, variant)), "custom_load": True}
+            path = _locate_weights(cfg, variant, kwargs.get("cache_dir"))
+            overlay = {**overlay, "source": "", "file": str(path), "custom_load": True}
             kwargs["pretrained_cfg_overlay"] = overlay
     return build_model_with_cfg(
         model_cls,
@@ -100,17 +107,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return published_names(state_dict)
 
 
-def _locate_weights(cfg: PretrainedCfg, variant: str) -> Path:
+def _locate_weights(cfg: PretrainedCfg, variant: str, cache_dir: str | None) -> Path:
     """Return the weight file of a configuration; its fields have the same priority as in timm."""
     entry = zoo_entries().get(variant)
     if cfg.source == "hf-hub":
-        return locate(f"hf-hub:{cfg.hf_hub_id}")
+        return locate(f"hf-hub:{cfg.hf_hub_id}", cache_dir)
     if cfg.file:
-        return locate(cfg.file)
+        return locate(cfg.file, cache_dir)
     if entry is not None and cfg.url == entry.url:
-        return locate_entry(entry)
+        return locate_entry(entry, cache_dir)
     if cfg.url:
-        return locate(cfg.url)
+        return locate(cfg.url, cache_dir)
     if cfg.hf_hub_id:
-        return locate(f"hf-hub:{cfg.hf_hub_id}")
+        return locate(f"hf-hub:{cfg.hf_hub_id}", cache_dir)
     raise ValueError(f"{variant} has no published weights; use pretrained=False.")

@@ -6,7 +6,7 @@ Shape suffixes: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -150,6 +150,15 @@ def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else x * gamma
 
 
+# Pooling of the final feature map [B, H, W, C] by the name that timm gives it.
+_POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg": lambda x_BHWC: x_BHWC.mean((1, 2)),
+    "max": lambda x_BHWC: x_BHWC.amax((1, 2)),
+    "avgmax": lambda x_BHWC: 0.5 * (x_BHWC.mean((1, 2)) + x_BHWC.amax((1, 2))),
+    "": lambda x_BHWC: x_BHWC,
+}
+
+
 class Classifier(nn.Module):
     """Base class of all models: pooling, dropout and a linear classifier, and timm's interface to them.
 
@@ -173,15 +182,15 @@ class Classifier(nn.Module):
 
         Args:
             num_classes: number of classes; 0 for no classifier.
-            global_pool: "avg", or "" to classify each token.
+            global_pool: "avg", "max" or "avgmax" (mean of both), or "" to classify each token.
             drop_rate: dropout rate before the classifier.
             dd: device and dtype.
 
         Raises:
             ValueError: if global_pool is unknown.
         """
-        if global_pool not in ("avg", ""):
-            raise ValueError(f"global_pool is {global_pool!r}; use 'avg' or ''.")
+        if global_pool not in _POOLS:
+            raise ValueError(f"global_pool is {global_pool!r}; use one of {', '.join(map(repr, _POOLS))}.")
         self.in_chans = next(self.patch_embed.parameters()).shape[1]
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -218,7 +227,7 @@ class Classifier(nn.Module):
 
         Args:
             num_classes: number of classes; 0 for no classifier.
-            global_pool: "avg", or "" to classify each token; None to keep the current value.
+            global_pool: as in `init_classifier`; None to keep the current value.
 
         Raises:
             ValueError: if global_pool is unknown.
@@ -247,8 +256,7 @@ class Classifier(nn.Module):
         Returns:
             Logits [B, num_classes], or [B, H, W, num_classes] without pooling.
         """
-        x = x_BHWC.mean((1, 2)) if self.global_pool == "avg" else x_BHWC
-        x = self.head_drop(x)
+        x = self.head_drop(_POOLS[self.global_pool](x_BHWC))
         return x if pre_logits else self.head(x)
 
     def format_intermediate(self, x_BHWC: Tensor, norm: bool, output_fmt: str) -> Tensor:

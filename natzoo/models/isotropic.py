@@ -159,7 +159,7 @@ class Isotropic(Classifier):
     Args:
         in_chans: number of image channels.
         num_classes: number of classes; 0 for no classifier.
-        global_pool: "avg", or "" to classify each token.
+        global_pool: "avg", "max" or "avgmax" (mean of both), or "" to classify each token.
         img_size: image height and width in pixels, which determine the bias table of full attention; ignored with a
             window.
         depth: number of blocks.

@@ -140,7 +140,7 @@ class HierarchicalTransformer(Classifier):
     Args:
         in_chans: number of image channels.
         num_classes: number of classes; 0 for no classifier.
-        global_pool: "avg", or "" to classify each token.
+        global_pool: "avg", "max" or "avgmax" (mean of both), or "" to classify each token.
         depths: number of blocks per stage.
         num_heads: number of attention heads per stage.
         embed_dim: channels of the first stage; they double with each stage.

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from small_models import SMALL, small
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -127,4 +128,21 @@ def test_onnx(name, kwargs, size, tmp_path):
     for batch in (2, 3, 1):
         x = random_images(batch, size)
         (logits,) = session.run(None, {images.name: x.numpy()})
+        assert_near(torch.from_numpy(logits), model(x))
+
+
+# The exporter of torch.export writes at least opset 18.
+@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "torch.export"])
+@pytest.mark.parametrize("name", SMALL)
+def test_onnx_exporters(name, dynamo, opset, tmp_path):
+    """Both exporters of PyTorch, with any batch size; timm's export script calls either."""
+    model, path = small(name).requires_grad_(False), tmp_path / "model.onnx"
+    shapes = {"dynamic_shapes": BATCH} if dynamo else {"dynamic_axes": {"images": {0: "batch"}}}
+    options = {"input_names": ["images"], "opset_version": opset, "dynamo": dynamo, "verbose": False}
+    torch.onnx.export(model, (random_images(2, 48),), path, **options, **shapes)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (2, 3, 1):
+        x = random_images(batch, 48)
+        (logits,) = session.run(None, {"images": x.numpy()})
         assert_near(torch.from_numpy(logits), model(x))
