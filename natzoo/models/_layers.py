@@ -172,6 +172,7 @@ class Classifier(nn.Module):
         norm: final norm.
     """
 
+    in_chans: int
     num_features: int
     patch_embed: Any
     norm: nn.Module
@@ -191,7 +192,6 @@ class Classifier(nn.Module):
         """
         if global_pool not in _POOLS:
             raise ValueError(f"global_pool is {global_pool!r}; use one of {', '.join(map(repr, _POOLS))}.")
-        self.in_chans = next(self.patch_embed.parameters()).shape[1]
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.head_hidden_size = self.num_features

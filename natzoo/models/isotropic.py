@@ -205,6 +205,7 @@ class Isotropic(Classifier):
             raise ValueError(f"dilations is {dilations}, but full attention has no dilation; set kernel_size.")
         if dilations is not None and len(dilations) != depth:
             raise ValueError(f"dilations has {len(dilations)} values, but depth is {depth}; use one per block.")
+        self.in_chans = in_chans
         self.num_features = embed_dim
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(in_chans, embed_dim, PATCH_SIZE, **dd)

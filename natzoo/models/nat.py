@@ -196,6 +196,7 @@ class HierarchicalTransformer(Classifier):
             raise ValueError(f"num_heads has {len(num_heads)} stages, but depths has {len(depths)}.")
         dilations = check_dilations(dilations, depths)
         rates = drop_path_rates(drop_path_rate, depths)
+        self.in_chans = in_chans
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.feature_info: list[dict[str, Any]] = []
 
