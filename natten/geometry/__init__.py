@@ -88,11 +88,11 @@ def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> Axi
     length, kernel_size, stride, dilation, _ = axis
     longest = ceil_div(length, dilation)  # tokens of residue class 0
     tiles_per_class = ceil_div(longest, size)
-    counts = (torch.arange(count, device=device) for count in (dilation, tiles_per_class))
-    residue_T1, tile_T1 = (x.contiguous().flatten()[:, None] for x in torch.meshgrid(*counts, indexing="ij"))
+    tile_T = torch.arange(dilation * tiles_per_class, device=device)
+    residue_T1 = (tile_T // tiles_per_class)[:, None]
     n_T1 = (length - residue_T1 + dilation - 1) // dilation
 
-    s_TQ = tile_T1 * size + torch.arange(size, device=device)
+    s_TQ = (tile_T[:, None] - residue_T1 * tiles_per_class) * size + torch.arange(size, device=device)
     is_repeat_TQ = s_TQ >= n_T1
     s_TQ = torch.minimum(s_TQ, n_T1 - 1)
     first_TQ = first_key(axis, s_TQ, n_T1)
