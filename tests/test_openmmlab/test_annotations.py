@@ -211,14 +211,14 @@ def test_metric_without_annotation_file(shapes):
     metric.dataset_meta = {"classes": CLASSES}
     for image in (read := read_coco(shapes / VALIDATION))["images"]:
         instances, boxes, labels, masks = [], [], [], []
-        for one in read["annotations"]:
-            if one["image_id"] == image["id"]:
-                (x, y, width, height), label = one["bbox"], one["category_id"] - 1
+        for drawn in read["annotations"]:
+            if drawn["image_id"] == image["id"]:
+                (x, y, width, height), label = drawn["bbox"], drawn["category_id"] - 1
                 boxes.append([x, y, x + width, y + height])
                 labels.append(label)
-                drawn = Image.new("1", (image["width"], image["height"]))
-                ImageDraw.Draw(drawn).polygon(one["segmentation"][0], fill=1)
-                masks.append(np.array(drawn))
+                canvas = Image.new("1", (image["width"], image["height"]))
+                ImageDraw.Draw(canvas).polygon(drawn["segmentation"][0], fill=1)
+                masks.append(np.array(canvas))
                 encoded = encode(np.asfortranarray(masks[-1], np.uint8))
                 instances.append({"bbox": boxes[-1], "bbox_label": label, "ignore_flag": 0, "mask": encoded})
         found = {"bboxes": torch.tensor(boxes), "labels": torch.tensor(labels), "scores": torch.ones(len(labels))}
