@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 from collections import defaultdict
@@ -91,8 +90,6 @@ def install() -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():  # a folder, or a device, which could be endless
         raise ValueError(f"is not a file; {_FORMAT}.")
-    was_enabled = gc.isenabled()
-    gc.disable()  # collecting garbage among millions of new objects would double the time
     try:
         with path.open(encoding="utf-8-sig") as file:
             content = json.load(file)
@@ -100,9 +97,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"is not a text file in UTF-8; {_FORMAT}.") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not valid JSON ({_guess_format(path)}{error}); {_FORMAT}.") from error
-    finally:
-        if was_enabled:
-            gc.enable()
     if not isinstance(content, dict):
         raise ValueError(f"contains a JSON {type(content).__name__}; {_FORMAT}.")
     return content
