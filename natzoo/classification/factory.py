@@ -18,10 +18,11 @@ from torch import nn
 
 import natzoo  # noqa: F401  registers the models
 from natzoo.checkpoints import DownloadError, load_weights, locate, read_checkpoint, weights_of
-from natzoo.checkpoints.write import RECORD
+from natzoo.checkpoints.record import RECORD
 from natzoo.classification.data.datasets import MODEL_SEED, seed_all
 from natzoo.classification.data.transforms import preprocessing
 from natzoo.classification.distributed import World
+from natzoo.schema import shown
 
 # An nn.Module with attributes of timm's models, such as num_classes, which type checkers do not know.
 TimmModel = Any
@@ -39,13 +40,14 @@ def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
         raise ValueError(f"--model {name} is unknown; did you mean {closest[0]}?")
     try:
         return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
-    except DownloadError:
+    except (DownloadError, ValueError):
         raise
     except OSError as error:
         url = timm.get_pretrained_cfg(name).url
         raise ValueError(f"{url} could not be downloaded ({error}); check the network.") from error
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"--model {name} cannot be created with {kwargs}: {error}.") from error
+    except Exception as error:  # models raise errors of any type for arguments that they do not expect
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--model {name} cannot be created with {shown(kwargs)}: {reason}.") from error
 
 
 def describe_model(name: str, kwargs: dict[str, Any]) -> str:
@@ -85,6 +87,7 @@ def create_training_model(
         checkpoint = read_checkpoint(path)
         source = dict.get(checkpoint, RECORD)
         name = source.get("model") if isinstance(source, dict) else None
+        name = name if isinstance(name, str) and timm.is_model(name) else None
         world.print(f"Initial weights: {args.initial_checkpoint}{f' of the model {name}' if name else ''}")
         for note in load_weights(model, weights_of(checkpoint, path), args.initial_checkpoint, new_classifier=True):
             world.print(f"{args.initial_checkpoint}: {note}")

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 from timm.data import ImageNetInfo
+from torch import Tensor
 
 from natzoo.checkpoints import load_weights, locate, read_checkpoint, record_of, weights_of
-from natzoo.checkpoints.write import RECORD
-from natzoo.classification.factory import TimmModel, create_model
+from natzoo.checkpoints.record import RECORD
+from natzoo.classification.factory import TimmModel, create_model, describe_model
 from natzoo.classification.options import KeyValues
+from natzoo.schema import shown
+
+_MAX_GROWTH, _SMALL = 4, 10**7  # how much larger than its weights a model may be, and values that never matter
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -125,9 +129,29 @@ def create_from_checkpoint(
         record = {"model": model_name, "model_kwargs": kwargs or {}, "classes": None, "preprocessing": {}}
     elif model_name not in (None, record["model"]):
         raise ValueError(f"{path} belongs to the model {record['model']}, not to {model_name}; remove --model.")
-    model = create_model(record["model"], {"num_classes": record.get("num_classes"), **record["model_kwargs"]})
-    load_weights(model, weights_of(checkpoint, path), path)
+    weights = weights_of(checkpoint, path)
+    arguments = {"num_classes": record.get("num_classes"), **record["model_kwargs"]}
+    try:
+        _check_size(record["model"], arguments, weights)
+        model = create_model(record["model"], arguments)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+    load_weights(model, weights, path)
     return model, record
+
+
+def _check_size(name: str, arguments: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Check that a model is about as large as its weights before it is built: a record can describe any size."""
+    try:
+        with torch.device("meta"):
+            model = create_model(name, arguments)
+    except ValueError:  # wrong arguments, for which the real one raises too, or one of the few models that need memory
+        return
+    needed = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+    stored = sum(value.numel() for value in weights.values())
+    if needed > _MAX_GROWTH * stored + _SMALL:
+        described = shown(describe_model(name, arguments))
+        raise ValueError(f"it has {stored} values, but its model {described} has {needed}.")
 
 
 def class_names(record: dict[str, Any], num_classes: int) -> list[str]:

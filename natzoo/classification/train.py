@@ -41,6 +41,7 @@ from natzoo.classification.device import (
     enable_tf32,
     explain_memory_errors,
     pick_device,
+    slow_precision,
 )
 from natzoo.classification.distributed import World, init_world, kernel_fingerprint
 from natzoo.classification.evaluation import check_classes, evaluate
@@ -55,9 +56,7 @@ from natzoo.classification.factory import (
 from natzoo.classification.logger import EpochMeters, RunLogger
 from natzoo.classification.options import parse
 from natzoo.classification.signals import Interrupted, SignalHandler
-
-# A resumed run takes these from its options, not from the state of the optimizer.
-_HYPERPARAMETERS = ("lr", "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")
+from natzoo.classification.state import check_tensors, load_optimizer
 
 
 class Trainer:
@@ -161,8 +160,9 @@ class Trainer:
                 f"Warning: --model-ema-decay {self.args.model_ema_decay} is too high for this run: the initial weights "
                 f"still make up {initial:.0%} of the final average; lower it."
             )
-        if self.args.amp == "fp16" and self.device.type == "cpu":
-            self.world.print("Warning: --amp fp16 is slow on a CPU; use bf16 or none.")
+        slow = slow_precision(self.args.amp, self.device)
+        if slow:
+            self.world.print(slow)
 
     # ----- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -202,15 +202,15 @@ class Trainer:
         """
         check_same_run(path, state["record"], self.record)
         check_same_run(path, state["images"], self.train_dataset.resume_key(is_within_epoch=state["update"] > 0))
+        check_tensors(
+            path, state, self.model, None if self.ema is None else self.ema.module, self.optimizer, self.scaler
+        )
+        if state["update"] > self.updates_per_epoch:
+            raise ValueError(f"{path} has update = {state['update']}; an epoch has {self.updates_per_epoch} updates.")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model_ema"])
-        current = [
-            {key: group[key] for key in _HYPERPARAMETERS if key in group} for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, hyperparameters in zip(self.optimizer.param_groups, current, strict=True):
-            group.update(hyperparameters)
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.update, self.skipped = state["epoch"], state["update"], state["skipped"]
         self.meters = EpochMeters(**state["totals"])

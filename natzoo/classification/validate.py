@@ -19,7 +19,13 @@ from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset,
 from natzoo.classification.data.loader import create_evaluation_loader, create_validation_dataset, uses_shards
 from natzoo.classification.data.readers import read_class_map
 from natzoo.classification.data.transforms import preprocessing
-from natzoo.classification.device import autocast_context, enable_tf32, explain_memory_errors, pick_device
+from natzoo.classification.device import (
+    autocast_context,
+    enable_tf32,
+    explain_memory_errors,
+    pick_device,
+    slow_precision,
+)
 from natzoo.classification.distributed import World, init_world
 from natzoo.classification.evaluation import FlipTTA, check_classes, evaluate
 from natzoo.classification.factory import describe_model
@@ -123,6 +129,9 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
     """
     device = pick_device(args.device)
     enable_tf32(device)
+    slow = slow_precision(args.amp, device)
+    if slow:
+        world.print(slow)
     model, record = load_everywhere(args, device, world)
     config = preprocessing(args, model, record)
     classes = read_class_map(args.class_map) or record["classes"]

@@ -201,6 +201,8 @@ OLD_OPTIONS = (
 def test_checkpoint_of_an_earlier_version_resumes(tiny, run_folder, capsys):
     """Its options, the keys of its state and of its meters are those of the earlier version."""
     trainer = train.Trainer(train.parse(tiny(epochs=1)))
+    trainer.backward(torch.zeros(8, 3, 16, 16), torch.zeros(8, dtype=torch.long), step=0)
+    trainer.update_weights(1.0)
     optimizer = trainer.optimizer.state_dict()
     old = {
         "model": trainer.model.state_dict(),
