@@ -33,12 +33,15 @@ def find_images(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Return the given files and all images in the given folders and their subfolders.
 
     Returns:
-        the images, and a message for each path that does not exist or has no images.
+        the images, and a message for each path that is a URL, does not exist or has no images.
     """
     found: list[Path] = []
     errors: list[str] = []
-    for path in map(Path, paths):
-        if path.is_dir():
+    for text in paths:
+        path = Path(text)
+        if text.startswith(("http://", "https://")):
+            errors.append(f"{text} is a URL; download the image first.")
+        elif path.is_dir():
             images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
             found += images
             if not images:
