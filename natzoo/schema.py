@@ -97,6 +97,14 @@ def check_values(source: str, values: Any, rules: Mapping[str, Rule], required: 
             raise ValueError(f"{source} has {key} = {shown(values[key])}; it must be {rule.expected}.")
 
 
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal; values that cannot be compared, such as tensors, are not."""
+    try:
+        return bool(one == other)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
 def shown(value: Any) -> str:
     """Return a value for messages: shortened, on one line, and without characters that control a terminal."""
     if isinstance(value, Tensor):
