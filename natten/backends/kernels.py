@@ -48,7 +48,12 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
 
 
 def check_layout(
-    name: str, x: Tensor, shaped: Tensor, axes: Sequence[Axis], kv_heads: int | None = None, value_dim: int | None = None
+    name: str,
+    x: Tensor,
+    shaped: Tensor,
+    axes: Sequence[Axis],
+    kv_heads: int | None = None,
+    value_dim: int | None = None,
 ) -> None:
     """Check a heads-last tensor of a problem whose query (or value) is `shaped`.
 
