@@ -42,7 +42,7 @@ struct Visit {
 struct Block {
   int rows;
   int first[MAX_ROWS], end[MAX_ROWS];  // lanes of each row that have a query
-  int step[W + 1];                     // see Lanes
+  int step[W];                         // see Lanes
   int missing[MAX_ROWS][W];            // slots of a causal window before the first key of each lane, on the last axis
   bool has_missing;                    // some window has slots without a key
   KeyAccess access;

@@ -322,8 +322,7 @@ class Map {
     const Group& group = groups_[g];
     block_.rows = rows, block_.access = group.access, block_.has_missing = false;
     block_.runs.clear(), block_.visits.clear();
-    for (int lane = 0; lane <= W; ++lane) block_.step[lane] = group.step[std::min(lane, group.end - 1)];
-    for (int lane = 0; lane < W; ++lane) block_.index[lane] = block_.step[lane];
+    for (int lane = 0; lane < W; ++lane) block_.step[lane] = block_.index[lane] = group.step[lane];
     for (int r = 0; r < rows; ++r) {
       const Group& of_row = is_one_line_ ? groups_[g + r] : group;
       block_.first[r] = of_row.first, block_.end[r] = of_row.end;

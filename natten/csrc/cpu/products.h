@@ -19,7 +19,8 @@
 
 namespace natten {
 
-// Sizes of the tiles. MAX_ROWS x DOT_KEYS sums, or WINDOW_KEYS x 2 vectors, fit into the registers with their operands.
+// Sizes of the tiles: rows of a block; sums of dot, and its largest number of keys; keys of which gather and scatter hold
+// two vectors each. They fit into the registers with their operands.
 #if defined(__AVX512F__)
 constexpr int MAX_ROWS = 4, DOT_SUMS = 24, DOT_KEYS = 7, WINDOW_KEYS = 7;
 #elif defined(__aarch64__)
@@ -145,8 +146,7 @@ inline void dot(const DotArguments& a, KeyAccess access, int rows, int keys) {
 // gather and scatter
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The lanes that have a query, and the first key of each, relative to that of lane 0; it never decreases. step[end] repeats
-// the last one.
+// The lanes that have a query, and the first key of each, relative to that of lane 0; it never decreases.
 struct Lanes {
   int first, end;
   const int* step;
