@@ -12,11 +12,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from natzoo.checkpoints.record import MAX_CLASSES
 from natzoo.schema import Rule, check_values, integer, number, one_of, optional, sequence, text
 
 LAYOUTS = {"nat": 4, "dinat_s": 4, "isotropic": 16}  # layout -> patch size
 _MINI_DILATIONS = ((1, 8, 1), (1, 4) * 2, (1, 2) * 3, (1,) * 5)
-_MAX_CLASSES = 1_000_000
 _MAX_DEPTH = 1000  # blocks of a model
 
 
@@ -27,7 +27,7 @@ def _is_dtype(value: Any) -> bool:
 
 
 def _is_labels(value: Any) -> bool:
-    if not isinstance(value, dict) or len(value) > _MAX_CLASSES:
+    if not isinstance(value, dict) or len(value) > MAX_CLASSES:
         return False
     numbers = {str(number) for number in range(len(value))}
     return {str(key) for key in value} == numbers and all(type(name) is str for name in value.values())
@@ -63,7 +63,7 @@ FIELDS: dict[str, Rule] = {
     "layout": one_of(*LAYOUTS),
     "image_size": _side_or_sides(100_000),
     "dilations": optional(sequence(sequence(integer(1, 100_000), 1, _MAX_DEPTH), 1, 10)),
-    "num_labels": optional(integer(0, _MAX_CLASSES)),
+    "num_labels": optional(integer(0, MAX_CLASSES)),
     "id2label": optional(Rule("a dictionary with a name for each number from 0 on", _is_labels)),
     "dtype": optional(Rule("the name of a dtype of torch", _is_dtype)),
     "torch_dtype": optional(Rule("the name of a dtype of torch", _is_dtype)),
