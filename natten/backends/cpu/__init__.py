@@ -35,7 +35,7 @@ NAME = "cpu"
 _PLAN = Struct(f"=6q 15q d {len(TENSORS) * 5}q")
 _ADDRESSES = Struct(f"{len(TENSORS)}P")
 _ARGUMENTS = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
-_MAX_DIM = 4096  # largest head_dim; the memory of a thread grows with it
+_MAX_DIM = 4096  # largest head_dim; the memory per thread is proportional to it
 _NO_AXIS = (1, 1, 1, 1, 0)
 _NO_STRIDES = (0,) * 5
 
@@ -111,8 +111,12 @@ def _plan(
     given = dict(zip(names, tensors, strict=True))
     heads, dim = shaped.shape[-2:]
     kv_heads, value_dim = given.get("KEY", shaped).shape[-2], given.get("VALUE", shaped).shape[-1]
-    if heads % max(kv_heads, 1):
+    if not dim or not value_dim:
+        raise ValueError(f"query has head_dim {dim} and value {value_dim}; both must be at least 1.")
+    if heads and (not kv_heads or heads % kv_heads):
         raise ValueError(f"key has {kv_heads} heads, which do not divide the {heads} heads of query.")
+    if ("ATTN" in given or "GRAD_ATTN" in given) and any(axis.stride != 1 for axis in axes):
+        raise ValueError("stride must be 1 in unfused attention.")
     missing_axes = 3 - len(axes)
     values: list[float] = [DTYPES[shaped.dtype], shaped.shape[0], heads, kv_heads, dim, value_dim]
     values += (*_NO_AXIS * missing_axes, *(int(value) for axis in axes for value in axis))

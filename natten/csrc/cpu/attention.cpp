@@ -1,5 +1,6 @@
 // Fused attention, forward and backward: NAT, section 3 (arXiv:2204.07143). As in FlashAttention (arXiv:2205.14135), only
 // the output and the logsumexp are saved for the backward pass, which recomputes the weights.
+#include <algorithm>
 #include <cmath>
 
 #include "export.h"
@@ -9,8 +10,8 @@ namespace natten {
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// Weights are powers of two: logits, and the bias, are in units of log 2. All logits of a block are computed before the
-// first weight; even those of large windows, as memory is slower only by a few percent.
+// Weights are powers of two: logits, and the bias, are in units of log 2. The logits of whole windows are stored before the
+// softmax; an online softmax was not faster, even for windows that do not fit into the cache.
 class Forward {
  public:
   static constexpr float BIAS_FACTOR = LOG2_E;
@@ -29,7 +30,7 @@ class Forward {
   void operator()(const Block& block) {
     query_.load(block, query_view_, functions_, static_cast<float>(plan_.scale), LOG2_E);
     if (block.has_missing)
-      for (int r = 0; r < block.rows; ++r) std::fill_n(weights_.row(r), map_.slots() * W, -INFINITY);
+      for (int r = 0; r < block.rows; ++r) std::fill_n(weights_.row(r), int64_t{map_.slots()} * W, -INFINITY);
     for (const Visit& visit : block.visits) map_.dot(visit, query_, KEYS, true, weights_);
     float inverse[MAX_ROWS][W], lse[MAX_ROWS][W];
     for (int r = 0; r < block.rows; ++r) softmax(weights_.row(r), map_.slots(), inverse[r], lse[r]);

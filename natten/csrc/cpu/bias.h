@@ -1,7 +1,6 @@
 // The relative position bias of vectors of queries, in the layout of dot, and the conversion of its gradient to a table.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -18,18 +17,18 @@ inline int64_t table_size(const Plan& plan) {
   return size;
 }
 
-// A kind is a list of table entries, [vectors][W]; -1 where a key is not in the window. Queries whose windows lie alike
-// relative to them have the same kind.
+// A kind is a list [vectors][W] of indices into the table, -1 where a key is outside the window. Groups of queries whose
+// windows have the same shape share a kind.
 class Bias {
  public:
-  // Values are multiplied by `factor`. The gradients of the tables are added to `gradients`; or null.
+  // Values are multiplied by `factor`. The destructor adds the gradients of the tables to `gradients`, unless it is null.
   Bias(const Call& call, Scratch& scratch, float factor, float* gradients)
       : call_(call), scratch_(scratch), factor_(factor), table_(table_size(*call.plan)), heads_(call.plan->heads),
         gradients_(gradients) {}
   Bias(const Bias&) = delete;
   ~Bias() {
-    for (size_t i = 0; i < blocks_.size(); ++i)
-      if (blocks_[i].gradient) add_to_table(kinds_[i / heads_], blocks_[i].gradient, gradients_ + i % heads_ * table_);
+    for (size_t i = 0; i < values_.size(); ++i)
+      if (values_[i].gradient) add_to_table(kinds_[i / heads_], values_[i].gradient, gradients_ + i % heads_ * table_);
   }
 
   bool has_table() const { return call_.rpb; }
@@ -37,14 +36,14 @@ class Bias {
   // Adds a kind, whose `vectors` * W entries the caller sets.
   int* add_kind(int64_t vectors) {
     kinds_.push_back({scratch_.take<int>(vectors * W), vectors * W});
-    blocks_.resize(kinds_.size() * heads_);
+    values_.resize(kinds_.size() * heads_);
     return kinds_.back().entries;
   }
   int kinds() const { return static_cast<int>(kinds_.size()); }
 
   // The bias of a kind and head: -inf where a key is not in the window, 0 without a table.
   const float* values(int kind, int64_t head) {
-    float*& values = blocks_[kind * heads_ + (call_.rpb ? head : 0)].values;
+    float*& values = values_[kind * heads_ + (call_.rpb ? head : 0)].values;
     if (values) return values;
     const Kind& k = kinds_[kind];
     const float outside = -std::numeric_limits<float>::infinity();
@@ -58,10 +57,10 @@ class Bias {
     return values;
   }
 
-  // Its gradient; or null if none is wanted.
+  // The gradient of values(kind, head), or null if none is wanted.
   float* gradient(int kind, int64_t head) {
     if (!gradients_) return nullptr;
-    float*& gradient = blocks_[kind * heads_ + head].gradient;
+    float*& gradient = values_[kind * heads_ + head].gradient;
     if (!gradient) gradient = scratch_.take_zeros(kinds_[kind].size);
     return gradient;
   }
@@ -71,7 +70,7 @@ class Bias {
     int* entries;
     int64_t size;
   };
-  struct Block {
+  struct Values {
     float *values = nullptr, *gradient = nullptr;
   };
   const Call& call_;
@@ -80,7 +79,7 @@ class Bias {
   const int64_t table_, heads_;
   float* gradients_;
   std::vector<Kind> kinds_;
-  std::vector<Block> blocks_;  // [kinds][heads]
+  std::vector<Values> values_;  // [kinds][heads]
 
   static void add_to_table(const Kind& kind, const float* gradient, float* table) {
     for (int64_t i = 0; i < kind.size; i += W) {

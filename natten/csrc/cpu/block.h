@@ -1,9 +1,12 @@
 // Blocks of queries, the keys that they meet, and the rows of d of their queries.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "convert.h"
 #include "products.h"
 #include "scratch.h"
 #include "submap.h"
@@ -37,11 +40,11 @@ struct Visit {
   float* grad_bias[MAX_ROWS];
 };
 
-// Up to MAX_ROWS rows of W queries, which share most of their keys. Lanes first .. end - 1 have a query of the block; the
-// others have none, or one of another block.
+// Up to MAX_ROWS rows of W queries, which share most of their keys. Lanes first .. end - 1 hold the queries of the block.
+// Lanes before them hold queries of another block, and lanes after them none.
 struct Block {
   int rows;
-  int first[MAX_ROWS], end[MAX_ROWS];  // lanes of each row that have a query
+  int first[MAX_ROWS], end[MAX_ROWS];  // lanes whose queries belong to the block
   int step[W];                         // see Lanes
   int missing[MAX_ROWS][W];            // slots of a causal window before the first key of each lane, on the last axis
   bool has_missing;                    // some window has slots without a key
@@ -99,19 +102,19 @@ struct QueryRows {
 
   void zero(const Block& block) { std::memset(natural, 0, sizeof(float) * block.rows * stride); }
 
-  // Writes the lanes that have a query, multiplied by scale[row][lane].
+  // Writes the queries that belong to the block, multiplied by scale[row][lane].
   void store(const Block& block, const View& to, const RowFunctions& functions, const float (*scale)[W]) const {
     for (const Run& run : block.runs) {
-      const int skipped = std::max(0, block.first[run.row] - run.lane), lane_ = run.lane + skipped;
+      const int skipped = std::max(0, block.first[run.row] - run.lane), first_lane = run.lane + skipped;
       if (skipped >= run.count) continue;
       const Token token = {run.first.z, run.first.y, run.first.x + skipped};
-      functions.store(lane(run.row, lane_), padded, run.count - skipped, dim, &scale[run.row][lane_], to.at(token),
-                      to.step[2]);
+      functions.store(lane(run.row, first_lane), padded, run.count - skipped, dim, &scale[run.row][first_lane],
+                      to.at(token), to.step[2]);
     }
   }
 };
 
-// Calls function(address of a query, row, lane) for each query of a block that a tensor has one value of, like lse.
+// Calls function(address, row, lane) for each query of the block. The tensor has one value per query, like lse.
 template <class Function>
 NATTEN_INLINE void for_each_query(const Block& block, const View& view, const Function& function) {
   for (const Run& run : block.runs) {

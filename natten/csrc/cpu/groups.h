@@ -1,7 +1,9 @@
 // Groups of adjacent queries of a line, and the bias of each.
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <utility>
 #include <vector>
 
 #include "bias.h"

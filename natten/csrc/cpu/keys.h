@@ -1,10 +1,12 @@
 // The keys and values of a strip of a submap, and their gradients, as rows of float32.
 //
-// A ring stores the lines that this band of blocks or a later one sees (with three axes: whole planes), of which it stores
-// the tokens of the strip. Each is converted, transposed and, for gradients, written back once.
+// A ring buffer holds the lines that this band of blocks and later ones need (whole planes in 3-D), restricted to the
+// tokens of the strip. Each line is converted and transposed once, and its gradient is written once.
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 
 #include "block.h"
 
@@ -38,7 +40,6 @@ class KeyLines {
   }
 
   int lines() const { return lines_; }
-  int padded(int side) const { return padded_[side]; }
   int64_t stride() const { return stride_; }
 
   // The token at a place of a line: as a row of d, transposed (rows are `stride` floats apart), and its gradient.
@@ -56,7 +57,8 @@ class KeyLines {
                       loaded(side, line, place));
   }
 
-  // Transposes W tokens from `place` on, a multiple of W. Must follow their loading, before others are loaded.
+  // Transposes the W tokens at `place`, a multiple of W. Call it after loading them and before loading others: rows that
+  // are not gathered share one buffer.
   void transpose(int line, int place) {
     for (int side : {KEYS, VALUES}) {
       if (!needs_.dot[side]) continue;

@@ -1,9 +1,12 @@
-// Which queries meet which keys: divides a strip of a submap into blocks, and lists the visits of each.
+// Divides a strip of a submap into blocks of queries, and lists the visits of each: keys of a line, and the rows that see
+// them.
 //
 // Rows of a block are lines above each other, of which it has the same W queries. On a map of a single line, they are
 // neighboring groups of W queries. A small submap whose window is the whole submap is treated as a single line, too.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "groups.h"
@@ -61,8 +64,8 @@ class Map {
   int slots() const { return slots_; }             // keys of a query
   int keys_of_line() const { return line_keys_; }  // those on a line
 
-  // Runs all blocks of a task. Calls op.start(submap, head) before the blocks of a band that have a head of queries, and
-  // op(block). Prefetches the task `next`, unless it is null.
+  // Runs all blocks of a task. Calls op.start(submap, head) for each band and head of queries, then op(block) for each
+  // block. Prefetches the task `next`, unless it is null.
   template <class Operator>
   void run(const Task& task, const Task* next, Operator& op) {
     const Submap& submap = task.submap;
@@ -75,7 +78,7 @@ class Map {
       drop_lines(first_kept_line(band));
       load_lines(end_of_lines(band));
       if (i + 1 < bands()) prefetch_lines(task, loaded_lines_, end_of_lines(band_of(i + 1)));
-      else if (next) prefetch_lines(*next, 0, dense_ ? n_[0] * n_[1] : end_of_lines(band_of(0)));
+      else if (next) prefetch_first_lines(*next);
       for (int64_t head = task.head * sharing; head < (task.head + task.heads) * sharing; ++head) {
         head_ = head, head_keys_ = &keys_[head / sharing - task.head];
         op.start(submap, head);
@@ -146,7 +149,7 @@ class Map {
   int begin_[3] = {}, end_[3] = {};        // queries of the strip
   int origin_ = 0, key_end_ = 0;           // stored keys of a line
   int kept_lines_ = 0, loaded_lines_ = 0;  // the ring holds lines kept_lines_ .. loaded_lines_ - 1
-  int own_begin_ = 0, own_end_ = 0;  // keys along the axis of strips whose gradient this strip is the first to write
+  int own_begin_ = 0, own_end_ = 0;  // keys, along the axis of strips, whose gradients this strip writes; it adds to others
 
   int64_t head_ = 0;               // of the queries of the block
   KeyLines* head_keys_ = nullptr;  // its keys
@@ -247,6 +250,16 @@ class Map {
       }
   }
 
+  // Prefetches as many lines of a task as this task's first band needs.
+  void prefetch_first_lines(const Task& task) {
+    const Submap& submap = task.submap;
+    if (dense_) return prefetch_lines(task, 0, submap.n[0] * submap.n[1]);
+    const int axis = strips_.axis, lines = end_of_lines(band_of(0)) - first_kept_line(band_of(0));
+    const int first = axis == 2 ? 0 : std::max(0, strips_.begin(submap.n[axis], task.strip) - kernel_[axis] / 2);
+    const int begin = axis == 0 ? first * submap.n[1] : first;
+    prefetch_lines(task, begin, begin + lines);
+  }
+
   // Prefetches all tensors at the tokens of lines `begin` .. `end` - 1 of a task.
   void prefetch_lines(const Task& task, int begin, int end) {
     prefetcher_.clear();
@@ -284,7 +297,7 @@ class Map {
         if (needs_.grad[side]) store_gradient(side, kept_lines_);
   }
 
-  // Odd strips come later, and add to the gradients that their neighbors have written.
+  // Odd strips run in the second phase and add to the gradients that their neighbors have written.
   void store_gradient(int side, int which) const {
     const int at[2] = {which / n_[1], which % n_[1]};
     int begin = 0, end = key_end_ - origin_;  // places that are written, not added to
@@ -303,8 +316,8 @@ class Map {
 
   // --- blocks --------------------------------------------------------------------------------------------------------
 
-  // On a single line: the number of groups from g on that form a block. Their keys are shared, or shifted by W from group
-  // to group, if the windows are long enough to overlap.
+  // On a single line, returns how many groups from g on form a block: groups with the same keys, or with keys shifted by W
+  // from group to group if windows are longer than W.
   int rows_from(size_t g) const {
     const Group& first = groups_[g];
     const bool is_long = first.access == SHIFTED && kernel_[2] > W;

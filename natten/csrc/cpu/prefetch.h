@@ -1,4 +1,4 @@
-// Prefetching: the rows of d of lines that the next band of blocks needs, a few cache lines at a time.
+// Prefetches the rows of d that the next band of blocks needs, a few cache lines at a time.
 //
 // All heads of a token are adjacent in memory, and often its query, key and value too. Reading them in this order, while
 // blocks are computed, hides most of the time that memory takes; many requests at once would be dropped.
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "simd.h"
 #include "submap.h"
 
 namespace natten {

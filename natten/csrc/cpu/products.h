@@ -11,6 +11,8 @@
 // or the sums of grad, of a few keys in registers: from one lane to the next, the window usually moves by one key.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <type_traits>
 #include <utility>
 
@@ -146,7 +148,7 @@ inline void dot(const DotArguments& a, KeyAccess access, int rows, int keys) {
 // gather and scatter
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The lanes that have a query, and the first key of each, relative to that of lane 0; it never decreases.
+// The lanes whose queries belong to the block, and the first key of each relative to that of lane 0; it never decreases.
 struct Lanes {
   int first, end;
   const int* step;

@@ -1,7 +1,9 @@
 // Divides a call into tasks, distributes them over threads, and processes each with a Map and an operator.
 #pragma once
 
-#include <memory>
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
 #include <new>
 #include <optional>
 #include <vector>
@@ -11,14 +13,15 @@
 
 namespace natten {
 
-constexpr int CHUNKS_PER_THREAD = 2, TASKS_PER_THREAD = 4, FEW_TASKS = 8;
-constexpr int64_t ROW_BYTES = 256;  // see Division
+constexpr int CHUNKS_PER_THREAD = 2, TASKS_PER_THREAD = 4;
+constexpr int FEW_TASKS = 8;         // tasks per chunk; if there are fewer, each is a chunk
+constexpr int64_t ROW_BYTES = 256;   // of the heads of a token that a task reads, at least
 // Largest number of queries in a strip of the last axis, so that the data of a thread fits into its cache.
 constexpr int64_t LONGEST_LINE = 1024, LONGEST_OF_MANY_LINES = 112;
 
-// How a call is divided: tasks have `heads` heads of keys and a strip. Strips are pieces of a submap that are processed
-// independently: pieces of the last axis if it is long, else of the first. Neighboring strips share keys. With gradients,
-// strips 0, 2, 4.. are processed before 1, 3, 5.., which must not share any.
+// How a call is divided: tasks have `heads` heads of keys and a strip. Strips are pieces of the last axis of a submap if it
+// is long, else of the first axis with more than one token. Neighboring strips share keys. With gradients, strips 0, 2, ..
+// run before strips 1, 3, ..; strips of one phase share no keys.
 struct Division {
   int64_t heads;
   Strips strips;

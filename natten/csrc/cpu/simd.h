@@ -1,6 +1,6 @@
 // Vectors of W floats, of the width of the machine, with the vector extensions of GCC and Clang.
 //
-// All other files use `Vec`, `W` and the functions below. Only this file contains intrinsics, each with a portable
+// All other files use `Vec`, `W` and the functions below. Intrinsics occur only here and in convert.h, each with a portable
 // alternative.
 #pragma once
 

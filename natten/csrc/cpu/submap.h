@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "convert.h"
 #include "plan.h"
 
 namespace natten {

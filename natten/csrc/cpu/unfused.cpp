@@ -1,6 +1,8 @@
 // Unfused attention and its gradients, for callers that need the attention weights: query_key computes the logits of each
 // query with the keys of its window, weight_value the sums of values with given weights.
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "export.h"
 #include "run.h"
@@ -27,7 +29,7 @@ class Unfused {
     for (auto& row : ones_) std::fill_n(row, W, 1.f);
   }
 
-  // Sets the weights of all lanes that have a query, and 0 in the others.
+  // Reads the weights of the block's queries; they are 0 in other lanes.
   void read(const Block& block, const View& from) {
     windows_.load(block, from, functions_, 1.f);
     for (int r = 0; r < block.rows; ++r) {
@@ -57,7 +59,7 @@ class Unfused {
   // Slots that no visit sets.
   void fill(const Block& block, const Weights& weights, float outside) const {
     if (!block.has_missing) return;
-    for (int r = 0; r < block.rows; ++r) std::fill_n(weights.row(r), map_.slots() * W, outside);
+    for (int r = 0; r < block.rows; ++r) std::fill_n(weights.row(r), int64_t{map_.slots()} * W, outside);
   }
 
  private:
