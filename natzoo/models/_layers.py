@@ -46,8 +46,8 @@ class PatchEmbed(nn.Module):
 class LeanMlp(Mlp):
     """timm's Mlp with less activation memory: fc2 does not store the output of GELU, but recomputes it for backward.
 
-    A training step needs a fifth less memory. All layers are called as in Mlp; what is recomputed is decided when fc2,
-    whatever it is, stores its input.
+    A training step of NAT-Mini needs 15% less memory and 2% more time. All layers are called as in Mlp: what is
+    recomputed is decided when fc2, whatever it is, stores its input.
     """
 
     def forward(self, x: Tensor) -> Tensor:
