@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from natten import backends
 from natten.backends import reference
@@ -35,7 +34,16 @@ from natten.backends.reference import (
     shape_of_grads,
     split_grads,
 )
-from natten.checks import Window, cached, check_composed, check_merged, check_scale, is_default_scale, make_axes
+from natten.checks import (
+    Window,
+    cached,
+    check_composed,
+    check_merged,
+    check_scale,
+    has_static_value,
+    is_default_scale,
+    make_axes,
+)
 from natten.geometry import Axis, Margin
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,8 +529,7 @@ def attend_composed(
     out, lse = attend((query, key, value), rpb, axes, scale, backend)
     query, out, lse = (_crop_map(x, margins) for x in (query, out, lse))
     if extra_key is not None and extra_value is not None and extra_key.shape[1] > 0:
-        extra_key, extra_value = (repeat_heads(x, query.shape[-2]) for x in (extra_key, extra_value))
-        extra_out, extra_lse = _attend_to_all(query, extra_key, extra_value, scale)
+        extra_out, extra_lse = attend_to_all(query, extra_key, extra_value, scale)
         out, lse = merge_attentions((out, extra_out), (lse, extra_lse))
     return out.contiguous(), lse.contiguous()
 
@@ -552,7 +559,7 @@ def query_key_composed(
 ) -> Tensor:
     """Compute logits [B, H, X, W + N] as `query_key`, with those of additional keys [B, H, N, d] at the end."""
     with no_autocast(query):
-        extra_BHXN = (query.flatten(2, -2) @ additional_keys.mT).unflatten(2, query.shape[2:-1])
+        extra_BHXN = (query.flatten(2, -2) @ additional_keys.transpose(-2, -1)).unflatten(2, query.shape[2:-1])
         return torch.cat((query_key(query, key, rpb, axes, backend), extra_BHXN), -1)
 
 
@@ -599,13 +606,21 @@ def merge_attentions(
         return out.to(outputs[0].dtype), lses.logsumexp(0)
 
 
-def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute output and logsumexp of queries [B, X, H, d] that all attend to all keys [B, N, H, d]."""
+def attend_to_all(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Compute output and logsumexp of queries [B, X, H, d] that all attend to all keys [B, N, H, d].
+
+    Key and value may have fewer heads, and value another head_dim. If is_causal, query i attends to keys up to i.
+    """
     with no_autocast(query):
         dtype = accumulation_dtype(query.dtype)
         q_BHXd = query.flatten(1, -3).movedim(-2, 1).to(dtype) * scale
-        k_BHNd, v_BHNd = (x.movedim(-2, 1).to(dtype) for x in (key, value))
+        k_BHNd, v_BHNd = (repeat_heads(x, query.shape[-2]).movedim(-2, 1).to(dtype) for x in (key, value))
         logits_BHXN = q_BHXd @ k_BHNd.transpose(-2, -1)
+        if is_causal:
+            is_later_XN = torch.ones(logits_BHXN.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
+            logits_BHXN = logits_BHXN.masked_fill(is_later_XN, float("-inf"))
         out_BXHd = (logits_BHXN.softmax(-1) @ v_BHNd).movedim(1, -2)
         lse_BXH = logits_BHXN.logsumexp(-1).movedim(1, -1)
         space = query.shape[:-1]
