@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
+from math import prod
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -67,7 +68,10 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 SAMPLE_MS = 20.0  # shorter calls are repeated within a sample until the sample takes this long
 WARM_UP_S = 0.3
 MIN_SAMPLES = 3
-MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is the limit of arithmetic
+MATRIX_SIDE = {"cpu": 1536, "cuda": 8192}  # of the square matrices whose product is the limit of arithmetic
+SMALL_MATRIX_SIDE = (
+    384  # of matrices that fit into a CPU's cache; their product shows whether the limit depends on size
+)
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # of the copied tensor; larger than any cache
 _MAX_INPUT_SETS = 6
 
@@ -90,7 +94,7 @@ GPUS = {
 
 
 class Problem(NamedTuple):
-    """A call of na1d, na2d or na3d.
+    """A call of na1d, na2d or na3d, or of one of their unfused parts.
 
     Attributes:
         batch: number of maps.
@@ -103,6 +107,7 @@ class Problem(NamedTuple):
         dtype: dtype of query, key and value; the bias is float32.
         has_rpb: whether there is a relative position bias.
         arguments: the remaining keyword arguments of the function.
+        part: "" for fused attention, or "qk" or "av", whose tensors are heads-first.
     """
 
     batch: int
@@ -115,24 +120,34 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     has_rpb: bool
     arguments: dict[str, Any]
+    part: str = ""
 
     def tensors(self, device: torch.device | str) -> dict[str, Tensor]:
         """Return random tensors that require gradients, keyed by argument name."""
         maps = {"query": (self.heads, self.head_dim), "key": (self.kv_heads, self.head_dim)}
         maps["value"] = self.kv_heads, self.value_dim
-        shapes = {name: (self.batch, *self.space, *last) for name, last in maps.items()}
+        if self.part:
+            maps["attn"] = self.heads, prod(self._window())
+            names = {"qk": ("query", "key"), "av": ("attn", "value")}[self.part]
+            shapes = {name: (self.batch, maps[name][0], *self.space, maps[name][1]) for name in names}
+        else:
+            shapes = {name: (self.batch, *self.space, *last) for name, last in maps.items()}
         if self.additional:
             for name in ("key", "value"):
                 shapes[f"additional_{name}s"] = self.batch, self.additional, *maps[name]
         tensors = {name: torch.randn(shape, device=device).to(self.dtype) for name, shape in shapes.items()}
-        if self.has_rpb:
-            sizes = (2 * k - 1 for k in per_axis(self.arguments["kernel_size"], len(self.space), "kernel_size", int))
+        if self.has_rpb and self.part != "av":
+            sizes = (2 * k - 1 for k in self._window())
             tensors["rpb"] = torch.randn(self.heads, *sizes, device=device)
         return {name: x.requires_grad_() for name, x in tensors.items()}
 
     def call(self, tensors: dict[str, Tensor], backend: str | None) -> Tensor:
         """Run the forward pass."""
-        return getattr(functional, f"na{len(self.space)}d")(**tensors, **self.arguments, backend=backend)
+        name = f"na{len(self.space)}d" + (f"_{self.part}" if self.part else "")
+        return getattr(functional, name)(**tensors, **self.arguments, backend=backend)
+
+    def _window(self) -> tuple[int, ...]:
+        return per_axis(self.arguments["kernel_size"], len(self.space), "kernel_size", int)
 
 
 class Work(NamedTuple):
@@ -178,7 +193,7 @@ class _OperatorCalls(TorchDispatchMode):
 
 
 def _trace(problem: Problem, with_backward: bool) -> tuple[dict[str, Work], tuple]:
-    """Return the minimal work and the arguments of the fused operator, from a run on the meta device."""
+    """Return the minimal work, and the arguments of the fused operator if it runs, from a run on the meta device."""
     tensors = problem.tensors("meta")
     with backends.use_backend(None), _OperatorCalls() as calls, FlopCounterMode(display=False) as forward:
         out = problem.call(tensors, None)
@@ -186,9 +201,10 @@ def _trace(problem: Problem, with_backward: bool) -> tuple[dict[str, Work], tupl
     if with_backward:
         with FlopCounterMode(display=False) as backward:
             out.sum().backward()
-        traffic = _gbytes(out, out, *tensors.values(), *tensors.values())
+        saved = () if problem.part else (out,)
+        traffic = _gbytes(out, *saved, *tensors.values(), *tensors.values())
         work["backward"] = Work(backward.get_total_flops() / 1e9, traffic)
-    return work, calls.arguments[0]
+    return work, next(iter(calls.arguments), ())
 
 
 def _gbytes(*tensors: Tensor) -> float:
@@ -464,6 +480,7 @@ class Limits:
 
     Attributes:
         timers: the two timers, to be sampled before the rates are read.
+        small_timer: timer of a product that fits into the cache, to be sampled before its rate is read; None on a GPU.
     """
 
     def __init__(
@@ -476,12 +493,15 @@ class Limits:
         self.side = MATRIX_SIDE.get(device.type, MATRIX_SIDE["cuda"])
         self.bytes = COPY_BYTES.get(device.type, COPY_BYTES["cuda"])
         product_dtype = self.product_dtype(dtype, device)
-        a, b, out = (torch.randn(self.side, self.side, device=device).to(product_dtype) for _ in range(3))
+
+        def product(side: int) -> Timer:
+            a, b, out = (torch.randn(side, side, device=device).to(product_dtype) for _ in range(3))
+            return Timer(lambda: torch.mm(a, b, out=out), device, threads=threads, context=context)
+
         source, target = (torch.ones(self.bytes, dtype=torch.uint8, device=device) for _ in range(2))
-        self.timers = (
-            Timer(lambda: torch.mm(a, b, out=out), device, threads=threads, context=context),
-            Timer(lambda: target.copy_(source), device, threads=threads, context=context),
-        )
+        copy = Timer(lambda: target.copy_(source), device, threads=threads, context=context)
+        self.timers = (product(self.side), copy)
+        self.small_timer = product(SMALL_MATRIX_SIDE) if device.type == "cpu" else None
 
     @staticmethod
     def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -492,6 +512,11 @@ class Limits:
     def matmul_gflops(self) -> float:
         """Rate of the matrix product, in 1e9 floating-point operations per second."""
         return 2e-6 * self.side**3 / self.timers[0].percentile(50)
+
+    @property
+    def small_matmul_gflops(self) -> float | None:
+        """Rate of the small matrix product, in 1e9 floating-point operations per second; None on a GPU."""
+        return None if self.small_timer is None else 2e-6 * SMALL_MATRIX_SIDE**3 / self.small_timer.percentile(50)
 
     @property
     def copy_gb_s(self) -> float:

@@ -7,6 +7,7 @@ import http.server
 import random
 import ssl
 import threading
+import time
 from collections.abc import Callable
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -98,3 +99,48 @@ def web_page(handler):
     handler.send_header("Content-Type", "text/html; charset=utf-8")
     handler.end_headers()
     handler.wfile.write(b"<html>sign in</html>")
+
+
+def answer(content: bytes, code: int = 200, **headers: str):
+    """Return a handler that sends content and headers as they are, and closes the connection."""
+
+    def send(handler):
+        handler.send_response(code)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(content)
+        handler.close_connection = True
+
+    return send
+
+
+def dripping(handler):
+    """Send a byte now and then, for ever."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(CONTENT)))
+    handler.end_headers()
+    for byte in CONTENT:
+        try:
+            handler.wfile.write(bytes([byte]))
+            handler.wfile.flush()
+        except OSError:
+            return
+        time.sleep(0.02)
+
+
+def chunked(content: bytes, ends: bool = True):
+    """Return a handler that sends content in chunks, with or without the end."""
+
+    def send(handler):
+        handler.protocol_version = "HTTP/1.1"
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for start in range(0, len(content), 70_000):
+            part = content[start : start + 70_000]
+            handler.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
+        handler.wfile.write(b"0\r\n\r\n" if ends else b"")
+        handler.close_connection = True
+
+    return send

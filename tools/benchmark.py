@@ -4,6 +4,7 @@
     python tools/benchmark.py layers
     python tools/benchmark.py models
     python tools/benchmark.py ops --case b8_56x56_h2_d32_k7 --provider natten-cpu gather
+    python tools/benchmark.py ops --provider natten-cpu sdpa
     python tools/benchmark.py ops --list
     python tools/benchmark.py gpu
     python tools/benchmark.py tiles b128_56x56_h2_d32_k7 --dry-run --capability 9.0
@@ -12,7 +13,9 @@
 Compared implementations are timed in turns, round after round, together with a large matrix product and a large copy.
 The table shows the median, the 20th and 80th percentile, and two percentages, as natten/profiler.py defines them:
 "% matmul" is the rate of the minimal arithmetic over that of the matrix product, "% limit" the shortest possible time
-on this machine over the measured time. Compilation and the construction of reusable masks and indices do not count.
+on this machine over the measured time: the arithmetic at the rate of the product, or the traffic at the rate of the
+copy, whichever takes longer. On a CPU a smaller product is measured as well, to show whether the rate depends on size.
+Compilation and the construction of reusable masks and indices do not count.
 Results of the operator are compared with the reference before they are timed.
 """
 

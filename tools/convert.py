@@ -30,7 +30,7 @@ from natzoo import command_line
 from natzoo.checkpoints import weights_of, write_weights, zoo_entries
 from natzoo.checkpoints.adapt import backbone_prefix, published_names, unwrapped
 from natzoo.checkpoints.download import sha256_of
-from natzoo.checkpoints.write import RECORD
+from natzoo.checkpoints.record import RECORD
 from natzoo.classification.factory import create_model
 from natzoo.classification.inference import create_from_checkpoint, read_with_record
 from natzoo.classification.options import KeyValues

@@ -42,8 +42,8 @@ def export(folder: Path) -> None:
     print(f"wrote {folder}")
 
 
-def create_page(args: argparse.Namespace):
-    """Create the gradio page for the model given by the options.
+def serve(args: argparse.Namespace) -> None:
+    """Serve the gradio page for the model given by the options.
 
     Raises:
         ModuleNotFoundError: gradio is not installed.
@@ -60,7 +60,8 @@ def create_page(args: argparse.Namespace):
     config = preprocessing(args, model, record)
     classes = class_names(record, model.num_classes)
     viewer = app.AttentionViewer(model, evaluation_transform(config), config["mean"], config["std"], classes)
-    return app.create_page(viewer, args.model or record["model"])
+    page = app.create_page(viewer, args.model or record["model"])
+    page.launch(server_port=args.port, max_file_size=app.MAX_FILE_SIZE)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.export:
         export(args.export)
     else:
-        create_page(args).launch(server_port=args.port)
+        serve(args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ metainfo = dict(
 shapes = dict(data_root=data_root, metainfo=metainfo, img_suffix=".png")
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
     dict(type="PackSegInputs"),
 ]

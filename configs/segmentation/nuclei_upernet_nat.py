@@ -8,7 +8,7 @@ model = dict(
 data_root = "data/nuclei"
 metainfo = dict(classes=["background", "nucleus"], palette=[[0, 0, 0], [255, 160, 0]])
 nuclei = dict(data_root=data_root, metainfo=metainfo, img_suffix=".png")
-load, annotations = dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", reduce_zero_label=True)
+load, annotations = dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")
 brighten = dict(type="AdjustGamma", gamma=2.0)  # many nuclei are dark
 train_pipeline = [
     load,

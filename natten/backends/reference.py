@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natten.geometry import Axis, AxisTiles, axis_tiles
+from natten.geometry import Axis, AxisTiles, axis_tiles, ceil_div
 
 NAME = "reference"
 
@@ -162,9 +162,13 @@ def attention_backward(
 
 def _tiles(axes: Sequence[Axis], device: torch.device) -> list[AxisTiles]:
     """Return tiles of K queries per axis, which have 2K - 1 keys. A residue class of up to 2.5 K tokens is one tile."""
-    longest = [-(-axis.length // axis.dilation) for axis in axes]
-    sizes = [n if 2 * n <= 5 * axis.kernel_size else axis.kernel_size for axis, n in zip(axes, longest, strict=True)]
-    return [axis_tiles(axis, size, device) for axis, size in zip(axes, sizes, strict=True)]
+    return [axis_tiles(axis, _tile_size(axis), device) for axis in axes]
+
+
+def _tile_size(axis: Axis) -> int:
+    longest = ceil_div(axis.length, axis.dilation)
+    is_short = isinstance(longest, int) and 2 * longest <= 5 * axis.kernel_size  # torch.export may not know the length
+    return longest if is_short else axis.kernel_size
 
 
 def _is_repeat(tiles: Sequence[AxisTiles]) -> Tensor:
@@ -285,12 +289,11 @@ def _add_windows(x_BTHWd: Tensor, tiles: Sequence[AxisTiles], like_BHXd: Tensor)
 def _to_tiles(x_BXHd: Tensor, positions: Sequence[Tensor]) -> Tensor:
     """Gather the given positions [tiles, items] of each axis: [B, X, H, d] -> [B, T, H, items, d]."""
     rank = len(positions)
-    batch, heads, dim = x_BXHd.shape[0], x_BXHd.shape[-2], x_BXHd.shape[-1]
-    for axis, position in enumerate(positions, start=1):
-        x_BXHd = x_BXHd.index_select(axis, position.flatten())
-    x = x_BXHd.reshape(batch, *(size for position in positions for size in position.shape), heads, dim)
+    x = x_BXHd
+    for axis, position in reversed(list(enumerate(positions, start=1))):
+        x = x.index_select(axis, position.flatten()).unflatten(axis, position.shape)
     x = x.permute(0, *range(1, 2 * rank, 2), 2 * rank + 1, *range(2, 2 * rank + 1, 2), 2 * rank + 2)
-    return x.reshape(batch, prod([p.shape[0] for p in positions]), heads, prod([p.shape[1] for p in positions]), dim)
+    return x.flatten(1, rank).flatten(3, rank + 2)
 
 
 def _from_tiles(x_BTHQd: Tensor, tiles: Sequence[AxisTiles]) -> Tensor:
@@ -313,11 +316,12 @@ def _add_tiles(x_BTHKd: Tensor, positions: Sequence[Tensor], shape: Sequence[int
 def _join_tiles(x_BTHQd: Tensor, positions: Sequence[Tensor]) -> Tensor:
     """Reshape [B, T, H, items, d] to [B, tiles x items of each axis, H, d]."""
     rank = len(positions)
-    batch, _, heads, _, dim = x_BTHQd.shape
-    x = x_BTHQd.reshape(batch, *(p.shape[0] for p in positions), heads, *(p.shape[1] for p in positions), dim)
+    x = x_BTHQd.unflatten(3, [p.shape[1] for p in positions]).unflatten(1, [p.shape[0] for p in positions])
     pairs = (axis for pair in zip(range(1, rank + 1), range(rank + 2, 2 * rank + 2), strict=True) for axis in pair)
     x = x.permute(0, *pairs, rank + 1, 2 * rank + 2)
-    return x.reshape(batch, *(p.numel() for p in positions), heads, dim)
+    for axis in range(1, rank + 1):
+        x = x.flatten(axis, axis + 1)
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,15 +1,20 @@
 """Read weight files without ever running code from them.
 
 PyTorch files are read by torch.load(weights_only=True), .safetensors files by safetensors. Plain pickles, which
-detectron2 writes (Mask2Former's .pkl), need the restricted reader in the second half of this file.
+detectron2 writes (Mask2Former's .pkl), need the restricted reader at the end of this file.
+
+A file may neither describe more than it holds nor be damaged: what it takes to read it is in proportion to its size,
+and checksums are verified where the format has them.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import os
 import pickle
+import pickletools
 import re
 import struct
 from argparse import Namespace
@@ -17,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 from zipfile import ZipFile
 
 import numpy as np
@@ -25,12 +30,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from natzoo.checkpoints.write import RECORD
+from natzoo.checkpoints.record import RECORD
+from natzoo.checkpoints.write import DIGEST, digest
+from natzoo.schema import parts_of, shown
 
 # Entries that contain the weights, by priority: averaged weights are the ones to evaluate and publish.
 _WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _DTYPES |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_MAX_SHARING = 8  # how often a file may refer to each of its bytes on average; detectors share heads between stages
+_CHUNK = 2**20
+_MAX_RECORD = 2**24  # bytes of JSON in a .safetensors file
+# torch.load calls these, but no checkpoint needs them: they allocate what they are told, or copy what they are given.
+_REFUSED_GLOBALS = re.compile(
+    r"(builtins|__builtin__)\.bytearray|torch(\.cuda)?\.\w*Tensor|torch\._utils\._rebuild_device_tensor_\w+"
+)
+# These copy too, but few of them are needed: learning-rate schedules count their milestones.
+_RARE_GLOBALS = re.compile(r"collections\.Counter|_codecs\.encode|(builtins|__builtin__)\.set")
+_MAX_RARE = 16
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -63,8 +80,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         if path.suffix == ".pkl":
             checkpoint = _read_plain_pickle(path)
         else:
-            if start.startswith(b"PK"):
-                _check_uncompressed(path)
+            _check_torch_file(path, is_zip=start.startswith(b"PK"))
             with torch.serialization.safe_globals([Namespace]):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -75,6 +91,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is truncated or not a checkpoint; download it again ({_reason(error)}).") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} contains a {type(checkpoint).__name__}; a checkpoint must be a dict of tensors.")
+    try:
+        for part in parts_of(checkpoint):
+            if isinstance(part, (Tensor, OrderedDict)):
+                vars(part).clear()  # a pickle can set attributes, which hide methods
+    except ValueError as error:
+        raise ValueError(f"{path} is refused: {error}; a checkpoint has tensors and options.") from error
     return checkpoint
 
 
@@ -97,43 +119,108 @@ def weights_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str,
     Raises:
         ValueError: if there are no weights, or if one of them is not a dense tensor of real numbers.
     """
-    # Use dict's own methods: a pickle can replace those of an OrderedDict by setting attributes.
     for wrapper in _WRAPPERS:
-        wrapped = dict.get(checkpoint, wrapper)
+        wrapped = checkpoint.get(wrapper)
         if isinstance(wrapped, dict):
             checkpoint = wrapped
             break
-    entries = dict.items(checkpoint)
+    entries = checkpoint.items()
     weights = {name: value for name, value in entries if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
-        names = ", ".join(str(name) for name, _ in list(entries)[:5]) or "none"
+        names = ", ".join(shown(name) for name, _ in list(entries)[:5]) or "none"
         raise ValueError(f"{path} contains no weights; its entries: {names}.")
     for name, value in weights.items():
-        if not _is_dense(value):
-            raise ValueError(f"{path} is damaged or malicious: {name} is not a dense tensor of real numbers.")
+        if not is_dense(value):
+            raise ValueError(f"{path} is damaged or malicious: {shown(name)} is not a dense tensor of real numbers.")
+    stored = sum(
+        {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}.values()
+    )
+    claimed = sum(value.nbytes for value in weights.values())
+    if claimed > _MAX_SHARING * stored:
+        raise ValueError(f"{path} is refused: its weights take {claimed} bytes but share {stored} stored ones.")
     return weights
+
+
+def is_dense(value: Tensor) -> bool:
+    """Return whether a tensor stores every number of its shape; a small file can declare a single one as 10**12."""
+    if value.layout is not torch.strided or value.is_meta or value.dtype not in _DTYPES:
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt", device="cpu") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-        record = (file.metadata() or {}).get(RECORD)
+        metadata = file.metadata() or {}
+    record = metadata.get(RECORD)
+    if DIGEST in metadata and metadata[DIGEST] != digest(weights, record):
+        raise ValueError("its content does not match its own hash")
+    if record is not None and len(record) > _MAX_RECORD:
+        raise ValueError(f"its record has more than {_MAX_RECORD} characters")
     return weights if record is None else {"state_dict": weights, RECORD: json.loads(record)}
 
 
-def _check_uncompressed(path: Path) -> None:
-    """Raise ValueError if a zip file unpacks to more than its own size: torch.save never compresses."""
+# ---------------------------------------------------------------------------------------------------------------------
+# PyTorch files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_torch_file(path: Path, is_zip: bool) -> None:
+    """Check a file before torch.load reads it.
+
+    Raises:
+        ValueError: if a zip file unpacks to more than its own size, or if the checksum of a part is wrong.
+        pickle.UnpicklingError: as in `_check_pickle`.
+        Exception: any type, if the file is damaged.
+    """
+    if not is_zip:  # up to five pickles in a row, then numbers without a checksum
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            for _ in range(5):
+                if file.tell() < size:
+                    _check_pickle(file)
+        return
     with ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > path.stat().st_size:
-        raise ValueError(f"it is compressed, which torch.save never does, and would unpack to {unpacked} bytes")
+        entries = archive.infolist()
+        unpacked = sum(entry.file_size for entry in entries)
+        if unpacked > path.stat().st_size:
+            raise ValueError(f"it is compressed, which torch.save never does, and would unpack to {unpacked} bytes")
+        for entry in entries:
+            if entry.CRC == 0:  # torch.save can be told to write no checksum
+                del entry.CRC
+            with archive.open(entry) as file:  # verifies the checksum at the end of the file
+                if entry.filename.endswith("data.pkl"):
+                    _check_pickle(io.BytesIO(file.read()))
+                while file.read(_CHUNK):
+                    pass
 
 
-def _is_dense(value: Tensor) -> bool:
-    """Return whether a tensor stores every number of its shape; a small file can declare a single one as 10**12."""
-    if value.layout is not torch.strided or value.is_meta or value.dtype not in _DTYPES:
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+def _check_pickle(file: BinaryIO) -> None:
+    """Check that a pickle only uses functions that checkpoints need, and that it cannot multiply what it contains.
+
+    Raises:
+        pickle.UnpicklingError: if it does.
+    """
+    memo: dict[Any, str] = {}  # where the pickle keeps functions
+    function = ""  # that the last operation has put on the stack
+    expected: list[str] = []  # next operations, after an OrderedDict: it may only be created empty
+    rare = 0
+    for operation, argument, _ in pickletools.genops(file):
+        name = operation.name
+        if function and name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument], function = function, ""
+            continue
+        if expected and expected.pop() != name:
+            raise pickle.UnpicklingError("it requests collections.OrderedDict with content")
+        if name == "GLOBAL":
+            function = str(argument).replace(" ", ".")
+        else:
+            function = memo.get(argument, "") if name in ("BINGET", "LONG_BINGET") else ""
+        rare += bool(_RARE_GLOBALS.fullmatch(function))
+        if _REFUSED_GLOBALS.fullmatch(function) or rare > _MAX_RARE:
+            raise pickle.UnpicklingError(f"it requests {function}")
+        if function == "collections.OrderedDict":
+            expected = ["REDUCE", "EMPTY_TUPLE"]
 
 
 def _reason(error: Exception) -> str:
@@ -143,7 +230,8 @@ def _reason(error: Exception) -> str:
     if requested:
         return f"it requests {requested[1]}"
     lines = text.split("WeightsUnpickler error: ")[-1].strip().splitlines() or [type(error).__name__]
-    return lines[0].split(". ")[0].rstrip(".")
+    line = lines[0].split(". ")[0].rstrip(".")
+    return "".join(character if character.isprintable() else "?" for character in line[:300])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +252,8 @@ def _read_plain_pickle(path: Path) -> Any:
     """
     # Mapped into memory: a file object allocates as many bytes as the pickle claims to contain.
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _to_tensors(_PlainUnpickler(content).load(), {})
+        unpickler = _PlainUnpickler(content)
+        return _Converter(unpickler.budget).convert(unpickler.load())
 
 
 class _PlainUnpickler(pickle._Unpickler):
@@ -176,12 +265,17 @@ class _PlainUnpickler(pickle._Unpickler):
 
     def __init__(self, file: mmap.mmap):
         super().__init__(file, encoding="latin1")  # detectron2's first weights were written by Python 2
+        self.budget = _Budget(_MAX_SHARING * len(file))
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = _ALLOWED.get((module.replace("numpy._core", "numpy.core"), name))
         if allowed is None:
             raise pickle.UnpicklingError(f"it requests {module}.{name}")
-        return allowed
+        return self._encode if allowed is _encode else allowed
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        self.budget.spend(len(text))
+        return _encode(text, encoding)
 
     def persistent_load(self, identity: Any) -> Any:
         raise pickle.UnpicklingError("it refers to objects outside of the file")
@@ -299,28 +393,46 @@ _ALLOWED = {
 }
 
 
-def _to_tensors(value: Any, converted: dict[int, Any]) -> Any:
-    """Convert the arrays in plain data to tensors, each object once.
+class _Budget:
+    """Limits the bytes that a pickle copies: it can refer to the same content any number of times."""
+
+    def __init__(self, size: int):
+        self.remaining = size
+
+    def spend(self, size: int) -> None:
+        self.remaining -= size
+        if self.remaining < 0:
+            raise pickle.UnpicklingError("it repeats its content many times")
+
+
+class _Converter:
+    """Converts the arrays in plain data to tensors, each object once.
 
     `converted` maps the id of an object to its result. Without it, a hundred bytes that describe nested lists, each
     containing the next one twice, would become a result with 2**100 entries.
     """
-    if id(value) not in converted:
-        converted[id(value)] = _convert(value, converted)
-    return converted[id(value)]
 
+    def __init__(self, budget: _Budget):
+        self.budget = budget
+        self.converted: dict[int, Any] = {}
 
-def _convert(value: Any, converted: dict[int, Any]) -> Any:
-    if isinstance(value, _Array):
-        if value.content is None:
-            raise pickle.UnpicklingError("it contains an array without content")
-        value = value.content
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
-    if isinstance(value, dict):
-        return {key: _to_tensors(item, converted) for key, item in dict.items(value)}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_tensors(item, converted) for item in value)
-    if value is None or type(value) in (bool, int, float, complex, str, bytes, bytearray):
-        return value
-    raise pickle.UnpicklingError(f"it contains a {type(value).__name__}, which is not plain data")
+    def convert(self, value: Any) -> Any:
+        if id(value) not in self.converted:
+            self.converted[id(value)] = self._convert(value)
+        return self.converted[id(value)]
+
+    def _convert(self, value: Any) -> Any:
+        if isinstance(value, _Array):
+            if value.content is None:
+                raise pickle.UnpicklingError("it contains an array without content")
+            value = value.content
+        if isinstance(value, np.ndarray):
+            self.budget.spend(value.nbytes)
+            return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
+        if isinstance(value, dict):
+            return {key: self.convert(item) for key, item in dict.items(value)}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.convert(item) for item in value)
+        if value is None or type(value) in (bool, int, float, complex, str, bytes, bytearray):
+            return value
+        raise pickle.UnpicklingError(f"it contains a {type(value).__name__}, which is not plain data")

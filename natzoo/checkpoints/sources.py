@@ -9,7 +9,8 @@ import difflib
 import hashlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,28 +85,36 @@ def find_entry(name: str) -> ZooEntry:
     return entry
 
 
-def locate_entry(entry: ZooEntry) -> Path:
+def locate_entry(entry: ZooEntry, cache_dir: str | os.PathLike | None = None) -> Path:
     """Return the file of a published checkpoint; download it first if necessary.
 
     Tries the project's site, then the Hugging Face repository.
+
+    Args:
+        entry: the checkpoint.
+        cache_dir: folder for downloads; None for the cache folder.
 
     Raises:
         DownloadError: if no source provides the file.
     """
     try:
-        return fetch([entry.url], path_in_cache(entry), entry.sha256, entry.size)
+        return fetch([entry.url], path_in_cache(entry, cache_dir), entry.sha256, entry.size)
     except DownloadError as error:
         if entry.hub is None:
             raise
         try:
-            return _locate_on_hub(entry.hub)
+            return _locate_on_hub(entry.hub, cache_dir)
         except DownloadError as second:
             raise DownloadError(f"{error} The copy on the Hugging Face hub failed too: {second}") from second
 
 
-def path_in_cache(entry: ZooEntry) -> Path:
-    """Return the path of a published checkpoint in the cache folder."""
-    return cache_folder() / _file_name(entry.url)
+def path_in_cache(entry: ZooEntry, cache_dir: str | os.PathLike | None = None) -> Path:
+    """Return the path of a published checkpoint in a folder for downloads, by default the cache folder."""
+    return _downloads(cache_dir) / _file_name(entry.url)
+
+
+def _downloads(cache_dir: str | os.PathLike | None) -> Path:
+    return cache_folder() if cache_dir is None else Path(cache_dir).expanduser().absolute()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +122,7 @@ def path_in_cache(entry: ZooEntry) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def locate(what: str | os.PathLike) -> Path:
+def locate(what: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Path:
     """Return a weight file; download it first if necessary.
 
     Args:
@@ -122,14 +131,17 @@ def locate(what: str | os.PathLike) -> Path:
             - the path of a file;
             - the path of a folder written by transformers or timm;
             - the name of a published checkpoint: a registered model or an entry of natzoo/zoo.yaml;
-            - a URL;
+            - a URL; one of a file on this machine is the same as its path;
             - "hf-hub:OWNER/NAME" or "hf-hub:OWNER/NAME@REVISION", a Hugging Face repository.
+        cache_dir: folder for downloads; None for the cache folder, or Hugging Face's for its repositories.
 
     Raises:
         ValueError: if it is none of these, or both a published name and a path; "./NAME" is always a path.
         FileNotFoundError: if it is a path and the file does not exist.
         DownloadError: if no source provides the file; the message states the failure of each source.
     """
+    if isinstance(what, str) and what.startswith("file:"):
+        what = unquote(urlsplit(what).path)
     path, text = Path(what), str(what)
     if isinstance(what, str) and what in zoo_entries() and path.exists():
         raise ValueError(f"{what!r} is a published checkpoint and also exists here; for the local one, write ./{what}.")
@@ -138,12 +150,12 @@ def locate(what: str | os.PathLike) -> Path:
     if path.is_dir():
         return _locate_in_folder(path)
     if text.startswith(_HUB_SCHEME):
-        return _locate_on_hub(text.removeprefix(_HUB_SCHEME))
+        return _locate_on_hub(text.removeprefix(_HUB_SCHEME), cache_dir)
     if urlsplit(text).scheme in ("http", "https"):
-        return _locate_url(text)
+        return _locate_url(text, cache_dir)
     if path.suffix in _SUFFIXES or len(path.parts) > 1:
         raise FileNotFoundError(f"{path} does not exist; check the path.")
-    return locate_entry(find_entry(text))
+    return locate_entry(find_entry(text), cache_dir)
 
 
 def _locate_in_folder(folder: Path) -> Path:
@@ -157,12 +169,12 @@ def _locate_in_folder(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder} is a folder without {' or '.join(_HUB_FILES)}; {remedy}.")
 
 
-def _locate_url(url: str) -> Path:
+def _locate_url(url: str, cache_dir: str | os.PathLike | None) -> Path:
     for entry in zoo_entries().values():
         if entry.url == url:
-            return locate_entry(entry)
+            return locate_entry(entry, cache_dir)
     # A folder per URL, so that files with the same name do not collide.
-    folder = cache_folder() / "others" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = _downloads(cache_dir) / "others" / hashlib.sha256(url.encode()).hexdigest()[:16]
     return fetch([url], folder / _file_name(url))
 
 
@@ -173,7 +185,7 @@ def _file_name(url: str) -> str:
     return name
 
 
-def _locate_on_hub(repository: str) -> Path:
+def _locate_on_hub(repository: str, cache_dir: str | os.PathLike | None) -> Path:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -182,7 +194,8 @@ def _locate_on_hub(repository: str) -> Path:
     is_offline = is_unreachable(constants.ENDPOINT)  # the library would retry for half a minute
     for name in _HUB_FILES:
         try:
-            return Path(hf_hub_download(identity, name, revision=revision or None, local_files_only=is_offline))
+            options = {"revision": revision or None, "cache_dir": cache_dir, "local_files_only": is_offline}
+            return Path(hf_hub_download(identity, name, **options))
         except Exception as error:  # the library passes on errors of several other libraries
             failure = error
             is_missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
@@ -191,6 +204,19 @@ def _locate_on_hub(repository: str) -> Path:
     host = urlsplit(constants.ENDPOINT).netloc or constants.ENDPOINT
     reason = f"{host} cannot be resolved" if is_offline else (str(failure).strip().splitlines() or ["unknown"])[0]
     raise DownloadError(f"{_HUB_SCHEME}{repository}: {' or '.join(_HUB_FILES)} could not be downloaded ({reason}).")
+
+
+@contextmanager
+def local_files_if_offline() -> Iterator[None]:
+    """Let huggingface_hub use its local files if its server is unreachable; it would retry for half a minute first."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or is_unreachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def is_unreachable(url: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
@@ -16,15 +17,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-import timm
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-RECORD = "record"  # key of the entry that describes the model of a checkpoint
+from natzoo.checkpoints.record import RECORD
 
-# Arguments of timm.create_model that name files or addresses; a checkpoint must not set them.
-_REFUSED_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+DIGEST = "sha256"  # key of the metadata of a .safetensors file with the hash of its content
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +173,10 @@ def write_weights(path: str | os.PathLike, weights: dict[str, Tensor], record: d
     }
     suffix = Path(path).suffix
     if suffix == ".safetensors":
-        metadata = {"format": "pt"} if record is None else {"format": "pt", RECORD: json.dumps(record)}
+        text = None if record is None else json.dumps(record)
+        metadata = {"format": "pt", DIGEST: digest(weights, text)}
+        if text is not None:
+            metadata[RECORD] = text
         write_atomically(path, lambda file: file.write(save(weights, metadata)))
     elif suffix in (".pth", ".pt", ".bin"):
         write_checkpoint(path, weights if record is None else {"state_dict": weights, RECORD: record})
@@ -188,35 +190,10 @@ def write_weights(path: str | os.PathLike, weights: dict[str, Tensor], record: d
         raise ValueError(f"{path} has the unknown extension {suffix!r}; use .safetensors, .pth, .pt, .bin or .pkl.")
 
 
-def record_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, Any] | None:
-    """Return the description of the model that the training script or tools/convert.py stored in a checkpoint.
-
-    Args:
-        checkpoint: the result of `read_checkpoint`.
-        path: the file, for messages.
-
-    Returns:
-        None if there is no description, else a dict with
-
-        - model: its registered name;
-        - model_kwargs: its arguments;
-        - num_classes: its number of classes;
-        - classes: their names, or None;
-        - preprocessing: size, crop and normalization of images in evaluation.
-
-    Raises:
-        ValueError: if it is damaged, names a model unknown to timm, or sets arguments that a checkpoint must not set.
-    """
-    if RECORD not in checkpoint:
-        return None
-    record = checkpoint[RECORD]
-    types = {"model": str, "model_kwargs": dict, "num_classes": int, "preprocessing": dict}
-    for name, kind in types.items():
-        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
-            raise ValueError(f"{path} has a damaged record: {name} is missing or not a {kind.__name__}.")
-    if not timm.is_model(record["model"]):
-        raise ValueError(f"{path} requires the model {record['model']!r}, which is not registered with timm.")
-    refused = sorted(_REFUSED_ARGUMENTS & record["model_kwargs"].keys())
-    if refused:
-        raise ValueError(f"{path} sets {', '.join(refused)} in its model_kwargs; a checkpoint must not set them.")
-    return {"classes": None, **record}
+def digest(weights: Mapping[str, Tensor], record: str | None) -> str:
+    """Return the SHA-256 of weights and the text of their record, which a .safetensors file has no checksum of."""
+    total = hashlib.sha256((record or "").encode())
+    for name, value in sorted(weights.items()):
+        total.update(f"\0{name}\0{value.dtype}\0{list(value.shape)}\0".encode())
+        total.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -13,7 +13,9 @@ from natzoo import command_line
 from natzoo.checkpoints import read_checkpoint, write_checkpoint
 from natzoo.checkpoints.write import copy_atomically
 from natzoo.classification.distributed import World
+from natzoo.classification.state import check_progress
 from natzoo.runs import lock_folder
+from natzoo.schema import same, shown
 
 # Options that a resumed run may change without notice: they do not affect the result.
 _NO_EFFECT = (
@@ -22,11 +24,6 @@ _NO_EFFECT = (
 )
 # Options that a resumed run must not change.
 _FIXED = ("seed", "opt", "batch_size", "model_ema", "amp", "layer_decay", "decay_rpb")
-# Keys of last.pth. The format is stable: runs resume from checkpoints of earlier versions.
-KEYS = (
-    *("model", "model_ema", "record", "epoch", "best", "best_epoch"),  # also in best.pth
-    *("update", "totals", "skipped", "optimizer", "scaler", "options", "processes", "images"),
-)
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -124,9 +121,7 @@ def load_resume_state(args: argparse.Namespace, world: World) -> tuple[Path, dic
     if path is None:
         return None
     state = read_checkpoint(path)
-    missing = sorted(set(KEYS) - state.keys())
-    if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)} to resume from; use --initial-checkpoint.")
+    check_progress(path, state)
     options = state["options"]
     for key in _FIXED:
         _check_equal(path, key, options.get(key), getattr(args, key))
@@ -140,8 +135,8 @@ def load_resume_state(args: argparse.Namespace, world: World) -> tuple[Path, dic
         args.grad_accum = steps // world.size
         world.print(f"Set --grad-accum {args.grad_accum} to keep {steps * args.batch_size} images per update.")
     for key, value in vars(args).items():
-        if options.get(key) != value and key not in _NO_EFFECT:
-            world.print(f"Resuming with {key} = {value!r}; the checkpoint has {options.get(key)!r}.")
+        if key not in _NO_EFFECT and not same(options.get(key), value):
+            world.print(f"Resuming with {key} = {value!r}; the checkpoint has {shown(options.get(key))}.")
     return path, state
 
 
@@ -149,7 +144,8 @@ def _is_restart(args: argparse.Namespace, last: Path) -> bool:
     """Return whether torchrun restarted, after a process died, the command that wrote last.pth."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not last.exists():
         return False
-    return read_checkpoint(last).get("options", {}).get("resume") == args.resume
+    options = read_checkpoint(last).get("options")
+    return isinstance(options, dict) and same(options.get("resume"), args.resume)
 
 
 def check_same_run(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -163,13 +159,8 @@ def check_same_run(path: Path, saved: dict[str, Any], current: dict[str, Any]) -
 
 
 def _check_equal(path: Path, key: str, saved: Any, current: Any) -> None:
-    if saved != current:
+    if not same(saved, current):
         raise ValueError(
-            f"{path} has {key} = {_shorten(saved)} but this run has {_shorten(current)}; resume with the original "
+            f"{path} has {key} = {shown(saved)} but this run has {shown(current)}; resume with the original "
             "value, or choose a new --work-dir."
         )
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(value)} in total)"

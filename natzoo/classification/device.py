@@ -47,6 +47,17 @@ def enable_tf32(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
+def slow_precision(amp: str, device: torch.device) -> str | None:
+    """Return a warning if --amp is much slower than float32 on this device, else None."""
+    if device.type != "cpu" or amp == "none":
+        return None
+    if amp == "fp16":
+        return "Warning: --amp fp16 is slow on a CPU; use bf16 or none."
+    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "Warning: --amp bf16 is several times slower than none on this CPU, which has no bfloat16 instructions."
+    return None
+
+
 def autocast_context(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """Return a function that creates the context of a forward pass for --amp none, bf16 or fp16."""
     if amp == "none":

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from timm.data import ImageNetInfo
+from torch import Tensor
 
 from natzoo.checkpoints import load_weights, locate, read_checkpoint, record_of, weights_of
-from natzoo.checkpoints.write import RECORD
-from natzoo.classification.factory import TimmModel, create_model
-from natzoo.classification.options import KeyValues
+from natzoo.checkpoints.record import RECORD
+from natzoo.classification.data.transforms import preprocessing
+from natzoo.classification.factory import TimmModel, check_input_size, create_model, describe_model, input_kwargs
+from natzoo.classification.options import KeyValues, add_input_options, crop_pct, num_classes
+from natzoo.schema import shown
+
+_MAX_GROWTH, _SMALL = 4, 10**7  # how much larger than its weights a model may be, and values that never matter
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +36,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="arguments of --model",
     )
-    parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes of --model")
+    parser.add_argument("--num-classes", type=num_classes, metavar="N", help="number of classes of --model")
     parser.add_argument("--pretrained", action="store_true", help="load the published weights of --model")
-    parser.add_argument("--img-size", type=int, metavar="PIXELS", help="image size (default: from the model)")
+    add_input_options(parser)
     parser.add_argument(
-        "--crop-pct", type=float, metavar="FRACTION", help="center crop fraction (default: from the model)"
+        "--crop-pct", type=crop_pct, metavar="FRACTION", help="center crop fraction (default: from the model)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto uses the GPU if there is one")
 
@@ -50,11 +55,15 @@ def requested_model(args: argparse.Namespace, device: torch.device) -> tuple[Tim
         ValueError, FileNotFoundError: if the options name no model, or as raised by `restore` and `create_model`.
     """
     if args.checkpoint:
-        return restore(args.checkpoint, args.model, {"num_classes": args.num_classes, **args.model_kwargs}, device)
-    if not (args.model and args.pretrained):
+        kwargs = {"num_classes": args.num_classes, **input_kwargs(args)}
+        model, record = restore(args.checkpoint, args.model, kwargs, device)
+    elif args.model and args.pretrained:
+        model = create_model(args.model, {"pretrained": True, "num_classes": args.num_classes, **input_kwargs(args)})
+        model, record = model.to(device).eval(), {"classes": None, "preprocessing": {}}
+    else:
         raise ValueError("--checkpoint FILE or --model NAME --pretrained is required.")
-    model = create_model(args.model, {"pretrained": True, "num_classes": args.num_classes, **args.model_kwargs})
-    return model.to(device).eval(), {"classes": None, "preprocessing": {}}
+    check_input_size(model, preprocessing(args, model, record))
+    return model, record
 
 
 def restore(
@@ -125,9 +134,29 @@ def create_from_checkpoint(
         record = {"model": model_name, "model_kwargs": kwargs or {}, "classes": None, "preprocessing": {}}
     elif model_name not in (None, record["model"]):
         raise ValueError(f"{path} belongs to the model {record['model']}, not to {model_name}; remove --model.")
-    model = create_model(record["model"], {"num_classes": record.get("num_classes"), **record["model_kwargs"]})
-    load_weights(model, weights_of(checkpoint, path), path)
+    weights = weights_of(checkpoint, path)
+    arguments = {"num_classes": record.get("num_classes"), **record["model_kwargs"]}
+    try:
+        _check_size(record["model"], arguments, weights)
+        model = create_model(record["model"], arguments)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+    load_weights(model, weights, path)
     return model, record
+
+
+def _check_size(name: str, arguments: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Check that a model is about as large as its weights before it is built: a record can describe any size."""
+    try:
+        with torch.device("meta"):
+            model = create_model(name, arguments)
+    except ValueError:  # wrong arguments, for which the real one raises too, or one of the few models that need memory
+        return
+    needed = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+    stored = sum(value.numel() for value in weights.values())
+    if needed > _MAX_GROWTH * stored + _SMALL:
+        described = shown(describe_model(name, arguments))
+        raise ValueError(f"it has {stored} values, but its model {described} has {needed}.")
 
 
 def class_names(record: dict[str, Any], num_classes: int) -> list[str]:

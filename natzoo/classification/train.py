@@ -41,6 +41,7 @@ from natzoo.classification.device import (
     enable_tf32,
     explain_memory_errors,
     pick_device,
+    slow_precision,
 )
 from natzoo.classification.distributed import World, init_world, kernel_fingerprint
 from natzoo.classification.evaluation import check_classes, evaluate
@@ -55,9 +56,7 @@ from natzoo.classification.factory import (
 from natzoo.classification.logger import EpochMeters, RunLogger
 from natzoo.classification.options import parse
 from natzoo.classification.signals import Interrupted, SignalHandler
-
-# A resumed run takes these from its options, not from the state of the optimizer.
-_HYPERPARAMETERS = ("lr", "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")
+from natzoo.classification.state import check_tensors, load_optimizer
 
 
 class Trainer:
@@ -144,11 +143,13 @@ class Trainer:
 
     def check_same_everywhere(self) -> None:
         """Raise ValueError if the processes differ in progress, data or options; each has read its own disk."""
-        classes = hashlib.sha256("\0".join(self.train_dataset.classes).encode()).hexdigest()[:12]
+        names = "\0".join(self.train_dataset.classes).encode(errors="surrogateescape")
+        classes = hashlib.sha256(names).hexdigest()[:12]
         self.world.check_same(
             "all machines must see the same data and the same --work-dir, and receive the same options",
             **{"progress (epochs, updates, best top-1)": (self.epoch, self.update, self.best)},
             **{"number of training images": len(self.train_dataset), "hash of the class names": classes},
+            **self.digests(),
             **{"--batch-size": self.args.batch_size, "--grad-accum": self.args.grad_accum},
             **{"number of epochs": self.epochs, "--seed": self.args.seed},
         )
@@ -161,8 +162,9 @@ class Trainer:
                 f"Warning: --model-ema-decay {self.args.model_ema_decay} is too high for this run: the initial weights "
                 f"still make up {initial:.0%} of the final average; lower it."
             )
-        if self.args.amp == "fp16" and self.device.type == "cpu":
-            self.world.print("Warning: --amp fp16 is slow on a CPU; use bf16 or none.")
+        slow = slow_precision(self.args.amp, self.device)
+        if slow:
+            self.world.print(slow)
 
     # ----- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -190,9 +192,14 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "options": vars(self.args),
             "processes": self.world.size,
-            "images": self.train_dataset.resume_key(),
+            "images": {**self.train_dataset.resume_key(), **self.digests()},
         }
         return {**self.weights(), **progress}
+
+    def digests(self) -> dict[str, str]:
+        """Return hashes by which a resumed run notices that images were moved, renamed or replaced."""
+        datasets: dict[str, Any] = {"training": self.train_dataset, "validation": self.val_loader.dataset}
+        return {f"digest of the names and sizes of the {name} images": data.digest for name, data in datasets.items()}
 
     def load_state(self, path: Path, state: dict[str, Any]) -> None:
         """Load a checkpoint of this run.
@@ -201,16 +208,18 @@ class Trainer:
             ValueError: if it belongs to another model or to other data.
         """
         check_same_run(path, state["record"], self.record)
-        check_same_run(path, state["images"], self.train_dataset.resume_key(is_within_epoch=state["update"] > 0))
+        digests = self.digests()  # which older checkpoints lack
+        images = {**self.train_dataset.resume_key(is_within_epoch=state["update"] > 0), **digests}
+        check_same_run(path, {**digests, **state["images"]}, images)
+        check_tensors(
+            path, state, self.model, None if self.ema is None else self.ema.module, self.optimizer, self.scaler
+        )
+        if state["update"] > self.updates_per_epoch:
+            raise ValueError(f"{path} has update = {state['update']}; an epoch has {self.updates_per_epoch} updates.")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model_ema"])
-        current = [
-            {key: group[key] for key in _HYPERPARAMETERS if key in group} for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, hyperparameters in zip(self.optimizer.param_groups, current, strict=True):
-            group.update(hyperparameters)
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.update, self.skipped = state["epoch"], state["update"], state["skipped"]
         self.meters = EpochMeters(**state["totals"])

@@ -19,12 +19,18 @@ from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset,
 from natzoo.classification.data.loader import create_evaluation_loader, create_validation_dataset, uses_shards
 from natzoo.classification.data.readers import read_class_map
 from natzoo.classification.data.transforms import preprocessing
-from natzoo.classification.device import autocast_context, enable_tf32, explain_memory_errors, pick_device
+from natzoo.classification.device import (
+    autocast_context,
+    enable_tf32,
+    explain_memory_errors,
+    pick_device,
+    slow_precision,
+)
 from natzoo.classification.distributed import World, init_world
 from natzoo.classification.evaluation import FlipTTA, check_classes, evaluate
 from natzoo.classification.factory import describe_model
 from natzoo.classification.inference import add_model_options, requested_model
-from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, non_negative, positive
+from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, batch_size, workers
 from natzoo.classification.signals import Interrupted, SignalHandler
 
 # timm's columns, then ours.
@@ -64,10 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
         default="none",
         help="test-time augmentation; flip averages with the mirrored image",
     )
-    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="batch size per GPU")
-    parser.add_argument(
-        "--workers", type=non_negative, default=WORKERS, metavar="N", help="data-loading workers per GPU"
-    )
+    parser.add_argument("--batch-size", type=batch_size, default=256, metavar="N", help="batch size per GPU")
+    parser.add_argument("--workers", type=workers, default=WORKERS, metavar="N", help="data-loading workers per GPU")
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed-precision data type")
     parser.add_argument("--channels-last", action="store_true", help="use the channels-last memory format")
     parser.add_argument(
@@ -123,6 +127,9 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
     """
     device = pick_device(args.device)
     enable_tf32(device)
+    slow = slow_precision(args.amp, device)
+    if slow:
+        world.print(slow)
     model, record = load_everywhere(args, device, world)
     config = preprocessing(args, model, record)
     classes = read_class_map(args.class_map) or record["classes"]

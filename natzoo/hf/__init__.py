@@ -1,8 +1,8 @@
 """Nat and Dinat for transformers; `import natzoo.hf` registers both with its Auto classes and pipelines.
 
 transformers 5 no longer has Nat, and its Dinat passes tensors in the wrong layout. After this import, AutoConfig,
-AutoModel, AutoModelForImageClassification, AutoBackbone and AutoImageProcessor use the classes of this package. Import
-DinatConfig from this package too: `transformers.DinatConfig` still belongs to the broken class.
+AutoModel, AutoModelForImageClassification, AutoBackbone and AutoImageProcessor use the classes of this package. They
+also accept `transformers.DinatConfig`; `transformers.DinatModel` and the like are still the broken classes.
 
 Checkpoints of the shi-labs/* repositories load without conversion, and saved models have the same layout.
 """

@@ -7,12 +7,67 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from natzoo.checkpoints.record import MAX_CLASSES
+from natzoo.schema import Rule, check_values, integer, number, one_of, optional, sequence, text
+
 LAYOUTS = {"nat": 4, "dinat_s": 4, "isotropic": 16}  # layout -> patch size
 _MINI_DILATIONS = ((1, 8, 1), (1, 4) * 2, (1, 2) * 3, (1,) * 5)
+_MAX_DEPTH = 1000  # blocks of a model
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(
+        getattr(torch, value, None) if type(value) is str and value.isidentifier() else value, torch.dtype
+    )
+
+
+def _is_labels(value: Any) -> bool:
+    if not isinstance(value, dict) or len(value) > MAX_CLASSES:
+        return False
+    numbers = {str(number) for number in range(len(value))}
+    return {str(key) for key in value} == numbers and all(type(name) is str for name in value.values())
+
+
+def _side_or_sides(largest: int) -> Rule:
+    side = integer(1, largest)
+    return Rule(f"{side.expected}, or two", lambda value: side.holds(value) or sequence(side, 2, 2).holds(value))
+
+
+_PROBABILITY = number(0, 1)
+# Rules for the fields of both configurations that natzoo uses. What fields must satisfy together is checked when a
+# model is created.
+FIELDS: dict[str, Rule] = {
+    "patch_size": _side_or_sides(1000),
+    "num_channels": integer(1, 1000),
+    "embed_dim": integer(1, 100_000),
+    "depths": Rule(
+        f"a list of at most 10 positive integers with a sum of at most {_MAX_DEPTH}",
+        lambda value: sequence(integer(1, _MAX_DEPTH), 1, 10).holds(value) and sum(value) <= _MAX_DEPTH,
+    ),
+    "num_heads": sequence(integer(1, 10_000), 1, 10),
+    "kernel_size": optional(integer(2, 1000)),
+    "mlp_ratio": number(0.001, 1000),
+    "qkv_bias": one_of(True, False),
+    "hidden_dropout_prob": _PROBABILITY,
+    "attention_probs_dropout_prob": _PROBABILITY,
+    "drop_path_rate": _PROBABILITY,
+    "hidden_act": text(100),
+    "initializer_range": number(0, 1000),
+    "layer_norm_eps": _PROBABILITY,
+    "layer_scale_init_value": number(0, 1000),
+    "layout": one_of(*LAYOUTS),
+    "image_size": _side_or_sides(100_000),
+    "dilations": optional(sequence(sequence(integer(1, 100_000), 1, _MAX_DEPTH), 1, 10)),
+    "num_labels": optional(integer(0, MAX_CLASSES)),
+    "id2label": optional(Rule("a dictionary with a name for each number from 0 on", _is_labels)),
+    "dtype": optional(Rule("the name of a dtype of torch", _is_dtype)),
+    "torch_dtype": optional(Rule("the name of a dtype of torch", _is_dtype)),
+}
 
 
 @strict
@@ -66,6 +121,7 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any):
+        check_values(type(self).__name__, {**vars(self), **kwargs}, FIELDS, required=())
         self.num_layers = len(self.depths)
         self.hidden_size = int(self.embed_dim * 2 ** (self.num_layers - 1))
         self.stage_names = ["stem", *(f"stage{stage}" for stage in range(1, self.num_layers + 1))]

@@ -56,7 +56,7 @@ def make_config(model: NAT | DiNAT_s | Isotropic) -> NatConfig:
         "layout": layout,
         "patch_size": LAYOUTS[layout],
         "num_channels": _first_convolution(model).in_channels,
-        "embed_dim": attention.qkv.in_features,
+        "embed_dim": stages[0][0].norm1.normalized_shape[0],
         "depths": [len(blocks) for blocks in stages],
         "num_heads": [blocks[0].attn.num_heads for blocks in stages],
         "num_labels": model.num_classes,

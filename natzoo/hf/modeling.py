@@ -6,21 +6,27 @@ natzoo/hf/registration.py converts them. Shape suffixes: B batch, C channels, H 
 
 from __future__ import annotations
 
+import copy
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from natzoo.checkpoints.sources import local_files_if_offline
 from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
+from natzoo.hf.loading import rename_hub_weights
 from natzoo.models import NAT, DiNAT_s, Isotropic
-from natzoo.models._layers import NeighborhoodBlock, check_dilations, run_blocks, to_nchw
+from natzoo.models._layers import NeighborhoodBlock, check_dilations, to_nchw
 from natzoo.models.isotropic import BiasedAttention, relative_position_index
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,13 +111,18 @@ def arguments_of(config: NatConfig) -> tuple[type[NAT | DiNAT_s | Isotropic], di
 
 
 def _check(config: NatConfig) -> None:
-    if config.layout not in LAYOUTS:
-        raise ValueError(f"layout is {config.layout!r}; use one of {', '.join(map(repr, LAYOUTS))}.")
     patch_size = LAYOUTS[config.layout]
     if config.patch_size not in (patch_size, [patch_size] * 2, (patch_size,) * 2):
         raise ValueError(f"patch_size is {config.patch_size}, but layout {config.layout!r} requires {patch_size}.")
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act is {config.hidden_act!r}; use one of {', '.join(sorted(ACT2FN))}.")
+    if len(config.num_heads) != len(config.depths):
+        raise ValueError(f"num_heads is {config.num_heads}, but depths is {config.depths}; use one of each per stage.")
+    for stage, heads in enumerate(config.num_heads):
+        if config.embed_dim * 2**stage % heads:
+            raise ValueError(
+                f"num_heads[{stage}] is {heads}, which does not divide {config.embed_dim * 2**stage} channels."
+            )
     if config.layout != "isotropic":
         if config.kernel_size is None:
             raise ValueError(f"kernel_size is None, but layout {config.layout!r} requires a window.")
@@ -137,15 +148,32 @@ def _adjust(model: nn.Module, config: NatConfig) -> None:
     model.norm.eps = config.layer_norm_eps
 
 
-class IsotropicStage(nn.Module):
-    """The blocks of an isotropic model as a single stage."""
+class NatBlock(GradientCheckpointingLayer, NeighborhoodBlock):
+    """NeighborhoodBlock that transformers can recompute in the backward pass, and that may return attention weights."""
 
-    downsample = None
+    @classmethod
+    def share(cls, block: NeighborhoodBlock) -> NatBlock:
+        """Return a block with the layers and parameters of another one."""
+        shared = copy.copy(block)
+        shared.__class__ = cls
+        return shared
 
-    def __init__(self, blocks: nn.Sequential):
+    def forward(self, x_BHWC: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        normed_BHWC = self.norm1(x_BHWC)
+        if return_weights:
+            attended_BHWC, weights = self.attn(normed_BHWC, return_weights=True)
+        else:
+            attended_BHWC, weights = self.attn(normed_BHWC), None
+        return self.add_branches(x_BHWC, attended_BHWC), weights
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and the downsampler behind them, which the last stage lacks."""
+
+    def __init__(self, blocks: Iterable[NeighborhoodBlock], downsample: nn.Module | None):
         super().__init__()
-        self.blocks = blocks
-        self.grad_checkpointing = False
+        self.blocks = nn.ModuleList(map(NatBlock.share, blocks))
+        self.downsample = downsample
 
 
 class StageOutput(NamedTuple):
@@ -167,27 +195,19 @@ class Encoder(nn.Module):
 
     def __init__(self, model: NAT | DiNAT_s | Isotropic):
         super().__init__()
-        is_isotropic = isinstance(model, Isotropic)
-        self.levels = nn.ModuleList([IsotropicStage(model.layers)]) if is_isotropic else model.stages
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass; transformers sets this attribute."""
-        return any(level.grad_checkpointing for level in self.levels)
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enable: bool) -> None:
-        for level in self.levels:
-            level.grad_checkpointing = enable
+        if isinstance(model, Isotropic):
+            self.levels = nn.ModuleList([Stage(model.layers, None)])
+        else:
+            self.levels = nn.ModuleList(Stage(stage.blocks, stage.downsample) for stage in model.stages)
 
     def forward(self, x_BHWC: Tensor, output_attentions: bool = False) -> list[StageOutput]:
         """Run all stages on embedded tokens [B, H, W, C]."""
         outputs = []
         for level in self.levels:
-            *blocks, last = level.blocks
-            x_BHWC = run_blocks(blocks, x_BHWC, level.grad_checkpointing)
-            weights = last.attn.attention_weights(last.norm1(x_BHWC)) if output_attentions else None
-            before = run_blocks((last,), x_BHWC, level.grad_checkpointing)
+            last = len(level.blocks) - 1
+            for index, block in enumerate(level.blocks):
+                x_BHWC, weights = block(x_BHWC, output_attentions and index == last)
+            before = x_BHWC
             x_BHWC = before if level.downsample is None else level.downsample(before)
             outputs.append(StageOutput(before, x_BHWC, weights))
         return outputs
@@ -206,7 +226,37 @@ class NatPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ("NeighborhoodBlock",)
+    _no_split_modules = ("NatBlock",)
+
+    def __init__(self, config: NatConfig):
+        if not isinstance(config, self.config_class):
+            name = f"{type(config).__module__}.{type(config).__name__}"
+            raise ValueError(f"config is a {name}; use natzoo.hf.{self.config_class.__name__}.")
+        super().__init__(config)
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> NatPreTrainedModel:
+        """Create a model for the Auto classes, which also pass transformers' own DinatConfig."""
+        if not isinstance(config, cls.config_class):
+            config = cls.config_class.from_dict(config.to_dict())
+        return super()._from_config(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> NatPreTrainedModel:
+        """Load a model as in transformers; without a network, only from local files, and without retrying."""
+        if pretrained_model_name_or_path is None or os.path.isdir(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with local_files_if_offline():
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rename_hub_weights(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        # natten selects its kernels itself; "eager" is the name of the only implementation, which returns attentions.
+        name = "eager" if attn_implementation == "sdpa" else attn_implementation
+        return super()._check_and_adjust_attn_implementation(name, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoBackbone,
@@ -16,15 +17,20 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    PreTrainedConfig,
     ViTImageProcessor,
     ViTImageProcessorPil,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from natzoo.checkpoints.keys import BLOCK, HF_SCALES, QKV
 from natzoo.hf import modeling
 from natzoo.hf.configuration import DinatConfig, NatConfig
+
+# One conversion, because transformers expects each to apply to all models of a type; only some have both.
+_TABLES = ("attn.rpb", "attn.relative_position_index")
 
 
 def register() -> None:
@@ -36,11 +42,20 @@ def register() -> None:
             (AutoModelForImageClassification, "ForImageClassification"),
             (AutoBackbone, "Backbone"),
         ):
-            auto.register(config, getattr(modeling, name + kind), exist_ok=True)
+            model = getattr(modeling, name + kind)
+            auto.register(config, model, exist_ok=True)
+            for theirs in _configs_of_transformers(config.model_type):
+                auto._model_mapping.register(theirs, model, exist_ok=True)
         # Used for folders that do not name a processor; also transformers' default.
         processors = {"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}
         AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
         register_checkpoint_conversion_mapping(config.model_type, _conversions(), overwrite=True)
+
+
+def _configs_of_transformers(model_type: str) -> list[type[PreTrainedConfig]]:
+    """Return transformers' own configuration class of a model type, if it has one; code may have imported it."""
+    name = CONFIG_MAPPING_NAMES.get(model_type)
+    return [] if name is None else [getattr(transformers, name)]
 
 
 def _conversions() -> list[WeightRenaming | WeightConverter]:
@@ -52,7 +67,8 @@ def _conversions() -> list[WeightRenaming | WeightConverter]:
     return [
         WeightRenaming("embeddings.patch_embeddings.projection", "embeddings.proj"),
         WeightRenaming("layers", "blocks"),
-        *(WeightRenaming(theirs, ours) for ours, theirs in BLOCK.items()),
+        *(WeightRenaming(theirs, ours) for ours, theirs in BLOCK.items() if ours not in _TABLES),
+        WeightRenaming(r"attention.self.\1", f"attn.({'|'.join(name.removeprefix('attn.') for name in _TABLES)})"),
         *packed,
         WeightConverter(HF_SCALES, ["gamma1", "gamma2"], [_Unstack()]),
     ]

@@ -1,6 +1,7 @@
 """Count parameters, MACs and activations of a config's model for one image, with the conventions of the papers.
 
-Detectors: backbone, neck, proposal network, box heads on 1000 boxes and mask heads on 100 boxes, in every stage.
+Detectors: backbone, neck, proposal network, box heads on 1000 boxes and mask heads (if any) on 100, in every stage.
+One-stage detectors: backbone, neck and box head.
 Segmenters: backbone and decode head, without the auxiliary head. Matrix products, convolutions and attention are
 counted; RoIAlign, norms and resizing are not.
 """
@@ -29,7 +30,7 @@ def count_config(cfg: Config, size: tuple[int, int] | None = None) -> tuple[list
         The counts of the model and of each module, and the height and width of the image.
 
     Raises:
-        ValueError: if the model is not a two-stage detector, an encoder-decoder or a Mask2Former.
+        ValueError: if the model is not a detector with anchors or points, an encoder-decoder or a Mask2Former.
     """
     init_default_scope(cfg.default_scope)
     size = size or _published_size(cfg)
@@ -65,13 +66,20 @@ def _run(model: nn.Module, image: Tensor) -> None:
         model.rpn_head(model.neck(maps))
         _run_roi_head(model.roi_head)
     else:
+        from mmdet.models.detectors import SingleStageDetector
+
+        if isinstance(model, SingleStageDetector):
+            model.bbox_head(model.neck(maps) if model.with_neck else maps)
+            return
         raise ValueError(
-            f"model.type {type(model).__name__} is not supported; use a two-stage detector or a segmenter."
+            f"model.type {type(model).__name__} is not supported; use a one- or two-stage detector, or a segmenter."
         )
 
 
 def _run_roi_head(head: nn.Module) -> None:
     for name, boxes in (("bbox", _BOXES), ("mask", _MASKS)):
+        if not getattr(head, f"with_{name}"):
+            continue
         heads, extractors = getattr(head, f"{name}_head"), getattr(head, f"{name}_roi_extractor")
         if not isinstance(heads, nn.ModuleList):
             heads, extractors = [heads], [extractors]

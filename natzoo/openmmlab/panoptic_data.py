@@ -17,6 +17,10 @@ from mmdet.datasets.api_wrappers import COCOPanoptic
 from mmdet.evaluation import CocoPanopticMetric
 from mmdet.registry import DATASETS, METRICS
 
+from natzoo.openmmlab import coco
+
+coco.install()
+
 # Class -> color (R, G, B) of the Cityscapes palette.
 _THINGS = {
     "person": (220, 20, 60),
@@ -47,17 +51,13 @@ _RENAMED = {"plane": "airplane"}
 
 
 class PanopticAnnotations(COCOPanoptic):
-    """Annotations with mmdet's class names, numbered in the order in which classes are requested."""
+    """Annotations with mmdet's class names."""
 
     def createIndex(self) -> None:
         for category in self.dataset.get("categories", ()):
             name = category["name"].strip()
             category["name"] = _RENAMED.get(name, name)
         super().createIndex()
-
-    def get_cat_ids(self, cat_names: Sequence[str] = (), sup_names=(), cat_ids=()) -> list[int]:
-        found, names = super().get_cat_ids(list(cat_names), sup_names, cat_ids), list(cat_names)
-        return sorted(found, key=lambda number: names.index(self.cats[number]["name"])) if names else found
 
 
 @DATASETS.register_module(force=True)

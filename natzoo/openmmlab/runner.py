@@ -15,8 +15,11 @@ import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from natzoo import command_line
+from natzoo.openmmlab import coco
+from natzoo.openmmlab.annotations import name_dataset, name_errors
 from natzoo.openmmlab.checkpoints import PlainCheckpointHook
 from natzoo.openmmlab.data import CheckDataHook, SkipSeenDataHook, set_data_root
 
@@ -134,6 +137,17 @@ def _filter_warnings() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _CheckedRunner(Runner):
+    """mmengine's runner, with errors that name the annotations or the image."""
+
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False):
+        with name_dataset(dataloader if isinstance(dataloader, dict) else {}):
+            loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        name_errors(loader.dataset)
+        return loader
+
+
 def make_runner(cfg: Config, new_classes: bool = False) -> Runner:
     """Build mmengine's runner with safe checkpoints, checked data, and support for CPUs and torchrun.
 
@@ -144,7 +158,9 @@ def make_runner(cfg: Config, new_classes: bool = False) -> Runner:
     set_launcher(cfg)
     init_default_scope(cfg.default_scope)
     command_line.create_folder(Path(cfg.work_dir), "--work-dir")
-    runner = Runner.from_cfg(cfg)
+    if cfg.default_scope == "mmdet":
+        coco.install()
+    runner = _CheckedRunner.from_cfg(cfg)
     runner.register_hook(PlainCheckpointHook(new_classes))
     runner.register_hook(CheckDataHook())
     runner.register_hook(SkipSeenDataHook())

@@ -49,7 +49,8 @@ def make_parser(project: Project) -> argparse.ArgumentParser:
     parser.add_argument(
         "--amp",
         action=argparse.BooleanOptionalAction,
-        help="mixed precision, float16 on GPUs and bfloat16 on CPUs (default: as in the config)",
+        help="mixed precision, float16 on GPUs and bfloat16 on CPUs (default: as in the config, but off on CPUs "
+        "without bfloat16 units)",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="random seed (default: as in the config, else random)")
     parser.add_argument(
@@ -148,8 +149,15 @@ class CpuAmpOptimWrapper(OptimWrapper):
             yield
 
 
+def _has_bfloat16_units() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def set_precision(cfg: Config, amp: bool | None) -> None:
     """Choose the optimizer wrapper for this device: mmengine's (float16) on GPUs, bfloat16 on CPUs.
+
+    A CPU without instructions for bfloat16 is many times slower with it. There, mixed precision is used only if it is
+    requested, not if it is merely the choice of the config; one line says so.
 
     Args:
         cfg: the config to change.
@@ -157,6 +165,11 @@ def set_precision(cfg: Config, amp: bool | None) -> None:
     """
     wrapper = cfg.optim_wrapper
     is_mixed = wrapper.get("type", "OptimWrapper") in _MIXED_WRAPPERS if amp is None else amp
+    if is_mixed and not torch.cuda.is_available() and not _has_bfloat16_units():
+        is_mixed = amp is not None
+        if is_main_process():
+            choice = "--no-amp is faster" if is_mixed else "training in float32 (--amp for bfloat16)"
+            print(f"mixed precision is slow on this CPU, which has no bfloat16 units; {choice}", file=sys.stderr)
     if is_mixed and torch.cuda.is_available():
         wrapper.type = "AmpOptimWrapper"
         return

@@ -30,6 +30,7 @@
 #if defined(_WIN32)
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
+#undef OUT  // a macro there, and a tensor in plan.h
 #else
 #include <dlfcn.h>
 #endif

@@ -201,6 +201,8 @@ OLD_OPTIONS = (
 def test_checkpoint_of_an_earlier_version_resumes(tiny, run_folder, capsys):
     """Its options, the keys of its state and of its meters are those of the earlier version."""
     trainer = train.Trainer(train.parse(tiny(epochs=1)))
+    trainer.backward(torch.zeros(8, 3, 16, 16), torch.zeros(8, dtype=torch.long), step=0)
+    trainer.update_weights(1.0)
     optimizer = trainer.optimizer.state_dict()
     old = {
         "model": trainer.model.state_dict(),
@@ -227,7 +229,7 @@ def test_checkpoint_of_an_earlier_version_resumes(tiny, run_folder, capsys):
     state = read_checkpoint(run_folder / "last.pth")
     assert (state["epoch"], state["update"]) == (1, 0)
     assert state.keys() == old.keys()
-    assert state["options"].keys() == {*OLD_OPTIONS, "work_dir"}
+    assert state["options"].keys() == {*OLD_OPTIONS, "work_dir", "allow_remote_shards", "in_chans", "input_size"}
     assert state["totals"].keys() == old["totals"].keys()
 
 

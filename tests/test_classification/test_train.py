@@ -203,6 +203,13 @@ def test_unintended_settings_cause_warnings(tiny, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_bfloat16_on_a_cpu_without_it_causes_a_warning(tiny, capsys, monkeypatch, is_supported):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_supported)
+    train.Trainer(train.parse(tiny("--amp", "bf16")))
+    assert capsys.readouterr().out.count("--amp bf16") == (0 if is_supported else 1)
+
+
 def test_checkpoints_between_epochs(tiny, run_folder, monkeypatch):
     saved = []
     original = train.CheckpointSaver.save_last
@@ -554,7 +561,7 @@ def test_full_disk_loses_no_checkpoint(tiny, run_folder, monkeypatch):
     real = os.open
 
     def full(path, flags, *mode):
-        return real("/dev/full", os.O_WRONLY) if str(path).endswith(".last.pth.tmp") else real(path, flags, *mode)
+        return real("/dev/full", os.O_WRONLY) if ".last.pth." in str(path) else real(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", full)
     with pytest.raises(OSError, match=r"last\.pth"):

@@ -51,6 +51,17 @@ def step_by_step(module: nn.Module, x: Tensor) -> Tensor:
     return F.linear(out, module.proj.weight, module.proj.bias)
 
 
+class Wrapper(nn.Module):
+    """Replaces a layer, without its attributes, as wrappers for quantization or adapters do."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.wrapped = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wrapped(x)
+
+
 class ParametersTest(unittest.TestCase):
     """Names and shapes of parameters, and the arguments that determine them."""
 
@@ -373,3 +384,16 @@ class CopyTest(unittest.TestCase):
                 self.assertIn("Returns:", attend.__doc__)
                 parameters = inspect.signature(attend).parameters
                 self.assertEqual({*parameters, "return"}, set(attend.__annotations__))
+
+
+class WrappedLayersTest(unittest.TestCase):
+    """Projections that are replaced after construction."""
+
+    def test_wrapped_projections(self):
+        for rank, cls in CLASSES.items():
+            module, x = filled(cls(8, 2, 3)), random(2, *MAPS[rank], 8)
+            expected = module(x)
+            module.qkv, module.proj = Wrapper(module.qkv), Wrapper(module.proj)
+            torch.testing.assert_close(module(x), expected)
+            with self.assertRaisesRegex(ValueError, "8 channels"):
+                module(x[..., :4])

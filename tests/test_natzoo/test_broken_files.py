@@ -143,9 +143,9 @@ FILES = {
     "page.bin": (WEB_PAGE, UNSUITABLE),
     "page.pkl": (WEB_PAGE, UNSUITABLE),
     "page.safetensors": (WEB_PAGE, UNSUITABLE),
-    "safetensors.pth": (GOOD_SAFETENSORS, CODE),
+    "safetensors.pth": (GOOD_SAFETENSORS, BROKEN),
     "pth.safetensors": (GOOD_PTH, BROKEN),
-    "zeros.pth": (bytes(200), CODE),
+    "zeros.pth": (bytes(200), BROKEN),
     "list.pth": (torch_file([1, 2]), UNSUITABLE._replace(names="list")),
     "no_weights.pth": (torch_file({"epoch": 3}), UNSUITABLE._replace(names="epoch")),
     # truncated
@@ -184,7 +184,7 @@ FILES = {
         torch_file({**WEIGHTS, "levels.0.blocks.0.attn.rpb": torch.zeros(1).expand(1, 10**6, 10**6)}),
         UNSUITABLE._replace(names="levels.0.blocks.0.attn.rpb"),
     ),
-    "lists.pkl": (pickle.dumps({"a": nested_lists()}), UNSUITABLE),
+    "lists.pkl": (pickle.dumps({"a": nested_lists()}), BROKEN._replace(names="nested")),
     # not dense real numbers
     "sparse.pth": (odd(torch.zeros(2, 2).to_sparse()), ODD_FIRST),
     "no_numbers.pth": (odd(torch.zeros(2, device="meta")), ODD_FIRST),

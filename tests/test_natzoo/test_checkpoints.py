@@ -105,13 +105,6 @@ def test_full_disk_during_save(monkeypatch, tmp_path):
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
-def test_remains_of_a_killed_process_are_overwritten(tmp_path):
-    (tmp_path / ".a.pth.tmp").write_bytes(b"half of it")
-    write_checkpoint(tmp_path / "a.pth", {"epoch": 1})
-    assert read_checkpoint(tmp_path / "a.pth") == {"epoch": 1}
-    assert os.listdir(tmp_path) == ["a.pth"]
-
-
 def test_file_system_without_folder_sync(monkeypatch, tmp_path):
     real = os.fsync
 

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from small_models import SMALL, small
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -28,6 +29,7 @@ MODELS = [
     *(pytest.param(name, {}, id=name, marks=pytest.mark.slow) for name in NAMES),
 ]
 HAS_COMPILER = shutil.which("c++") is not None or shutil.which("g++") is not None
+SIDES = {axis: torch.export.Dim(name, min=32, max=256) for axis, name in ((2, "height"), (3, "width"))}
 BATCH = ({0: torch.export.Dim("batch", min=1, max=64)},)
 
 
@@ -86,6 +88,27 @@ def test_export_and_load(name, kwargs, tmp_path):
         assert_near(loaded(random_images(batch)), model(random_images(batch)))
 
 
+@pytest.mark.parametrize(("name", "kwargs"), MODELS)
+def test_export_with_dynamic_sizes(name, kwargs):
+    model = make(name, kwargs)
+    exported = torch.export.export(model, (random_images(1),), dynamic_shapes=(SIDES,)).module()
+    for size in ((64, 64), (32, 77), (256, 33), (130, 96)):
+        x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        assert_near(exported(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny", pytest.param("vitrpb_small", marks=pytest.mark.slow)])
+def test_onnx_with_dynamic_sizes(name, tmp_path):
+    model = make(name, SHALLOW[name])
+    program = torch.onnx.export(model, (random_images(1),), dynamo=True, verbose=False, dynamic_shapes=(SIDES,))
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for size in ((64, 64), (32, 77), (130, 96)):
+        x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert_near(torch.from_numpy(logits), model(x))
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "size"),
     [
@@ -105,4 +128,21 @@ def test_onnx(name, kwargs, size, tmp_path):
     for batch in (2, 3, 1):
         x = random_images(batch, size)
         (logits,) = session.run(None, {images.name: x.numpy()})
+        assert_near(torch.from_numpy(logits), model(x))
+
+
+# The exporter of torch.export writes at least opset 18.
+@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "torch.export"])
+@pytest.mark.parametrize("name", SMALL)
+def test_onnx_exporters(name, dynamo, opset, tmp_path):
+    """Both exporters of PyTorch, with any batch size; timm's export script calls either."""
+    model, path = small(name).requires_grad_(False), tmp_path / "model.onnx"
+    shapes = {"dynamic_shapes": BATCH} if dynamo else {"dynamic_axes": {"images": {0: "batch"}}}
+    options = {"input_names": ["images"], "opset_version": opset, "dynamo": dynamo, "verbose": False}
+    torch.onnx.export(model, (random_images(2, 48),), path, **options, **shapes)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (2, 3, 1):
+        x = random_images(batch, 48)
+        (logits,) = session.run(None, {"images": x.numpy()})
         assert_near(torch.from_numpy(logits), model(x))

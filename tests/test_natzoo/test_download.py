@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import multiprocessing
 import os
 import pwd
 import shutil
+import socket
 import ssl
 import subprocess
 import time
 
 import pytest
-from file_server import CONTENT, SHA256, Server, serve, stalled, status, truncated, wait_for_disconnect, web_page
+from file_server import (
+    CONTENT,
+    SHA256,
+    Server,
+    answer,
+    chunked,
+    dripping,
+    serve,
+    stalled,
+    status,
+    truncated,
+    wait_for_disconnect,
+    web_page,
+)
 
 from natzoo.checkpoints import download
 from natzoo.checkpoints.download import DownloadError, cache_folder, fetch
@@ -147,6 +162,115 @@ def test_next_source_is_tried_and_all_failures_are_reported(server, path):
         assert part in text
 
 
+# ----- responses that are not the file -----
+
+LENGTH = str(len(CONTENT))
+ZIPPED = gzip.compress(CONTENT)
+PAGE = "Sign in to continue.\nÄ\n".encode()
+REFUSED = {
+    "no content": (answer(b"", 204), "204"),
+    "reset content": (answer(b"", 205, Content_Length="0"), "205"),
+    "other information": (answer(CONTENT, 203, Content_Length=LENGTH), "203"),
+    "gzip": (answer(ZIPPED, Content_Encoding="gzip", Content_Length=str(len(ZIPPED))), "gzip"),
+    "no length": (answer(CONTENT), "length"),
+    "no length, cut": (answer(CONTENT[:1000]), "length"),
+    "invalid length": (answer(CONTENT, Content_Length="many"), "length"),
+    "negative length": (answer(CONTENT, Content_Length="-5"), "length"),
+    "text page": (answer(PAGE, Content_Type="text/plain", Content_Length=str(len(PAGE))), "text"),
+    "JSON": (answer(b'{"error": 1}', Content_Type="application/json", Content_Length="12"), "text"),
+    "page without type": (answer(PAGE, Content_Length=str(len(PAGE))), "text"),
+    "page in chunks": (chunked(PAGE), "text"),
+    "page in Latin-1": (answer(b"Gru\xdf an alle", Content_Length="12"), "text"),
+    "nothing": (answer(b"", Content_Length="0"), "text"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_responses_that_are_not_the_file(server, path, name):
+    behavior, reason = REFUSED[name]
+    server.behaviors = [behavior]
+    with pytest.raises(DownloadError, match=reason):
+        fetch([server.url()], path)
+    assert len(server.ranges) == 1  # no retry
+    assert not path.exists() and not path.with_name("weights.pth.sha256").exists()
+    fetch([server.url()], path)
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "behavior",
+    [answer(CONTENT), answer(CONTENT, Content_Type="text/plain", Content_Length=LENGTH), chunked(CONTENT)],
+    ids=["no length", "text", "chunks"],
+)
+def test_unusual_responses_with_a_published_hash(server, path, behavior):
+    server.behaviors = [behavior]
+    fetch([server.url()], path, SHA256)
+    assert path.read_bytes() == CONTENT
+
+
+def test_chunks(server, path):
+    server.behaviors = [chunked(CONTENT[:200_000], ends=False), chunked(CONTENT)]
+    fetch([server.url()], path)
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("content_range", ["bytes 100000-199999/300000", "bytes 0-299999/300000", "nonsense", None])
+def test_part_that_is_not_the_rest(server, path, content_range):
+    headers = {} if content_range is None else {"Content_Range": content_range}
+    server.behaviors = [truncated, answer(CONTENT[100_000:200_000], 206, Content_Length="100000", **headers)]
+    fetch([server.url()], path)
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_file_that_is_too_large(server, path, monkeypatch, is_announced):
+    """Four times the known size and 64 MB are allowed."""
+    content = bytes(1 << 20)
+
+    def large(handler):
+        handler.protocol_version = "HTTP/1.1"
+        handler.send_response(200)
+        name, value = ("Content-Length", str(500 << 20)) if is_announced else ("Transfer-Encoding", "chunked")
+        handler.send_header(name, value)
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(500):
+                handler.wfile.write(content if is_announced else b"100000\r\n" + content + b"\r\n")
+
+    server.behaviors = [large] * 2
+    with pytest.raises(DownloadError, match="67 MB"):
+        fetch([server.url()], path, SHA256, size=1000)
+    assert len(server.ranges) == 1
+    monkeypatch.setattr(download, "LIMIT_BYTES", 10 << 20)
+    with pytest.raises(DownloadError, match="10 MB"):
+        fetch([server.url()], path, SHA256)
+    assert not path.exists()
+
+
+def test_transfer_that_takes_too_long(server, path, monkeypatch):
+    monkeypatch.setattr(download, "LIMIT_S", 0.3)
+    server.behaviors = [dripping]
+    with pytest.raises(DownloadError, match="more than 0 s"):
+        fetch([server.url()], path, SHA256)
+    monkeypatch.undo()
+    fetch([server.url()], path, SHA256)
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("number", [socket.EAI_NONAME, socket.EAI_AGAIN])
+def test_unknown_host_is_not_retried(path, monkeypatch, number):
+    calls = []
+
+    def fail(*arguments, **named):
+        calls.append(arguments)
+        raise socket.gaierror(number, "no such host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(DownloadError, match="no such host"):
+        fetch(["http://nowhere.invalid/a.pth"], path)
+    assert len(calls) == 1
+
+
 def moved(url):
     def redirect(handler):
         handler.send_response(302)
@@ -263,6 +387,76 @@ def test_symbolic_links_in_the_folder_are_not_followed(server, path, tmp_path, s
     with contextlib.suppress(OSError):
         fetch([server.url()], path)
     assert precious.read_text() == "keep this"
+
+
+@pytest.mark.parametrize("suffix", ["", ".partial", ".partial.json", ".sha256", ".lock"])
+def test_named_pipes_in_the_folder(server, path, suffix):
+    """Opening one would wait for ever."""
+    path.parent.mkdir()
+    os.mkfifo(path.with_name(path.name + suffix))
+    with contextlib.suppress(DownloadError, ValueError):
+        fetch([server.url()], path)
+        assert path.read_bytes() == CONTENT
+    with contextlib.suppress(DownloadError, ValueError):
+        fetch([server.url()], path)
+        assert path.read_bytes() == CONTENT
+
+
+def planted(path, kind):
+    """Put something other than an own, private file in the place of a download."""
+    path.parent.mkdir(exist_ok=True)
+    other = path.with_name("other")
+    other.write_bytes(CONTENT)
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "dangling link":
+        path.symlink_to("missing")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        other.rename(path)
+    if kind == "writable":
+        path.chmod(0o666)
+    elif kind == "open folder":
+        path.parent.chmod(0o777)
+    elif kind == "foreign":
+        os.chown(path, 65534, -1)
+        path.chmod(0o644)
+
+
+KINDS = ["link", "dangling link", "pipe", "folder", "writable", "open folder"]
+KINDS += ["foreign"] if os.geteuid() == 0 else []  # only root can give files away
+
+
+@pytest.mark.parametrize("sha256", [SHA256, None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_planted_files_are_refused(server, path, kind, sha256):
+    planted(path, kind)
+    with pytest.raises((ValueError, IsADirectoryError), match=r"weights\.pth") as caught:
+        fetch([server.url()], path, sha256)
+    assert kind == "folder" or str(path.parent) in str(caught.value)
+    assert server.ranges == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("folder", "open folder")])
+def test_planted_hashes_are_refused(server, path, kind):
+    planted(path.with_name("weights.pth.sha256"), kind)
+    path.write_bytes(CONTENT)
+    with pytest.raises(ValueError, match=r"weights\.pth\.sha256"):
+        fetch([server.url()], path)
+
+
+def test_files_of_a_shared_folder(server, path):
+    """Of a group, or in a folder like /tmp where everybody may only change own files."""
+    path.parent.mkdir()
+    path.write_bytes(CONTENT)
+    for folder, file in ((0o775, 0o664), (0o1777, 0o644), (0o555, 0o444)):
+        path.parent.chmod(folder)
+        path.chmod(file)
+        assert fetch([server.url()], path, SHA256) == path
+    path.parent.chmod(0o755)
 
 
 def test_full_disk_is_not_retried(server, path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from deterministic import array, image, value
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -25,6 +27,10 @@ from transformers import (
     Mask2FormerForUniversalSegmentation,
     OneFormerConfig,
     OneFormerModel,
+    Trainer,
+    TrainingArguments,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
     pipeline,
 )
 
@@ -553,3 +559,101 @@ def test_without_transformers(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode
     assert "ModuleNotFoundError: natzoo.hf" in result.stderr
+
+
+# ----- names of files in plain state dicts, and configurations of transformers -----
+
+
+def scrambled(model):
+    """Return a copy of the model with other values in all parameters."""
+    again = copy.deepcopy(model)
+    for parameter in again.parameters():
+        nn.init.normal_(parameter)
+    return again
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: hf.NatForImageClassification(small("nat", layer_scale_init_value=0.0)),
+        lambda: hf.DinatForImageClassification(small(layer_scale_init_value=0.5)),
+        lambda: hf.DinatModel(small(qkv_bias=False)),
+        lambda: AutoBackbone.from_config(detector_config()),
+        lambda: UperNetForSemanticSegmentation(uper_net_config(detector_config())),
+    ],
+    ids=["nat", "dinat", "model", "backbone", "segmenter"],
+)
+def test_load_state_dict_takes_the_names_of_files(tmp_path, make):
+    model = scrambled(make())
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() != model.state_dict().keys()
+    for weights in (saved, model.state_dict()):
+        again = scrambled(model)
+        names = list(weights)
+        again.load_state_dict(weights, strict=True)
+        assert same_weights(again, model)
+        assert list(weights) == names
+
+
+def test_state_dict_without_a_part_of_a_weight(tmp_path):
+    model = hf.DinatModel(small())
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    query = next(name for name in saved if name.endswith("self.query.weight"))
+    del saved[query]
+    found = model.load_state_dict(saved, strict=False)
+    (missing,) = found.missing_keys
+    assert missing.endswith("attn.qkv.weight") and len(found.unexpected_keys) == 2
+
+
+def uper_net_config(backbone):
+    channels = {"auxiliary_in_channels": 4 * backbone.embed_dim, "auxiliary_channels": 16}
+    return UperNetConfig(backbone_config=backbone, hidden_size=16, **channels)
+
+
+def test_configuration_class_of_transformers():
+    """Code may import it; the models are those of this package."""
+    fields = {name: value for name, value in GOLDEN["dinat-128x128"]["config"].items() if name != "model_type"}
+    config = transformers.DinatConfig(**fields, out_features=ALL_STAGES[1:])
+    assert type(config) is not hf.DinatConfig
+    for auto, kind in ((AutoModel, "Model"), (AutoModelForImageClassification, "ForImageClassification")):
+        assert type(auto.from_config(config)) is getattr(hf, f"Dinat{kind}")
+    backbone = AutoBackbone.from_config(config)
+    assert type(backbone) is hf.DinatBackbone and backbone.channels == [32, 64, 128, 256]
+    segmenter = UperNetForSemanticSegmentation(uper_net_config(config))
+    assert type(segmenter.backbone) is hf.DinatBackbone
+    assert segmenter.eval()(image((64, 64))).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"natzoo\.hf\.DinatConfig"):
+        hf.DinatModel(config)
+    with pytest.raises(ValueError, match=r"natzoo\.hf\.NatConfig"):
+        hf.NatModel(config)
+
+
+@pytest.mark.parametrize("way", ["resume", "best"])
+@pytest.mark.parametrize("kind", ["classifier", "segmenter"])
+def test_trainer_keeps_the_backbone(tmp_path, way, kind):
+    pytest.importorskip("accelerate")
+    if kind == "classifier":
+        model = hf.DinatForImageClassification(small(num_labels=3))
+        example = {"pixel_values": image((32, 32))[0], "labels": 1}
+    else:
+        model = UperNetForSemanticSegmentation(uper_net_config(detector_config()))
+        example = {"pixel_values": image((64, 64))[0], "labels": torch.ones(64, 64, dtype=torch.int64)}
+
+    def trainer(model, **changes):
+        options = {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "learning_rate": 1e-2, "save_strategy": "steps"}
+        options |= {"eval_strategy": "steps", "report_to": [], "use_cpu": True, "disable_tqdm": True, **changes}
+        arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, **options)
+        return Trainer(model, arguments, train_dataset=[example] * 4, eval_dataset=[example])
+
+    if way == "best":
+        run = trainer(model, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True)
+        run.train()
+        checkpoint = run.state.best_model_checkpoint
+        assert checkpoint.endswith("-1")  # the loss falls
+    else:
+        trainer(model).train()
+        model, checkpoint = scrambled(model), tmp_path / "checkpoint-2"
+        trainer(model).train(resume_from_checkpoint=str(checkpoint))
+    assert same_weights(model, type(model).from_pretrained(checkpoint))

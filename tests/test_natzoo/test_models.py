@@ -205,6 +205,17 @@ def test_classifier_can_be_replaced_and_removed(model):
         assert changed(x).shape == (1, side, side, model.num_features)
 
 
+def test_poolings(model):
+    x = random_images()
+    with torch.inference_mode():
+        features = model.forward_features(x)
+        mean, largest = features.mean((1, 2)), features.flatten(1, 2).max(1).values
+        for name, expected in {"avg": mean, "max": largest, "avgmax": (mean + largest) / 2}.items():
+            changed = copy.deepcopy(model)
+            changed.reset_classifier(0, global_pool=name)
+            torch.testing.assert_close(changed(x), expected)
+
+
 def test_creation_without_classifier_and_with_one_channel(model):
     changed = timm.create_model(name_of(model), num_classes=0, in_chans=1).eval()
     with torch.inference_mode():
@@ -259,7 +270,9 @@ SMALL = {"depths": (1, 2), "num_heads": (1, 2), "embed_dim": 16, "kernel_size": 
         ({"dilations": [[1]]}, "dilations.*depths"),
         ({"dilations": [[1], [1]]}, r"dilations\[1\].*depths\[1\]"),
         ({"embed_dim": 17}, "dim"),
-        ({"global_pool": "max"}, "global_pool"),
+        ({"global_pool": "token"}, "global_pool.*avgmax"),
+        ({"output_stride": 16}, "output_stride.*out_indices"),
+        ({"output_stride": 8, "features_only": True}, "output_stride.*out_indices"),
     ],
 )
 def test_contradictory_arguments(kwargs, names):

@@ -149,7 +149,7 @@ def test_hub_repository_with_either_file(monkeypatch, tmp_path):
         def __init__(self):
             Exception.__init__(self, "no such file")
 
-    def download(repository, name, revision=None, local_files_only=False):
+    def download(repository, name, revision=None, cache_dir=None, local_files_only=False):
         requested.append((repository, name, revision))
         if name not in available:
             raise Missing
@@ -173,7 +173,7 @@ def test_hub_is_tried_after_the_site(monkeypatch, tmp_path, weights):
     def fetch(urls, path, sha256=None, size=0):
         raise DownloadError(f"{path.name} could not be downloaded.")
 
-    def download(repository, name, revision=None, local_files_only=False):
+    def download(repository, name, revision=None, cache_dir=None, local_files_only=False):
         assert (repository, name) == ("shi-labs/nat-mini-in1k-224", "model.safetensors")
         save_file({name: value.contiguous() for name, value in to_hf(weights, "nat.").items()}, tmp_path / name)
         return str(tmp_path / name)
@@ -183,7 +183,7 @@ def test_hub_is_tried_after_the_site(monkeypatch, tmp_path, weights):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert_loaded(small(seed=1, pretrained=True), weights)
 
-    def offline(repository, name, revision=None, local_files_only=False):
+    def offline(repository, name, revision=None, cache_dir=None, local_files_only=False):
         raise ConnectionError("no net")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
@@ -198,7 +198,7 @@ def test_without_network_only_the_local_hub_cache_is_used(monkeypatch, tmp_path)
     def nowhere(*_):
         raise socket.gaierror("name or service not known")
 
-    def download(repository, name, revision=None, local_files_only=False):
+    def download(repository, name, revision=None, cache_dir=None, local_files_only=False):
         assert local_files_only
         if name not in available:
             raise LocalEntryNotFoundError("a long text")
@@ -258,3 +258,61 @@ def test_pretrained_feature_extractor(downloads, weights):
 def test_no_download_without_pretrained(downloads):
     small()
     assert downloads == []
+
+
+def test_cache_dir(monkeypatch, tmp_path, weights):
+    """timm's argument selects the folder for downloads from all sources."""
+    targets = []
+
+    def fetch(urls, path, sha256=None, size=0):
+        targets.append(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(path, weights)
+        return path
+
+    monkeypatch.setattr(sources, "fetch", fetch)
+    timm.create_model("nat_mini", pretrained=True, cache_dir=str(tmp_path / "mine"), **SMALL)
+    overlay = {"url": "https://example.com/other.pth"}
+    timm.create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / "mine", **SMALL)
+    assert targets[0] == path_in_cache(find_entry("nat_mini"), tmp_path / "mine")
+    assert [path.is_relative_to(tmp_path / "mine") for path in targets] == [True, True]
+
+
+# ----- without a network -----
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """Let no host name be resolved, and let waiting be an error."""
+
+    def fail(*arguments, **named):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    def wait(seconds):
+        raise AssertionError(f"waited for {seconds} s")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setattr("time.sleep", wait)
+    monkeypatch.setenv("NATZOO_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "what", ["nat_mini", "hf-hub:shi-labs/nat-mini-in1k-224", "hf-hub:nat-mini", "https://example.com/a.pth"]
+)
+def test_sources_without_a_network(offline, what):
+    with pytest.raises(DownloadError, match=what.removeprefix("https://")):
+        locate(what)
+
+
+@pytest.mark.parametrize("what", ["nat_mni", "shi-labs/nat-mini-in1k-244", "nat-mini", "nat_mini.pt"])
+def test_misspelled_names_without_a_network(offline, what):
+    with pytest.raises((ValueError, FileNotFoundError), match=what):
+        locate(what)
+
+
+def test_transformers_without_a_network(offline):
+    hf = pytest.importorskip("natzoo.hf")
+    with pytest.raises(OSError, match="connect"):
+        hf.NatForImageClassification.from_pretrained("shi-labs/nat-mini-in1k-224")

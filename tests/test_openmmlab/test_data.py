@@ -286,3 +286,40 @@ train_dataloader.update(batch_size=6, dataset=dict(filter_cfg=dict(filter_empty_
     rows = [json.loads(line) for log in (tmp_path / "run").glob("*/vis_data/scalars.json") for line in log.open()]
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
     assert any("coco/segm_mAP" in row for row in rows)
+
+
+def test_missing_files_of_metrics(shapes, tmp_path):
+    """Panoptic configs evaluate masks too, with an annotation file that the datasets do not read."""
+    more = "val_evaluator = [_base_.val_evaluator, dict(type='CocoMetric', ann_file=_base_.data_root + 'other.json')]\n"
+    with pytest.raises(FileNotFoundError, match=r"other\.json.*val_evaluator"):
+        detect(tiny_mask_rcnn(tmp_path, more), shapes, tmp_path)
+
+
+@pytest.mark.parametrize("roots", [("a/b", "a/b"), ("a/b/", "a/b"), ("a/b/c", "a/b/d")])
+def test_data_root_of_datasets(roots):
+    """--data replaces the folder of the datasets, wherever the config sets it."""
+    from mmengine.config import Config
+
+    from natzoo.openmmlab.data import set_data_root
+
+    names = ("train_dataloader", "val_dataloader")
+    loaders = {name: {"dataset": {"data_root": root}} for name, root in zip(names, roots, strict=True)}
+    cfg = Config({**loaders, "data_root": "a/b", "val_evaluator": {"ann_file": "a/b/x.json"}})
+    if roots[0] == roots[1]:
+        cfg.pop("data_root")
+    set_data_root(cfg, "new")
+    found = {cfg[name].dataset.data_root.rstrip("/") for name in loaders}
+    assert found == {root.replace("a/b", "new").rstrip("/") for root in roots}
+    assert cfg.val_evaluator.ann_file == "new/x.json"
+
+
+@pytest.mark.parametrize("roots", [("a", "b"), (None, None)])
+def test_data_needs_one_root(roots):
+    from mmengine.config import Config
+
+    from natzoo.openmmlab.data import set_data_root
+
+    names = ("train_dataloader", "val_dataloader")
+    loaders = {name: {"dataset": {"data_root": root}} for name, root in zip(names, roots, strict=True)}
+    with pytest.raises(ValueError, match="--data"):
+        set_data_root(Config(loaders), "new")

@@ -11,6 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from runs import ROOT, evaluate_segmenter, load_config, losses, tiny_mask2former, train_segmenter
 
+from natzoo.openmmlab.coco import read_coco
 from natzoo.openmmlab.panopticapi import id2rgb, rgb2id
 
 CLASSES = ("circle", "square", "triangle", "ground")  # the last is stuff
@@ -194,3 +195,42 @@ def test_classes_are_matched_by_name(tmp_path, data):
     sample.pred_panoptic_seg = PixelData(sem_seg=torch.from_numpy(perfect)[None])
     evaluator.process([sample])
     assert evaluator.evaluate(1)["coco_panoptic/PQ"] == 100
+
+
+# ----- broken files -----
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda content: content["annotations"][0].pop("segments_info"), "segments_info"),
+        (lambda content: content["annotations"][0].pop("file_name"), "file_name"),
+        (lambda content: content["annotations"][0].update(image_id=None), "image_id"),
+        (lambda content: content["annotations"][0]["segments_info"].append(None), "segments_info"),
+        (lambda content: content["annotations"][0]["segments_info"][0].update(id=0), "id 0"),
+        (lambda content: content["annotations"][0]["segments_info"][0].update(id=2**24), "id 16777216"),
+        (lambda content: content["annotations"][0]["segments_info"][0].pop("category_id"), "category_id"),
+        (lambda content: content["annotations"][0]["segments_info"][0].update(bbox=[1]), "bbox"),
+        (lambda content: content["categories"][0].pop("isthing"), "isthing"),
+    ],
+)
+def test_broken_annotations_of_panoptic_maps(tmp_path, change, named):
+    path = write_panoptic(tmp_path, "maps", {7: (np.ones((10, 12), int), {1: 4})})
+    content = read_coco(path, panoptic=True)
+    content["annotations"][0]["segments_info"][0].pop("area")
+    content["annotations"][0]["segments_info"][0].pop("iscrowd")
+    path.write_text(json.dumps(content))
+    (segment,) = read_coco(path, panoptic=True)["annotations"][0]["segments_info"]
+    assert (segment["iscrowd"], segment["area"]) == (0, 120)
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"maps\.json.*{named}"):
+        read_coco(path, panoptic=True)
+
+
+def test_panoptic_and_instance_files_are_told_apart(tmp_path, shapes):
+    path = write_panoptic(tmp_path, "maps", {7: (np.ones((10, 12), int), {1: 4})})
+    with pytest.raises(ValueError, match=r"maps\.json"):
+        read_coco(path)
+    with pytest.raises(ValueError, match=r"instances_training\.json.*isthing"):
+        read_coco(shapes / "instances_training.json", panoptic=True)

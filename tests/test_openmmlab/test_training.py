@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS
 from openmmlab_extra import PHOTOGRAPHS, has_photographs
@@ -28,6 +29,7 @@ from runs import (
 )
 
 from natzoo.checkpoints import read_checkpoint
+from natzoo.openmmlab import train
 from natzoo.runs import lock_folder
 
 
@@ -331,6 +333,26 @@ def test_mixed_precision_on_cpu(drawn, tmp_path):
         assert {value.dtype for value in weights(folder / "iter_4.pth").values()} <= {torch.float32, torch.int64}
     assert runs["--amp"][1] == pytest.approx(runs["--no-amp"][1], rel=0.05)
     assert runs["--amp"] != runs["--no-amp"]
+
+
+@pytest.mark.parametrize(
+    ("amp", "has_units", "expected"),
+    [
+        (None, False, "OptimWrapper"),
+        (None, True, "CpuAmpOptimWrapper"),
+        (True, False, "CpuAmpOptimWrapper"),
+        (True, True, "CpuAmpOptimWrapper"),
+        (False, False, "OptimWrapper"),
+    ],
+)
+def test_mixed_precision_of_a_config_is_off_on_cpus_without_bfloat16(amp, has_units, expected, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "_has_bfloat16_units", lambda: has_units)
+    cfg = Config({"optim_wrapper": {"type": "AmpOptimWrapper", "loss_scale": "dynamic"}})
+    train.set_precision(cfg, amp)
+    assert cfg.optim_wrapper.type == expected
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (amp is not False and not has_units)
 
 
 @pytest.fixture(params=["shapes", "photographs"])

@@ -24,6 +24,13 @@ SCRIPT = ROOT / "tools" / "benchmark.py"
 SETTING = Setting("float32", torch.get_num_threads(), "cpu")
 TINY = "b1_8x8_h2_d8_k3"
 CASES = (TINY, "b2_13_h1_d8_k3_dil3", "b1_6x7x8_h2_d8_k2x3x2", "b1_9x8_h2_d8_k3_causal", "b1_9x8_h2_d8_k4x2_norpb")
+OTHER_CASES = (  # that only natten supports
+    "b1_9x8_h4_kv2_d8_v12_k3",
+    "b1_9x8_h3_kv1_d10_k3_norpb",
+    "b2_9x8_h2_d8_k3_qk",
+    "b1_11_h2_d8_k3_causal_norpb_qk",
+    "b1_6x7x8_h2_d8_k2x3x2_av",
+)
 PASSES = ("forward", "forward+backward")
 
 
@@ -39,9 +46,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def check_figures(row: dict[str, str]) -> None:
     """Percentiles are ordered, and percentages follow from the other columns."""
-    value = {name: float(row[name]) for name in ("p20_ms", "p50_ms", "p80_ms", "gflop", "gemm_gflops", "copy_gb_s")}
+    names = ("p20_ms", "p50_ms", "p80_ms", "gflop", "gemm_gflops", "small_gemm_gflops", "copy_gb_s")
+    value = {name: float(row[name]) for name in names}
     assert 0 < value["p20_ms"] <= value["p50_ms"] <= value["p80_ms"]
-    assert min(value["gemm_gflops"], value["copy_gb_s"]) > 0
+    assert min(value["gemm_gflops"], value["small_gemm_gflops"], value["copy_gb_s"]) > 0
     expected = 100 * value["gflop"] / (value["p50_ms"] / 1e3) / value["gemm_gflops"]
     assert float(row["percent_of_gemm"]) == pytest.approx(expected, rel=1e-3)
     assert float(row["percent_of_floor"]) >= float(row["percent_of_gemm"])
@@ -184,6 +192,9 @@ def test_list(capsys):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        ("ops --case b1_8x8_h4_kv3_d8_k3", "'b1_8x8_h4_kv3_d8_k3'"),
+        ("ops --case b1_8x8_h4_kv2_d8_k3_av", "'b1_8x8_h4_kv2_d8_k3_av'"),
+        ("layers --case b1_8x8_h4_kv2_d8_k3", "'b1_8x8_h4_kv2_d8_k3'"),
         ("ops --case wibble", "'wibble'"),
         ("ops --case b1_8x8_h2_d8_k9", "'b1_8x8_h2_d8_k9'"),
         ("ops --provider natten-cpu wibble", "'wibble'"),
@@ -226,6 +237,16 @@ def test_providers_agree_with_the_reference(provider, case):
             check(entry_of(provider, case, pass_name, dtype))
 
 
+@pytest.mark.parametrize("case", OTHER_CASES)
+def test_what_only_natten_supports(case):
+    for pass_name in PASSES:
+        for dtype in ("float32", "bfloat16"):
+            check(entry_of("natten-cpu", case, pass_name, dtype))
+    for provider in ("sdpa", "gather", "flex_attention"):
+        with pytest.raises(LeftOut):
+            ops.make(entry_of(provider, case, "forward"))
+
+
 @pytest.mark.slow  # compiles
 @pytest.mark.parametrize("case", CASES)
 def test_flex_attention_agrees_with_the_reference(case):
@@ -264,6 +285,24 @@ def test_minimal_work():
     assert causal.gflop == pytest.approx(4 * 8 * (1 + 2 + 3 + 3) / 1e9)
 
 
+def test_minimal_work_of_other_shapes_and_of_unfused_operators():
+    grouped = ops.parse("b1_9_h4_kv2_d8_v16_k3_norpb")
+    pairs, tokens = 4 * 9 * 3, 9
+    work = {name: grouped.work(name, torch.float32) for name in PASSES}
+    maps = tokens * (4 * 8 + 2 * 8 + 2 * 16 + 4 * 16)  # query, key, value, output
+    assert work["forward"] == pytest.approx((2 * pairs * (8 + 16) / 1e9, 4 * maps / 1e9))
+    assert work["forward+backward"] == pytest.approx((2 * pairs * (4 * 8 + 3 * 16) / 1e9, 12 * maps / 1e9))
+    maps = tokens * 4 * (2 * 8 + 3)  # query and key, or value and output; logits or weights
+    for part in ("qk", "av"):
+        unfused = ops.parse(f"b1_9_h4_d8_k3_norpb_{part}")
+        work = {name: unfused.work(name, torch.float32) for name in PASSES}
+        assert work["forward"] == pytest.approx((2 * pairs * 8 / 1e9, 4 * maps / 1e9))
+        gbytes = work["forward+backward"].gbytes - work["forward"].gbytes
+        read_again, written = tokens * 4 * (2 * 8 + 3), tokens * 4 * (2 * 8 if part == "qk" else 8 + 3)
+        assert gbytes == pytest.approx(4 * (read_again + written) / 1e9)
+        assert work["forward+backward"].gflop == pytest.approx(3 * work["forward"].gflop)
+
+
 def test_default_groups():
     """Each group can be planned and compares what its name says."""
     setting = SETTING._replace(threads=2)
@@ -271,7 +310,7 @@ def test_default_groups():
         for group in module.GROUPS:
             entries = module.plan(group, None, setting)
             assert len(entries) == len(set(entries)) >= 2
-            assert {entry.group for entry in entries} == {group}
+            assert {entry.group.split()[0] for entry in entries} == {group}
     varied = {
         "dtype": lambda entry: entry.setting.dtype,
         "rpb": lambda entry: ops.parse(entry.case).has_rpb,
@@ -290,6 +329,34 @@ def test_default_groups():
         "tokens": [(56, 56), (112, 112)],
         "call": [1, 16],
     }
+
+
+def test_comparisons_of_several_lists():
+    """Each list is a group of its own, whose first row is the baseline; all are timed together."""
+
+    def lists_of(group: str) -> dict[str, list[str]]:
+        lists: dict[str, list[str]] = {}
+        for entry in ops.plan(group, None, SETTING):
+            if entry.pass_name == "forward":
+                lists.setdefault(entry.group, []).append(entry.case)
+        return lists
+
+    for name, (baseline, case) in lists_of("head_dim").items():
+        dim = ops.parse(case).head_dim
+        assert name == f"head_dim {dim}"
+        assert dim < ops.parse(baseline).head_dim < dim + 8
+    grouped = [[ops.parse(case) for case in cases] for cases in lists_of("gqa").values()]
+    assert [(case.heads, case.kv_heads) for case in grouped[0]] == [(8, 8), (8, 2)]
+    assert [(case.head_dim, case.value_dim) for case in grouped[1]] == [(48, 48), (32, 64)]
+    for pair in grouped:
+        assert len({case.work("forward", torch.float32).gflop for case in pair}) == 1
+    for cases in lists_of("qk_av").values():
+        assert [ops.parse(case).part for case in cases] == ["", "qk", "av"]
+
+
+def test_comparisons_leave_out_other_providers():
+    for providers, expected in ((["sdpa", "natten-cpu"], {"natten-cpu"}), (["sdpa"], {"sdpa"})):
+        assert {entry.provider for entry in ops.plan("dtype", providers, SETTING)} == expected
 
 
 @pytest.mark.parametrize("module", [ops, layers])

@@ -48,6 +48,21 @@ def test_five_classes(viewer, image):
     assert sum(answer.values()) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("size", [(1, 65_535), (65_535, 1), (2, 10_000)])
+def test_elongated_image(viewer, size):
+    """Resizing the short side would fill the memory."""
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]}"):
+        viewer.classify(Image.new("RGB", size))
+
+
+@pytest.mark.usefixtures("app")
+def test_image_with_too_many_pixels(tmp_path):
+    """A file of a few kilobytes that describes 900 megapixels."""
+    Image.new("1", (30_000, 30_000)).save(tmp_path / "large.png")
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "large.png")
+
+
 def test_choices(viewer):
     assert viewer.stages() == [1, 2]
     assert viewer.layer_titles(1) == ["layer 1: DiNA 3x3, dilation 2"]
@@ -81,15 +96,13 @@ def test_without_gradio(monkeypatch):
 
 
 def test_model_is_restored_with_its_classes(app, tmp_path, monkeypatch):
-    monkeypatch.setattr(app, "create_page", lambda viewer, title: (viewer, title))
+    pages = []
+    monkeypatch.setattr(app, "create_page", lambda viewer, title: pages.append((viewer, title)) or Launched())
     kwargs = {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16, "kernel_size": 3}
     config = {"input_size": [3, 32, 32], "crop_pct": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [1] * 3}
     record = {"model": "nat_mini", "model_kwargs": kwargs, "num_classes": 5, "classes": list("vwxyz")}
     weights = small("nat_mini").state_dict()
     write_checkpoint(tmp_path / "best.pth", {"model": weights, "record": {**record, "preprocessing": config}})
-    pages = []
-    create = demo.create_page
-    monkeypatch.setattr(demo, "create_page", lambda args: pages.append(create(args)) or Launched())
     demo.main(["--checkpoint", str(tmp_path / "best.pth")])
     viewer, title = pages[0]
     assert (title, viewer.classes) == ("nat_mini", list("vwxyz"))
@@ -97,8 +110,8 @@ def test_model_is_restored_with_its_classes(app, tmp_path, monkeypatch):
 
 
 class Launched:
-    def launch(self, server_port):
-        assert server_port == 7860
+    def launch(self, server_port, max_file_size):
+        assert (server_port, max_file_size) == (7860, "20mb")
 
 
 def test_exported_folder_is_self_contained(tmp_path):

@@ -19,7 +19,7 @@ SITE = sources.ZOO_FILE.read_text().split("site: ")[1].split("\n")[0]
 def site(server, monkeypatch, tmp_path):
     """Serve CONTENT for every published checkpoint; the Hugging Face hub is unreachable."""
 
-    def offline(repository, name, revision=None, local_files_only=False):
+    def offline(repository, name, revision=None, cache_dir=None, local_files_only=False):
         raise ConnectionError("no net")
 
     (tmp_path / "zoo.yaml").write_text(sources.ZOO_FILE.read_text().replace(SITE, server.url("projects/")))
@@ -101,7 +101,7 @@ def test_get_resumes_an_interrupted_download(run, cache, site):
 
 
 def test_files_from_the_hub_get_the_names_of_their_checkpoints(run, site, monkeypatch, tmp_path):
-    def from_hub(repository, name, revision=None, local_files_only=False):
+    def from_hub(repository, name, revision=None, cache_dir=None, local_files_only=False):
         path = tmp_path / "hub" / repository / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(repository)

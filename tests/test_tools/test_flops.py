@@ -59,3 +59,23 @@ def test_config(capsys):
     assert model.split()[:4] == ["coco_ade_upernet_nat", "192", "x", "192"]
     macs = {line.split()[0]: float(line.split()[3]) for line in parts}
     assert macs["backbone"] + macs["decode_head"] == pytest.approx(float(model.split()[6]), abs=0.1)
+
+
+@needs_openmmlab
+@pytest.mark.parametrize(
+    "model",
+    [
+        "roi_head=dict(mask_head=None, mask_roi_extractor=None)",
+        "_delete_=True, type='FCOS', backbone=_base_.model.backbone, neck=_base_.model.neck, "
+        "bbox_head=dict(type='FCOSHead', num_classes=1, in_channels=64, feat_channels=64)",
+    ],
+)
+def test_detector_without_masks(tmp_path, capsys, model):
+    base = CONFIGS / "detection" / "nuclei_mask_rcnn_nat.py"
+    (tmp_path / "boxes.py").write_text(f'_base_ = "{base}"\nmodel = dict({model})\n')
+    flops.main([str(tmp_path / "boxes.py"), "--per-layer", "2"])
+    whole, *parts = capsys.readouterr().out.splitlines()[1:]
+    names = [line.split()[0] for line in parts]
+    assert any("bbox_head" in name for name in names) and not any("mask" in name for name in names)
+    backbone = next(line for line in parts if line.split()[0] == "backbone")
+    assert float(whole.split()[6]) > float(backbone.split()[3])

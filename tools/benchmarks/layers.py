@@ -59,7 +59,7 @@ def plan(group: str, providers: list[str] | None, setting: Setting) -> list[Entr
         ValueError: if the case or a provider is unknown.
     """
     check_providers(providers or (), PROVIDERS)
-    if len(ops.parse(group).space) != 2:
+    if len(ops.parse_plain(group).space) != 2:
         raise ValueError(f"case {group!r} must have two axes, as the compared layers do.")
     default = [f"natten-{setting.backend}", "natten-reference", "timm-window", "timm-shifted-window"]
     return [
@@ -75,7 +75,7 @@ def make(entry: Entry) -> Subject:
     Raises:
         LeftOut, ValueError, RuntimeError: if the provider does not support the case.
     """
-    case, dtype = ops.parse(entry.case), entry.dtype
+    case, dtype = ops.parse_plain(entry.case), entry.dtype
     dim, tokens = case.heads * case.head_dim, case.batch * prod(case.space)
     torch.manual_seed(0)
     module, layer = PROVIDERS[entry.provider](case)

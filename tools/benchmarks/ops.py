@@ -1,7 +1,8 @@
 """The operator: every implementation on the map sizes of real models, and natten under varied settings.
 
 A shape is written b8_56x56_h2_d32_k7_dil8_causal_norpb: batch, tokens along each axis, heads, head_dim, kernel_size and
-dilation (one value, or one per axis), and optionally causal or without a relative position bias.
+dilation (one value, or one per axis), and optionally causal or without a relative position bias. Fewer key heads and
+another head_dim of the value are written b8_28x28_h8_kv2_d32_v64_k7. An ending _qk or _av selects an unfused operator.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache, partial
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -35,6 +37,7 @@ SHAPES = (  # the fast ones first
     "b1_200x304_h2_d32_k7",
     "b1_200x304_h2_d32_k7_dil8",
     "b8_56x56_h2_d32_k13",
+    "b8_56x56_h2_d64_k13",
     "b8_4096_h4_d32_k63",
     "b1_16x32x32_h4_d32_k5x7x7",
 )
@@ -53,11 +56,14 @@ class Case(NamedTuple):
     batch: int
     space: tuple[int, ...]
     heads: int
+    kv_heads: int
     head_dim: int
+    value_dim: int
     kernel_size: int | tuple[int, ...]
     dilation: int | tuple[int, ...]
     is_causal: bool
     has_rpb: bool
+    part: str
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -71,13 +77,14 @@ class Case(NamedTuple):
                 batch=self.batch,
                 space=self.space,
                 heads=self.heads,
-                kv_heads=self.heads,
+                kv_heads=self.kv_heads,
                 head_dim=self.head_dim,
-                value_dim=self.head_dim,
+                value_dim=self.value_dim,
                 additional=0,
                 dtype=dtype,
                 has_rpb=self.has_rpb,
                 arguments=window,
+                part=self.part,
             ),
             with_backward=pass_name != "forward",
         )
@@ -92,27 +99,49 @@ def parse(name: str) -> Case:
     """
     per_axis = r"\d+(?:x\d+)*"
     found = re.fullmatch(
-        rf"b(\d+)_({per_axis})_h(\d+)_d(\d+)_k({per_axis})(?:_dil({per_axis}))?(_causal)?(_norpb)?", name
+        rf"b(\d+)_({per_axis})_h(\d+)(?:_kv(\d+))?_d(\d+)(?:_v(\d+))?_k({per_axis})(?:_dil({per_axis}))?"
+        r"(_causal)?(_norpb)?(?:_(qk|av))?",
+        name,
     )
     if not found:
         raise ValueError(f"case {name!r} is unknown; use a name from --list or a shape such as {_MAIN}_dil8.")
-    batch, space, heads, head_dim, kernel_size, dilation, causal, norpb = found.groups()
+    batch, space, heads, kv_heads, head_dim, value_dim, kernel_size, dilation, causal, norpb, part = found.groups()
     case = Case(
         int(batch),
         tuple(map(int, space.split("x"))),
         int(heads),
+        int(kv_heads or heads),
         int(head_dim),
+        int(value_dim or head_dim),
         _one_or_all(kernel_size),
         _one_or_all(dilation or "1"),
         causal is not None,
         norpb is None,
+        part or "",
     )
-    if not 1 <= len(case.space) <= 3 or 0 in (case.batch, case.heads, case.head_dim):
+    sizes = (case.batch, case.heads, case.kv_heads, case.head_dim, case.value_dim)
+    if not 1 <= len(case.space) <= 3 or 0 in sizes:
         raise ValueError(f"case {name!r} must have 1 to 3 axes, and a positive batch, heads and head_dim.")
+    if case.heads % case.kv_heads:
+        raise ValueError(f"case {name!r} must have a multiple of the key heads as heads.")
+    if part and (kv_heads or value_dim):
+        raise ValueError(f"case {name!r} is unfused, which excludes _kv and _v.")
     try:
         make_axes(case.space, case.kernel_size, 1, case.dilation, case.is_causal)
     except ValueError as error:
         raise ValueError(f"case {name!r} is invalid: {error}") from error
+    return case
+
+
+def parse_plain(name: str) -> Case:
+    """Parse the shape of fused attention with query, key and value of one shape.
+
+    Raises:
+        ValueError: if the notation is wrong, or the shape is another one.
+    """
+    case = parse(name)
+    if case.part or (case.kv_heads, case.value_dim) != (case.heads, case.head_dim):
+        raise ValueError(f"case {name!r} must not have _kv, _v, _qk or _av.")
     return case
 
 
@@ -126,16 +155,37 @@ def _one_or_all(text: str) -> int | tuple[int, ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+Runs = list[tuple[str, Setting]]  # shapes and settings; the first is the baseline
+
+
 class Comparison(NamedTuple):
-    """natten under varied settings; the first run is the baseline.
+    """natten under varied settings. All runs of a comparison are timed together.
 
     Attributes:
-        runs: returns shapes and settings, given the requested setting.
+        runs: returns what is compared, given the requested setting: one list of runs, or several by name.
         passes: what is timed.
     """
 
-    runs: Callable[[Setting], list[tuple[str, Setting]]]
+    runs: Callable[[Setting], Runs | dict[str, Runs]]
     passes: tuple[str, ...] = ("forward", "forward+backward")
+
+
+def _head_dims(setting: Setting) -> dict[str, Runs]:
+    """Return head_dims that are no multiples of 8, as in published models, each against the next multiple."""
+    dims = {dim: (-(-dim // 8) * 8, dim) for dim in (10, 14, 20, 28, 36)}
+    return {str(dim): [(f"b8_28x28_h4_d{d}_k7", setting) for d in pair] for dim, pair in dims.items()}
+
+
+def _grouped(setting: Setting) -> dict[str, Runs]:
+    """Return fewer key heads, and another value head_dim, against equal ones with the same arithmetic forward."""
+    shapes = {"heads": ("h8_d32", "h8_kv2_d32"), "value": ("h4_d48", "h4_d32_v64")}
+    return {name: [(f"b8_28x28_{shape}_k7", setting) for shape in pair] for name, pair in shapes.items()}
+
+
+def _unfused(setting: Setting) -> dict[str, Runs]:
+    """Return the unfused operators against fused attention."""
+    shapes = ("b8_7x7_h16_d32_k7", "b8_14x14_h8_d32_k7", "b8_28x28_h4_d32_k7", _MAIN)
+    return {shape: [(shape + part, setting) for part in ("", "_qk", "_av")] for shape in shapes}
 
 
 COMPARISONS = {
@@ -144,6 +194,9 @@ COMPARISONS = {
     "rpb": Comparison(lambda s: [(_MAIN + "_norpb", s), (_MAIN, s)]),
     "threads": Comparison(lambda s: [(_MAIN, s), (_MAIN, s._replace(threads=1))]),
     "tokens": Comparison(lambda s: [(_MAIN, s), ("b8_112x112_h2_d32_k7", s)]),
+    "head_dim": Comparison(_head_dims),
+    "gqa": Comparison(_grouped),
+    "qk_av": Comparison(_unfused),
 }
 GROUPS = (*COMPARISONS, *SHAPES)
 
@@ -151,21 +204,32 @@ GROUPS = (*COMPARISONS, *SHAPES)
 def plan(group: str, providers: list[str] | None, setting: Setting) -> list[Entry]:
     """Return the entries of a group, for all providers of the device by default.
 
+    Comparisons run only those providers that are natten, if there are any. The entries of a comparison of several lists
+    of runs have the name of the list in their group.
+
     Raises:
         ValueError: if the group or a provider is unknown.
     """
     check_providers(providers or (), PROVIDERS)
     ours = f"natten-{setting.backend}"
     if group in COMPARISONS:
-        runs, passes = COMPARISONS[group]
-        chosen = [(name, provider, s) for name, s in runs(setting) for provider in providers or [ours]]
+        passes = COMPARISONS[group].passes
+        runs = COMPARISONS[group].runs(setting)
+        lists = {group: runs} if isinstance(runs, list) else {f"{group} {name}": x for name, x in runs.items()}
+        chosen = [name for name in providers or [ours] if name.startswith("natten-")] or providers
     else:
         passes = ("forward", "forward+backward")
-        default = [ours, "natten-reference", *rivals.RIVALS]
-        chosen = [(group, provider, setting) for provider in providers or default]
-    for name, *_ in chosen:
-        parse(name)
-    entries = (Entry("ops", group, name, provider, pass_, s) for pass_ in passes for name, provider, s in chosen)
+        lists = {group: [(group, setting)]}
+        chosen = providers or [ours, "natten-reference", *rivals.RIVALS]
+    entries = [
+        Entry("ops", title, name, provider, pass_name, run_setting)
+        for title, runs in lists.items()
+        for pass_name in passes
+        for name, run_setting in runs
+        for provider in chosen
+    ]
+    for entry in entries:
+        parse(entry.case)
     return list(dict.fromkeys(entries))
 
 
@@ -180,12 +244,17 @@ def _make_problem(case: Case, dtype: torch.dtype, device: torch.device, seed: in
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    axes, maps = case.axes, (case.heads, case.head_dim)
+    axes, maps = case.axes, (case.batch, *case.space)
+    window = prod([axis.kernel_size for axis in axes])
     return rivals.Problem(
         axes=axes,
-        qkv_BX3Hd=random(case.batch, *case.space, 3, *maps),
+        query=random(*maps, case.heads, case.head_dim),
+        key=random(*maps, case.kv_heads, case.head_dim),
+        value=random(*maps, case.kv_heads, case.value_dim),
         rpb=random(case.heads, *(2 * axis.kernel_size - 1 for axis in axes)) if case.has_rpb else None,
-        grad_BXHd=random(case.batch, *case.space, *maps),
+        grad=random(*maps, case.heads, window if case.part == "qk" else case.value_dim),
+        attn=random(*maps, case.heads, window).softmax(-1) if case.part == "av" else None,
+        part=case.part,
     )
 
 
@@ -194,25 +263,45 @@ _shared_problem = lru_cache(maxsize=1)(partial(_make_problem, seed=0))
 
 
 def _make_natten(problem: rivals.Problem, pass_name: str, backend: str) -> rivals.Implementation:
-    """natten as the layers call it, on one packed tensor."""
-    function = getattr(natten, f"na{len(problem.axes)}d_qkvpacked")
+    """natten as the layers call it, on one packed tensor; on separate tensors where they differ in shape."""
+    if problem.part:
+        return _make_unfused(problem, backend)
+    tensors: tuple[Tensor, ...] = (problem.query, problem.key, problem.value)
+    if problem.is_uniform:
+        tensors = (torch.stack(tensors, -3),)
+    function = getattr(natten, f"na{len(problem.axes)}d" + ("_qkvpacked" if problem.is_uniform else ""))
     window = tuple(zip(*(axis[1:] for axis in problem.axes), strict=True))
-    qkv_BX3Hd = problem.qkv_BX3Hd.clone().requires_grad_()
+    qkv = [x.clone().requires_grad_() for x in tensors]
     rpb = None if problem.rpb is None else problem.rpb.clone().requires_grad_()
     return rivals.Implementation(
-        forward=lambda: function(qkv_BX3Hd, *window, rpb=rpb, backend=backend),
-        inputs=[x for x in (qkv_BX3Hd, rpb) if x is not None],
-        grad_out=problem.grad_BXHd,
-        unpack=_unpack,
+        forward=lambda: function(*qkv, *window, rpb=rpb, backend=backend),
+        inputs=[x for x in (*qkv, rpb) if x is not None],
+        grad_out=problem.grad,
+        unpack=partial(_unpack, problem.is_uniform),
     )
 
 
-def _unpack(out_BXHd: Tensor, grad_BX3Hd: Tensor | None = None, grad_rpb: Tensor | None = None) -> list[Tensor]:
+def _unpack(is_packed: bool, out_BXHd: Tensor, *grads: Tensor) -> list[Tensor]:
     """Return the output heads-first, and the gradients of query, key, value and rpb."""
-    out = [rivals.heads_first(out_BXHd)]
-    if grad_BX3Hd is not None:
-        out += [rivals.heads_first(x) for x in grad_BX3Hd.unbind(-3)]
-    return out if grad_rpb is None else [*out, grad_rpb]
+    if grads and is_packed:
+        grads = (*grads[0].unbind(-3), *grads[1:])
+    return [*map(rivals.heads_first, (out_BXHd, *grads[:3])), *grads[3:]]
+
+
+def _make_unfused(problem: rivals.Problem, backend: str) -> rivals.Implementation:
+    """na*d_qk or na*d_av, on contiguous heads-first tensors."""
+    function = getattr(natten, f"na{len(problem.axes)}d_{problem.part}")
+    kernel_size, _, dilation, is_causal = zip(*(axis[1:] for axis in problem.axes), strict=True)
+    names = (problem.query, problem.key) if problem.part == "qk" else (problem.attn, problem.value)
+    tensors = [x.movedim(-2, 1).contiguous().requires_grad_() for x in names if x is not None]
+    options: dict[str, Tensor] = {}
+    if problem.part == "qk" and problem.rpb is not None:
+        options["rpb"] = problem.rpb.clone().requires_grad_()
+    return rivals.Implementation(
+        forward=lambda: function(*tensors, kernel_size, dilation, is_causal, **options, backend=backend),
+        inputs=[*tensors, *options.values()],
+        grad_out=problem.grad.movedim(-2, 1).contiguous(),
+    )
 
 
 PROVIDERS = {
@@ -251,6 +340,8 @@ def make(entry: Entry) -> Subject:
     def check(result: tuple[Tensor, ...]) -> None:
         right = _expected(case, dtype, device, entry.pass_name)
         for ours, theirs in zip(right, implementation.unpack(*result), strict=False):  # rpb may have no gradient
+            is_finite = ours.isfinite()  # logits before the map are not
+            ours, theirs = ours[is_finite], theirs[is_finite]
             error = ((theirs.float() - ours).abs().max() / ours.abs().max()).item()
             if not error <= _TOLERANCE[entry.setting.dtype]:
                 raise LeftOut(f"wrong result: the error is {error:.1e} of the largest number")

@@ -14,6 +14,7 @@ import torch
 import natten
 from benchmarks.entry import Entry
 from benchmarks.timing import Timing
+from natten.profiler import SMALL_MATRIX_SIDE
 from natzoo.checkpoints import write_table
 
 # The names stay as they are, since plots read older tables: percent_of_floor is the percent of limit, cpu_model the GPU
@@ -21,7 +22,7 @@ from natzoo.checkpoints import write_table
 COLUMNS = (
     *("kind", "group", "case", "provider", "pass", "dtype", "threads", "device"),
     *("p20_ms", "p50_ms", "p80_ms", "n", "gflop", "percent_of_gemm", "percent_of_floor"),
-    *("gemm_gflops", "copy_gb_s", "peak_memory_mb", "images_per_s"),
+    *("gemm_gflops", "small_gemm_gflops", "copy_gb_s", "peak_memory_mb", "images_per_s"),
     *("torch_version", "timm_version", "natten_version", "cpu_model", "date"),
 )
 Row = dict[str, Any]
@@ -41,6 +42,7 @@ def make_row(entry: Entry, timing: Timing, peak_memory_mb: float | None) -> Row:
         "percent_of_gemm": timing.percent_of_matmul,
         "percent_of_floor": timing.percent_of_limit,
         "gemm_gflops": timing.limits.matmul_gflops,
+        "small_gemm_gflops": timing.limits.small_matmul_gflops,
         "copy_gb_s": timing.limits.copy_gb_s,
         "peak_memory_mb": peak_memory_mb,
         "images_per_s": images_per_s,
@@ -87,6 +89,8 @@ _TITLES = {
     "relative": "relative",
     "percent_of_gemm": "% matmul",
     "percent_of_floor": "% limit",
+    "gemm_gflops": "matmul GFLOP/s",
+    "small_gemm_gflops": f"n={SMALL_MATRIX_SIDE}",
     "peak_memory_mb": "peak MB",
     "images_per_s": "img/s",
 }

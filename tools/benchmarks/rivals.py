@@ -22,16 +22,40 @@ MAX_GIB = 1.5  # largest temporary tensor of an implementation; a backward pass 
 
 
 class Problem(NamedTuple):
-    """The tensors of a case."""
+    """The tensors of a case.
+
+    Attributes:
+        axes: the axes of the map.
+        query, key, value: [B, X, H, d].
+        rpb: relative position bias, or None.
+        grad: gradient of the output [B, X, H, d], for "qk" [B, X, H, W].
+        attn: attention weights [B, X, H, W] for "av", else None.
+        part: "" for attention, or the unfused part "qk" or "av".
+    """
 
     axes: tuple[Axis, ...]
-    qkv_BX3Hd: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
     rpb: Tensor | None
-    grad_BXHd: Tensor
+    grad: Tensor
+    attn: Tensor | None
+    part: str
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether query, key and value have the same shape."""
+        return self.query.shape == self.key.shape == self.value.shape
 
     def heads_first(self) -> list[Tensor]:
-        """Return query, key and value [B, H, N, d], contiguous and requiring gradients, as the rivals prefer."""
-        return [heads_first(x).contiguous().requires_grad_() for x in self.qkv_BX3Hd.unbind(-3)]
+        """Return query, key and value [B, H, N, d], contiguous and requiring gradients, as the rivals prefer.
+
+        Raises:
+            LeftOut: if the problem is not attention to keys and values of the query's shape.
+        """
+        if self.part or not self.is_uniform:
+            raise LeftOut("supports fused attention with query, key and value of one shape only")
+        return [heads_first(x).contiguous().requires_grad_() for x in (self.query, self.key, self.value)]
 
 
 class Implementation(NamedTuple):
@@ -106,7 +130,7 @@ def _padded_bias(rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
 
 def _dense_mask(problem: Problem) -> Tensor:
     """Return the bias of each pair of tokens, -inf outside the window, [H, N, N]; one head without rpb."""
-    table = _padded_bias(problem.rpb, problem.axes).to(problem.qkv_BX3Hd)
+    table = _padded_bias(problem.rpb, problem.axes).to(problem.query)
     tokens = prod([axis.length for axis in problem.axes])
     _refuse_large("the mask", table.element_size(), table.shape[0], tokens, tokens)
     index_NN = _bias_index(problem.axes, [_axis_pairs(axis) for axis in problem.axes]).to(table.device)
@@ -135,7 +159,7 @@ def _make_gather(problem: Problem, pass_name: str) -> Implementation:
         return (logits_BHN1W.softmax(-1) @ v_BHNWd).squeeze(-2)
 
     inputs = [x for x in (q_BHNd, k_BHNd, v_BHNd, rpb) if x is not None]
-    return Implementation(forward, inputs, heads_first(problem.grad_BXHd).contiguous())
+    return Implementation(forward, inputs, heads_first(problem.grad).contiguous())
 
 
 def _make_sdpa(problem: Problem, pass_name: str) -> Implementation:
@@ -146,7 +170,7 @@ def _make_sdpa(problem: Problem, pass_name: str) -> Implementation:
     def forward() -> Tensor:
         return F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=mask_1HNN)
 
-    return Implementation(forward, inputs, heads_first(problem.grad_BXHd).contiguous())
+    return Implementation(forward, inputs, heads_first(problem.grad).contiguous())
 
 
 def _make_flex(problem: Problem, pass_name: str) -> Implementation:
@@ -177,7 +201,7 @@ def _make_flex(problem: Problem, pass_name: str) -> Implementation:
     def forward() -> Tensor:
         return flex(q_BHNd, k_BHNd, v_BHNd, score_mod=score_mod, block_mask=block_mask)
 
-    return Implementation(forward, inputs, heads_first(problem.grad_BXHd).contiguous())
+    return Implementation(forward, inputs, heads_first(problem.grad).contiguous())
 
 
 RIVALS: dict[str, Callable[[Problem, str], Implementation]] = {

@@ -24,7 +24,7 @@ def run(shapes: Sequence[str], most: int, is_dry_run: bool, capability: str) -> 
     Raises:
         ValueError: if a shape or the capability is unknown, or there is no GPU.
     """
-    cases = {name: ops.parse(name) for name in shapes}
+    cases = {name: ops.parse_plain(name) for name in shapes}
     if is_dry_run:
         gpu = find_gpu(capability)
     elif torch.cuda.is_available():

@@ -63,6 +63,7 @@ def time_group(
         if _limits_key(entry) not in limits:
             limits[_limits_key(entry)] = Limits(entry.dtype, entry.device, entry.setting.threads, entry.precision)
     everyone = [*timers.values(), *(timer for limit in limits.values() for timer in limit.timers)]
+    everyone += [limit.small_timer for limit in limits.values() if limit.small_timer is not None]
     for timer in tqdm(schedule(everyone, rounds, patience_s), desc=title, unit="sample", disable=None):
         timer.sample()
     return {entry: Timing(subjects[entry], timer, limits[_limits_key(entry)]) for entry, timer in timers.items()}

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 import natzoo  # noqa: F401  registers the models
 from natzoo.attention import attention_layers, layer_inputs, token_at, token_weights
+from natzoo.images import check_image_size
 
+MAX_FILE_SIZE = "20mb"  # of an upload
+Image.MAX_IMAGE_PIXELS = 20_000_000  # Pillow refuses to decode twice as many
 MIN_SIDE = 448  # pixels of the shorter side of the displayed image
 MEAN = "mean over heads"
 Point = tuple[float, float]  # row and column in pixels of the model input
@@ -48,7 +51,12 @@ class AttentionViewer:
         self.device = next(model.parameters()).device
 
     def to_input(self, image: Image.Image) -> Tensor:
-        """Convert an image to the model input [1, 3, H, W]."""
+        """Convert an image to the model input [1, 3, H, W].
+
+        Raises:
+            ValueError: if the image is so elongated that resizing its short side would fill the memory.
+        """
+        check_image_size(*image.size)
         return self.transform(image.convert("RGB"))[None].to(self.device)
 
     @torch.no_grad()
@@ -133,7 +141,10 @@ def create_page(viewer: AttentionViewer, title: str) -> gr.Blocks:
     def change_image(image, stage, layer, head):
         if image is None:
             return None, None, None
-        return viewer.classify(image), show(image, stage, layer, head, None), None
+        try:
+            return viewer.classify(image), show(image, stage, layer, head, None), None
+        except ValueError as error:
+            raise gr.Error(f"The image {error}") from error
 
     def change_stage(image, stage, point):
         layer, head = viewer.layer_titles(stage)[0], MEAN
@@ -182,4 +193,4 @@ def load_published(name: str) -> AttentionViewer:
 
 if __name__ == "__main__":
     name = os.environ.get("MODEL", "nat_mini")
-    create_page(load_published(name), name).launch()
+    create_page(load_published(name), name).launch(max_file_size=MAX_FILE_SIZE)

@@ -11,7 +11,7 @@ model = dict(
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="RandomResize", scale=(256, 256), ratio_range=(0.75, 1.5), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(192, 192)),
     dict(type="RandomFlip", prob=0.5),
@@ -20,10 +20,10 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
-dataset = dict(type="BaseSegDataset", reduce_zero_label=True)
+dataset = dict(type="BaseSegDataset", reduce_zero_label=True)  # the value 0 is ignored, 1 is the first class
 train_dataloader = dict(
     batch_size=8,
     dataset=dict(
