@@ -41,6 +41,7 @@ from natten.checks import (
     check_composed,
     check_merged,
     check_scale,
+    has_static_value,
     is_default_scale,
     make_axes,
 )
@@ -223,7 +224,12 @@ def _is_lazy(x: Tensor) -> bool:
 
 def _is_transformed() -> bool:
     """Return whether torch.func or forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _is_functional() or forward_ad._current_level >= 0
+
+
+def _is_functional() -> bool:
+    """Return whether a transform of torch.func is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_forward_mode() -> bool:
@@ -325,7 +331,7 @@ def _first_order(backward: Callable) -> Callable:
     def wrapper(ctx, *grads):
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_functional():
             return results
         message = _REFERENCE_ONLY.format("second-order gradients")
         raise_later = torch._C._functions.DelayedError(message.encode(), len(results))

@@ -5,6 +5,8 @@ The functions of natten support torch.compile themselves; these only differ in t
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from natten import functional
@@ -25,8 +27,8 @@ def na1d(
     xformers_kwargs: dict | None = None,
 ) -> Tensor:
     """Call `natten.na1d`, with the arguments in the order of NATTEN 0.17."""
-    window = {"kernel_size": kernel_size, "dilation": dilation, "is_causal": is_causal}
-    additional = {"additional_keys": additional_keys, "additional_values": additional_values}
+    window: dict[str, Any] = {"kernel_size": kernel_size, "dilation": dilation, "is_causal": is_causal}
+    additional: dict[str, Any] = {"additional_keys": additional_keys, "additional_values": additional_values}
     return functional.na1d(query, key, value, **window, rpb=rpb, scale=scale, **additional)
 
 
@@ -44,8 +46,8 @@ def na2d(
     xformers_kwargs: dict | None = None,
 ) -> Tensor:
     """Call `natten.na2d`, with the arguments in the order of NATTEN 0.17."""
-    window = {"kernel_size": kernel_size, "dilation": dilation, "is_causal": is_causal}
-    additional = {"additional_keys": additional_keys, "additional_values": additional_values}
+    window: dict[str, Any] = {"kernel_size": kernel_size, "dilation": dilation, "is_causal": is_causal}
+    additional: dict[str, Any] = {"additional_keys": additional_keys, "additional_values": additional_values}
     return functional.na2d(query, key, value, **window, rpb=rpb, scale=scale, **additional)
 
 
@@ -63,6 +65,6 @@ def na3d(
     xformers_kwargs: dict | None = None,
 ) -> Tensor:
     """Call `natten.na3d`, with the arguments in the order of NATTEN 0.17."""
-    window = {"kernel_size": kernel_size, "dilation": dilation, "is_causal": is_causal}
-    additional = {"additional_keys": additional_keys, "additional_values": additional_values}
+    window: dict[str, Any] = {"kernel_size": kernel_size, "dilation": dilation, "is_causal": is_causal}
+    additional: dict[str, Any] = {"additional_keys": additional_keys, "additional_values": additional_values}
     return functional.na3d(query, key, value, **window, rpb=rpb, scale=scale, **additional)
