@@ -29,7 +29,8 @@ def na1d(
     """Call `natten.na1d`, with the arguments in the order of NATTEN 0.17."""
     window: dict[str, Any] = {"kernel_size": kernel_size, "dilation": dilation, "is_causal": is_causal}
     additional: dict[str, Any] = {"additional_keys": additional_keys, "additional_values": additional_values}
-    return functional.na1d(query, key, value, **window, rpb=rpb, scale=scale, **additional)
+    out: Any = functional.na1d(query, key, value, **window, rpb=rpb, scale=scale, **additional)
+    return out
 
 
 def na2d(
@@ -48,7 +49,8 @@ def na2d(
     """Call `natten.na2d`, with the arguments in the order of NATTEN 0.17."""
     window: dict[str, Any] = {"kernel_size": kernel_size, "dilation": dilation, "is_causal": is_causal}
     additional: dict[str, Any] = {"additional_keys": additional_keys, "additional_values": additional_values}
-    return functional.na2d(query, key, value, **window, rpb=rpb, scale=scale, **additional)
+    out: Any = functional.na2d(query, key, value, **window, rpb=rpb, scale=scale, **additional)
+    return out
 
 
 def na3d(
@@ -67,4 +69,5 @@ def na3d(
     """Call `natten.na3d`, with the arguments in the order of NATTEN 0.17."""
     window: dict[str, Any] = {"kernel_size": kernel_size, "dilation": dilation, "is_causal": is_causal}
     additional: dict[str, Any] = {"additional_keys": additional_keys, "additional_values": additional_values}
-    return functional.na3d(query, key, value, **window, rpb=rpb, scale=scale, **additional)
+    out: Any = functional.na3d(query, key, value, **window, rpb=rpb, scale=scale, **additional)
+    return out

@@ -110,8 +110,8 @@ class NeighborhoodAttentionGeneric(NeighborhoodAttentionNd):
         layer = _LAYERS[na_dim]
         self.na_dim = self.rank = na_dim
         self._attention, self._query_key, self._weight_value = layer._attention, layer._query_key, layer._weight_value
-        window: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
-        options |= {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "proj_drop": proj_drop}
+        window: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        options |= {"is_causal": is_causal, "qkv_bias": qkv_bias, "qk_scale": qk_scale, "proj_drop": proj_drop}
         super().__init__(embed_dim=embed_dim, num_heads=num_heads, **window, **options)
         self.embed_dim = embed_dim
 

@@ -348,6 +348,6 @@ def attention(
     scale = query.shape[-1] ** -0.5 if is_default_scale(scale) else check_scale(scale)
     if return_lse:
         return ops.attend_to_all(query, key, value, scale, bool(is_causal))
-    qkv = (x.movedim(-2, 1) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(*qkv, is_causal=bool(is_causal), scale=scale, enable_gqa=True)
+    q, k, v = (x.movedim(-2, 1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=bool(is_causal), scale=scale, enable_gqa=True)
     return out.movedim(1, -2).contiguous()

@@ -39,11 +39,12 @@ class KernelSchedule(Enum):
     WarpSpecializedPingpong = 2
 
 
-FnaTileShapeType = QKTileShapeType = (
+QKTileShapeType = (
     tuple[Dimension1DType, Dimension1DType]
     | tuple[Dimension2DType, Dimension2DType]
     | tuple[Dimension3DType, Dimension3DType]
 )
+FnaTileShapeType = QKTileShapeType
 FnaForwardConfigType = QKTileShapeType
 FnaBackwardConfigType = (
     tuple[Dimension1DType, Dimension1DType, Dimension1DType, bool]
