@@ -174,7 +174,7 @@ def check_qk(
         raise ValueError(
             f"key has shape {tuple(key.shape)}, but query has shape {tuple(query.shape)}; they must be equal."
         )
-    _check_additional_tokens("additional_keys", additional_keys, "key", key)
+    check_additional_tokens("additional_keys", additional_keys, "key", key)
     axes = make_axes(query.shape[2:-1], kernel_size, 1, dilation, is_causal)
     check_rpb(rpb, axes, query.shape[1], query.dtype, query.device)
     return axes
@@ -198,7 +198,7 @@ def check_av(
     check_tensors(rank, value=value)
     if attn.device != value.device:
         raise ValueError(f"attn is on {attn.device}, but value is on {value.device}; move one of them.")
-    tokens = _check_additional_tokens("additional_values", additional_values, "value", value)
+    tokens = check_additional_tokens("additional_values", additional_values, "value", value)
     axes = make_axes(value.shape[2:-1], kernel_size, 1, dilation, is_causal)
     expected = (*value.shape[:-1], prod([axis.kernel_size for axis in axes]) + tokens)
     if attn.shape != expected:
@@ -208,7 +208,7 @@ def check_av(
     return axes
 
 
-def _check_additional_tokens(name: str, x: Any, like_name: str, like: Tensor) -> int:
+def check_additional_tokens(name: str, x: Any, like_name: str, like: Tensor) -> int:
     """Check additional keys or values [B, heads, N, head_dim] of an unfused call, and return N; 0 for None.
 
     Raises:
@@ -410,6 +410,27 @@ def check_attention(rank: int, query: Tensor, key: Tensor, value: Tensor) -> Non
                 f"{name} has shape {tuple(x.shape)}, but query has shape {tuple(query.shape)}; batch and spatial "
                 "dimensions must be equal."
             )
+    _check_heads_of_tensors(query, key, value)
+
+
+def check_full_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check query [B, L, heads, head_dim], and key and value [B, M, heads, head_dim].
+
+    Raises:
+        ValueError: naming the first tensor that does not fit.
+    """
+    check_tensors(1, query=query, key=key, value=value)
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"key has batch size {key.shape[0]}, but query has {query.shape[0]}; they must be equal.")
+    if value.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            f"value has shape {tuple(value.shape)}, but key has shape {tuple(key.shape)}; batch size and length must "
+            "be equal."
+        )
+    _check_heads_of_tensors(query, key, value)
+
+
+def _check_heads_of_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key has head_dim {key.shape[-1]}, but query has {query.shape[-1]}; they must be equal.")
     heads, kv_heads = query.shape[-2], key.shape[-2]
@@ -471,7 +492,16 @@ def check_rpb(rpb: Tensor | None, axes: Sequence[Axis], heads: int, dtype: torch
 
 def is_default_scale(scale: Any) -> bool:
     """Return whether a factor on the logits means head_dim ** -0.5: None, False and 0, as in older releases."""
-    return scale is None or (isinstance(scale, (int, float)) and not scale)
+    if scale is None or not isinstance(scale, (int, float)):
+        return scale is None
+    if torch.compiler.is_compiling() and not has_static_value(scale):
+        return False  # a scale that varies; comparing it would compile a graph for each value
+    return scale == 0
+
+
+def has_static_value(number: float) -> bool:
+    """Return whether a number is the same in each call that torch.compile traces now."""
+    return torch.fx.experimental.symbolic_shapes.has_static_value(number)  # importing this module takes 0.4 s
 
 
 def check_scale(scale: Any) -> float:
@@ -572,17 +602,21 @@ def check_layer_input(x: Tensor, rank: int, dim: int) -> None:
 # Arguments of other releases
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Keyword arguments of na1d, na2d and na3d since NATTEN 0.17.4, which tune kernels that do not exist here.
+# Keyword arguments of fused functions since NATTEN 0.17.4, which tune kernels that do not exist here.
 TUNING = frozenset(
     (
         "attention_kwargs",
         "backward_kv_splits",
+        "backward_kv_tile_size",
         "backward_kv_tile_shape",
         "backward_q_tile_shape",
+        "backward_q_tile_size",
         "backward_use_pt_reduction",
         "kernel_schedule",
         "kv_tile_shape",
+        "kv_tile_size",
         "q_tile_shape",
+        "q_tile_size",
         "run_persistent_kernel",
         "torch_compile",
         "try_fuse_additional_kv",

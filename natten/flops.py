@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from math import prod
 from typing import Any, NamedTuple
 
@@ -31,10 +32,26 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from natten import ops
 from natten.backends import use_backend
+from natten.checks import BoolOrTuple, IntOrTuple, check_window
 from natten.geometry import Axis, first_key
 from natten.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 
-__all__ = ["add_natten_handle", "get_flops"]
+__all__ = [
+    "add_natten_handle",
+    "av_1d_flop",
+    "av_2d_flop",
+    "av_3d_flop",
+    "av_flop",
+    "fna_flop_count",
+    "get_flops",
+    "has_fvcore",
+    "na_av_flop_count",
+    "na_qk_flop_count",
+    "qk_1d_rpb_flop",
+    "qk_2d_rpb_flop",
+    "qk_3d_rpb_flop",
+    "qk_rpb_flop",
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,3 +234,95 @@ def _function_handle(inputs: list, outputs: list) -> Counter[str]:
 
 _HANDLES = {f"natten::{operator}": _operator_handle(operator) for operator in _WORK}
 _HANDLES |= {f"prim::PythonOp.{function.__name__}": _function_handle for function in ops.FUNCTIONS}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers of older NATTEN releases
+# ---------------------------------------------------------------------------------------------------------------------
+
+has_fvcore = find_spec("fvcore") is not None
+
+
+def _handle_of_any_call(inputs: list, outputs: list) -> int:
+    """Return the MACs of a call of natten in a traced graph: an fvcore handle for its autograd functions.
+
+    Code of older releases registers it as "prim::PythonOp.NeighborhoodAttention2DQKAutogradFunction" and the like.
+
+    Args:
+        inputs, outputs: values of the graph.
+    """
+    handle = _HANDLES.get(outputs[0].node().kind(), _function_handle)
+    return sum(handle(inputs, outputs).values())
+
+
+qk_1d_rpb_flop = qk_2d_rpb_flop = qk_3d_rpb_flop = qk_rpb_flop = _handle_of_any_call
+av_1d_flop = av_2d_flop = av_3d_flop = av_flop = _handle_of_any_call
+
+
+def fna_flop_count(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple | None,
+    is_causal: BoolOrTuple | None,
+    is_heads_last: bool,
+    return_macs: bool = False,
+) -> int:
+    """Return the FLOPs of fused attention, or its MACs.
+
+    Args:
+        q_shape, k_shape, v_shape: shapes of query, key and value, heads-last or heads-first.
+        kernel_size, dilation, is_causal: the window.
+        is_heads_last: whether the shapes are [B, *space, heads, head_dim] instead of [B, heads, *space, head_dim].
+        return_macs: return MACs instead of FLOPs.
+    """
+    shapes = {"query": q_shape, "value": v_shape}
+    return _count_shapes("attention_forward", shapes, is_heads_last, (kernel_size, dilation, is_causal), return_macs)
+
+
+def na_qk_flop_count(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple | None,
+    is_causal: BoolOrTuple | None,
+    is_heads_last: bool,
+    return_macs: bool = False,
+) -> int:
+    """Return the FLOPs of the logits of unfused attention, or their MACs. Arguments: see `fna_flop_count`."""
+    window = kernel_size, dilation, is_causal
+    return _count_shapes("query_key_forward", {"query": q_shape}, is_heads_last, window, return_macs)
+
+
+def na_av_flop_count(
+    a_shape: Sequence[int],
+    v_shape: Sequence[int],
+    kernel_size: IntOrTuple,
+    dilation: IntOrTuple | None,
+    is_causal: BoolOrTuple | None,
+    is_heads_last: bool,
+    return_macs: bool = False,
+) -> int:
+    """Return the FLOPs of weights times values of unfused attention, or their MACs. See `fna_flop_count`."""
+    window = kernel_size, dilation, is_causal
+    return _count_shapes("weight_value_forward", {"value": v_shape}, is_heads_last, window, return_macs)
+
+
+def _count_shapes(
+    operator: str, shapes: dict[str, Sequence[int]], is_heads_last: bool, window: tuple, return_macs: bool
+) -> int:
+    """Count a call by the shapes of its tensors, which have the layout of the operator or the other one."""
+    if is_heads_last != (_WORK[operator].space == _HEADS_LAST):
+        shapes = {name: _other_layout(shape, is_heads_last) for name, shape in shapes.items()}
+    kernel_size, dilation, is_causal = window
+    rank = len(next(iter(shapes.values()))) - 3
+    names = "kernel_size", "stride", "dilation", "is_causal"
+    arguments = dict(zip(names, check_window(rank, kernel_size, 1, dilation, is_causal), strict=True))
+    macs, _ = _count(operator, shapes | arguments)
+    return macs if return_macs else 2 * macs
+
+
+def _other_layout(shape: Sequence[int], is_heads_last: bool) -> tuple[int, ...]:
+    batch, *middle, head_dim = shape
+    return (batch, middle[-1], *middle[:-1], head_dim) if is_heads_last else (batch, *middle[1:], middle[0], head_dim)

@@ -35,7 +35,16 @@ from natten.backends.reference import (
     shape_of_grads,
     split_grads,
 )
-from natten.checks import Window, cached, check_composed, check_merged, check_scale, is_default_scale, make_axes
+from natten.checks import (
+    Window,
+    cached,
+    check_composed,
+    check_merged,
+    check_scale,
+    has_static_value,
+    is_default_scale,
+    make_axes,
+)
 from natten.geometry import Axis, Margin
 from natten.tracing import is_recorded, no_size_guards, untraced
 
@@ -215,7 +224,12 @@ def _is_lazy(x: Tensor) -> bool:
 
 def _is_transformed() -> bool:
     """Return whether torch.func or forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _is_functional() or forward_ad._current_level >= 0
+
+
+def _is_functional() -> bool:
+    """Return whether a transform of torch.func is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_forward_mode() -> bool:
@@ -317,7 +331,7 @@ def _first_order(backward: Callable) -> Callable:
     def wrapper(ctx, *grads):
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_functional():
             return results
         message = _REFERENCE_ONLY.format("second-order gradients")
         raise_later = torch._C._functions.DelayedError(message.encode(), len(results))
@@ -518,11 +532,7 @@ def _apply_symbolic_scale(qkv: Sequence[Tensor], scale: float | None) -> tuple[S
     """
     default = _default_scale(qkv[0])
     scale = default if is_default_scale(scale) else check_scale(scale)
-    if scale is default or not torch.compiler.is_compiling():
-        return qkv, scale
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
-
-    if has_static_value(scale):
+    if scale is default or not torch.compiler.is_compiling() or has_static_value(scale):
         return qkv, scale
     query, key, value = _unpack(qkv)
     return (query * (scale / default), key, value), default
@@ -598,8 +608,7 @@ def attend_composed(
     out, lse = attend((query, key, value), rpb, axes, scale, backend)
     query, out, lse = (_crop_map(x, margins) for x in (query, out, lse))
     if extra_key is not None and extra_value is not None and extra_key.shape[1] > 0:
-        extra_key, extra_value = (repeat_heads(x, query.shape[-2]) for x in (extra_key, extra_value))
-        extra_out, extra_lse = _attend_to_all(query, extra_key, extra_value, scale)
+        extra_out, extra_lse = attend_to_all(query, extra_key, extra_value, scale)
         out, lse = merge_attentions((out, extra_out), (lse, extra_lse))
     return out.contiguous(), lse.contiguous()
 
@@ -629,7 +638,7 @@ def query_key_composed(
 ) -> Tensor:
     """Compute logits [B, H, X, W + N] as `query_key`, with those of additional keys [B, H, N, d] at the end."""
     with no_autocast(query):
-        extra_BHXN = (query.flatten(2, -2) @ additional_keys.mT).unflatten(2, query.shape[2:-1])
+        extra_BHXN = (query.flatten(2, -2) @ additional_keys.transpose(-2, -1)).unflatten(2, query.shape[2:-1])
         return torch.cat((query_key(query, key, rpb, axes, backend), extra_BHXN), -1)
 
 
@@ -676,13 +685,21 @@ def merge_attentions(
         return out.to(outputs[0].dtype), lses.logsumexp(0)
 
 
-def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute output and logsumexp of queries [B, X, H, d] that all attend to all keys [B, N, H, d]."""
+def attend_to_all(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Compute output and logsumexp of queries [B, X, H, d] that all attend to all keys [B, N, H, d].
+
+    Key and value may have fewer heads, and value another head_dim. If is_causal, query i attends to keys up to i.
+    """
     with no_autocast(query):
         dtype = accumulation_dtype(query.dtype)
         q_BHXd = query.flatten(1, -3).movedim(-2, 1).to(dtype) * scale
-        k_BHNd, v_BHNd = (x.movedim(-2, 1).to(dtype) for x in (key, value))
+        k_BHNd, v_BHNd = (repeat_heads(x, query.shape[-2]).movedim(-2, 1).to(dtype) for x in (key, value))
         logits_BHXN = q_BHXd @ k_BHNd.transpose(-2, -1)
+        if is_causal:
+            is_later_XN = torch.ones(logits_BHXN.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
+            logits_BHXN = logits_BHXN.masked_fill(is_later_XN, float("-inf"))
         out_BXHd = (logits_BHXN.softmax(-1) @ v_BHNd).movedim(1, -2)
         lse_BXH = logits_BHXN.logsumexp(-1).movedim(1, -1)
         space = query.shape[:-1]

@@ -7,11 +7,12 @@ import sys
 import unittest
 from collections.abc import Callable
 from math import prod
+from typing import ClassVar
 from unittest import mock
 
 import torch
 from brute_force import axis_window
-from fvcore.nn import FlopCountAnalysis
+from fvcore.nn import FlopCountAnalysis, flop_count
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
@@ -173,6 +174,66 @@ class FvcoreTest(unittest.TestCase):
         layer, x = natten.NeighborhoodAttention2D(8, 2, 3, dilation=2, is_causal=(True, False)), torch.zeros(1, 7, 8, 8)
         counted = macs(layer, x)
         self.assertEqual(flops(lambda: layer(x)), 2 * (counted["linear"] + counted["attention_forward"]))
+
+
+class Halves(nn.Module):
+    """Unfused attention as a module, with a bias or additional weights for the window."""
+
+    def __init__(self, rank: int, has_rpb: bool):
+        super().__init__()
+        self.rank = rank
+        self.rpb = nn.Parameter(torch.zeros(2, *(5,) * rank)) if has_rpb else None
+
+    def forward(self, q: Tensor) -> Tensor:
+        attn = function(self.rank, "_qk")(q, q, 3, rpb=self.rpb)
+        return function(self.rank, "_av")(attn.softmax(-1), q, 3)
+
+
+class OldHandlesTest(unittest.TestCase):
+    """Counters that find unfused attention by the class names of autograd functions, as SegMAN and A2Mamba do."""
+
+    SIZES: ClassVar = {1: (9,), 2: (6, 7), 3: (4, 5, 6)}
+
+    def handles(self, rank: int) -> dict[str, Callable]:
+        name = f"prim::PythonOp.NeighborhoodAttention{rank}D{{}}AutogradFunction"
+        return {
+            name.format("QK"): getattr(natten.flops, f"qk_{rank}d_rpb_flop"),
+            name.format("AV"): getattr(natten.flops, f"av_{rank}d_flop"),
+        }
+
+    def test_counts_are_exact_with_and_without_gradients(self):
+        for rank, space in self.SIZES.items():
+            pairs = 2 * prod(space) * 3**rank
+            for has_rpb in (False, True):
+                for requires_grad in (False, True):
+                    for grad_mode in (torch.enable_grad, torch.no_grad):
+                        q = torch.zeros(1, 2, *space, 4, requires_grad=requires_grad)
+                        with self.subTest(rank=rank, rpb=has_rpb, grad=requires_grad), grad_mode():
+                            counts, _ = flop_count(Halves(rank, has_rpb), (q,), self.handles(rank))
+                            gigas = (2 * pairs * 4 + has_rpb * pairs) / 1e9
+                            self.assertAlmostEqual(sum(counts.values()), gigas, places=12)
+
+    def test_tensors_come_first_for_handles_that_read_shapes(self):
+        seen = {}
+
+        def handle(inputs: list, outputs: list) -> int:
+            seen[outputs[0].node().pyname()] = [x.type().sizes() for x in (*inputs, *outputs)]
+            return 1
+
+        names = dict.fromkeys(self.handles(2), handle)
+        FlopCountAnalysis(Halves(2, True), torch.zeros(1, 2, 6, 7, 4)).set_op_handle(**names).total()
+        q, attn, rpb = [1, 2, 6, 7, 4], [1, 2, 6, 7, 9], [2, 5, 5]
+        self.assertEqual(seen["NeighborhoodAttention2DQKAutogradFunction"], [q, q, rpb, attn])
+        self.assertEqual(seen["NeighborhoodAttention2DAVAutogradFunction"], [attn, q, q])
+
+    def test_counts_of_shapes(self):
+        window, pairs = {"kernel_size": 3, "dilation": 1, "is_causal": False}, 2 * 42 * 9
+        first, last = (1, 2, 6, 7, 4), (1, 6, 7, 2, 4)
+        for shape, is_heads_last in ((first, False), (last, True)):
+            options = {**window, "is_heads_last": is_heads_last}
+            self.assertEqual(natten.flops.fna_flop_count(shape, shape, shape, **options), 4 * pairs * 4)
+            self.assertEqual(natten.flops.na_qk_flop_count(shape, shape, **options), 2 * pairs * 4)
+            self.assertEqual(natten.flops.na_av_flop_count((), shape, **options, return_macs=True), pairs * 4)
 
 
 class GetFlopsTest(unittest.TestCase):
