@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -19,6 +20,7 @@ from torch import nn
 import natzoo  # noqa: F401  registers the models
 from natzoo.checkpoints import DownloadError, load_weights, locate, read_checkpoint, weights_of
 from natzoo.checkpoints.record import RECORD
+from natzoo.checkpoints.sources import local_files_if_offline
 from natzoo.classification.data.datasets import MODEL_SEED, seed_all
 from natzoo.classification.data.transforms import preprocessing
 from natzoo.classification.distributed import World
@@ -39,12 +41,13 @@ def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
         closest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
         raise ValueError(f"--model {name} is unknown; did you mean {closest[0]}?")
     try:
-        return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
+        with local_files_if_offline() if name.startswith("hf") else nullcontext():
+            return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
     except (DownloadError, ValueError):
         raise
     except OSError as error:
-        url = timm.get_pretrained_cfg(name).url
-        raise ValueError(f"{url} could not be downloaded ({error}); check the network.") from error
+        url = timm.get_pretrained_cfg(name).url if timm.is_model(name) else f"--model {name}"
+        raise ValueError(f"{url} could not be downloaded or read ({error}); check the name and the network.") from error
     except Exception as error:  # models raise errors of any type for arguments that they do not expect
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"--model {name} cannot be created with {shown(kwargs)}: {reason}.") from error
