@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from natten.geometry import Axis, Margin, margin
+from natten.tracing import untraced
 
 IntOrTuple = int | Sequence[int]
 BoolOrTuple = bool | Sequence[bool]
@@ -45,10 +46,11 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
 
     The function takes positional arguments. It may read the dtype, device, shape and strides of its tensors, but not
     their contents, and must not return None. Not cached: errors, calls with symbolic sizes, and calls that
-    torch.compile traces.
+    torch.compile traces. torch.jit.trace does not record what the function does.
     """
     results: dict[tuple, Any] = {}
 
+    @untraced
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         if torch.compiler.is_compiling():
@@ -56,7 +58,7 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
         try:
             key = tuple(map(_cache_key, args))
             result = results.get(key)
-        except TypeError:  # a symbolic size has no hash
+        except (TypeError, RuntimeError):  # a symbolic size has no hash, a nested tensor no shape
             return function(*args, **kwargs)
         if result is None:
             result = function(*args, **kwargs)
@@ -371,9 +373,11 @@ def check_tensors(rank: int, **tensors: Tensor) -> None:
 
 
 def require_tensor(name: str, x: Any) -> None:
-    """Raise ValueError if an argument is not a tensor."""
+    """Raise ValueError if an argument is not a tensor, or a nested one, which has no shape."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is {'None' if x is None else type(x).__name__}; give a tensor.")
+    if x.is_nested:
+        raise ValueError(f"{name} is a nested tensor, which is not supported; pass the maps of each size separately.")
 
 
 def _check_same_dtype_and_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
@@ -512,6 +516,18 @@ def check_merged(outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor]) -> No
             )
 
 
+@untraced
+def have_one_shape(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether three arguments have the same shape.
+
+    Raises:
+        ValueError: naming the first that is not a tensor.
+    """
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        require_tensor(name, x)
+    return query.shape == key.shape == value.shape
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,6 +557,7 @@ def check_layer_options(stride: Sequence[int], attn_drop: float, window_padding:
         )
 
 
+@untraced
 def check_layer_input(x: Tensor, rank: int, dim: int) -> None:
     """Raise ValueError unless x has shape [B, *space, dim]."""
     require_tensor("input", x)

@@ -26,6 +26,7 @@ from natten.checks import (
     check_packed,
     check_packing,
     check_qk,
+    have_one_shape,
     ignore_tuning,
     order_3d,
 )
@@ -197,8 +198,7 @@ def _fused(
 ) -> Tensor | tuple[Tensor, Tensor]:
     if tuning:
         ignore_tuning(f"na{rank}d", tuning)
-    shape = _shape(query)
-    if shape == _shape(key) == _shape(value) and _is_native(additional, window_padding):
+    if have_one_shape(query, key, value) and _is_native(additional, window_padding):
         query, key, value = ops.apply_autocast(query, key, value)
         axes = check_fused(rank, query, key, value, rpb, *window)
         results = ops.attend((query, key, value), rpb, axes, scale, backend)
@@ -206,11 +206,6 @@ def _fused(
         qkv = query, key, value
         results = ops.attend_composed(rank, qkv, window, rpb, scale, backend, additional, window_padding)
     return results if return_lse else results[0]
-
-
-def _shape(x: Any) -> Any:
-    """Return the shape of a tensor; None for what is none, which the checks report."""
-    return getattr(x, "shape", None)
 
 
 def _is_native(additional: tuple[Tensor | None, Tensor | None], window_padding: str) -> bool:

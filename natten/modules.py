@@ -6,11 +6,11 @@ Shape suffixes: B batch, X the spatial axes, C channels, H heads, d head_dim, W 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from natten import functional
 from natten.checks import (
@@ -24,6 +24,7 @@ from natten.checks import (
     merge_first_axis,
 )
 from natten.geometry import padding
+from natten.tracing import is_unknown, record_call, resize
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -80,7 +81,7 @@ class NeighborhoodAttentionNd(nn.Module):
         self.window_padding = window_padding
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5 if is_default_scale(qk_scale) else qk_scale
+        self.scale: Any = self.head_dim**-0.5 if is_default_scale(qk_scale) else qk_scale
         self.backend = backend
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -102,29 +103,36 @@ class NeighborhoodAttentionNd(nn.Module):
     def reset_parameters(self) -> None:
         """Initialize the bias table; the projections keep the default initialization of nn.Linear."""
         if self.rpb is not None:
-            nn.init.trunc_normal_(self.rpb, std=0.02, a=-2.0, b=2.0)
+            nn.init.normal_(self.rpb, std=0.02)
 
-    def forward(self, x_BXC: Tensor) -> Tensor:
+    def forward(self, x_BXC: Tensor, return_weights: bool = False) -> Any:
         """Apply the layer.
 
         Args:
             x_BXC: channels-last input [B, *space, dim].
+            return_weights: also return the attention weights from which the output is computed, as
+                `attention_weights` does. They take memory for tokens x window weights.
 
         Returns:
-            [B, *space, dim]; with window_padding="valid", each spatial axis is shorter.
+            [B, *space, dim]; with window_padding="valid", each spatial axis is shorter. With return_weights, a pair of
+            this and the weights.
 
         Raises:
-            ValueError: if the input has another number of dimensions or channels.
+            ValueError: if the input has another number of dimensions or channels, or as in `attention_weights`.
         """
+        if isinstance(x_BXC, fx.Proxy):
+            return record_call(self, x_BXC)
         qkv_BX3Hd = self._project(x_BXC)
-        if self.training and self.attn_drop.p > 0:
-            out_BXHd = self._attend_with_dropout(qkv_BX3Hd)
+        weights_BHXW = None
+        if return_weights or (self.training and self.attn_drop.p > 0):
+            weights_BHXW = self._weights(qkv_BX3Hd)
+            out_BXHd = self._apply_weights(self.attn_drop(weights_BHXW), qkv_BX3Hd)
         else:
             out_BXHd = self._attend(qkv_BX3Hd)
-        out_BXC = out_BXHd.flatten(-2)
         if self.window_padding == "shift":
-            out_BXC = self._crop(out_BXC, x_BXC.shape[1:-1])
-        return self.proj_drop(self.proj(out_BXC))
+            out_BXHd = self._crop(out_BXHd, x_BXC.shape[1:-1])
+        x_BXC = self.proj_drop(self.proj(out_BXHd.flatten(-2)))
+        return (x_BXC, weights_BHXW) if return_weights else x_BXC
 
     def attention_weights(self, x_BXC: Tensor) -> Tensor:
         """Compute the attention weights that `forward` uses, before dropout.
@@ -139,12 +147,6 @@ class NeighborhoodAttentionNd(nn.Module):
             ValueError: if the layer has a stride above 1 or a window_padding other than "shift", or the input does not
                 fit.
         """
-        if any(stride > 1 for stride in self.stride):
-            raise ValueError(f"stride = {self.stride} is not supported; attention weights require stride 1.")
-        if self.window_padding != "shift":
-            raise ValueError(
-                f"window_padding = {self.window_padding!r} is not supported; attention weights require 'shift'."
-            )
         return self._weights(self._project(x_BXC))
 
     def _attend(self, qkv_BX3Hd: Tensor) -> Tensor:
@@ -158,14 +160,19 @@ class NeighborhoodAttentionNd(nn.Module):
             window_padding=self.window_padding,
         )
 
-    def _attend_with_dropout(self, qkv_BX3Hd: Tensor) -> Tensor:
-        weights_BHXW = self.attn_drop(self._weights(qkv_BX3Hd))
+    def _apply_weights(self, weights_BHXW: Tensor, qkv_BX3Hd: Tensor) -> Tensor:
         v_BHXd = qkv_BX3Hd.select(-3, 2).movedim(-2, 1)
         window = {"kernel_size": self.kernel_size, "dilation": self.dilation, "is_causal": self.is_causal}
         out_BHXd = self._weight_value(weights_BHXW, v_BHXd, **window, backend=self.backend)
         return out_BHXd.movedim(1, -2)
 
     def _weights(self, qkv_BX3Hd: Tensor) -> Tensor:
+        if any(stride > 1 for stride in self.stride):
+            raise ValueError(f"stride = {self.stride} is not supported; attention weights require stride 1.")
+        if self.window_padding != "shift":
+            raise ValueError(
+                f"window_padding = {self.window_padding!r} is not supported; attention weights require 'shift'."
+            )
         q_BHXd, k_BHXd = (qkv_BX3Hd.select(-3, part).movedim(-2, 1) for part in (0, 1))
         window = {"kernel_size": self.kernel_size, "dilation": self.dilation, "is_causal": self.is_causal}
         logits_BHXW = self._query_key(q_BHXd * self.scale, k_BHXd, **window, rpb=self.rpb, backend=self.backend)
@@ -177,16 +184,24 @@ class NeighborhoodAttentionNd(nn.Module):
         return self.qkv(self._pad(x_BXC)).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _pad(self, x_BXC: Tensor) -> Tensor:
-        missing = padding(x_BXC.shape[1:-1], self.kernel_size, self.dilation)
-        if self.window_padding != "shift" or not any(missing):
+        space = x_BXC.shape[1:-1]
+        missing = padding(space, self.kernel_size, self.dilation)
+        if self.window_padding != "shift" or not (is_unknown(missing) or any(missing)):
             return x_BXC
+        if torch.compiler.is_exporting():
+            return resize(x_BXC, [length + amount for length, amount in zip(space, missing, strict=True)])
         # F.pad takes the last axis first, and both ends of each.
         return F.pad(x_BXC, (0, 0, *(end for amount in reversed(missing) for end in (0, amount))))
 
-    def _crop(self, x_BXC: Tensor, space: Sequence[int]) -> Tensor:
+    def _crop(self, x_BXHd: Tensor, space: Sequence[int]) -> Tensor:
+        if torch.compiler.is_exporting() and is_unknown(padding(space, self.kernel_size, self.dilation)):
+            return resize(x_BXHd, space)
         for axis, length in enumerate(space, start=1):
-            x_BXC = x_BXC.narrow(axis, 0, length)
-        return x_BXC
+            x_BXHd = x_BXHd.narrow(axis, 0, length)
+        return x_BXHd
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise ValueError(f"{type(self).__name__} does not support torch.jit.script; use torch.jit.trace.")
 
     def extra_repr(self) -> str:
         shown = {

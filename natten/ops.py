@@ -3,7 +3,8 @@
 - Operators: torch.ops.natten.* are opaque to torch.compile and choose their backend at run time. Each forward operator
   has a backward operator. Fused attention saves its inputs, output and logsumexp for backward, and nothing of size
   tokens x window. In eager mode the backend is called directly, bypassing the dispatcher.
-- Autograd: a torch.autograd.Function around each pair of operators.
+- Autograd: a torch.autograd.Function around each pair of operators. Programs recorded by torch.jit.trace call the
+  operators themselves, which therefore have the same gradients.
 - Composition: features that no backend implements natively are built from features that all of them implement.
 
 Inputs are already validated (natten/checks.py), except for `attend_composed` and calls of torch.ops.natten.*.
@@ -13,8 +14,9 @@ Shape suffixes: B batch, X the spatial axes, H heads, d head_dim, N additional t
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, TypeVar
 
@@ -22,8 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from natten import backends
 from natten.backends import reference
@@ -37,6 +37,7 @@ from natten.backends.reference import (
 )
 from natten.checks import Window, cached, check_composed, check_merged, check_scale, is_default_scale, make_axes
 from natten.geometry import Axis, Margin
+from natten.tracing import is_recorded, no_size_guards, untraced
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Autocast
@@ -217,13 +218,15 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def _is_forward_mode() -> bool:
+    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
+
+
 def _needs_grad(*tensors: Tensor | None) -> bool:
+    if is_recorded():
+        return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return True
-    return _is_forward_mode()
-
-
-def _is_forward_mode() -> bool:
     return not torch.compiler.is_compiling() and _is_transformed()
 
 
@@ -232,7 +235,7 @@ def _is_counted() -> bool:
 
     Other traces, such as those of torch.jit.trace, contain operators instead, because they cannot save functions.
     """
-    return torch.jit.is_tracing() and torch.jit._trace._trace_module_map is None
+    return torch.jit.is_tracing() and not is_recorded()
 
 
 def _fused_window(axes: Sequence[Axis]) -> list[list[int]]:
@@ -296,8 +299,34 @@ def _weight_value_backward(grad_out, attn, value, axes, backend) -> tuple[Tensor
 # Autograd
 # ---------------------------------------------------------------------------------------------------------------------
 
+_REFERENCE_ONLY = 'backend=None and compiled backends do not support {}; pass backend="reference".'
 
-class _Attention(torch.autograd.Function):
+
+class _Function(torch.autograd.Function):
+    """Base class of the functions of this module, which have first-order gradients and no torch.vmap."""
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise ValueError(_REFERENCE_ONLY.format("torch.vmap"))
+
+
+def _first_order(backward: Callable) -> Callable:
+    """Make a backward pass raise if its results are differentiated, like torch's `once_differentiable`."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return results
+        message = _REFERENCE_ONLY.format("second-order gradients")
+        raise_later = torch._C._functions.DelayedError(message.encode(), len(results))
+        return raise_later(*[x if x is None else x.detach().requires_grad_() for x in results])  # type: ignore[arg-type]
+
+    return wrapper
+
+
+class _Attention(_Function):
     """(rpb, axes, scale, backend, qkv) or (rpb, axes, scale, backend, query, key, value) -> (out, lse)."""
 
     @staticmethod
@@ -311,7 +340,7 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_out, grad_lse):
         rpb, out, lse, *qkv = ctx.saved_tensors
         if grad_out is None:
@@ -323,7 +352,7 @@ class _Attention(torch.autograd.Function):
         return (None if rpb is None else grad_rpb), None, None, None, *grads
 
 
-class _QueryKey(torch.autograd.Function):
+class _QueryKey(_Function):
     """(query, key, rpb, axes, backend) -> attn."""
 
     @staticmethod
@@ -336,14 +365,14 @@ class _QueryKey(torch.autograd.Function):
         ctx.save_for_backward(query, key, rpb)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_attn):
         query, key, rpb = ctx.saved_tensors
         grad_query, grad_key, grad_rpb = _query_key_backward(grad_attn, query, key, rpb, ctx.axes, ctx.backend)
         return grad_query, grad_key, (None if rpb is None else grad_rpb), None, None
 
 
-class _WeightValue(torch.autograd.Function):
+class _WeightValue(_Function):
     """(attn, value, axes, backend) -> out."""
 
     @staticmethod
@@ -356,7 +385,7 @@ class _WeightValue(torch.autograd.Function):
         ctx.save_for_backward(attn, value)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_out):
         attn, value = ctx.saved_tensors
         return *_weight_value_backward(grad_out, attn, value, ctx.axes, ctx.backend), None, None
@@ -413,6 +442,47 @@ _WEIGHT_VALUE = _by_rank(_WeightValue, "NeighborhoodAttention{}DAVAutogradFuncti
 FUNCTIONS = tuple(function for by_rank in (_ATTENTION, _QUERY_KEY, _WEIGHT_VALUE) for function in by_rank.values())
 
 
+def _register_gradients(name: str, tensors: int, keeps_outputs: bool = False) -> None:
+    """Give an operator the gradients of its function above, for programs recorded by torch.jit.trace.
+
+    Args:
+        name: of the operator, without "_forward".
+        tensors: number of its arguments that are tensors; they come first.
+        keeps_outputs: whether the backward operator takes its outputs.
+    """
+    operator = getattr(torch.ops.natten, f"{name}_backward")
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:tensors], *(output if keeps_outputs else ()))
+        ctx.window = inputs[tensors:]
+
+    @_first_order
+    def backward(ctx, *grads_out):
+        saved = ctx.saved_tensors
+        grads = operator(*grads_out, *saved, *ctx.window)
+        if name == "attention":
+            grads = (*split_grads(grads[0], *saved[:3]), grads[1])
+        grads = [None if x is None else grad for x, grad in zip(saved, grads, strict=False)]
+        return *grads, *[None] * len(ctx.window)
+
+    torch.library.register_autograd(f"natten::{name}_forward", backward, setup_context=setup_context)
+
+
+_register_gradients("attention", 4, keeps_outputs=True)
+_register_gradients("query_key", 3)
+_register_gradients("weight_value", 2)
+
+
+@untraced
+def _default_scale(query: Tensor) -> float:
+    return query.shape[-1] ** -0.5
+
+
+def _is_plain(backend: str | None) -> bool:
+    """Return whether a call runs as ordinary PyTorch operations; torch.jit.trace would fix the sizes of their maps."""
+    return backends.is_plain(backend) and not is_recorded()
+
+
 def attend(
     qkv: Sequence[Tensor], rpb: Tensor | None, axes: tuple[Axis, ...], scale: float | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
@@ -431,9 +501,10 @@ def attend(
     """
     qkv, scale = _apply_symbolic_scale(qkv, scale)
     backend = backends.requested(backend)
-    if backends.is_plain(backend):
+    if _is_plain(backend) or _is_forward_mode():
         query, key, value = _unpack(qkv)
-        return reference.attention(query, key, value, rpb, axes, scale)
+        with no_size_guards():
+            return reference.attention(query, key, value, rpb, axes, scale)
     if _needs_grad(*qkv, rpb) or _is_counted():
         return _ATTENTION[len(axes)].apply(rpb, axes, scale, backend, *qkv)
     return _attention(qkv, rpb, axes, scale, backend)
@@ -445,9 +516,13 @@ def _apply_symbolic_scale(qkv: Sequence[Tensor], scale: float | None) -> tuple[S
     Operators take numbers as constants, so each value of `scale` would need its own graph. A factor of a tensor may
     vary; a scale that does is therefore moved to the query.
     """
-    default = qkv[0].shape[-1] ** -0.5
+    default = _default_scale(qkv[0])
     scale = default if is_default_scale(scale) else check_scale(scale)
-    if scale is default or not torch.compiler.is_compiling() or has_static_value(scale):
+    if scale is default or not torch.compiler.is_compiling():
+        return qkv, scale
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
+
+    if has_static_value(scale):
         return qkv, scale
     query, key, value = _unpack(qkv)
     return (query * (scale / default), key, value), default
@@ -456,8 +531,9 @@ def _apply_symbolic_scale(qkv: Sequence[Tensor], scale: float | None) -> tuple[S
 def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], backend: str | None) -> Tensor:
     """Compute the unscaled logits [B, H, X, W] of heads-first query and key [B, H, X, d]."""
     backend = backends.requested(backend)
-    if backends.is_plain(backend):
-        return reference.query_key(query, key, rpb, axes)
+    if _is_plain(backend):
+        with no_size_guards():
+            return reference.query_key(query, key, rpb, axes)
     if _needs_grad(query, key, rpb) or _is_counted():
         function = _QueryKeyForwardMode if _is_forward_mode() else _QUERY_KEY[len(axes)]
         return function.apply(query, key, rpb, axes, backend)
@@ -467,8 +543,9 @@ def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, 
 def weight_value(attn: Tensor, value: Tensor, axes: tuple[Axis, ...], backend: str | None) -> Tensor:
     """Compute the sums [B, H, X, d] of heads-first values [B, H, X, d], weighted by attn [B, H, X, W]."""
     backend = backends.requested(backend)
-    if backends.is_plain(backend):
-        return reference.weight_value(attn, value, axes)
+    if _is_plain(backend):
+        with no_size_guards():
+            return reference.weight_value(attn, value, axes)
     if _needs_grad(attn, value) or _is_counted():
         function = _WeightValueForwardMode if _is_forward_mode() else _WEIGHT_VALUE[len(axes)]
         return function.apply(attn, value, axes, backend)
@@ -515,7 +592,7 @@ def attend_composed(
     query, key, value = apply_autocast(*qkv)
     extra_key, extra_value = apply_autocast(*additional)
     axes, margins = check_composed(rank, query, key, value, rpb, *window, extra_key, extra_value, window_padding)
-    scale = query.shape[-1] ** -0.5 if is_default_scale(scale) else check_scale(scale)
+    scale = _default_scale(query) if is_default_scale(scale) else check_scale(scale)
 
     query, key, value = (_pad_map(x, margins) for x in (query, key, value))
     out, lse = attend((query, key, value), rpb, axes, scale, backend)

@@ -1,10 +1,12 @@
-"""What all commands share: the parser, user errors on one line with exit status 2, and an end with their launcher."""
+"""What all commands share: options, small files, user errors on one line with status 2, an end with their launcher."""
 
 from __future__ import annotations
 
 import argparse
 import ctypes
 import difflib
+import io
+import json
 import os
 import re
 import signal
@@ -17,6 +19,8 @@ from typing import Any, NoReturn
 USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
 LAUNCHER = "NATZOO_LAUNCHER"  # environment variable with the process id of natzoo.launch
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+# Characters that control a terminal or reverse the reading direction, and bytes of file names that are not UTF-8.
+_UNPRINTABLE = re.compile("[^\\n\\t -~\u00a0-\ud7ff\ue000-\U0010ffff]|[\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
@@ -28,6 +32,8 @@ def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
         main: the function.
         after_interrupt: hint to print after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may have characters that the terminal lacks
     end_with_launcher()
     try:
         main()
@@ -38,11 +44,19 @@ def run(main: Callable[[], Any], after_interrupt: str = "") -> None:
     except USER_ERRORS as error:
         if os.environ.get("NATTEN_TRACEBACK"):
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(printable(f"error: {_message(error)}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("; ".join(filter(None, ("interrupted", after_interrupt))), file=sys.stderr)
         sys.exit(130)
+
+
+def printable(text: str) -> str:
+    """Escape all characters that a terminal would interpret or cannot print, except line breaks and tabs.
+
+    Names of files, classes and weights come from other people's data.
+    """
+    return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 def end_with_launcher() -> None:
@@ -104,7 +118,7 @@ class Parser(argparse.ArgumentParser):
             message = f"{unknown[0]} is unknown; {hint}"
         elif option:
             message += f"; put {path} before {option}"
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, printable(f"error: {message}\n"))
 
     def _swallowed(self) -> tuple[str, str]:
         """Return an option and the path that it took, if the path is likely to be a missing positional argument.
@@ -138,11 +152,71 @@ def closest(word: str, names: Iterable[str]) -> list[str]:
     return found[:3]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def require_file(path: Path, remedy: str, option: str = "") -> None:
-    """Raise FileNotFoundError, naming the option if there is one, unless the path is a file."""
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
+    """Raise FileNotFoundError, naming the option if there is one, unless the path is a regular file.
+
+    Devices and FIFOs do not count: reading them may never end.
+    """
+    if not os.path.isfile(path):  # unlike path.is_file(), also False for a name that is too long
+        is_there = os.path.exists(path)
+        problem = "is a folder" if os.path.isdir(path) else "is not a regular file" if is_there else "does not exist"
         raise FileNotFoundError(f"{option} {path} {problem}; {remedy}.".lstrip())
+
+
+def read_text(path: Path, remedy: str, option: str = "", limit: int = 2**24) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        remedy: what to do if it cannot be read, for the message.
+        option: the option that names the file, for the message.
+        limit: largest size in bytes.
+
+    Raises:
+        FileNotFoundError: if it is not a regular file.
+        ValueError: if it is too large, or not text in UTF-8.
+    """
+    require_file(path, remedy, option)
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    name = f"{option} {path}".lstrip()
+    if len(content) > limit:
+        raise ValueError(f"{name} has more than {limit} bytes; {remedy}.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not text in UTF-8 (byte {error.start} is invalid); {remedy}.") from error
+
+
+def read_json(path: Path, remedy: str, option: str = "", limit: int = 2**24) -> Any:
+    """Read a JSON file; arguments and errors are those of `read_text`.
+
+    Raises:
+        ValueError: also if it is not valid JSON, or is nested too deeply.
+    """
+    text = read_text(path, remedy, option, limit)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{f'{option} {path}'.lstrip()} is not valid JSON ({error}); {remedy}.") from error
+
+
+def is_relative_name(name: object) -> bool:
+    """Return whether a name in someone else's file is printable, and relative without a scheme and without `..`."""
+    if not isinstance(name, str) or not 0 < len(name) < 1024 or printable(name) != name or {"\n", "\t"} & set(name):
+        return False
+    return not scheme_of(name) and not name.startswith(("/", "~")) and ".." not in name.split("/")
+
+
+def scheme_of(name: str) -> str:
+    """Return the scheme of a URL in lower case, or "" for a path."""
+    match = re.match("([a-zA-Z][a-zA-Z0-9+.-]*):", name)
+    return match[1].lower() if match else ""
 
 
 def create_folder(path: Path, option: str) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natten.geometry import Axis, AxisTiles, axis_tiles
+from natten.geometry import Axis, AxisTiles, axis_tiles, ceil_div
 
 NAME = "reference"
 
@@ -162,9 +162,13 @@ def attention_backward(
 
 def _tiles(axes: Sequence[Axis], device: torch.device) -> list[AxisTiles]:
     """Return tiles of K queries per axis, which have 2K - 1 keys. A residue class of up to 2.5 K tokens is one tile."""
-    longest = [-(-axis.length // axis.dilation) for axis in axes]
-    sizes = [n if 2 * n <= 5 * axis.kernel_size else axis.kernel_size for axis, n in zip(axes, longest, strict=True)]
-    return [axis_tiles(axis, size, device) for axis, size in zip(axes, sizes, strict=True)]
+    return [axis_tiles(axis, _tile_size(axis), device) for axis in axes]
+
+
+def _tile_size(axis: Axis) -> int:
+    longest = ceil_div(axis.length, axis.dilation)
+    is_short = isinstance(longest, int) and 2 * longest <= 5 * axis.kernel_size  # torch.export may not know the length
+    return longest if is_short else axis.kernel_size
 
 
 def _is_repeat(tiles: Sequence[AxisTiles]) -> Tensor:

@@ -18,7 +18,7 @@ Shape suffixes: L positions of an axis, T tiles, Q queries and K keys of a tile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ def first_key(axis: Axis, s: Tensor, n: Tensor) -> Tensor:
     return torch.minimum((leader - axis.kernel_size // 2).clamp(min=0), n - axis.kernel_size)
 
 
+def ceil_div(length: int, part: int) -> int:
+    """Divide and round up. In ONNX, the quotient of a negative symbolic integer would be rounded to the other side."""
+    return (length + part - 1) // part
+
+
 class AxisTiles(NamedTuple):
     """An axis split into tiles: up to Q consecutive queries of one residue class, and all keys that any of them sees.
 
@@ -81,13 +86,13 @@ def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> Axi
     A tile of one query has exactly K keys, in the order of its window, so size 1 returns the table of all windows.
     """
     length, kernel_size, stride, dilation, _ = axis
-    longest = -(-length // dilation)  # tokens of residue class 0
-    tiles_per_class = -(-longest // size)
-    tile = torch.arange(dilation * tiles_per_class, device=device)
-    residue_T1 = (tile // tiles_per_class)[:, None]
+    longest = ceil_div(length, dilation)  # tokens of residue class 0
+    tiles_per_class = ceil_div(longest, size)
+    tile_T = torch.arange(dilation * tiles_per_class, device=device)
+    residue_T1 = (tile_T // tiles_per_class)[:, None]
     n_T1 = (length - residue_T1 + dilation - 1) // dilation
 
-    s_TQ = (tile % tiles_per_class)[:, None] * size + torch.arange(size, device=device)
+    s_TQ = (tile_T[:, None] - residue_T1 * tiles_per_class) * size + torch.arange(size, device=device)
     is_repeat_TQ = s_TQ >= n_T1
     s_TQ = torch.minimum(s_TQ, n_T1 - 1)
     first_TQ = first_key(axis, s_TQ, n_T1)
@@ -95,7 +100,9 @@ def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> Axi
     if size == 1:
         span, start_T1 = kernel_size, first_TQ
     else:
-        span, start_T1 = min(longest, kernel_size + size + stride - 2), first_TQ[:, :1].clamp(min=0)
+        span, start_T1 = kernel_size + size + stride - 2, first_TQ[:, :1].clamp(min=0)
+        if isinstance(longest, int):  # else torch.export records a program for any length
+            span = min(span, longest)
     key_TK = start_T1 + torch.arange(span, device=device)
 
     outside = 2 * kernel_size - 1
@@ -120,8 +127,22 @@ def axis_tiles(axis: Axis, size: int, device: torch.device | None = None) -> Axi
 
 
 def padding(space: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
-    """Return the number of tokens to append to each axis to make it at least kernel_size * dilation long."""
-    return tuple(max(0, k * d - length) for length, k, d in zip(space, kernel_size, dilation, strict=True))
+    """Return the number of tokens to append to each axis to make it at least kernel_size * dilation long.
+
+    The lengths may be symbolic integers, or the tensors that torch.jit.trace turns sizes into. So are the results.
+    """
+    return tuple(_missing(length, k * d) for length, k, d in zip(space, kernel_size, dilation, strict=True))
+
+
+def _missing(length: Any, least: int) -> Any:
+    if isinstance(length, int):
+        return max(0, least - length)
+    if isinstance(length, Tensor):
+        return (least - length).clamp(min=0)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    # torch.export can reason about the maximum of a length and a number, but not about that of a difference and 0.
+    return 0 if statically_known_true(length >= least) else torch.sym_max(length, least) - length
 
 
 class Margin(NamedTuple):

@@ -66,7 +66,7 @@ def record_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, 
     if refused:
         raise ValueError(f"{path} sets {', '.join(refused)} in its model_kwargs; a checkpoint must not set them.")
     for name, value in arguments.items():
-        if not _is_plausible(value, 3) or ("depth" in name and _total(value) > _MAX_DEPTH):
+        if not is_plausible_argument(name, value):
             raise ValueError(f"{source} has the implausible argument {shown(name)} = {shown(value)}.")
     check_values(f"{path} has a damaged record: its preprocessing", preprocessing, _PREPROCESSING, required=())
     channels = arguments.get("in_chans", 3)
@@ -80,6 +80,11 @@ def record_of(checkpoint: dict[str, Any], path: str | os.PathLike) -> dict[str, 
     if classes and len(classes) > record["num_classes"]:
         raise ValueError(f"{source} has {len(classes)} names for {record['num_classes']} classes.")
     return {"classes": None, **record}
+
+
+def is_plausible_argument(name: str, value: Any) -> bool:
+    """Return whether an argument of a model is plain data that does not describe a huge model."""
+    return _is_plausible(value, 3) and not ("depth" in name and _total(value) > _MAX_DEPTH)
 
 
 def _is_plausible(value: Any, levels: int) -> bool:

@@ -131,7 +131,7 @@ def locate(what: str | os.PathLike, cache_dir: str | os.PathLike | None = None) 
             - the path of a file;
             - the path of a folder written by transformers or timm;
             - the name of a published checkpoint: a registered model or an entry of natzoo/zoo.yaml;
-            - a URL;
+            - a URL; one of a file on this machine is the same as its path;
             - "hf-hub:OWNER/NAME" or "hf-hub:OWNER/NAME@REVISION", a Hugging Face repository.
         cache_dir: folder for downloads; None for the cache folder, or Hugging Face's for its repositories.
 
@@ -140,6 +140,8 @@ def locate(what: str | os.PathLike, cache_dir: str | os.PathLike | None = None) 
         FileNotFoundError: if it is a path and the file does not exist.
         DownloadError: if no source provides the file; the message states the failure of each source.
     """
+    if isinstance(what, str) and what.startswith("file:"):
+        what = unquote(urlsplit(what).path)
     path, text = Path(what), str(what)
     if isinstance(what, str) and what in zoo_entries() and path.exists():
         raise ValueError(f"{what!r} is a published checkpoint and also exists here; for the local one, write ./{what}.")

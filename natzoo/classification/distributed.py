@@ -25,7 +25,7 @@ from tqdm import tqdm
 import natten
 from natten import backends
 from natzoo.classification.signals import Interrupted, SignalHandler
-from natzoo.command_line import USER_ERRORS
+from natzoo.command_line import USER_ERRORS, printable
 
 T = TypeVar("T")
 # How long another process waits for the main process to print the same error.
@@ -53,7 +53,7 @@ class World(NamedTuple):
     def print(self, text: str) -> None:
         """Print a line in the main process, above the progress bar if there is one."""
         if self.is_main_process:
-            tqdm.write(text.encode(errors="backslashreplace").decode())  # file names may not be valid UTF-8
+            tqdm.write(printable(text))
 
     def sum(self, *values: float) -> list[float]:
         """Return the sum of each value over all processes, in float64. All processes must call it."""

@@ -22,10 +22,13 @@ from natzoo.checkpoints import DownloadError, load_weights, locate, read_checkpo
 from natzoo.checkpoints.record import RECORD
 from natzoo.checkpoints.sources import local_files_if_offline
 from natzoo.classification.data.datasets import MODEL_SEED, seed_all
-from natzoo.classification.data.transforms import preprocessing
+from natzoo.classification.data.transforms import preprocessing, requested_channels
 from natzoo.classification.distributed import World
+from natzoo.models._layers import Classifier
 from natzoo.schema import shown
 
+# Prefixes of models that timm does not register: on the Hugging Face hub, or in a folder.
+_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 # An nn.Module with attributes of timm's models, such as num_classes, which type checkers do not know.
 TimmModel = Any
 
@@ -37,20 +40,67 @@ def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
         ValueError: if timm does not know the name (the message suggests the closest one), if the weights cannot be
             downloaded, or if the model does not accept the arguments.
     """
-    if "/" not in name and not timm.is_model(name):
+    if not name.startswith(_SOURCES) and not timm.is_model(name):
         closest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
         raise ValueError(f"--model {name} is unknown; did you mean {closest[0]}?")
     try:
-        with local_files_if_offline() if name.startswith("hf") else nullcontext():
+        with local_files_if_offline() if name.startswith(_SOURCES[:2]) else nullcontext():
             return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
-    except (DownloadError, ValueError):
+    except DownloadError:
         raise
     except OSError as error:
         url = timm.get_pretrained_cfg(name).url if timm.is_model(name) else f"--model {name}"
         raise ValueError(f"{url} could not be downloaded or read ({error}); check the name and the network.") from error
-    except Exception as error:  # models raise errors of any type for arguments that they do not expect
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # models raise errors of many kinds for wrong arguments
+        if isinstance(error, ValueError) and kwargs.get("pretrained"):  # it names the weights
+            raise
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(f"--model {name} cannot be created with {shown(kwargs)}: {reason}.") from error
+
+
+def input_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Return --model-kwargs, with what --in-chans, --img-size and --input-size mean for the model.
+
+    Models of a fixed size, such as Swin, are created for the size of the images; others accept any size.
+
+    Raises:
+        ValueError: if the options disagree.
+    """
+    kwargs = dict(args.model_kwargs)
+    channels = requested_channels(args)
+    if channels not in (None, 3):
+        kwargs["in_chans"] = channels
+    size = args.input_size[1:] if args.input_size else [args.img_size] * 2 if args.img_size else None
+    cfg = timm.get_pretrained_cfg(args.model) if args.model and timm.is_model(args.model) else None
+    if size and cfg and cfg.fixed_input_size and list(cfg.input_size[1:]) != size:
+        kwargs.setdefault("img_size", tuple(size))
+    return kwargs
+
+
+def check_input_size(model: TimmModel, config: dict[str, Any]) -> None:
+    """Check that a model of timm takes images of another size than its own, by trying; ours accept any size.
+
+    Args:
+        model: the model.
+        config: what `preprocessing` returned.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    size = config["input_size"]
+    if isinstance(model, Classifier) or size[1:] == list(model.pretrained_cfg.get("input_size", ())[1:]):
+        return
+    parameter, is_training = next(model.parameters()), model.training
+    try:
+        with torch.no_grad():
+            model.eval()(parameter.new_zeros(1, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or ["timm does not say why"])[0].rstrip(".")
+        raise ValueError(
+            f"--img-size: the model does not take images of {size[1]}x{size[2]} pixels: {reason}."
+        ) from error
+    finally:
+        model.train(is_training)
 
 
 def describe_model(name: str, kwargs: dict[str, Any]) -> str:
@@ -73,18 +123,22 @@ def create_training_model(
         the model, and the record from which validate.py and predict.py create it again.
 
     Raises:
-        ValueError: if the model cannot be created, the weights do not fit, or --grad-checkpointing is not supported.
+        ValueError: if the model cannot be created or does not take the images, the weights do not fit, or
+            --grad-checkpointing is not supported.
         FileNotFoundError: if the file of --initial-checkpoint does not exist.
     """
     num_classes = args.num_classes or len(classes)
     kwargs = {"num_classes": num_classes, "drop_path_rate": args.drop_path, "pretrained": args.pretrained or None}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    model_kwargs = input_kwargs(args)
 
     def create() -> TimmModel:
         seed_all(args.seed, MODEL_SEED)
-        return create_model(args.model, {**args.model_kwargs, **kwargs})
+        return create_model(args.model, {**model_kwargs, **kwargs})
 
     model = world.local_main_first(create) if args.pretrained else create()
+    config = preprocessing(args, model)
+    check_input_size(model, config)
     if args.initial_checkpoint:
         path = world.local_main_first(lambda: locate(args.initial_checkpoint))
         checkpoint = read_checkpoint(path)
@@ -101,10 +155,10 @@ def create_training_model(
             raise ValueError(f"--grad-checkpointing is not supported by the model {args.model}.") from error
     record = {
         "model": args.model,
-        "model_kwargs": args.model_kwargs,
+        "model_kwargs": model_kwargs,
         "num_classes": num_classes,
         "classes": classes,
-        "preprocessing": preprocessing(args, model),
+        "preprocessing": config,
     }
     return model, record
 

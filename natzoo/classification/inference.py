@@ -12,8 +12,9 @@ from torch import Tensor
 
 from natzoo.checkpoints import load_weights, locate, read_checkpoint, record_of, weights_of
 from natzoo.checkpoints.record import RECORD
-from natzoo.classification.factory import TimmModel, create_model, describe_model
-from natzoo.classification.options import KeyValues
+from natzoo.classification.data.transforms import preprocessing
+from natzoo.classification.factory import TimmModel, check_input_size, create_model, describe_model, input_kwargs
+from natzoo.classification.options import KeyValues, add_input_options, crop_pct, num_classes
 from natzoo.schema import shown
 
 _MAX_GROWTH, _SMALL = 4, 10**7  # how much larger than its weights a model may be, and values that never matter
@@ -35,11 +36,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="arguments of --model",
     )
-    parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes of --model")
+    parser.add_argument("--num-classes", type=num_classes, metavar="N", help="number of classes of --model")
     parser.add_argument("--pretrained", action="store_true", help="load the published weights of --model")
-    parser.add_argument("--img-size", type=int, metavar="PIXELS", help="image size (default: from the model)")
+    add_input_options(parser)
     parser.add_argument(
-        "--crop-pct", type=float, metavar="FRACTION", help="center crop fraction (default: from the model)"
+        "--crop-pct", type=crop_pct, metavar="FRACTION", help="center crop fraction (default: from the model)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto uses the GPU if there is one")
 
@@ -54,11 +55,15 @@ def requested_model(args: argparse.Namespace, device: torch.device) -> tuple[Tim
         ValueError, FileNotFoundError: if the options name no model, or as raised by `restore` and `create_model`.
     """
     if args.checkpoint:
-        return restore(args.checkpoint, args.model, {"num_classes": args.num_classes, **args.model_kwargs}, device)
-    if not (args.model and args.pretrained):
+        kwargs = {"num_classes": args.num_classes, **input_kwargs(args)}
+        model, record = restore(args.checkpoint, args.model, kwargs, device)
+    elif args.model and args.pretrained:
+        model = create_model(args.model, {"pretrained": True, "num_classes": args.num_classes, **input_kwargs(args)})
+        model, record = model.to(device).eval(), {"classes": None, "preprocessing": {}}
+    else:
         raise ValueError("--checkpoint FILE or --model NAME --pretrained is required.")
-    model = create_model(args.model, {"pretrained": True, "num_classes": args.num_classes, **args.model_kwargs})
-    return model.to(device).eval(), {"classes": None, "preprocessing": {}}
+    check_input_size(model, preprocessing(args, model, record))
+    return model, record
 
 
 def restore(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,6 +14,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from natzoo.checkpoints import write_table
+
+log = logging.getLogger(__name__)
 
 # Column names are part of the file format: other tools read them.
 COLUMNS = (
@@ -114,10 +117,25 @@ class RunLogger:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
+    """Read the complete rows of summary.csv. Keep a damaged file under another name: the run replaces it."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    table: list[dict[str, str | None]] = []
+    is_damaged = True
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file, contextlib.suppress(csv.Error):
+        reader = csv.DictReader(file)
+        table += reader
+        is_damaged = reader.fieldnames is not None and not set(COLUMNS) <= set(reader.fieldnames)
+    rows = []
+    for row in table:
+        values = {name: value for name in COLUMNS if (value := row.get(name)) is not None}
+        if len(values) == len(COLUMNS) and values["epoch"].isdecimal():
+            rows.append(values)
+    if is_damaged or len(rows) < len(table):
+        copy = path.with_suffix(".damaged.csv")
+        path.replace(copy)
+        log.warning("%s is damaged; it is now %s, and its readable rows are kept.", path, copy.name)
+    return rows
 
 
 def _format(value: float) -> str:

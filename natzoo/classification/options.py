@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,20 @@ from typing import Any
 import yaml
 
 from natzoo import command_line
+from natzoo.checkpoints.record import (
+    INTERPOLATIONS,
+    MAX_CLASSES,
+    MAX_IMAGE_SIZE,
+    REFUSED_ARGUMENTS,
+    is_plausible_argument,
+)
+from natzoo.schema import shown
 
 # The processes of a machine share its cores. macOS does not report the cores this process may use.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = max(1, min(8, _CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-_INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+_MAX_BASES = 16
+_MAX_RECIPE_BYTES, _MAX_RECIPE_VALUES = 2**20, 10_000
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,7 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def read_config(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML file and its bases.
 
-    The key `base` names another file, relative to the folder of this one, whose keys this file overrides. Entries of
+    The key `base` names another file in the folder of this one, whose keys this file overrides. Entries of
     `model_kwargs` are merged.
 
     Args:
@@ -51,21 +61,81 @@ def read_config(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in derived:
         raise ValueError(f"{path} is its own base; remove one of the keys `base`.")
     remedy = f"check `base` in {derived[-1]}" if derived else "check --config (recipes are in configs/ of the checkout)"
-    command_line.require_file(path, remedy)
-    try:
-        config = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is a {type(config).__name__}; it must consist of lines `key: value`.")
+    config = _load_yaml(command_line.read_text(path, remedy, limit=_MAX_RECIPE_BYTES), path)
     base = config.pop("base", None)
     if base is None:
         return config
-    inherited = read_config(path.parent / str(base), (*derived, path))
+    if not command_line.is_relative_name(base):
+        raise ValueError(f"{path} has base = {shown(base)}; it must name a file in the same folder or below it.")
+    if len(derived) == _MAX_BASES:
+        raise ValueError(f"{derived[0]} has more than {_MAX_BASES} bases in a row; merge some of them.")
+    inherited = read_config(path.parent / base, (*derived, path))
     merged = {**inherited, **config}
-    if isinstance(config.get("model_kwargs"), dict):
-        merged["model_kwargs"] = {**inherited.get("model_kwargs", {}), **config["model_kwargs"]}
+    if isinstance(config.get("model_kwargs"), dict) and isinstance(inherited.get("model_kwargs"), dict):
+        merged["model_kwargs"] = {**inherited["model_kwargs"], **config["model_kwargs"]}
     return merged
+
+
+def _load_yaml(text: str, path: Path) -> dict[str, Any]:
+    """Parse a YAML file, without expanding more aliases than anyone would write out.
+
+    Raises:
+        ValueError: naming the file, if it is not valid, not a mapping of keys to values, or too large.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        pending, count = [root] if root else [], 0
+        while pending:
+            node, count = pending.pop(), count + 1
+            if count > _MAX_RECIPE_VALUES:
+                raise ValueError(f"it has more than {_MAX_RECIPE_VALUES} values")
+            for item in () if isinstance(node, yaml.ScalarNode) else node.value:
+                pending += item if isinstance(item, tuple) else [item]
+        config = {} if root is None else loader.construct_document(root)
+    except Exception as error:  # malformed values of the built-in tags raise errors of many kinds
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is a {type(config).__name__}; it must consist of lines `key: value`.")
+    return config
+
+
+class RangeError(argparse.ArgumentTypeError, ValueError):
+    """A number outside its range; argparse prints the message."""
+
+
+class Number:
+    """The type of an option: a number within a range.
+
+    Args:
+        kind: int or float.
+        low, high: the range, which includes both.
+        above: exclude `low`.
+    """
+
+    def __init__(self, kind: type[int] | type[float], low: float, high: float, above: bool = False):
+        self.kind, self.low, self.high, self.above = kind, low, high, above
+
+    def __call__(self, text: str) -> Any:
+        """Parse a number.
+
+        Raises:
+            RangeError: if it is not one, or outside the range.
+        """
+        with contextlib.suppress(ValueError, OverflowError):
+            value = self.kind(text)
+            if self.low <= value <= self.high and not (self.above and value == self.low):
+                return value
+        name = "an integer" if self.kind is int else "a number"
+        low = f"above {self.low:g} and up to" if self.above else f"from {self.low:g} to"
+        raise RangeError(f"{text!r:.50} is not {name} {low} {self.high:.10g}")
+
+
+positive, non_negative = Number(int, 1, 10**9), Number(int, 0, 10**9)
+fraction, amount = Number(float, 0, 1), Number(float, 0, 1e38)
+image_size, batch_size = Number(int, 1, MAX_IMAGE_SIZE), Number(int, 1, 2**16)
+num_classes, workers = Number(int, 1, MAX_CLASSES), Number(int, 0, 128)
+crop_pct = Number(float, 0.1, 1)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -76,11 +146,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     flag: dict[str, Any] = {"default": False, "action": argparse.BooleanOptionalAction}
-    number: dict[str, Any] = {"type": float, "metavar": "X"}
+    number: dict[str, Any] = {"type": amount, "metavar": "X"}
+    share: dict[str, Any] = {"type": fraction, "metavar": "X"}
     count: dict[str, Any] = {"type": positive, "metavar": "N"}
     count_or_0: dict[str, Any] = {"type": non_negative, "metavar": "N"}
-    bounds: dict[str, Any] = {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")}
-    channels: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+    channels: dict[str, Any] = {"nargs": 3, "metavar": ("R", "G", "B")}
+    bounds: dict[str, Any] = {"nargs": 2, "metavar": ("MIN", "MAX"), "action": _Bounds}
     parser.add_argument(
         "data", nargs="?", metavar="DATA", help="folder with train/ and val/, each with one subfolder per class"
     )
@@ -91,8 +162,13 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--train-split", default="train", metavar="NAME", help="name of the training split")
     group.add_argument("--val-split", default="val", metavar="NAME", help="name of the validation split")
     group.add_argument("--class-map", metavar="FILE", help="text file with one class name per line, in class order")
-    group.add_argument("--synthetic", **count, help="train on N images of noise instead of DATA, to measure speed")
-    group.add_argument("--workers", **count_or_0, default=WORKERS, help="data-loading workers per GPU")
+    group.add_argument(
+        "--synthetic",
+        type=Number(int, 1, 10**8),
+        metavar="N",
+        help="train on N images of noise instead of DATA, to measure speed",
+    )
+    group.add_argument("--workers", type=workers, metavar="N", default=WORKERS, help="data-loading workers per GPU")
     group.add_argument("--skip-bad-images", **flag, help="ignore images that cannot be read, instead of stopping")
 
     group = parser.add_argument_group("model")
@@ -105,9 +181,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="arguments of the model",
     )
-    group.add_argument("--num-classes", **count, help="number of classes (default: from the data)")
-    group.add_argument("--img-size", type=positive, metavar="PIXELS", help="image size (default: from the model)")
-    group.add_argument("--drop-path", **number, help="stochastic depth rate (default: from the model)")
+    group.add_argument(
+        "--num-classes", type=num_classes, metavar="N", help="number of classes (default: from the data)"
+    )
+    add_input_options(group)
+    group.add_argument("--drop-path", **share, help="stochastic depth rate (default: from the model)")
     group.add_argument("--pretrained", **flag, help="start from the published weights")
     group.add_argument(
         "--initial-checkpoint", metavar="FILE", help="start from these weights: a file, or the name of published ones"
@@ -121,12 +199,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--weight-decay", **number, default=0.05, help="weight decay; does not apply to norms and biases"
     )
     group.add_argument("--decay-rpb", **flag, help="apply weight decay to relative position biases, too")
-    group.add_argument("--momentum", **number, default=0.9, help="momentum, for optimizers that have one")
-    group.add_argument("--opt-eps", **number, help="optimizer epsilon (default: from the optimizer)")
-    group.add_argument("--opt-betas", **number, nargs="+", help="optimizer betas (default: from the optimizer)")
-    group.add_argument("--layer-decay", **number, help="layer-wise learning-rate decay factor")
+    group.add_argument("--momentum", **share, default=0.9, help="momentum, for optimizers that have one")
+    group.add_argument("--opt-eps", **share, help="optimizer epsilon (default: from the optimizer)")
+    group.add_argument("--opt-betas", **share, nargs="+", help="optimizer betas (default: from the optimizer)")
+    group.add_argument("--layer-decay", **share, help="layer-wise learning-rate decay factor")
     group.add_argument("--clip-grad", **number, default=5.0, help="maximum gradient norm; 0 disables clipping")
-    group.add_argument("--batch-size", **count, default=128, help="batch size per GPU")
+    group.add_argument("--batch-size", type=batch_size, metavar="N", default=128, help="batch size per GPU")
     group.add_argument("--grad-accum", **count, default=1, help="gradient accumulation: batches per update")
     group.add_argument(
         "--skip-nonfinite",
@@ -150,7 +228,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--decay-epochs", **count, help="step: epochs between decays (default: 90)")
     group.add_argument(
         "--decay-milestones",
-        type=int,
+        type=non_negative,
         nargs="+",
         default=[90, 180, 270],
         metavar="EPOCH",
@@ -161,40 +239,57 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--scale", **bounds, default=[0.08, 1.0], help="area range of the random crop")
-    group.add_argument("--ratio", **bounds, default=[3 / 4, 4 / 3], help="aspect ratio range of the random crop")
-    group.add_argument("--hflip", **number, default=0.5, help="probability of a horizontal flip")
-    group.add_argument("--vflip", **number, default=0.0, help="probability of a vertical flip")
+    group.add_argument(
+        "--scale",
+        type=Number(float, 0, 1, above=True),
+        **bounds,
+        default=[0.08, 1.0],
+        help="area range of the random crop",
+    )
+    group.add_argument(
+        "--ratio",
+        type=Number(float, 0.01, 100),
+        **bounds,
+        default=[3 / 4, 4 / 3],
+        help="aspect ratio range of the random crop",
+    )
+    group.add_argument("--hflip", **share, default=0.5, help="probability of a horizontal flip")
+    group.add_argument("--vflip", **share, default=0.0, help="probability of a vertical flip")
     group.add_argument("--color-jitter", **number, default=0.4, help="color jitter strength, used with --aa none")
     group.add_argument(
         "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm AutoAugment policy, or none"
     )
     group.add_argument(
-        "--train-interpolation", default="random", choices=["random", *_INTERPOLATIONS], help="resize interpolation"
+        "--train-interpolation", default="random", choices=["random", *INTERPOLATIONS], help="resize interpolation"
     )
-    group.add_argument("--reprob", **number, default=0.25, help="random erasing: probability")
+    group.add_argument("--reprob", **share, default=0.25, help="random erasing: probability")
     group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="random erasing: fill")
-    group.add_argument("--recount", **count, default=1, help="random erasing: number of areas")
+    group.add_argument(
+        "--recount", type=Number(int, 1, 100), metavar="N", default=1, help="random erasing: number of areas"
+    )
     group.add_argument("--mixup", **number, default=0.8, help="mixup alpha; 0 disables mixup")
     group.add_argument("--cutmix", **number, default=1.0, help="cutmix alpha; 0 disables cutmix")
-    group.add_argument("--mixup-prob", **number, default=1.0, help="probability of mixup or cutmix per batch")
-    group.add_argument("--mixup-switch-prob", **number, default=0.5, help="probability of cutmix if both are enabled")
-    group.add_argument("--smoothing", **number, default=0.1, help="label smoothing")
+    group.add_argument("--mixup-prob", **share, default=1.0, help="probability of mixup or cutmix per batch")
+    group.add_argument("--mixup-switch-prob", **share, default=0.5, help="probability of cutmix if both are enabled")
+    group.add_argument("--smoothing", **share, default=0.1, help="label smoothing")
     group.add_argument("--bce-loss", **flag, help="binary cross entropy instead of cross entropy")
-    group.add_argument(
-        "--bce-target-thresh", **number, help="binary cross entropy: threshold that makes targets 0 or 1"
-    )
+    group.add_argument("--bce-target-thresh", **share, help="binary cross entropy: threshold that makes targets 0 or 1")
 
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--crop-pct", **number, help="center crop fraction (default: from the model)")
+    group.add_argument("--crop-pct", type=crop_pct, metavar="X", help="center crop fraction (default: from the model)")
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="resize interpolation (default: from the model)")
+    group.add_argument("--mean", type=fraction, **channels, help="mean of the color channels (default: from the model)")
     group.add_argument(
-        "--interpolation", choices=_INTERPOLATIONS, help="resize interpolation (default: from the model)"
+        "--std",
+        type=Number(float, 0, 1, above=True),
+        **channels,
+        help="standard deviation of the channels (default: from the model)",
     )
-    group.add_argument("--mean", **channels, help="mean of the color channels (default: from the model)")
-    group.add_argument("--std", **channels, help="standard deviation of the channels (default: from the model)")
-    group.add_argument("--val-batch-size", **count, help="batch size of validation (default: --batch-size)")
+    group.add_argument(
+        "--val-batch-size", type=batch_size, metavar="N", help="batch size of validation (default: --batch-size)"
+    )
     group.add_argument("--model-ema", **flag, help="evaluate an exponential moving average (EMA) of the weights")
-    group.add_argument("--model-ema-decay", **number, default=0.9998, help="decay of the EMA")
+    group.add_argument("--model-ema-decay", **share, default=0.9998, help="decay of the EMA")
 
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -217,9 +312,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--save-interval", **count_or_0, default=0, help="also save every N updates; 0 saves only after each epoch"
     )
     group.add_argument("--keep-last", **count_or_0, default=0, help="also keep the checkpoints of the last N epochs")
-    group.add_argument("--seed", type=int, default=42, metavar="N", help="random seed")
+    group.add_argument("--seed", type=Number(int, 0, 2**63 - 1), default=42, metavar="N", help="random seed")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto uses the GPU if there is one")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
+    group.add_argument("--threads", type=Number(int, 1, 1024), metavar="N", help="CPU threads (default: PyTorch's)")
     group.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed-precision data type")
     group.add_argument("--channels-last", **flag, help="use the channels-last memory format")
     group.add_argument("--grad-checkpointing", **flag, help="recompute activations to save memory")
@@ -230,6 +325,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_input_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options for the size of the model's input."""
+    default = "(default: from the model)"
+    parser.add_argument("--img-size", type=image_size, metavar="PIXELS", help=f"image height and width {default}")
+    parser.add_argument(
+        "--input-size",
+        nargs=3,
+        type=image_size,
+        metavar=("C", "H", "W"),
+        help=f"image channels, height and width {default}",
+    )
+    parser.add_argument(
+        "--in-chans", type=image_size, metavar="N", help="image channels: 3, or 1 for gray images (default: 3)"
+    )
+
+
 def add_dataset_options(parser: argparse._ActionsContainer) -> None:
     """Add the options that select the kind of dataset."""
     parser.add_argument(
@@ -237,6 +348,12 @@ def add_dataset_options(parser: argparse._ActionsContainer) -> None:
         default="",
         metavar="KIND",
         help="format of DATA: folder or tar (detected), hfds/NAME (Hugging Face) or wds (webdataset shards)",
+    )
+    parser.add_argument(
+        "--allow-remote-shards",
+        nargs="+",
+        metavar="SCHEME",
+        help="wds: schemes of shards that are not files in DATA, such as https; pipe runs any command that DATA names",
     )
     parser.add_argument("--input-key", default="image", metavar="NAME", help="hfds: name of the image column")
     parser.add_argument("--target-key", default="label", metavar="NAME", help="hfds: name of the label column")
@@ -256,23 +373,6 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{text} (default: {shown})"
 
 
-def positive(text: str) -> int:
-    """Parse an integer of at least 1."""
-    return _parse_int(text, minimum=1)
-
-
-def non_negative(text: str) -> int:
-    """Parse an integer of at least 0."""
-    return _parse_int(text, minimum=0)
-
-
-def _parse_int(text: str, minimum: int) -> int:
-    number = int(text)
-    if number < minimum:
-        raise ValueError(f"it must be at least {minimum}")
-    return number
-
-
 class _WorkDir(argparse.Action):
     """Store an option that names the folder of the run; --output and --experiment reset --work-dir."""
 
@@ -280,6 +380,27 @@ class _WorkDir(argparse.Action):
         setattr(namespace, self.dest, values)
         if self.dest != "work_dir":
             namespace.work_dir = None
+
+
+class _Bounds(argparse.Action):
+    """Store a range of two numbers."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            setattr(namespace, self.dest, self.check(values))
+        except ValueError as error:
+            parser.error(f"{option_string} {values[0]} {values[1]}: {error}")
+
+    @staticmethod
+    def check(values: list[float]) -> list[float]:
+        """Return the numbers.
+
+        Raises:
+            ValueError: if the first one is larger.
+        """
+        if values[0] > values[1]:
+            raise ValueError("the smaller number comes first")
+        return values
 
 
 class KeyValues(argparse.Action):
@@ -295,7 +416,27 @@ class KeyValues(argparse.Action):
                 pairs[key] = ast.literal_eval(text)
             except (ValueError, SyntaxError):
                 pairs[key] = text
-        setattr(namespace, self.dest, pairs)
+        try:
+            setattr(namespace, self.dest, _check_model_kwargs(pairs))
+        except ValueError as error:
+            parser.error(f"{option_string}: {error}")
+
+
+def _check_model_kwargs(value: Any) -> dict[str, Any]:
+    """Return the arguments of a model, unless they name files: those of other people may run code.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("it must consist of indented lines `key: value`")
+    refused = sorted(REFUSED_ARGUMENTS & value.keys())
+    if refused:
+        raise ValueError(f"{', '.join(refused)} cannot be set; use --pretrained or --initial-checkpoint")
+    for key, argument in value.items():
+        if not is_plausible_argument(key, argument):
+            raise ValueError(f"{shown(key)} = {shown(argument)} is implausible")
+    return value
 
 
 def _check_config(config: dict[str, Any], parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
@@ -304,13 +445,13 @@ def _check_config(config: dict[str, Any], parser: argparse.ArgumentParser, path:
     checked = {}
     for key, value in config.items():
         if key not in actions:
-            names = command_line.closest(str(key), actions)
+            names = command_line.closest(str(key)[:100], actions)
             hint = f"did you mean {' or '.join(map(repr, names))}?" if names else "train.py --help lists all keys."
-            raise ValueError(f"{path} has the unknown key {key!r}; {hint}")
+            raise ValueError(f"{path} has the unknown key {shown(key)}; {hint}")
         try:
             checked[key] = _convert(actions[key], value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} has {key} = {value!r}; {error}.") from error
+            raise ValueError(f"{path} has {key} = {shown(value)}; {error}.") from error
     return checked
 
 
@@ -320,23 +461,24 @@ def _convert(action: argparse.Action, value: Any) -> Any:
         if action.default is not None:
             raise ValueError("a value is required")
         return None
-    if action.dest == "resume":
+    if action.dest in ("resume", "allow_remote_shards"):
         raise ValueError("pass it on the command line")
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise ValueError("it must be true or false")
         return value
     if isinstance(action, KeyValues):
-        if not isinstance(value, dict):
-            raise ValueError("it must consist of indented lines `key: value`")
-        return value
+        return _check_model_kwargs(value)
     if action.nargs in (2, 3, "+"):
         if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
             raise ValueError(f"it must be a list of {action.nargs if action.nargs != '+' else 'one or more'} numbers")
-        return [convert(item) for item in value]
+        values = [convert(str(item)) for item in value]
+        return action.check(values) if isinstance(action, _Bounds) else values
     if isinstance(value, (list, dict)):
         raise ValueError("it must be a single value")
     value = str(value) if convert is None else convert(str(value))
+    if "\0" in str(value):
+        raise ValueError("it has a null character")
     if action.choices is not None and value not in action.choices:
         raise ValueError(f"it must be one of {', '.join(action.choices)}")
     return value

@@ -22,7 +22,8 @@ from natzoo.classification.data.readers import IMAGE_SUFFIXES
 from natzoo.classification.data.transforms import evaluation_transform, preprocessing
 from natzoo.classification.device import explain_memory_errors, pick_device
 from natzoo.classification.inference import add_model_options, class_names, requested_model
-from natzoo.classification.options import HelpFormatter, positive
+from natzoo.classification.options import HelpFormatter, batch_size, positive
+from natzoo.command_line import printable
 
 MAX_GRID_IMAGES = 64
 Prediction = list[tuple[str, float]]  # class name and probability, most likely first
@@ -48,7 +49,7 @@ def find_images(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
         elif path.is_file():
             found.append(path)
         else:
-            errors.append(f"{path} does not exist.")
+            errors.append(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}.")
     return found, errors
 
 
@@ -79,7 +80,8 @@ def write_json(path: Path, predictions: dict[Path, Prediction]) -> None:
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     command_line.create_folder(path.parent, "--json")
-    write_atomically(path, lambda file: file.write(text.encode()))
+    # Bytes of file names that are not UTF-8 become escapes of JSON, which os.fsencode turns back into the bytes.
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_grid(path: Path, predictions: dict[Path, Prediction], columns: int = 4) -> None:
@@ -107,11 +109,12 @@ def write_grid(path: Path, predictions: dict[Path, Prediction], columns: int = 4
         row, column = divmod(number, columns)
         top, bottom = axes[2 * row, column], axes[2 * row + 1, column]
         top.imshow(read_image(image))
-        top.set_title(image.name[-28:], fontsize=7)
+        top.set_title(printable(image.name[-28:]), fontsize=7, parse_math=False)
         positions = range(len(prediction))
         bottom.barh(positions, [value for _, value in prediction], color="C0", alpha=0.35)
         for position, (name, value) in enumerate(prediction):
-            bottom.text(0.01, position, f"{value:.0%} {name[:30]}", va="center", fontsize=7)
+            text = printable(f"{value:.0%} {name[:30]}")
+            bottom.text(0.01, position, text, va="center", fontsize=7, parse_math=False)
         bottom.set(xlim=(0, 1), ylim=(lines - 0.5, -0.5))
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
@@ -130,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
     add_model_options(parser)
     parser.add_argument("--topk", type=positive, default=5, metavar="N", help="number of classes to print")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="batch size")
+    parser.add_argument("--batch-size", type=batch_size, default=32, metavar="N", help="batch size")
     parser.add_argument(
         "--grid", type=Path, metavar="PNG", help=f"draw the first {MAX_GRID_IMAGES} images with their predictions"
     )
@@ -142,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def report(error: str) -> None:
         if count > 1:  # a single error is raised at the end
-            tqdm.write(error, file=sys.stderr)
+            tqdm.write(printable(error), file=sys.stderr)
 
     for error in errors:
         report(error)
@@ -164,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = predict(model, list(batch.values()), transform, args.topk)
         for path, classes in zip(batch, found, strict=True):
             predictions[path] = [(names[number], value) for number, value in classes]
-            tqdm.write(f"{path}: " + ", ".join(f"{name} {value:.1%}" for name, value in predictions[path]))
+            line = f"{path}: " + ", ".join(f"{name} {value:.1%}" for name, value in predictions[path])
+            tqdm.write(printable(line).replace("\n", "\\n"))
     if args.json:
         write_json(args.json, predictions)
     if args.grid and predictions:

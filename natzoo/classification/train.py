@@ -143,11 +143,13 @@ class Trainer:
 
     def check_same_everywhere(self) -> None:
         """Raise ValueError if the processes differ in progress, data or options; each has read its own disk."""
-        classes = hashlib.sha256("\0".join(self.train_dataset.classes).encode()).hexdigest()[:12]
+        names = "\0".join(self.train_dataset.classes).encode(errors="surrogateescape")
+        classes = hashlib.sha256(names).hexdigest()[:12]
         self.world.check_same(
             "all machines must see the same data and the same --work-dir, and receive the same options",
             **{"progress (epochs, updates, best top-1)": (self.epoch, self.update, self.best)},
             **{"number of training images": len(self.train_dataset), "hash of the class names": classes},
+            **self.digests(),
             **{"--batch-size": self.args.batch_size, "--grad-accum": self.args.grad_accum},
             **{"number of epochs": self.epochs, "--seed": self.args.seed},
         )
@@ -190,9 +192,14 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "options": vars(self.args),
             "processes": self.world.size,
-            "images": self.train_dataset.resume_key(),
+            "images": {**self.train_dataset.resume_key(), **self.digests()},
         }
         return {**self.weights(), **progress}
+
+    def digests(self) -> dict[str, str]:
+        """Return hashes by which a resumed run notices that images were moved, renamed or replaced."""
+        datasets: dict[str, Any] = {"training": self.train_dataset, "validation": self.val_loader.dataset}
+        return {f"digest of the names and sizes of the {name} images": data.digest for name, data in datasets.items()}
 
     def load_state(self, path: Path, state: dict[str, Any]) -> None:
         """Load a checkpoint of this run.
@@ -201,7 +208,9 @@ class Trainer:
             ValueError: if it belongs to another model or to other data.
         """
         check_same_run(path, state["record"], self.record)
-        check_same_run(path, state["images"], self.train_dataset.resume_key(is_within_epoch=state["update"] > 0))
+        digests = self.digests()  # which older checkpoints lack
+        images = {**self.train_dataset.resume_key(is_within_epoch=state["update"] > 0), **digests}
+        check_same_run(path, {**digests, **state["images"]}, images)
         check_tensors(
             path, state, self.model, None if self.ema is None else self.ema.module, self.optimizer, self.scaler
         )

@@ -30,7 +30,7 @@ from natzoo.classification.distributed import World, init_world
 from natzoo.classification.evaluation import FlipTTA, check_classes, evaluate
 from natzoo.classification.factory import describe_model
 from natzoo.classification.inference import add_model_options, requested_model
-from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, non_negative, positive
+from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, batch_size, workers
 from natzoo.classification.signals import Interrupted, SignalHandler
 
 # timm's columns, then ours.
@@ -70,10 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
         default="none",
         help="test-time augmentation; flip averages with the mirrored image",
     )
-    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="batch size per GPU")
-    parser.add_argument(
-        "--workers", type=non_negative, default=WORKERS, metavar="N", help="data-loading workers per GPU"
-    )
+    parser.add_argument("--batch-size", type=batch_size, default=256, metavar="N", help="batch size per GPU")
+    parser.add_argument("--workers", type=workers, default=WORKERS, metavar="N", help="data-loading workers per GPU")
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed-precision data type")
     parser.add_argument("--channels-last", action="store_true", help="use the channels-last memory format")
     parser.add_argument(

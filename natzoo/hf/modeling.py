@@ -6,7 +6,9 @@ natzoo/hf/registration.py converts them. Shape suffixes: B batch, C channels, H 
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -23,7 +26,7 @@ from natzoo.checkpoints.sources import local_files_if_offline
 from natzoo.hf.configuration import LAYOUTS, DinatConfig, NatConfig
 from natzoo.hf.loading import rename_hub_weights
 from natzoo.models import NAT, DiNAT_s, Isotropic
-from natzoo.models._layers import NeighborhoodBlock, check_dilations, run_blocks, to_nchw
+from natzoo.models._layers import NeighborhoodBlock, check_dilations, to_nchw
 from natzoo.models.isotropic import BiasedAttention, relative_position_index
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,15 +148,32 @@ def _adjust(model: nn.Module, config: NatConfig) -> None:
     model.norm.eps = config.layer_norm_eps
 
 
-class IsotropicStage(nn.Module):
-    """The blocks of an isotropic model as a single stage."""
+class NatBlock(GradientCheckpointingLayer, NeighborhoodBlock):
+    """NeighborhoodBlock that transformers can recompute in the backward pass, and that may return attention weights."""
 
-    downsample = None
+    @classmethod
+    def share(cls, block: NeighborhoodBlock) -> NatBlock:
+        """Return a block with the layers and parameters of another one."""
+        shared = copy.copy(block)
+        shared.__class__ = cls
+        return shared
 
-    def __init__(self, blocks: nn.Sequential):
+    def forward(self, x_BHWC: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        normed_BHWC = self.norm1(x_BHWC)
+        if return_weights:
+            attended_BHWC, weights = self.attn(normed_BHWC, return_weights=True)
+        else:
+            attended_BHWC, weights = self.attn(normed_BHWC), None
+        return self.add_branches(x_BHWC, attended_BHWC), weights
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and the downsampler behind them, which the last stage lacks."""
+
+    def __init__(self, blocks: Iterable[NeighborhoodBlock], downsample: nn.Module | None):
         super().__init__()
-        self.blocks = blocks
-        self.grad_checkpointing = False
+        self.blocks = nn.ModuleList(map(NatBlock.share, blocks))
+        self.downsample = downsample
 
 
 class StageOutput(NamedTuple):
@@ -175,27 +195,19 @@ class Encoder(nn.Module):
 
     def __init__(self, model: NAT | DiNAT_s | Isotropic):
         super().__init__()
-        is_isotropic = isinstance(model, Isotropic)
-        self.levels = nn.ModuleList([IsotropicStage(model.layers)]) if is_isotropic else model.stages
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass; transformers sets this attribute."""
-        return any(level.grad_checkpointing for level in self.levels)
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enable: bool) -> None:
-        for level in self.levels:
-            level.grad_checkpointing = enable
+        if isinstance(model, Isotropic):
+            self.levels = nn.ModuleList([Stage(model.layers, None)])
+        else:
+            self.levels = nn.ModuleList(Stage(stage.blocks, stage.downsample) for stage in model.stages)
 
     def forward(self, x_BHWC: Tensor, output_attentions: bool = False) -> list[StageOutput]:
         """Run all stages on embedded tokens [B, H, W, C]."""
         outputs = []
         for level in self.levels:
-            *blocks, last = level.blocks
-            x_BHWC = run_blocks(blocks, x_BHWC, level.grad_checkpointing)
-            weights = last.attn.attention_weights(last.norm1(x_BHWC)) if output_attentions else None
-            before = run_blocks((last,), x_BHWC, level.grad_checkpointing)
+            last = len(level.blocks) - 1
+            for index, block in enumerate(level.blocks):
+                x_BHWC, weights = block(x_BHWC, output_attentions and index == last)
+            before = x_BHWC
             x_BHWC = before if level.downsample is None else level.downsample(before)
             outputs.append(StageOutput(before, x_BHWC, weights))
         return outputs
@@ -214,7 +226,7 @@ class NatPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ("NeighborhoodBlock",)
+    _no_split_modules = ("NatBlock",)
 
     def __init__(self, config: NatConfig):
         if not isinstance(config, self.config_class):
@@ -240,6 +252,11 @@ class NatPreTrainedModel(PreTrainedModel):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         rename_hub_weights(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        # natten selects its kernels itself; "eager" is the name of the only implementation, which returns attentions.
+        name = "eager" if attn_implementation == "sdpa" else attn_implementation
+        return super()._check_and_adjust_attn_implementation(name, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -29,6 +29,9 @@ from natzoo.checkpoints.keys import BLOCK, HF_SCALES, QKV
 from natzoo.hf import modeling
 from natzoo.hf.configuration import DinatConfig, NatConfig
 
+# One conversion, because transformers expects each to apply to all models of a type; only some have both.
+_TABLES = ("attn.rpb", "attn.relative_position_index")
+
 
 def register() -> None:
     """Register both models, replacing those of the same name in transformers."""
@@ -64,7 +67,8 @@ def _conversions() -> list[WeightRenaming | WeightConverter]:
     return [
         WeightRenaming("embeddings.patch_embeddings.projection", "embeddings.proj"),
         WeightRenaming("layers", "blocks"),
-        *(WeightRenaming(theirs, ours) for ours, theirs in BLOCK.items()),
+        *(WeightRenaming(theirs, ours) for ours, theirs in BLOCK.items() if ours not in _TABLES),
+        WeightRenaming(r"attention.self.\1", f"attn.({'|'.join(name.removeprefix('attn.') for name in _TABLES)})"),
         *packed,
         WeightConverter(HF_SCALES, ["gamma1", "gamma2"], [_Unstack()]),
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
+from timm.models import FeatureDictNet, PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
@@ -60,13 +60,15 @@ def build(
         kwargs: arguments of timm.create_model and of the model class.
 
     Returns:
-        An instance of model_cls, or timm's FeatureGetterNet.
+        An instance of model_cls, or a feature extractor of timm: by default FeatureGetterNet, whose maps are NCHW; with
+        feature_cls "hook" or "fx" its maps are NHWC.
 
     Raises:
         ValueError: if the arguments are invalid, there are no published weights, or the weights do not match.
         FileNotFoundError: if `pretrained_cfg` refers to a missing file.
         DownloadError: if the weights cannot be downloaded.
     """
+    _check_feature_cls(kwargs)
     stride = kwargs.pop("output_stride", None)
     if stride not in (None, 32):
         raise ValueError(
@@ -89,6 +91,15 @@ def build(
         feature_cfg={"out_indices": tuple(default_out_indices), "feature_cls": "getter"},
         **kwargs,
     )
+
+
+def _check_feature_cls(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if kwargs select a feature extractor of timm that calls the modules of a model one by one."""
+    feature_cls = kwargs.get("feature_cls") if kwargs.get("features_only") else None
+    if isinstance(feature_cls, type) and issubclass(feature_cls, FeatureDictNet):
+        feature_cls = feature_cls.__name__
+    if feature_cls in ("list", "dict", "FeatureListNet", "FeatureDictNet"):
+        raise ValueError(f"feature_cls = {feature_cls!r} is not supported; use 'getter' (default), 'hook' or 'fx'.")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

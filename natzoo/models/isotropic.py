@@ -15,12 +15,15 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from timm.models import register_model
 from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import natten
+from natten.geometry import padding
+from natten.tracing import is_unknown, no_size_guards, record_call
 from natzoo.checkpoints.adapt import resize_rpb
 from natzoo.models._builder import build, make_default_cfgs
 from natzoo.models._layers import (
@@ -49,6 +52,7 @@ class BiasedAttention(nn.Module):
         num_heads: number of attention heads.
         map_size: height and width in tokens for which the bias table is made.
         qkv_bias: add a bias to the qkv projection.
+        attn_drop: dropout rate on attention weights.
         proj_drop: dropout rate after the output projection.
 
     Raises:
@@ -62,6 +66,7 @@ class BiasedAttention(nn.Module):
         map_size: tuple[int, int],
         *,
         qkv_bias: bool = True,
+        attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         device=None,
         dtype=None,
@@ -74,38 +79,68 @@ class BiasedAttention(nn.Module):
         self.rpb = nn.Parameter(torch.empty(num_heads, 2 * height - 1, 2 * width - 1, **dd))
         # Unused, but part of the published weights.
         self.register_buffer("relative_position_index", relative_position_index(height, width, device))
+        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         trunc_normal_(self.rpb, std=0.02)
 
     def bias(self, height: int, width: int) -> Tensor:
         """Return the bias table for a map size, [heads, 2 height - 1, 2 width - 1]."""
-        table = resize_rpb(self.rpb, (max(2 * height - 1, self.rpb.shape[1]), max(2 * width - 1, self.rpb.shape[2])))
-        y, x = table.shape[1] // 2 - height + 1, table.shape[2] // 2 - width + 1
+        sides = (2 * height - 1, 2 * width - 1)
+        missing = padding(sides, self.rpb.shape[1:], (1, 1))
+        # The table keeps its size if both sides are smaller.
+        rows, columns = (side + amount for side, amount in zip(sides, missing, strict=True))
+        table = resize_rpb(self.rpb, (rows, columns))
+        y, x = rows // 2 - height + 1, columns // 2 - width + 1
         return table[:, y : y + 2 * height - 1, x : x + 2 * width - 1]
 
     def attention_weights(self, x_BHWC: Tensor) -> Tensor:
         """Compute the attention weights that `forward` applies to values, [B, num_heads, H, W, H * W]."""
-        height, width = x_BHWC.shape[1:3]
-        q_BhHWd, k_BhHWd = (x.movedim(-2, 1) for x in self._project(x_BHWC).unbind(-3)[:2])
-        scale = q_BhHWd.shape[-1] ** -0.5
-        logits = natten.na2d_qk(q_BhHWd * scale, k_BhHWd, (height, width), rpb=self.bias(height, width))
+        return self._weights(self._project(x_BHWC))
+
+    def _weights(self, qkv_BHW3hd: Tensor) -> Tensor:
+        window = height, width = qkv_BHW3hd.shape[1:3]
+        q_BhHWd, k_BhHWd = (x.movedim(-2, 1) for x in qkv_BHW3hd.unbind(-3)[:2])
+        logits = natten.na2d_qk(q_BhHWd * q_BhHWd.shape[-1] ** -0.5, k_BhHWd, window, rpb=self.bias(height, width))
         return logits.softmax(-1)
 
     def _project(self, x_BHWC: Tensor) -> Tensor:
         """Compute packed query, key and value [B, H, W, 3, heads, head_dim]."""
         height, width = x_BHWC.shape[1:3]
-        if min(height, width) < 2:
+        if not is_unknown((height, width)) and min(height, width) < 2:
             raise ValueError(
                 f"x has {height}x{width} tokens of {PATCH_SIZE}x{PATCH_SIZE} pixels; full attention needs at least 2x2."
             )
         return self.qkv(x_BHWC).unflatten(-1, (3, self.num_heads, -1))
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        height, width = map(int, x_BHWC.shape[1:3])  # torch.jit.trace turns sizes into tensors
+    def forward(self, x_BHWC: Tensor, return_weights: bool = False) -> Any:
+        """Apply the layer; with return_weights, return a pair of its output and `attention_weights`."""
+        if isinstance(x_BHWC, fx.Proxy):
+            return record_call(self, x_BHWC)
+        height, width = x_BHWC.shape[1:3]
         qkv_BHW3hd = self._project(x_BHWC)
-        x_BHWhd = natten.na2d_qkvpacked(qkv_BHW3hd, (height, width), rpb=self.bias(height, width))
-        return self.proj_drop(self.proj(cast(Tensor, x_BHWhd).flatten(-2)))
+        weights_BhHWW = None
+        if return_weights or (self.training and self.attn_drop.p > 0):
+            weights_BhHWW = self._weights(qkv_BHW3hd)
+            v_BhHWd = qkv_BHW3hd.select(-3, 2).movedim(-2, 1)
+            dropped_BhHWW = self.attn_drop(weights_BhHWW).to(v_BhHWd.dtype)
+            x_BHWhd = natten.na2d_av(dropped_BhHWW, v_BhHWd, (height, width)).movedim(1, -2)
+        elif is_unknown((height, width)):
+            with no_size_guards():
+                x_BHWhd = self._attend_to_any_size(qkv_BHW3hd)
+        else:
+            x_BHWhd = cast(Tensor, natten.na2d_qkvpacked(qkv_BHW3hd, (height, width), rpb=self.bias(height, width)))
+        x_BHWC = self.proj_drop(self.proj(x_BHWhd.flatten(-2)))
+        return (x_BHWC, weights_BhHWW) if return_weights else x_BHWC
+
+    def _attend_to_any_size(self, qkv_BHW3hd: Tensor) -> Tensor:
+        """Attend in a traced or exported program, where the window, which is the map, is not known in advance."""
+        height, width = qkv_BHW3hd.shape[1:3]
+        index_QK = relative_position_index(height, width, qkv_BHW3hd.device)
+        bias_hQK = self.bias(height, width).flatten(1).index_select(1, index_QK.flatten()).unflatten(1, index_QK.shape)
+        q_BhQd, k_BhKd, v_BhKd = (x.flatten(1, 2).transpose(1, 2) for x in qkv_BHW3hd.unbind(-3))
+        out_BhQd = F.scaled_dot_product_attention(q_BhQd, k_BhKd, v_BhKd, attn_mask=bias_hQK.to(q_BhQd.dtype))
+        return out_BhQd.transpose(1, 2).unflatten(1, (height, width))
 
 
 def relative_position_index(height: int, width: int, device=None) -> Tensor:
@@ -136,6 +171,7 @@ class Isotropic(Classifier):
         qkv_bias: add a bias to the qkv projections.
         drop_rate: dropout rate before the classifier.
         proj_drop_rate: dropout rate after the output projections of attention and MLP.
+        attn_drop_rate: dropout rate on attention weights.
         drop_path_rate: stochastic depth rate of the last block; rates rise linearly from 0.
 
     Raises:
@@ -158,6 +194,7 @@ class Isotropic(Classifier):
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
@@ -168,6 +205,7 @@ class Isotropic(Classifier):
             raise ValueError(f"dilations is {dilations}, but full attention has no dilation; set kernel_size.")
         if dilations is not None and len(dilations) != depth:
             raise ValueError(f"dilations has {len(dilations)} values, but depth is {depth}; use one per block.")
+        self.in_chans = in_chans
         self.num_features = embed_dim
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(in_chans, embed_dim, PATCH_SIZE, **dd)
@@ -176,11 +214,10 @@ class Isotropic(Classifier):
         self.layers = nn.Sequential()
         (rates,) = drop_path_rates(drop_path_rate, [depth])
         for index in range(depth):
+            drop = {"proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate}
             attn = None
             if kernel_size is None:
-                attn = BiasedAttention(
-                    embed_dim, num_heads, map_size, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **dd
-                )
+                attn = BiasedAttention(embed_dim, num_heads, map_size, qkv_bias=qkv_bias, **drop, **dd)
             block = NeighborhoodBlock(
                 embed_dim,
                 num_heads,
@@ -188,9 +225,9 @@ class Isotropic(Classifier):
                 1 if dilations is None else dilations[index],
                 mlp_ratio=mlp_ratio,
                 qkv_bias=qkv_bias,
-                proj_drop=proj_drop_rate,
                 drop_path=rates[index],
                 attn=attn,
+                **drop,
                 **dd,
             )
             self.layers.append(block)

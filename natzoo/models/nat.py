@@ -25,6 +25,7 @@ from timm.models import register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from natten.tracing import no_size_guards
 from natzoo.models._builder import build, make_default_cfgs
 from natzoo.models._layers import (
     Classifier,
@@ -84,8 +85,9 @@ class PatchMerging(nn.Module):
         batch, height, width, dim = x_BHWC.shape
         x_BHWC = F.pad(x_BHWC, (0, 0, 0, width % 2, 0, height % 2))
         # Order of the four tokens (row, column): (even, even), (odd, even), (even, odd), (odd, odd).
-        x_BHaWbC = x_BHWC.reshape(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, dim)
-        x_BHWC = x_BHaWbC.permute(0, 1, 3, 4, 2, 5).flatten(3)
+        with no_size_guards():
+            x_BHaWbC = x_BHWC.reshape(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, dim)
+            x_BHWC = x_BHaWbC.permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(x_BHWC))
 
 
@@ -151,6 +153,7 @@ class HierarchicalTransformer(Classifier):
         attn_drop_rate: dropout rate on attention weights.
         drop_path_rate: stochastic depth rate of the last block; rates rise linearly from 0.
         layer_scale: initial value of the learned scale of each branch; None for no scale.
+        img_size: ignored; images may have any size.
 
     Raises:
         ValueError: if depths, num_heads and dilations differ in length.
@@ -183,6 +186,7 @@ class HierarchicalTransformer(Classifier):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         layer_scale: float | None = None,
+        img_size: int | tuple[int, int] | None = None,
         device=None,
         dtype=None,
     ):
@@ -192,6 +196,7 @@ class HierarchicalTransformer(Classifier):
             raise ValueError(f"num_heads has {len(num_heads)} stages, but depths has {len(depths)}.")
         dilations = check_dilations(dilations, depths)
         rates = drop_path_rates(drop_path_rate, depths)
+        self.in_chans = in_chans
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.feature_info: list[dict[str, Any]] = []
 
@@ -216,8 +221,9 @@ class HierarchicalTransformer(Classifier):
                 **dd,
             )
             stages.append(stage)
-            info = {"num_chs": dim, "reduction": 4 * 2**index, "module": f"{self.stages_name}.{index}"}
-            self.feature_info.append(info)
+            # The last block, because the output of the stage is downsampled.
+            module = f"{self.stages_name}.{index}.blocks.{depths[index] - 1}"
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**index, "module": module})
         self.norm = nn.LayerNorm(self.num_features, **dd)
         self.init_classifier(num_classes, global_pool, drop_rate, **dd)
         self.apply(init_linear)

@@ -53,7 +53,7 @@ def load_checkpoint(name: str, map_location: Any = None, **kwargs: Any) -> dict[
         kwargs: ignored; other arguments of mmengine's loaders.
 
     Returns:
-        A dictionary with at least "state_dict".
+        A dictionary with at least "state_dict" and "meta".
 
     Raises:
         ValueError, FileNotFoundError, DownloadError: as in `locate` and `read_checkpoint`.
@@ -64,7 +64,8 @@ def load_checkpoint(name: str, map_location: Any = None, **kwargs: Any) -> dict[
     path = locate(name)
     checkpoint = read_checkpoint(path)
     if "state_dict" not in checkpoint:
-        checkpoint = {"state_dict": weights_of(checkpoint, path), "meta": {}}
+        checkpoint = {"state_dict": weights_of(checkpoint, path)}
+    checkpoint.setdefault("meta", {})  # mmseg requires it
     checkpoint[_PATH_KEY] = str(path)
     return checkpoint
 

@@ -130,7 +130,8 @@ def _check_images(content: dict[str, Any]) -> dict[Any, _Image]:
     for image in images:
         name = image.get("file_name")
         described = f"has an image with the id {_show(image['id'])} whose"
-        if not isinstance(name, str) or not name or "://" in name or _CONTROL.search(name):
+        # mmdet writes files with empty names, for metrics; a dataset with such a name is refused later.
+        if not isinstance(name, str) or "://" in name or _CONTROL.search(name):
             raise ValueError(f"{described} file_name is {_show(name)}; it must be the path of a file.")
         for side in ("height", "width"):
             value = image.get(side)

@@ -1,12 +1,15 @@
 """A tiny dataset, and the options of a run on it that takes seconds."""
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 from PIL import Image
+from tar_files import tar_bytes
 
 from natzoo.classification import train
 
@@ -26,6 +29,28 @@ def data(tmp_path):
                 pixels[..., number] += 80
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
     return tmp_path / "data"
+
+
+@pytest.fixture
+def shards(data):
+    """Webdataset shards of each split, and _info.json; the folders are removed."""
+    info = {}
+    for split in ("train", "val"):
+        files = sorted((data / split).rglob("*.png"), key=lambda file: (file.stem, file.parent.name))
+        names, lengths = [], []
+        for shard in range(4):
+            names.append(f"{split}-{shard:04d}.tar")
+            lengths.append(len(files[shard::4]))
+            entries = {}
+            for file in files[shard::4]:
+                key = f"{file.parent.name}_{file.stem}"
+                entries[f"{key}.png"] = file.read_bytes()
+                entries[f"{key}.cls"] = str(CLASSES.index(file.parent.name)).encode()
+            (data / names[-1]).write_bytes(tar_bytes(entries))
+        info[split] = {"name": split, "filenames": names, "shard_lengths": lengths, "num_samples": len(files)}
+        shutil.rmtree(data / split)
+    (data / "_info.json").write_text(json.dumps({"splits": info}))
+    return data
 
 
 @pytest.fixture

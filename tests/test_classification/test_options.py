@@ -1,11 +1,13 @@
 """Options from defaults, YAML files and the command line."""
 
 import importlib
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from mutations import limited
 
 import natzoo_commands
 from natzoo.classification.factory import create_model
@@ -80,6 +82,90 @@ def test_errors_name_the_file_and_the_key(config, text, message):
         parse(["-c", config(text)])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model_kwargs: &a [*a]",
+        "\n".join([f"a0: &a0 {'x' * 50}", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]),
+        "\n".join(
+            ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 12))]
+        ),
+        "model_kwargs: " + "[" * 100_000,
+        "model_kwargs: " + "{a: " * 5000 + "1" + "}" * 5000,
+        "lr: !!int " + "9" * 10_000,
+        "lr: !!python/object/apply:os.system [touch OWNED]",
+        "lr: !!timestamp 2001-13-45",
+        "lr: !!int ''",
+        "lr: !!bool x",
+        "? [1, 2]\n: 3",
+        "lr: 1\n---\nlr: 2",
+        "a\0b: 1",
+        "lr: \x1b[31m",
+        "3: 4",
+        "x" * 2**21,
+        "x: " + "y" * 10**6,
+    ],
+    ids=range(17),
+)
+def test_recipes_cannot_run_code_or_exhaust_memory(config, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with limited(), pytest.raises(ValueError, match=r"a\.yml") as error:
+        parse(["-c", config(text)])
+    assert len(str(error.value)) < 1000
+    assert not (tmp_path / "OWNED").exists()
+
+
+def test_recipe_with_a_byte_order_mark_and_an_alias(config):
+    path = config("\ufeffopt_betas: &pair [0.5, 0.9]\nscale: *pair\n")
+    assert parse(["-c", path]).scale == parse(["-c", path]).opt_betas == [0.5, 0.9]
+
+
+@pytest.mark.parametrize(
+    "base", ["/etc/passwd", "../a.yml", "x/../../a.yml", "~/a.yml", "https://x/a.yml", "[1]", "''"]
+)
+def test_base_is_a_file_in_the_folder(config, base):
+    with pytest.raises(ValueError, match=r"a\.yml.*base"):
+        parse(["-c", config(f"base: {base}")])
+
+
+def test_recipes_that_are_not_text(config, tmp_path):
+    (tmp_path / "b.yml").write_bytes(b"lr: \xff\xfe")
+    with pytest.raises(ValueError, match=r"b\.yml"):
+        parse(["-c", str(tmp_path / "b.yml")])
+    os.mkfifo(tmp_path / "fifo.yml")
+    for path in (tmp_path / "fifo.yml", Path("/dev/zero")):
+        with limited(), pytest.raises(FileNotFoundError, match=str(path)):
+            parse(["-c", str(path)])
+    with pytest.raises(FileNotFoundError, match=r"fifo\.yml.*a\.yml"):
+        parse(["-c", config("base: fifo.yml")])
+
+
+def test_chains_of_bases(config):
+    config("lr: 0.25\n", "0.yml")
+    for number in range(1, 2001):
+        path = config(f"base: {number - 1}.yml\n", f"{number}.yml")
+        if number == 10:
+            assert parse(["-c", path]).lr == 0.25
+    with limited(), pytest.raises(ValueError, match=r"2000\.yml"):
+        parse(["-c", path])
+
+
+def test_base_with_model_arguments_of_another_type(config):
+    config("model_kwargs: 3\n", "base.yml")
+    assert parse(["-c", config("base: base.yml\nmodel_kwargs: {depths: [1]}\n")]).model_kwargs == {"depths": [1]}
+
+
+@pytest.mark.parametrize(
+    "key", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained", "cache_dir"]
+)
+def test_model_arguments_cannot_name_files(config, key, capsys):
+    with pytest.raises(ValueError, match=rf"a\.yml.*{key}.*--initial-checkpoint"):
+        parse(["-c", config(f"model_kwargs: {{{key}: x.pth}}")])
+    with pytest.raises(SystemExit):
+        parse(["--model-kwargs", f"{key}=x.pth"])
+    assert key in capsys.readouterr().err
+
+
 def test_missing_files(config, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yml"):
         parse(["-c", str(tmp_path / "nowhere.yml")])
@@ -95,6 +181,73 @@ def test_command_line_errors_exit_with_2(argv, capsys):
         parse(argv)
     assert error.value.code == 2
     assert argv[0].lstrip("-") in capsys.readouterr().err
+
+
+RANGES = [  # option, values outside its range, values inside
+    ("--threads", "-1 0 100000 1.5 x", "1 1024"),
+    ("--workers", "-1 5000 1e3", "0 128"),
+    ("--img-size", "0 -5 100000", "8 4096"),
+    ("--in-chans", "0 -3 x", "1 3"),
+    ("--grad-accum", "0 -1", "1"),
+    ("--batch-size", "0 1000000", "1"),
+    ("--val-batch-size", "0", "1"),
+    ("--epochs", "0 -1 1e3 " + "9" * 4000, "1"),
+    ("--warmup-epochs", "-1", "0"),
+    ("--num-classes", "0 -1 1000000000", "1 21841"),
+    ("--synthetic", "0 1000000000000", "1"),
+    ("--drop-path", "-0.1 1.1 nan inf x", "0 1"),
+    ("--lr", "-1 nan inf", "0 1e-8"),
+    ("--weight-decay", "-1 nan", "0"),
+    ("--momentum", "-0.5 2", "0.9"),
+    ("--opt-betas", "1.5 -1", "0.9"),
+    ("--layer-decay", "-1 1.5", "0.75"),
+    ("--clip-grad", "-1 nan", "0"),
+    ("--crop-pct", "0 1e-9 1.5 nan", "0.875 1"),
+    ("--smoothing", "-0.1 2", "0.1"),
+    ("--reprob", "-0.1 2", "0.25"),
+    ("--hflip", "-1 3", "0.5"),
+    ("--mixup", "-0.1 nan", "0 0.8"),
+    ("--mixup-prob", "7", "1"),
+    ("--recount", "0 100000", "1"),
+    ("--model-ema-decay", "-1 1.5", "0.9998"),
+    ("--bce-target-thresh", "-1 2", "0.2"),
+    ("--seed", "-1 1e9 100000000000000000000", "0 42"),
+    ("--log-interval", "0", "1"),
+    ("--keep-last", "-1", "0"),
+    ("--skip-nonfinite", "-1", "0"),
+]
+
+
+@pytest.mark.parametrize(("option", "outside", "inside"), RANGES, ids=[option for option, *_ in RANGES])
+def test_ranges(option, outside, inside, config, capsys):
+    key = option[2:].replace("-", "_")
+    for value in outside.split():
+        with pytest.raises(SystemExit) as error:
+            parse([f"{option}={value}"])
+        assert error.value.code == 2
+        message = capsys.readouterr().err
+        assert option in message and re.search(r" (from|above) .* to ", message) and len(message) < 200
+        with pytest.raises(ValueError, match=rf"a\.yml has {key} "):
+            parse(["-c", config(f"{key}: {[value] if option == '--opt-betas' else value}")])
+    for value in inside.split():
+        found = getattr(parse([f"{option}={value}"]), key)
+        assert (found[0] if isinstance(found, list) else found) == float(value)
+
+
+def test_ranges_of_pairs(config):
+    for option, values in (("--scale", "0 1"), ("--scale", "0.5 2"), ("--ratio", "0 1"), ("--ratio", "nan 1")):
+        with pytest.raises(SystemExit):
+            parse([option, *values.split()])
+    for option in ("--scale", "--ratio"):
+        with pytest.raises(SystemExit):
+            parse([option, "0.9", "0.5"])
+        with pytest.raises(ValueError, match=rf"a\.yml has {option[2:]} "):
+            parse(["-c", config(f"{option[2:]}: [0.9, 0.5]")])
+    with pytest.raises(SystemExit):
+        parse(["--std", "1", "0", "1"])
+    with pytest.raises(SystemExit):
+        parse(["--input-size", "3", "32", "0"])
+    assert parse(["--scale", "0.5", "0.5"]).scale == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(

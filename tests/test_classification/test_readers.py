@@ -1,9 +1,7 @@
 """Images from tar files, Hugging Face datasets and webdataset shards, and noise."""
 
 import importlib.util
-import io
 import itertools
-import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -34,30 +32,6 @@ def tars(data):
     for split in ("train", "val"):
         pack(data / split, data / f"{split}.tar")
         shutil.rmtree(data / split)
-    return data
-
-
-@pytest.fixture
-def shards(data):
-    """Webdataset shards of each split, and _info.json; the folders are removed."""
-    info = {}
-    for split in ("train", "val"):
-        files = sorted((data / split).rglob("*.png"), key=lambda file: (file.stem, file.parent.name))
-        names, lengths = [], []
-        for shard in range(4):
-            names.append(f"{split}-{shard:04d}.tar")
-            lengths.append(len(files[shard::4]))
-            with tarfile.open(data / names[-1], "w") as tar:
-                for file in files[shard::4]:
-                    key = f"{file.parent.name}_{file.stem}"
-                    number = str(CLASSES.index(file.parent.name)).encode()
-                    for suffix, content in (("png", file.read_bytes()), ("cls", number)):
-                        entry = tarfile.TarInfo(f"{key}.{suffix}")
-                        entry.size = len(content)
-                        tar.addfile(entry, io.BytesIO(content))
-        info[split] = {"name": split, "filenames": names, "shard_lengths": lengths, "num_samples": len(files)}
-        shutil.rmtree(data / split)
-    (data / "_info.json").write_text(json.dumps({"splits": info}))
     return data
 
 
@@ -316,8 +290,8 @@ def test_missing_requirements_of_shards(shards, tiny, monkeypatch):
             train.main(tiny("--dataset", "wds", "--num-classes", "3"))
     pytest.importorskip("webdataset")
     whole = (shards / "_info.json").read_text()
-    (shards / "_info.json").write_text(whole.replace('"name"', '"title"'))
-    with pytest.raises(ValueError, match=r"_info\.json.*'name'"):
+    (shards / "_info.json").write_text(whole.replace('"filenames"', '"files"'))
+    with pytest.raises(ValueError, match=r"_info\.json.*filenames"):
         train.main(tiny("--dataset", "wds", "--num-classes", "3"))
     (shards / "_info.json").write_text(whole)
     with pytest.raises(ValueError, match="--class-map"):

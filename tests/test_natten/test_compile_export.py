@@ -132,6 +132,24 @@ class CompileTest(unittest.TestCase):
             assert_near([compiled(x)], [module(x)])
         self.assertLessEqual(counter.frame_count, 1 + 2)
 
+    @unittest.skipUnless(HAS_COMPILER, "inductor needs a C++ compiler")
+    def test_dynamic_sizes_with_inductor(self):
+        """Layers between strided and transposed convolutions, as in a U-Net."""
+        torch.manual_seed(0)
+        down, up = nn.Conv2d(3, 8, 4, 2, 1), nn.ConvTranspose2d(8, 3, 2, 2)
+        attention = layer(2, kernel_size=3, dilation=2)
+
+        def network(x: Tensor) -> Tensor:
+            x = down(x)
+            x = x + attention(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return up(x)
+
+        compiled = torch.compile(network, dynamic=True)
+        parameters = [p for module in (down, up, attention) for p in module.parameters()]
+        for size in ((1, 3, 32, 32), (2, 3, 48, 32), (1, 3, 16, 24)):
+            x = random(*size)
+            assert_near(results(compiled, [x], parameters), results(network, [x], parameters), tolerance=1e-3)
+
     def test_use_backend_around_compiled_code(self):
         graphs = []
 
@@ -193,6 +211,16 @@ class ExportTest(unittest.TestCase):
                 program = torch.export.export(module, (random(2, *size, 8),), dynamic_shapes=(batch,))
                 for count in (1, 3, 8):
                     x = random(count, *size, 8)
+                    assert_near([program.module()(x)], [module(x)])
+
+    def test_dynamic_sizes(self):
+        sides = {axis: torch.export.Dim(name, min=8, max=64) for axis, name in ((1, "height"), (2, "width"))}
+        for arguments in ({}, {"kernel_size": 7, "dilation": 3}, {"stride": 2}, {"is_causal": True}):  # 7 * 3 > 8
+            with self.subTest(arguments=arguments):
+                module = layer(2, **arguments).eval()
+                program = torch.export.export(module, (random(2, 24, 16, 8),), dynamic_shapes=(sides,))
+                for size in ((24, 16), (8, 64), (21, 9)):
+                    x = random(2, *size, 8)
                     assert_near([program.module()(x)], [module(x)])
 
     def test_padded_map(self):

@@ -29,6 +29,7 @@ MODELS = [
     *(pytest.param(name, {}, id=name, marks=pytest.mark.slow) for name in NAMES),
 ]
 HAS_COMPILER = shutil.which("c++") is not None or shutil.which("g++") is not None
+SIDES = {axis: torch.export.Dim(name, min=32, max=256) for axis, name in ((2, "height"), (3, "width"))}
 BATCH = ({0: torch.export.Dim("batch", min=1, max=64)},)
 
 
@@ -85,6 +86,27 @@ def test_export_and_load(name, kwargs, tmp_path):
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for batch in (2, 3, 1):
         assert_near(loaded(random_images(batch)), model(random_images(batch)))
+
+
+@pytest.mark.parametrize(("name", "kwargs"), MODELS)
+def test_export_with_dynamic_sizes(name, kwargs):
+    model = make(name, kwargs)
+    exported = torch.export.export(model, (random_images(1),), dynamic_shapes=(SIDES,)).module()
+    for size in ((64, 64), (32, 77), (256, 33), (130, 96)):
+        x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        assert_near(exported(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny", pytest.param("vitrpb_small", marks=pytest.mark.slow)])
+def test_onnx_with_dynamic_sizes(name, tmp_path):
+    model = make(name, SHALLOW[name])
+    program = torch.onnx.export(model, (random_images(1),), dynamo=True, verbose=False, dynamic_shapes=(SIDES,))
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for size in ((64, 64), (32, 77), (130, 96)):
+        x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert_near(torch.from_numpy(logits), model(x))
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ BROKEN_COCO: dict[str, tuple[Break, str]] = {
     "category without id": (one("categories", id=...), TRAINING),
     # images
     "image without file_name": (one("images", file_name=...), TRAINING),
+    "image with an empty file_name": (one("images", file_name=""), TRAINING),
     "image without id": (one("images", id=...), TRAINING),
     "image without height": (one("images", height=...), TRAINING),
     "width as text": (one("images", width="128"), TRAINING),

@@ -62,6 +62,28 @@ def test_published_name(kind, meta, cache, drawn):
     assert scores.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_inferencer(kind, cache, drawn, tmp_path):
+    """mmdet's DetInferencer and mmseg's MMSegInferencer give the same results, and draw them."""
+    small, _, name = EXAMPLES[kind]
+    cfg = load_config(ROOT / "configs" / "quickstart" / f"{small}.py")
+    write_checkpoint(path_in_cache(find_entry(name)), {"state_dict": build(kind, cfg).state_dict()})
+    path = str(next((drawn / "images" / "validation").iterdir()))
+    if kind == "detection":
+        from mmdet.apis import DetInferencer, inference_detector
+
+        expected = inference_detector(build(kind, cfg, name), path).pred_instances.scores
+        (found,) = DetInferencer(cfg, name, device="cpu")(path, out_dir=str(tmp_path))["predictions"]
+        assert found["scores"] == pytest.approx(expected.tolist())
+    else:
+        from mmseg.apis import MMSegInferencer, inference_model
+
+        expected = inference_model(build(kind, cfg, name), path).pred_sem_seg.data
+        found = MMSegInferencer(cfg, name, device="cpu")(path, out_dir=str(tmp_path))["predictions"]
+        assert (found == expected[0].numpy()).all()
+    assert list((tmp_path / "vis").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_example_of_readme(kind, cache, drawn, tmp_path, monkeypatch):

@@ -15,26 +15,37 @@ import math
 import os
 import pkgutil
 import random
-from collections.abc import Callable, Iterator
+import stat
+import struct
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data.readers import create_reader
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from natzoo.classification.data.readers import read_shards
 from natzoo.classification.distributed import World
-from natzoo.command_line import require_file
+from natzoo.command_line import printable, read_json
+from natzoo.images import check_image_size
 
 # Last number of a seed, which separates the random numbers of model weights from those of training steps.
 MODEL_SEED, STEP_SEED = 1, 2
 
+# Formats of IMAGE_SUFFIXES. Pillow recognizes formats by content, and passes some others to external programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+# Raised by Pillow for damaged files; MemoryError for parts that are shorter than announced.
+_DECODER_ERRORS = (
+    *(OSError, ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, AttributeError, EOFError),
+    *(struct.error, zlib.error, MemoryError, NotImplementedError, Image.DecompressionBombError),
+)
 _IMAGENET_NAME = "ILSVRC2012_val_{:08d}"
 _SHUFFLE_BUFFER = 8192  # encoded images of shards
-_MAX_NAME_BYTES = 255  # of a bad image in a shard, in shared memory
+_MAX_PROBLEM_BYTES = 500  # of the description of a bad image in a shard, in shared memory
 
 
 # ----- datasets ------------------------------------------------------------------------------------------------------
@@ -65,6 +76,11 @@ class ImageDataset(Dataset):
     def source(self) -> str:
         return self.reader.source
 
+    @property
+    def digest(self) -> str:
+        """A hash that changes with the names and sizes of the images."""
+        return self.reader.digest
+
     def __len__(self) -> int:
         return len(self.reader)
 
@@ -92,6 +108,18 @@ class ImageDataset(Dataset):
             return []
         return [self.reader.filename(index) for index in self._is_bad.nonzero().flatten().tolist()]
 
+    def first_problem(self) -> str | None:
+        """Return what is wrong with the first image that could not be read, or None."""
+        if not self._has_bad:
+            return None
+        index = int(self._is_bad.nonzero()[0])
+        name = self.reader.filename(index)
+        try:
+            read_image(self.reader[index][0], name)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return f"{name} could not be read at first"
+
 
 class SyntheticDataset(Dataset):
     """Noise, to measure training speed. Each image is a shifted copy of one fixed image.
@@ -102,6 +130,7 @@ class SyntheticDataset(Dataset):
     """
 
     source = "--synthetic"
+    digest = ""
 
     def __init__(self, length: int, num_classes: int):
         self.length = length
@@ -127,6 +156,9 @@ class SyntheticDataset(Dataset):
 
     def bad_images(self) -> list[str]:
         return []
+
+    def first_problem(self) -> str | None:
+        return None
 
 
 class SeededDataset(Dataset):
@@ -161,11 +193,12 @@ class RealLabelsDataset(Dataset):
         self.dataset = dataset
         self.source = f"{dataset.source} with real labels"
         if path:
-            require_file(Path(path), "use a JSON file, or no value for timm's copy", "--real-labels")
-        text = Path(path).read_bytes() if path else pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
-        labels = json.loads(text or b"")
+            labels = read_json(Path(path), "use a JSON file, or no value for timm's copy", "--real-labels", limit=2**28)
+        else:
+            labels = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json") or b"")
+        _check_real_labels(labels, path, len(dataset.classes))
         indices = {_IMAGENET_NAME.format(number): number - 1 for number in range(1, len(labels) + 1)}
-        self.targets = torch.full((len(dataset), max(map(len, labels))), -1)
+        self.targets = torch.full((len(dataset), max(1, *map(len, labels))), -1)
         for index in range(len(dataset)):
             name = PurePosixPath(dataset.reader.filename(index)).stem
             if name not in indices:
@@ -183,6 +216,23 @@ class RealLabelsDataset(Dataset):
     def bad_images(self) -> list[str]:
         return self.dataset.bad_images()
 
+    def first_problem(self) -> str | None:
+        return self.dataset.first_problem()
+
+
+def _check_real_labels(labels: Any, path: str | None, num_classes: int) -> None:
+    """Raise ValueError unless the content of a file is a list of lists of class numbers."""
+    path = path or "(timm's copy)"
+    if not isinstance(labels, list) or not labels:
+        raise ValueError(f"--real-labels {path} is not a list with a list of class numbers per image.")
+    for number, row in enumerate(labels):
+        is_list = isinstance(row, list) and len(row) <= num_classes
+        if not is_list or not all(type(item) is int and 0 <= item < num_classes for item in row):
+            raise ValueError(
+                f"--real-labels {path} has {row!r:.100} in row {number}; it must be a list of class numbers from 0 to "
+                f"{num_classes - 1}."
+            )
+
 
 class ShardDataset(IterableDataset):
     """A stream of webdataset shards: tar files read sequentially, as object stores and slow disks prefer.
@@ -195,19 +245,20 @@ class ShardDataset(IterableDataset):
     The order depends on the number of processes and workers, which must not change within an epoch.
 
     Args:
-        root: folder of the shards and _info.json, or a prefix of the shard names such as a URL.
-        split: a split of _info.json, or shard names and a number of images: `train-{0000..0127}.tar|1281167`.
+        root, split: as for `read_shards`.
         classes: class names in the order of the class numbers.
         batch_size: batch size; the number of training images per worker is a multiple of it.
         seed: seed of order and augmentation.
         is_training: whether to shuffle and to yield the same number of images per worker.
         world: the processes.
+        schemes: schemes of shards that are not files in `root`, which are allowed.
 
     Attributes:
         length: number of images; writable, for measurements on part of an epoch.
+        digest: a hash that changes with the shards.
 
     Raises:
-        ValueError: if webdataset is not installed, or the split does not exist.
+        ValueError, FileNotFoundError: if webdataset is not installed, or as raised by `read_shards`.
     """
 
     def __init__(
@@ -219,6 +270,7 @@ class ShardDataset(IterableDataset):
         seed: int,
         is_training: bool,
         world: World,
+        schemes: Collection[str] = (),
     ):
         self.source = f"{root}[{split}]"
         self.classes = classes
@@ -229,19 +281,12 @@ class ShardDataset(IterableDataset):
         self.transform: Callable = _no_transform
         if importlib.util.find_spec("webdataset") is None:
             raise ValueError("--dataset wds requires the package webdataset; run pip install webdataset.")
-        try:
-            self.split = create_reader("wds/", root=root, split=split, is_training=is_training).split_info
-        except (RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            if isinstance(error, KeyError):
-                reason = f"_info.json has no key {reason} where it is expected"
-            raise ValueError(f"{self.source} cannot be read as webdataset shards: {reason}") from error
-        self.urls = [os.path.join(root, name) for name in self.split.filenames]
-        self.length = self.split.num_samples
+        self.shards = read_shards(root, split, schemes)
+        self.urls, self.length, self.digest = self.shards.urls, self.shards.num_samples, self.shards.digest
         self.workers = 1
         # In shared memory, for data-loading workers.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
-        self._bad = torch.zeros(len(self.urls), _MAX_NAME_BYTES, dtype=torch.uint8).share_memory_()
+        self._bad = torch.zeros(len(self.urls), _MAX_PROBLEM_BYTES, dtype=torch.uint8).share_memory_()
 
     def set_workers(self, workers: int) -> None:
         """Set the number of data-loading workers; call it before `len`.
@@ -307,35 +352,53 @@ class ShardDataset(IterableDataset):
             return
         for sample in webdataset.DataPipeline(webdataset.SimpleShardList(list(numbers)), *stages):
             try:
-                yield self._decode(sample)
-            except (ValueError, KeyError) as error:
-                self._record(numbers[sample["__url__"]], f"{sample['__url__']}/{sample['__key__']}", error)
+                yield self._decode(sample, f"{sample['__url__']}/{sample['__key__']}")
+            except ValueError as error:
+                self._record(numbers[sample["__url__"]], str(error))
 
-    def _decode(self, sample: dict[str, Any]) -> tuple[Image.Image, int]:
+    def _decode(self, sample: dict[str, Any], name: str) -> tuple[Image.Image, int]:
         content = next((sample[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in sample), None)
         if content is None:
-            raise ValueError("no .jpg, .jpeg, .png or .webp")
-        column = self.split.alt_label
-        target = json.loads(sample["json"])[column] if column else sample["cls"]
-        return read_image(io.BytesIO(content), sample["__key__"]), int(target)
+            raise ValueError(f"{name} has no .jpg, .jpeg, .png or .webp.")
+        return read_image(io.BytesIO(content), name), self._label(sample, name)
+
+    def _label(self, sample: dict[str, Any], name: str) -> int:
+        """Return the class number of a sample.
+
+        Raises:
+            ValueError: if it has none, or none of `classes`.
+        """
+        key = self.shards.label_key
+        try:
+            label = json.loads(sample["json"])[key] if key else sample["cls"].decode()
+            number = int(label) if isinstance(label, str) else label
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{name} has no class number in {f'.json under {key!r}' if key else '.cls'}.") from error
+        if type(number) is not int or not 0 <= number < len(self.classes):
+            raise ValueError(f"{name} has the class {number!r:.50}, which is not from 0 to {len(self.classes) - 1}.")
+        return number
 
     def _record_shard(self, numbers: dict[str, int], error: Exception) -> bool:
         """Record a shard that cannot be opened or is damaged; webdataset appends its URL to the error."""
         url = next((part for part in error.args if isinstance(part, str) and part in numbers), None)
         number = next(iter(numbers.values())) if url is None else numbers[url]
-        self._record(number, url or self.source, error)
+        reason = next((part for part in error.args if isinstance(part, str) and part != url), type(error).__name__)
+        self._record(number, f"{url or self.source} cannot be read as a tar file: {reason}.")
         return True
 
-    def _record(self, shard: int, name: str, error: Exception) -> None:
-        logging.getLogger(__name__).warning("skipping %s: %s", name, error)
+    def _record(self, shard: int, problem: str) -> None:
+        logging.getLogger(__name__).warning("skipping %s", printable(problem))
         if not self._bad[shard, 0]:
-            text = name.encode()[:_MAX_NAME_BYTES]
+            text = problem.encode(errors="surrogateescape")[:_MAX_PROBLEM_BYTES]
             self._bad[shard, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     def bad_images(self) -> list[str]:
-        """Return the first unreadable image of each shard, or the shard itself."""
+        """Return what is wrong with the first unreadable image of each shard, or with the shard itself."""
         rows = self._bad[self._bad[:, 0] > 0].numpy()
-        return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+        return [bytes(row).rstrip(b"\0").decode(errors="surrogateescape") for row in rows]
+
+    def first_problem(self) -> str | None:
+        return next(iter(self.bad_images()), None)
 
 
 def _no_transform(image: Image.Image) -> Tensor:
@@ -373,13 +436,19 @@ def read_image(file: str | Path | BinaryIO, name: str | Path | None = None) -> I
         name: name for the message; the path if None.
 
     Raises:
-        ValueError: if the file is missing, damaged or not an image.
+        ValueError: if the file is missing, damaged, not an image, or one of more pixels or another shape than
+            `check_image_size` allows.
     """
     try:
-        with Image.open(file) as image:
+        if isinstance(file, (str, Path)) and not stat.S_ISREG(os.stat(file).st_mode):
+            raise OSError("it is not a regular file")
+        with Image.open(file, formats=_FORMATS) as image:
+            check_image_size(*image.size)
             return _to_8_bits(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name or file} cannot be read as an image: {error}.") from error
+    except _DECODER_ERRORS as error:
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "its format is unknown" if is_unknown else str(error).rstrip(".") or type(error).__name__
+        raise ValueError(f"{name or file} cannot be read as an image: {reason}.") from error
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -399,8 +468,6 @@ def gather_bad_images(dataset: Any, world: World) -> list[str]:
 
 def check_bad_images(dataset: Any, skip: bool) -> None:
     """Raise ValueError naming the first image that could not be read, unless `skip` is set."""
-    bad = [] if skip else dataset.bad_images()
-    if bad:
-        raise ValueError(
-            f"{bad[0]} cannot be read as an image; repair or remove it, or continue with --skip-bad-images."
-        )
+    problem = None if skip else dataset.first_problem()
+    if problem is not None:
+        raise ValueError(f"{problem.rstrip('.')}; repair or remove it, or continue with --skip-bad-images.")

@@ -179,4 +179,5 @@ def _create_shards(
         if args.num_classes is None:
             raise ValueError("--class-map or --num-classes is required, because webdataset shards have no class names.")
         classes = [str(number) for number in range(args.num_classes)]
-    return ShardDataset(args.data or "", split, classes, args.batch_size, args.seed, is_training, world)
+    schemes = args.allow_remote_shards or ()
+    return ShardDataset(args.data or "", split, classes, args.batch_size, args.seed, is_training, world, schemes)

@@ -1,28 +1,39 @@
 """Readers: images from folders, tar files and Hugging Face datasets.
 
 A reader has the interface of timm's readers: `len(reader)`, `reader[index] -> (file, class number)` and
-`reader.filename(index)`. It also has `classes`, the class names in the order of the class numbers, and `source`, its
-name in messages.
+`reader.filename(index)`. It also has `classes`, the class names in the order of the class numbers, `source`, its
+name in messages, and `digest`, a hash that changes with its images.
+
+Data may come from strangers. Nothing in it names files outside its folder, commands or addresses, and nothing waits for
+a FIFO.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import itertools
+import json
+import math
 import os
+import re
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from timm.data.readers import create_reader
-from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
 
-from natzoo.command_line import require_file
+from natzoo.command_line import is_relative_name, read_json, read_text, require_file, scheme_of
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"))
 _SUFFIX_LIST = ", ".join(sorted(IMAGE_SUFFIXES))  # for messages
+_CLASS_MAP_REMEDY = "use a text file with one class name per line"
+_MAX_TAR_DEPTH = 8  # tar files within tar files
+_MAX_SHARDS, _MAX_REMOTE_SAMPLES, _MAX_INFO_BYTES = 10**6, 10**10, 2**28
 _SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval", "test")}
 
 
@@ -47,17 +58,21 @@ class FolderReader:
             raise ValueError(f"{root} has no class folders; it must hold one folder of images per class.")
         self.classes = classes or folders
         class_numbers = {name: number for number, name in enumerate(self.classes)}
-        paths, numbers = [], []
+        paths: list[str] = []
+        sizes: list[int] = []
+        numbers: list[int] = []
         for name in folders:
             if name not in class_numbers:
                 raise _unknown_class(root, name)
             found = _images_below(root / name)
             if not found:
                 raise ValueError(f"{root / name} has no images ({_SUFFIX_LIST}); add some or remove the folder.")
-            paths += found
+            paths += [path for path, _ in found]
+            sizes += [size for _, size in found]
             numbers += [class_numbers[name]] * len(found)
         # Data-loading workers share arrays. Each would copy a list, which takes 200 MB for ImageNet.
         self._paths, self._numbers = np.array([os.fsencode(path) for path in paths]), np.array(numbers)
+        self.digest = digest((path[len(self.source) :] for path in paths), sizes)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -88,10 +103,11 @@ class TarReader:
         self.source = str(root)
         members: list[_Member] = []
         for path in sorted(root.glob("*.tar")) if root.is_dir() else [root]:
+            require_file(path, "replace it by a tar file of images")
             try:
                 with tarfile.open(path, "r:") as tar:
                     members += _list_members(tar, path, path.stem if root.is_dir() else "")
-            except (tarfile.TarError, OSError) as error:
+            except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
                 raise ValueError(f"{path} cannot be read as a tar file of images: {error}.") from error
         self.classes = classes or sorted({member.label for member in members} - {""}, key=natural_key)
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -104,6 +120,7 @@ class TarReader:
                 raise _unknown_class(root, member.label)
         samples = ((numbers[member.label], member) for member in members)
         self.samples = sorted(samples, key=lambda sample: (sample[0], sample[1].name))
+        self.digest = digest(*zip(*((member.name, member.size) for _, member in self.samples), strict=True))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -129,16 +146,25 @@ class _Member(NamedTuple):
     label: str
 
 
-def _list_members(tar: tarfile.TarFile, path: Path, folder: str, offset: int = 0) -> Iterator[_Member]:
+def _list_members(tar: tarfile.TarFile, path: Path, folder: str, offset: int = 0, depth: int = 1) -> Iterator[_Member]:
     """Yield the images of a tar file that starts at byte `offset` of the file `path`; prefix names with `folder`."""
+    if depth > _MAX_TAR_DEPTH:
+        raise tarfile.ReadError(f"{folder} is the {depth}th tar file within another; unpack some of them")
+    end = 0
     for entry in tar:
+        if entry.size < 0 or entry.offset < end:  # damaged headers make tarfile go back, without end
+            raise tarfile.ReadError(f"the entry {entry.name!r} has an impossible size")
+        end = entry.offset_data
         name = PurePosixPath(folder, entry.name)
-        if not entry.isreg() or entry.issparse():
+        if not entry.isreg() or entry.issparse() or name.suffix.lower() not in (".tar", *IMAGE_SUFFIXES):
             continue
+        if entry.name.startswith("/") or ".." in name.parts:
+            raise tarfile.ReadError(f"the entry {entry.name!r} is outside its folder; use relative names without ..")
         if name.suffix.lower() == ".tar":
             with tarfile.open(fileobj=tar.extractfile(entry), mode="r:") as inner:
-                yield from _list_members(inner, path, str(name.with_suffix("")), offset + entry.offset_data)
-        elif name.suffix.lower() in IMAGE_SUFFIXES:
+                prefix = str(name.with_suffix(""))
+                yield from _list_members(inner, path, prefix, offset + entry.offset_data, depth + 1)
+        else:
             yield _Member(path, offset + entry.offset_data, entry.size, str(name), name.parent.name)
     # tarfile accepts a file that is truncated between two entries or within a header.
     tar.fileobj.seek(tar.offset)
@@ -179,19 +205,19 @@ class HubReader:
         columns: tuple[str, str] = ("image", "label"),
     ):
         self.source = f"{name}[{split}]"
-        self._input_key, target_key = columns
+        self._input_key, self._target_key = columns
         try:
             self._reader = create_reader(
-                f"hfds/{name}", root=cache, split=split, input_key=self._input_key, target_key=target_key
+                f"hfds/{name}", root=cache, split=split, input_key=self._input_key, target_key=self._target_key
             )
-            labels = self._reader.dataset.unique(target_key)
+            labels = self._reader.dataset.unique(self._target_key)
         except ImportError as error:
             raise ValueError("--dataset hfds/... requires the package datasets; run pip install datasets.") from error
         except Exception as error:  # datasets raises errors of several other libraries
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"--dataset hfds/{name}, split {split}, cannot be loaded with --input-key {self._input_key} and "
-                f"--target-key {target_key}: {reason}"
+                f"--target-key {self._target_key}: {reason}"
             ) from error
         names = list(self._reader.class_to_idx)
         if not (classes or names):
@@ -204,23 +230,148 @@ class HubReader:
             **{label: numbers.get(name) for label, name in enumerate(names or self.classes)},
         }
         for label in labels:
-            if known.get(label) is None:
+            if not isinstance(label, (int, str)) or known.get(label) is None:
                 raise _unknown_class(self.source, names[label] if label in range(len(names)) else label)
         self._numbers: dict[Any, int] = {label: known[label] for label in labels}
+        rows = self._reader.dataset.data.column(self._target_key).to_pylist()
+        self.digest = digest([], (self._numbers[label] for label in rows))
 
     def __len__(self) -> int:
         return len(self._reader)
 
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        try:
-            file, label = self._reader[index]
-        except (AssertionError, TypeError) as error:
-            raise ValueError(f"{self.source} has no image in row {index}.") from error
-        return file, self._numbers[label]
+    def __getitem__(self, index: int) -> tuple[BinaryIO | str, int]:
+        row = self._reader.dataset[index]
+        image = row[self._input_key] or {}
+        file = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
+        if not file:
+            raise ValueError(f"{self.source} has no image in row {index}.")
+        return file, self._numbers[row[self._target_key]]
 
     def filename(self, index: int) -> str:
         image = self._reader.dataset[index][self._input_key] or {}
         return str(image.get("path") or f"{self.source} image {index}")
+
+
+class Shards(NamedTuple):
+    """The webdataset shards of a split: their paths or URLs, and what is known about them.
+
+    `label_key` is the key of the label in the .json file of an image; "" for labels in .cls files.
+    """
+
+    urls: list[str]
+    num_samples: int
+    label_key: str
+    digest: str
+
+
+def read_shards(root: str, split: str, schemes: Collection[str] = ()) -> Shards:
+    """Return the shards of a split.
+
+    webdataset opens URLs, among them `pipe:COMMAND`. Therefore shards are files in DATA, unless the user has allowed
+    their schemes.
+
+    Args:
+        root: the argument DATA: the folder of the shards and _info.json, or its URL.
+        split: a split of _info.json, or shard names and a number of images: `train-{0000..0127}.tar|1281167`.
+        schemes: schemes of URLs that are allowed.
+
+    Raises:
+        FileNotFoundError: if _info.json or a shard does not exist.
+        ValueError: naming what is wrong in _info.json or the split.
+    """
+    _check_scheme("DATA", root, schemes)
+    source = os.path.join(root, "_info.json")
+    if "{" in split or ".tar" in split:
+        pattern, _, count = split.partition("|")
+        names: Any = _expand_braces(pattern)
+        where, num_samples, label_key = f"split {split!r:.200}", int(count) if count.isdecimal() else None, ""
+        if num_samples is None:
+            raise ValueError(f"{where} has no number of images; append it as in train-{{0000..0127}}.tar|1281167.")
+    else:
+        info = _read_info(root, source)
+        splits = info.get("splits") if isinstance(info, dict) else None
+        found = splits.get(split) if isinstance(splits, dict) else None
+        if not isinstance(found, dict):
+            known = f"its splits are {', '.join(map(repr, splits))}" if isinstance(splits, dict) else "it has no splits"
+            raise ValueError(f"{source} does not describe the split {split!r:.200}; {known:.500}.")
+        where, label_key = f"{source}, split {split!r},", found.get("alt_label") or ""
+        names, num_samples = found.get("filenames"), found.get("num_samples")
+        if not isinstance(label_key, str):
+            raise ValueError(f"{where} has alt_label = {label_key!r:.100}; it must be a key of the .json files.")
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{where} has filenames = {names!r:.100}; it must be a list of shard names.")
+    urls = [_shard_url(root, name, where, schemes) for name in names]
+    repeated = next((url for url, count in Counter(urls).items() if count > 1), None)
+    if repeated is not None:
+        raise ValueError(f"{where} lists {repeated} more than once; remove the repetitions.")
+    sizes = [os.path.getsize(url) if not scheme_of(url) else -1 for url in urls]
+    limit = max(_MAX_REMOTE_SAMPLES if -1 in sizes else 0, sum(sizes))  # an image takes more than a byte
+    if type(num_samples) is not int or not 0 < num_samples <= limit:
+        raise ValueError(f"{where} has num_samples = {num_samples!r:.100}; it must be the number of images.")
+    return Shards(urls, num_samples, label_key, digest(names, [*sizes, num_samples]))
+
+
+def _read_info(root: str, source: str) -> Any:
+    remedy = "describe the shards in it, or pass their names as --train-split and --val-split"
+    if not scheme_of(root):
+        return read_json(Path(source), remedy, limit=_MAX_INFO_BYTES)
+    import webdataset
+
+    try:
+        with webdataset.gopen.gopen(source) as file:
+            return json.loads(file.read(_MAX_INFO_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source} cannot be read ({error}); {remedy}.") from error
+
+
+def _shard_url(root: str, name: Any, where: str, schemes: Collection[str]) -> str:
+    """Return the absolute path of a shard, or its URL.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is not a file in `root`, and not a URL of an allowed scheme.
+    """
+    if isinstance(name, str) and scheme_of(name):
+        _check_scheme(f"{where} names", name, schemes)
+        return name
+    if not is_relative_name(name):
+        raise ValueError(f"{where} names {name!r:.200}; a shard must be a file in {root or '.'} or below it.")
+    if scheme_of(root):
+        return os.path.join(root, name)
+    path = os.path.abspath(os.path.join(root, name))
+    require_file(Path(path), f"check {where.rstrip(',')}")
+    return path
+
+
+def _check_scheme(where: str, url: str, schemes: Collection[str]) -> None:
+    scheme = scheme_of(url)
+    if scheme and scheme not in schemes:
+        raise ValueError(
+            f"{where} {url!r:.200}, which is not a file; pass --allow-remote-shards {scheme} if you trust it."
+        )
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """Expand ranges {0000..0127}, lists {a,b} and :: between patterns.
+
+    Raises:
+        ValueError: if that makes too many names.
+    """
+    names: list[str] = []
+    for part in pattern.split("::"):
+        pieces = []
+        for piece in re.split(r"(\{[^{}]*\})", part):
+            numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece)
+            if numbers:
+                width = len(numbers[1]) if numbers[1].startswith("0") else 0
+                span = range(int(numbers[1]), int(numbers[2]) + 1)
+                pieces.append([f"{number:0{width}}" for number in span[: _MAX_SHARDS + 1]])
+            else:
+                pieces.append(piece[1:-1].split(",") if piece.startswith("{") and "," in piece else [piece])
+        if len(names) + math.prod(map(len, pieces)) > _MAX_SHARDS:
+            raise ValueError(f"split {pattern!r:.200} names more than {_MAX_SHARDS} shards; check the braces.")
+        names += map("".join, itertools.product(*pieces))
+    return names
 
 
 def open_reader(
@@ -262,11 +413,10 @@ def read_class_map(path: str | None) -> list[str] | None:
     """
     if path is None:
         return None
-    require_file(Path(path), "use a text file with one class name per line", "--class-map")
+    lines = [line.strip() for line in read_text(Path(path), _CLASS_MAP_REMEDY, "--class-map").splitlines()]
     if Path(path).suffix != ".txt":
         raise ValueError(f"--class-map {path} must be a .txt file with one class name per line.")
-    lines = [line.strip() for line in Path(path).read_text().splitlines()]
-    if len(load_class_map(path)) != len(lines) or not all(lines):
+    if not lines or len(set(lines)) != len(lines) or not all(lines):
         raise ValueError(f"--class-map {path} must have one class name per line, without repetitions or empty lines.")
     return lines
 
@@ -301,14 +451,33 @@ def _subfolders(root: Path) -> list[str]:
     return [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
 
 
-def _images_below(folder: Path) -> list[str]:
-    """Return the sorted paths of the images in a folder and its subfolders.
+def _images_below(folder: Path) -> list[tuple[str, int]]:
+    """Return the paths and sizes of the images in a folder and its subfolders, sorted by path.
 
-    They are strings, because Path objects take four times as long for 1.3 million images.
+    Paths are strings, because Path objects take four times as long for 1.3 million images.
     """
-    return sorted(
-        os.path.join(place, file)
-        for place, _, files in os.walk(folder)
-        for file in files
-        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
-    )
+    found: list[tuple[str, int]] = []
+    pending = [str(folder)]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and not entry.is_dir():
+                    found.append((entry.path, _size(entry)))
+    return sorted(found)
+
+
+def _size(entry: os.DirEntry) -> int:
+    """Return the size of a file, or -1 for a broken link, which is reported when the image is read."""
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return -1
+
+
+def digest(names: Iterable[str], sizes: Iterable[int]) -> str:
+    """Return a hash of file names and sizes, by which a resumed run notices that its images have changed."""
+    found = hashlib.sha256(b"\0".join(map(os.fsencode, names)))
+    found.update(np.fromiter(sizes, "<i8").tobytes())
+    return found.hexdigest()[:16]

@@ -17,26 +17,80 @@ def preprocessing(args: argparse.Namespace, model: nn.Module, record: dict[str, 
     """Return the preprocessing of evaluation: from the options, else from the record, else from the model.
 
     Args:
-        args: options; img_size, crop_pct, interpolation, mean and std are used if present and not None.
+        args: options; those of `add_input_options`, model_kwargs, crop_pct, interpolation, mean and std are used if
+            present and not None.
         model: the model.
         record: record of a checkpoint.
 
     Returns:
-        input_size ([channels, height, width] in pixels), crop_pct, interpolation, mean and std.
+        input_size ([channels, height, width] in pixels), crop_pct, interpolation, mean and std. Gray images have the
+        average mean and std of the three colors.
+
+    Raises:
+        ValueError: if the model of the record takes another number of channels.
     """
-    given = {name: getattr(args, name, None) for name in ("img_size", "crop_pct", "interpolation", "mean", "std")}
-    given = {key: value for key, value in given.items() if value is not None}
+    names = ("img_size", "input_size", "crop_pct", "interpolation", "mean", "std")
+    given = {key: value for key in names if (value := getattr(args, key, None)) is not None}
     recorded = (record or {}).get("preprocessing", {})
-    if "img_size" in given:
+    channels = requested_channels(args) or recorded.get("input_size", [3])[0]
+    if "input_size" in recorded and channels != recorded["input_size"][0]:
+        raise ValueError(f"--in-chans {channels} does not fit the model, which takes {recorded['input_size'][0]}.")
+    if given.keys() & {"img_size", "input_size"}:
         recorded = {key: value for key, value in recorded.items() if key != "input_size"}
-    config = resolve_data_config({**recorded, **given}, model=model)
-    kept = ("input_size", "crop_pct", "interpolation", "mean", "std")
-    return {name: list(value) if isinstance(value := config[name], tuple) else value for name in kept}
+    config = {**recorded, **given, "in_chans": channels}
+    colors = {key: config.pop(key) for key in ("mean", "std") if key in config}
+    config = {**resolve_data_config(config, model=model), **colors}
+    config["input_size"] = [channels, *config["input_size"][1:]]
+    for key in ("mean", "std"):
+        config[key] = (
+            list(config[key]) if len(config[key]) == channels else [sum(config[key]) / len(config[key])] * channels
+        )
+    return {name: config[name] for name in ("input_size", "crop_pct", "interpolation", "mean", "std")}
+
+
+def requested_channels(args: argparse.Namespace) -> int | None:
+    """Return the number of image channels that --in-chans, --input-size or --model-kwargs in_chans=N requests.
+
+    Raises:
+        ValueError: if two of them disagree, or --img-size and --input-size do.
+    """
+    size, side = getattr(args, "input_size", None), getattr(args, "img_size", None)
+    if size and side and size[1:] != [side, side]:
+        raise ValueError(f"--img-size {side} and --input-size {size[1]} {size[2]} disagree; remove one of them.")
+    requested = {
+        "--in-chans": getattr(args, "in_chans", None),
+        "--input-size": size and size[0],
+        "--model-kwargs in_chans": (getattr(args, "model_kwargs", None) or {}).get("in_chans"),
+    }
+    found = {option: channels for option, channels in requested.items() if channels is not None}
+    if not all(isinstance(channels, int) for channels in found.values()):
+        raise ValueError(f"--model-kwargs in_chans={found['--model-kwargs in_chans']!r:.50} is not an integer.")
+    if len(set(found.values())) > 1:
+        raise ValueError(f"{' and '.join(found)} disagree about the number of channels; remove one of them.")
+    return next(iter(found.values()), None)
 
 
 def evaluation_transform(config: dict[str, Any]) -> Transform:
-    """Create the transform of evaluation from what `preprocessing` returned."""
-    return create_transform(is_training=False, **config)
+    """Create the transform of evaluation from what `preprocessing` returned.
+
+    Raises:
+        ValueError: if the model takes neither gray nor color images.
+    """
+    return _from_color(create_transform(is_training=False, **config), config)
+
+
+def _from_color(transform: Any, config: dict[str, Any]) -> Transform:
+    """Return a transform of color images that makes them gray first if the model takes one channel."""
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise ValueError(f"--in-chans {channels} does not fit images, which have 3 channels, or 1 if gray.")
+    if channels == 1:
+        transform.transforms.insert(0, _to_gray)
+    return transform
+
+
+def _to_gray(image: Image.Image) -> Image.Image:
+    return image.convert("L")
 
 
 def training_transform(args: argparse.Namespace, config: dict[str, Any]) -> Transform:
@@ -47,10 +101,10 @@ def training_transform(args: argparse.Namespace, config: dict[str, Any]) -> Tran
         config: what `preprocessing` returned.
 
     Raises:
-        ValueError: if timm does not know --aa.
+        ValueError: if timm does not know --aa, or the model takes neither gray nor color images.
     """
     try:
-        return create_transform(
+        transform = create_transform(
             config["input_size"],
             is_training=True,
             scale=args.scale,
@@ -66,6 +120,7 @@ def training_transform(args: argparse.Namespace, config: dict[str, Any]) -> Tran
             re_mode=args.remode,
             re_count=args.recount,
         )
+        return _from_color(transform, config)
     except AssertionError as error:
         raise ValueError(f"--aa {args.aa} is unknown to timm; use for example rand-m9-mstd0.5-inc1.") from error
 
