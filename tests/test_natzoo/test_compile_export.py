@@ -131,9 +131,12 @@ def test_onnx(name, kwargs, size, tmp_path):
         assert_near(torch.from_numpy(logits), model(x))
 
 
-# The exporter of torch.export writes at least opset 18.
+_SLOW = pytest.mark.slow
+
+
+# The exporter of torch.export writes at least opset 18; exporting for any size takes 15 to 60 s.
 @pytest.mark.parametrize("opset", [17, 20])
-@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "torch.export"])
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=_SLOW)], ids=["TorchScript", "torch.export"])
 @pytest.mark.parametrize("name", SMALL)
 def test_onnx_exporters(name, dynamo, opset, tmp_path):
     """Both exporters of PyTorch, with any batch size; torch.export also with any image size.
