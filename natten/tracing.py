@@ -19,8 +19,12 @@ R = TypeVar("R")
 
 
 def is_recorded() -> bool:
-    """Return whether torch.jit.trace records a module. fvcore records too, but counts autograd functions instead."""
-    return torch.jit._trace._trace_module_map is not None and torch.jit.is_tracing()
+    """Return whether torch.jit.trace records a module.
+
+    fvcore records too, but counts autograd functions instead; ONNX export does, but does not know natten's operators.
+    """
+    is_module_trace = torch.jit._trace._trace_module_map is not None and torch.jit.is_tracing()
+    return is_module_trace and not torch.onnx.is_in_onnx_export()
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:

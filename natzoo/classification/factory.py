@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -19,6 +20,7 @@ from torch import nn
 import natzoo  # noqa: F401  registers the models
 from natzoo.checkpoints import DownloadError, load_weights, locate, read_checkpoint, weights_of
 from natzoo.checkpoints.record import RECORD
+from natzoo.checkpoints.sources import local_files_if_offline
 from natzoo.classification.data.datasets import MODEL_SEED, seed_all
 from natzoo.classification.data.transforms import preprocessing, requested_channels
 from natzoo.classification.distributed import World
@@ -42,7 +44,8 @@ def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
         closest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
         raise ValueError(f"--model {name} is unknown; did you mean {closest[0]}?")
     try:
-        return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
+        with local_files_if_offline() if name.startswith(_SOURCES[:2]) else nullcontext():
+            return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
     except DownloadError:
         raise
     except OSError as error:

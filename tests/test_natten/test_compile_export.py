@@ -267,3 +267,15 @@ class OnnxTest(unittest.TestCase):
         module, x = layer(2).eval(), random(5, 9, 10, 8)
         batch = {0: torch.export.Dim("batch", min=1, max=64)}
         assert_near([self.run_onnx(module, x[:2], x, dynamic_shapes=(batch,))], [module(x).detach()])
+
+    def test_torchscript_exporter(self):
+        """With any batch size; 9 is not a multiple of the dilation."""
+        module, x = layer(2).eval(), random(5, 9, 10, 8)
+        for opset in (17, 20):
+            with self.subTest(opset=opset), tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "layer.onnx"
+                options = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}, "opset_version": opset}
+                torch.onnx.export(module, (x[:2],), path, dynamo=False, **options)
+                session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+                (out,) = session.run(None, {"x": x.numpy()})
+                assert_near([torch.from_numpy(out)], [module(x).detach()])

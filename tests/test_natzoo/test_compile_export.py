@@ -131,18 +131,26 @@ def test_onnx(name, kwargs, size, tmp_path):
         assert_near(torch.from_numpy(logits), model(x))
 
 
-# The exporter of torch.export writes at least opset 18.
+_SLOW = pytest.mark.slow
+
+
+# The exporter of torch.export writes at least opset 18; exporting for any size takes 15 to 60 s.
 @pytest.mark.parametrize("opset", [17, 20])
-@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "torch.export"])
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=_SLOW)], ids=["TorchScript", "torch.export"])
 @pytest.mark.parametrize("name", SMALL)
 def test_onnx_exporters(name, dynamo, opset, tmp_path):
-    """Both exporters of PyTorch, with any batch size; timm's export script calls either."""
+    """Both exporters of PyTorch, with any batch size; torch.export also with any image size.
+
+    timm's export script calls either.
+    """
     model, path = small(name).requires_grad_(False), tmp_path / "model.onnx"
-    shapes = {"dynamic_shapes": BATCH} if dynamo else {"dynamic_axes": {"images": {0: "batch"}}}
+    shapes = {"dynamic_axes": {"images": {0: "batch"}}}
+    if dynamo:
+        shapes = {"dynamic_shapes": ({**BATCH[0], **SIDES},)}
     options = {"input_names": ["images"], "opset_version": opset, "dynamo": dynamo, "verbose": False}
     torch.onnx.export(model, (random_images(2, 48),), path, **options, **shapes)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for batch in (2, 3, 1):
-        x = random_images(batch, 48)
+    for batch, size in ((2, 48), (3, 48), (1, 80 if dynamo else 48)):
+        x = random_images(batch, size)
         (logits,) = session.run(None, {"images": x.numpy()})
         assert_near(torch.from_numpy(logits), model(x))

@@ -312,6 +312,12 @@ def test_misspelled_names_without_a_network(offline, what):
         locate(what)
 
 
+def test_hub_models_of_timm_without_a_network(offline):
+    factory = pytest.importorskip("natzoo.classification.factory")
+    with pytest.raises(ValueError, match=r"^--model hf-hub:timm/resnet18\.a1_in1k"):
+        factory.create_model("hf-hub:timm/resnet18.a1_in1k", {"pretrained": True})
+
+
 def test_transformers_without_a_network(offline):
     hf = pytest.importorskip("natzoo.hf")
     with pytest.raises(OSError, match="connect"):
