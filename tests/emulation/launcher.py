@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import inspect
 import os
 import subprocess
 import tempfile
@@ -108,6 +109,6 @@ def emulated_gpu(
         mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability, shared_bytes, processors)),
         mock.patch.object(driver, "launch", emulator.launch),
         mock.patch.object(driver, "prepare", lambda kernels, device: None),
-        mock.patch.object(cuda, "_plan", cuda._plan.__wrapped__),
+        mock.patch.object(cuda, "_plan", inspect.unwrap(cuda._plan)),
     ):
         yield emulator

@@ -7,6 +7,7 @@ times for a single problem. The reference has no TF32 on a CPU; there the limit 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import subprocess
 import sys
@@ -425,7 +426,7 @@ class PlanTest(unittest.TestCase):
         rpb = torch.empty(shape[-2], *(2 * axis.kernel_size - 1 for axis in axes), device="meta")
         names = {"QUERY": query, "KEY": query, "VALUE": query}
         with mock.patch.object(cuda, "_properties", lambda device: gpu_properties(HOPPER)):
-            return cuda._plan.__wrapped__(op, query, axes, 1.0, rpb, False, False, tuple(names), *names.values())
+            return inspect.unwrap(cuda._plan)(op, query, axes, 1.0, rpb, False, False, tuple(names), *names.values())
 
     def test_strides_beyond_32_bits(self):
         shape = (40000, 56, 56, 4, 32)

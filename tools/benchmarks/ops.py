@@ -298,7 +298,7 @@ def _make_unfused(problem: rivals.Problem, backend: str) -> rivals.Implementatio
     if problem.part == "qk" and problem.rpb is not None:
         options["rpb"] = problem.rpb.clone().requires_grad_()
     return rivals.Implementation(
-        forward=lambda: function(*tensors, kernel_size, dilation, is_causal, **options, backend=backend),
+        forward=lambda: function(*tensors, kernel_size, dilation, is_causal=is_causal, **options, backend=backend),
         inputs=[*tensors, *options.values()],
         grad_out=problem.grad.movedim(-2, 1).contiguous(),
     )
