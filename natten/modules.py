@@ -24,7 +24,7 @@ from natten.checks import (
     merge_first_axis,
 )
 from natten.geometry import padding
-from natten.tracing import is_unknown, record_call, resize
+from natten.tracing import is_unknown, record_call, refuse_script, resize
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -201,7 +201,7 @@ class NeighborhoodAttentionNd(nn.Module):
         return x_BXHd
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise ValueError(f"{type(self).__name__} does not support torch.jit.script; use torch.jit.trace.")
+        refuse_script(self)
 
     def extra_repr(self) -> str:
         shown = {

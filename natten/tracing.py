@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -71,3 +71,8 @@ def record_call(layer: nn.Module, x: fx.Proxy) -> Any:
     """Return the output of a layer for torch.fx, which records the layer as one node, like the layers of torch.nn."""
     tracer: Any = x.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """Raise ValueError; called by the method `__prepare_scriptable__`, which torch.jit.script calls first."""
+    raise ValueError(f"{type(module).__name__} does not support torch.jit.script; use torch.jit.trace.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from math import prod
 
@@ -47,16 +47,34 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def check_layout(name: str, x: Tensor, shaped: Tensor, axes: Sequence[Axis]) -> None:
+def check_layout(
+    name: str,
+    x: Tensor,
+    shaped: Tensor,
+    axes: Sequence[Axis],
+    kv_heads: int | None = None,
+    value_dim: int | None = None,
+) -> None:
     """Check a heads-last tensor of a problem whose query (or value) is `shaped`.
 
     The public functions check their arguments; this protects kernels from operators that are called directly.
 
+    Args:
+        name: as in `TENSORS`.
+        kv_heads: heads of key and value; as many as the query has if None.
+        value_dim: head_dim of value and output; that of the query if None.
+
     Raises:
         ValueError: if the dtype, shape or device does not match.
     """
-    items = {"ATTN": (_window_size(axes),), "GRAD_ATTN": (_window_size(axes),)}
-    expected = shaped.shape[:-1] if name in _FLOAT32 else (*shaped.shape[:-1], *items.get(name, (shaped.shape[-1],)))
+    base = name.removeprefix("GRAD_")
+    heads, dim = shaped.shape[-2:]
+    if kv_heads is not None and base in ("KEY", "VALUE"):
+        heads = kv_heads
+    if value_dim is not None and base in ("VALUE", "OUT"):
+        dim = value_dim
+    items = (_window_size(axes),) if base == "ATTN" else () if name in _FLOAT32 else (dim,)
+    expected = (*shaped.shape[:-2], heads, *items)
     dtype = torch.float32 if name in _FLOAT32 else shaped.dtype
     if (x.dtype, x.shape, x.device) != (dtype, expected, shaped.device):
         raise ValueError(
@@ -79,8 +97,8 @@ def _check_head_dim(dim: int, **tensors: Tensor) -> None:
 class KernelBackend:
     """The functions of `natten.backends.Backend` on top of compiled kernels.
 
-    The kernels take query, key and value of one shape, with a multiple of 8 as head_dim. Other tensors are padded with
-    zeros, which change neither logits nor output, and heads are repeated.
+    Some kernels take only query, key and value of one shape, with a multiple of 8 as head_dim. For those, tensors are
+    padded with zeros, which change neither logits nor output, and heads are repeated.
 
     Args:
         launch: ``launch(op, axes, scale, rpb, **tensors) -> grad_rpb`` runs the kernels of one op, which is the name of
@@ -88,14 +106,20 @@ class KernelBackend:
             or None if the op has none.
         with_usable_rows: returns a tensor, or a copy of it, whose rows of head_dim values the kernels can read.
         max_dim: largest head_dim of the kernels. The reference computes attention to values with a larger one.
+        takes_any_shape: whether the kernels take any head_dims, and fewer heads of key and value.
     """
 
     def __init__(
-        self, launch: Callable[..., Tensor | None], with_usable_rows: Callable[[Tensor], Tensor], max_dim: int
+        self,
+        launch: Callable[..., Tensor | None],
+        with_usable_rows: Callable[[Tensor], Tensor],
+        max_dim: int,
+        takes_any_shape: bool,
     ):
         self._launch = launch
-        self._rows = with_usable_rows
+        self._with_usable_rows = with_usable_rows
         self._max_dim = max_dim
+        self._takes_any_shape = takes_any_shape
 
     # Fused attention, heads-last
 
@@ -107,8 +131,8 @@ class KernelBackend:
         _check_head_dim(query.shape[-1], key=key)
         if value_dim > self._max_dim:
             return reference.attention(query, key, value, rpb, axes, scale)
-        query, key, value = map(self._rows, uniform(query, key, value))
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        query, key, value = self._prepare(query, key, value)
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
         self._launch("attention", axes, scale, rpb, QUERY=query, KEY=key, VALUE=value, OUT=out, LSE=lse)
         return _narrow(out, value_dim).contiguous(), lse
@@ -131,10 +155,10 @@ class KernelBackend:
         _check_head_dim(value.shape[-1], out=out, grad_out=grad_out)
         if value.shape[-1] > self._max_dim:
             return reference.attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale)
-        q, k, v = map(self._rows, uniform(query, key, value))
-        out, grad_out = (self._rows(pad_head_dim(x, q.shape[-1])) for x in (out, grad_out))
-        grads = q.new_empty((*q.shape[:-2], 3, *q.shape[-2:]))
-        grad_q, grad_k, grad_v = grads.unbind(-3)
+        q, k, v = self._prepare(query, key, value)
+        out, grad_out = (self._with_usable_rows(pad_head_dim(x, v.shape[-1])) for x in (out, grad_out))
+        grads = q.new_empty(shape_of_grads(q, k, v))
+        grad_q, grad_k, grad_v = split_grads(grads, q, k, v)
         optional = {} if grad_lse is None else {"GRAD_LSE": grad_lse}
         grad_rpb = self._launch(
             "attention_backward",
@@ -152,19 +176,28 @@ class KernelBackend:
             GRAD_VALUE=grad_v,
             **optional,
         )
-        if q.shape == query.shape == key.shape == value.shape:
+        if (q.shape, k.shape, v.shape) == (query.shape, key.shape, value.shape):
             return grads, grad_rpb
         grad_qkv = query.new_empty(shape_of_grads(query, key, value))
         for view, grad in zip(split_grads(grad_qkv, query, key, value), (grad_q, grad_k, grad_v), strict=True):
             sum_heads(_narrow(grad, view.shape[-1]), view)
         return grad_qkv, grad_rpb
 
+    def _prepare(self, query: Tensor, key: Tensor, value: Tensor) -> Iterable[Tensor]:
+        """Return the tensors as the kernels take them."""
+        if not self._takes_any_shape:
+            query, key, value = uniform(query, key, value)
+        return map(self._with_usable_rows, (query, key, value))
+
+    def _prepare_one(self, x: Tensor) -> Tensor:
+        return self._with_usable_rows(x if self._takes_any_shape else pad_head_dim(x, _supported_dim(x.shape[-1])))
+
     # Unfused attention, heads-first
 
     def query_key(self, query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
         """Return the unscaled logits [B, H, X, W]; -inf in slots of a causal window before the map."""
         _check_head_dim(query.shape[-1], key=key)
-        query, key = (self._rows(_with_supported_dim(x)) for x in (query, key))
+        query, key = (self._prepare_one(x) for x in (query, key))
         attn = query.new_empty((*query.shape[:-1], _window_size(axes)))
         self._launch("query_key", axes, 1.0, rpb, **_heads_last(QUERY=query, KEY=key, ATTN=attn))
         return attn
@@ -175,7 +208,7 @@ class KernelBackend:
         """Return the gradients of query, key and rpb."""
         dim = query.shape[-1]
         _check_head_dim(dim, key=key)
-        query, key = (self._rows(_with_supported_dim(x)) for x in (query, key))
+        query, key = (self._prepare_one(x) for x in (query, key))
         grad_attn = with_contiguous_rows(grad_attn)
         grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
         tensors = _heads_last(QUERY=query, KEY=key, GRAD_ATTN=grad_attn, GRAD_QUERY=grad_query, GRAD_KEY=grad_key)
@@ -184,7 +217,7 @@ class KernelBackend:
 
     def weight_value(self, attn: Tensor, value: Tensor, axes: Sequence[Axis]) -> Tensor:
         """Return the sums [B, H, X, d] of values weighted by attn [B, H, X, W]."""
-        dim, attn, value = value.shape[-1], with_contiguous_rows(attn), self._rows(_with_supported_dim(value))
+        dim, attn, value = value.shape[-1], with_contiguous_rows(attn), self._prepare_one(value)
         out = value.new_empty(value.shape)
         self._launch("weight_value", axes, 1.0, None, **_heads_last(VALUE=value, ATTN=attn, OUT=out))
         return _narrow(out, dim)
@@ -195,7 +228,7 @@ class KernelBackend:
         """Return the gradients of attn and value."""
         dim, attn = value.shape[-1], with_contiguous_rows(attn)
         _check_head_dim(dim, grad_out=grad_out)
-        value, grad_out = (self._rows(_with_supported_dim(x)) for x in (value, grad_out))
+        value, grad_out = (self._prepare_one(x) for x in (value, grad_out))
         grad_attn, grad_value = attn.new_empty(attn.shape), value.new_empty(value.shape)
         tensors = _heads_last(VALUE=value, ATTN=attn, GRAD_OUT=grad_out, GRAD_ATTN=grad_attn, GRAD_VALUE=grad_value)
         self._launch("weight_value_backward", axes, 1.0, None, **tensors)
@@ -209,10 +242,6 @@ def uniform(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, 
     heads, dim = query.shape[-2], _supported_dim(max(query.shape[-1], value.shape[-1]))
     query, key, value = (pad_head_dim(repeat_heads(x, heads), dim) for x in (query, key, value))
     return query, key, value
-
-
-def _with_supported_dim(x: Tensor) -> Tensor:
-    return pad_head_dim(x, _supported_dim(x.shape[-1]))
 
 
 def _narrow(x: Tensor, dim: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from natten import NeighborhoodAttention2D
+from natten.tracing import refuse_script
 from natzoo.checkpoints import load_weights, read_weights
 
 log = logging.getLogger("natzoo")
@@ -45,8 +46,8 @@ class PatchEmbed(nn.Module):
 class LeanMlp(Mlp):
     """timm's Mlp with less activation memory: fc2 does not store the output of GELU, but recomputes it for backward.
 
-    A training step needs a fifth less memory. All layers are called as in Mlp; what is recomputed is decided when fc2,
-    whatever it is, stores its input.
+    A training step of NAT-Mini needs 15% less memory and 2% more time. All layers are called as in Mlp: what is
+    recomputed is decided when fc2, whatever it is, stores its input.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -239,8 +240,8 @@ class Classifier(nn.Module):
         self.head.train(self.training)
         self.head_drop.train(self.training)
 
-    def __prepare_scriptable__(self):
-        raise ValueError(f"{type(self).__name__} does not support torch.jit.script; use torch.jit.trace.")
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
         """Compute the final, normalized feature map [B, H, W, num_features]."""

@@ -12,7 +12,7 @@ Shape suffixes: B batch, C channels, H height, W width, h heads, d channels per 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 import natten
 from natten.geometry import padding
-from natten.tracing import is_unknown, no_size_guards, record_call
+from natten.tracing import is_unknown, no_size_guards, record_call, refuse_script
 from natzoo.checkpoints.adapt import resize_rpb
 from natzoo.models._builder import build, make_default_cfgs
 from natzoo.models._layers import (
@@ -132,6 +132,9 @@ class BiasedAttention(nn.Module):
             x_BHWhd = cast(Tensor, natten.na2d_qkvpacked(qkv_BHW3hd, (height, width), rpb=self.bias(height, width)))
         x_BHWC = self.proj_drop(self.proj(x_BHWhd.flatten(-2)))
         return (x_BHWC, weights_BhHWW) if return_weights else x_BHWC
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def _attend_to_any_size(self, qkv_BHW3hd: Tensor) -> Tensor:
         """Attend in a traced or exported program, where the window, which is the map, is not known in advance."""

@@ -24,6 +24,8 @@ from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop
 from mmengine.runner.checkpoint import get_torchvision_models
 
 from natzoo.checkpoints import fit_detector, locate, read_checkpoint, weights_of, write_atomically
+from natzoo.checkpoints.read import is_dense
+from natzoo.schema import Rule, check_values, integer, mapping, optional, sequence, shown
 
 _LOADABLE_PREFIXES = ("", "http://", "https://", "torchvision://", "modelzoo://")
 # Services that no longer exist, or whose files mmengine would unpickle.
@@ -35,7 +37,15 @@ _REJECTED_PREFIXES = (
     r"(\S+\:)?s3://",
     r"(\S+\:)?petrel://",
 )
-_RUN_KEYS = {"meta", "message_hub", "optimizer"}  # in addition to the weights, what resuming a run needs
+# In addition to the weights, what resuming a run needs.
+_RUN_RULES = {"meta": mapping(), "message_hub": mapping(), "optimizer": mapping()}
+_META_RULES = {"epoch": integer(0, 10**9), "iter": integer(0, 10**12), "seed": optional(integer(0, 2**32 - 1))}
+_HUB_RULES = {"log_scalars": mapping(), "runtime_info": mapping(), "resumed_keys": mapping()}
+_IS_GROUP = Rule("a group of parameters", lambda value: isinstance(value, dict) and "params" in value)
+_OPTIMIZER_RULES = {
+    "state": Rule("a dictionary of dictionaries", lambda value: isinstance(value, dict) and _are_dicts(value)),
+    "param_groups": sequence(_IS_GROUP, 1),
+}
 _PATH_KEY = "file"  # passes the path from load_checkpoint to PlainCheckpointHook
 
 
@@ -63,11 +73,20 @@ def load_checkpoint(name: str, map_location: Any = None, **kwargs: Any) -> dict[
         name = get_torchvision_models()[model]
     path = locate(name)
     checkpoint = read_checkpoint(path)
+    _drop_configs(checkpoint)
     if "state_dict" not in checkpoint:
         checkpoint = {"state_dict": weights_of(checkpoint, path)}
     checkpoint.setdefault("meta", {})  # mmseg requires it
     checkpoint[_PATH_KEY] = str(path)
     return checkpoint
+
+
+def _drop_configs(checkpoint: dict[str, Any]) -> None:
+    """Remove the configs that a checkpoint contains as text: mmengine would execute them, and they may be anyone's."""
+    hub = checkpoint.get("message_hub")
+    for part in (checkpoint.get("meta"), hub.get("runtime_info") if isinstance(hub, dict) else None):
+        for key in ("config", "cfg") if isinstance(part, dict) else ():
+            part.pop(key, None)
 
 
 def _reject(name: str, **kwargs: Any) -> None:
@@ -175,16 +194,39 @@ class PlainCheckpointHook(Hook):
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         path = checkpoint.pop(_PATH_KEY, "the checkpoint")
-        if runner.cfg.get("resume") and not (checkpoint.keys() >= _RUN_KEYS and "iter" in checkpoint["meta"]):
-            raise ValueError(f"{path} contains only weights and cannot be resumed; use --load-from to start a new run.")
+        if not mapping().holds(checkpoint["state_dict"]):
+            raise ValueError(f"{path} has no weights in its state_dict, but {shown(checkpoint['state_dict'])}.")
+        if runner.cfg.get("resume"):
+            _check_state(checkpoint, path)
+        else:
+            checkpoint.pop("message_hub", None)
         checkpoint["state_dict"], notes = fit_detector(checkpoint["state_dict"], model, path, self.new_classes)
         for note in notes:
             print_log(f"{path}: {note}", logger="current", level=logging.INFO)
         if "message_hub" in checkpoint:
             scalars = checkpoint["message_hub"]["log_scalars"]
             checkpoint["message_hub"]["log_scalars"] = OrderedDict(
-                (name, _to_buffer(value) if isinstance(value, dict) else value) for name, value in scalars.items()
+                (name, _to_buffer(value, path) if isinstance(value, dict) else value) for name, value in scalars.items()
             )
+
+
+def _check_state(checkpoint: dict[str, Any], path: str) -> None:
+    """Check what mmengine resumes a run from.
+
+    Raises:
+        ValueError: naming the file and the first entry that is missing or wrong.
+    """
+    meta = checkpoint.get("meta")
+    if not checkpoint.keys() >= _RUN_RULES.keys() or (isinstance(meta, dict) and "iter" not in meta):
+        raise ValueError(f"{path} contains only weights and cannot be resumed; use --load-from to start a new run.")
+    check_values(path, checkpoint, _RUN_RULES)
+    check_values(f"{path}: meta", checkpoint["meta"], _META_RULES, required=("epoch", "iter"))
+    check_values(f"{path}: message_hub", checkpoint["message_hub"], _HUB_RULES)
+    check_values(f"{path}: optimizer", checkpoint["optimizer"], _OPTIMIZER_RULES)
+
+
+def _are_dicts(values: dict[Any, Any]) -> bool:
+    return all(type(key) is int and isinstance(value, dict) for key, value in values.items())
 
 
 def _to_plain(value: Any) -> Any:
@@ -203,5 +245,12 @@ def _to_plain(value: Any) -> Any:
     return value
 
 
-def _to_buffer(plain: dict[str, Any]) -> HistoryBuffer:
+def _to_buffer(plain: dict[str, Any], path: str) -> HistoryBuffer:
+    rules = {"history": _NUMBERS, "counts": _NUMBERS, "length": integer(1, 10**9)}
+    check_values(f"{path}: a history in message_hub", plain, rules)
     return HistoryBuffer(plain["history"].numpy(), plain["counts"].numpy(), plain["length"])
+
+
+_NUMBERS = Rule(
+    "a list of numbers", lambda value: isinstance(value, torch.Tensor) and is_dense(value) and value.dim() == 1
+)

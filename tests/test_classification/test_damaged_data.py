@@ -140,27 +140,26 @@ def test_images(tmp_path, suffix):
 
 def damage_folder(folder: Path, draw: random.Random) -> None:
     """Change one file or folder."""
-    paths = sorted(folder.rglob("*"))
-    path = draw.choice(paths)
+    path = draw.choice([*sorted(folder.rglob("*")), folder / "train"])
     kind = draw.randrange(9)
     if kind in (0, 1, 2) and path.is_file() and not path.is_symlink():
         path.write_bytes(next(damaged_bytes(path.read_bytes(), 1, draw.randrange(10**6))))
         return
     name = draw.choice([b"\xff\xfe", b"\x1b[31m", b"a\nb", b"..x", b"-c", b" ", "\u202e".encode(), b"x" * 200])
     other = os.path.join(os.fsencode(path.parent), name + os.fsencode(path.suffix))
-    if os.path.lexists(other):
+    if os.path.lexists(other) or not path.parent.is_dir():
         return
     if kind == 3:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     elif kind == 4:
         os.mkfifo(other)
     elif kind == 5:
         os.symlink(draw.choice([b"/dev/zero", b"/dev/null", b"missing", b"."]), other)
-    elif kind == 6:
+    elif kind == 6 and path.exists():
         os.rename(path, other)
     elif kind == 7:
         os.mkdir(other)
-    else:
+    elif kind == 8:
         Path(os.fsdecode(other)).write_bytes(draw.choice([b"", b"x", b"GIF89a", b"%!PS-Adobe-3.0"]))
 
 

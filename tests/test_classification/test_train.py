@@ -173,6 +173,19 @@ def test_stopped_run_resumes_to_the_result_of_an_uninterrupted_run(tiny, run_fol
     assert untimed(run_folder) == untimed(tmp_path / "uninterrupted" / "tiny")
 
 
+@pytest.mark.slow
+def test_compiled_run_with_averaged_weights_resumes_exactly(tiny, run_folder, tmp_path, stop_after):
+    more = ("--compile", "--model-ema", "--model-ema-decay", "0.9")
+    train.main(tiny(*more, "--output", tmp_path / "uninterrupted"))
+    stop_after(5, tiny(*more))
+    train.main(tiny(*more, "--resume"))
+    expected, resumed = (
+        read_checkpoint(folder / "last.pth") for folder in (tmp_path / "uninterrupted" / "tiny", run_folder)
+    )
+    for part in ("model", "model_ema", "optimizer", "best"):
+        torch.testing.assert_close(expected[part], resumed[part], rtol=0, atol=0)
+
+
 def test_ctrl_c_saves_and_a_second_one_stops_at_once(tiny, run_folder, stop_after, monkeypatch, capfd):
     stop_after(3, tiny("--workers", "1"), signal.SIGINT)
     assert read_checkpoint(run_folder / "last.pth")["update"] == 3

@@ -27,6 +27,7 @@ _TESTS = [
     "AgainstReferenceTest.test_fused_float32",
     "AgainstReferenceTest.test_fused_bfloat16",
     "AgainstReferenceTest.test_unfused_float32",
+    "AgainstReferenceTest.test_fewer_key_heads_and_other_value_head_dims",
     "AgainstReferenceTest.test_large_windows",
     "AgainstReferenceTest.test_one_image_and_head_on_many_threads",
 ]

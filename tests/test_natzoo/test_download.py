@@ -328,27 +328,36 @@ def test_unpublished_hash_is_recorded_and_checked(server, path):
         fetch([server.url()], path)
 
 
-def _fetch_in_child(url: str, path: str) -> None:
-    fetch([url], download.Path(path), SHA256)
+@pytest.fixture
+def start_fetch():
+    """A function that starts a process that downloads; not forked from this one, whose threads may hold locks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["natzoo.checkpoints.download"])
+    children = []
 
-
-def test_many_processes_download_once(server, path):
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_fetch_in_child, args=(server.url(), str(path))) for _ in range(8)]
-    for child in children:
+    def start(url, path):
+        child = context.Process(target=fetch, args=([url], path, SHA256))
         child.start()
+        children.append(child)
+        return child
+
+    yield start
     for child in children:
-        child.join(300)
+        child.kill()
+
+
+def test_many_processes_download_once(server, path, start_fetch):
+    children = [start_fetch(server.url(), path) for _ in range(8)]
+    for child in children:
+        child.join()
     assert [child.exitcode for child in children] == [0] * 8
     assert len(server.ranges) == 1
     assert path.read_bytes() == CONTENT
 
 
-def test_killed_process_leaves_no_lock(server, path):
+def test_killed_process_leaves_no_lock(server, path, start_fetch):
     server.behaviors = [wait_for_disconnect]
-    context = multiprocessing.get_context("fork")
-    child = context.Process(target=_fetch_in_child, args=(server.url(), str(path)))
-    child.start()
+    child = start_fetch(server.url(), path)
     deadline = time.monotonic() + 300
     while not server.ranges:
         assert time.monotonic() < deadline

@@ -148,9 +148,12 @@ def test_traced_with_gradients_and_other_sizes(name):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * max(1.0, b.abs().max().item()))
 
 
-def test_script():
-    with pytest.raises(ValueError, match=r"NAT.*torch\.jit\.trace"):
-        torch.jit.script(small())
+@pytest.mark.parametrize("name", SMALL)
+def test_script(name):
+    model = small(name)
+    for module in (model, next(module for module in model.modules() if hasattr(module, "rpb"))):
+        with pytest.raises(ValueError, match=rf"{type(module).__name__}.*torch\.jit\.trace"):
+            torch.jit.script(module)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -32,10 +32,10 @@ from natten.geometry import Axis
 NAME = "cpu"
 
 # The structures of csrc/cpu/plan.h.
-_PLAN = Struct(f"=4q 15q d {len(TENSORS) * 5}q")
+_PLAN = Struct(f"=6q 15q d {len(TENSORS) * 5}q")
 _ADDRESSES = Struct(f"{len(TENSORS)}P")
 _ARGUMENTS = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
-_MAX_DIM = 1024  # largest head_dim; scratch memory grows with it
+_MAX_DIM = 4096  # largest head_dim; the memory of a thread grows with it
 _NO_AXIS = (1, 1, 1, 1, 0)
 _NO_STRIDES = (0,) * 5
 
@@ -108,17 +108,21 @@ def _plan(
         ValueError: if a tensor does not match `shaped`.
     """
     check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
+    given = dict(zip(names, tensors, strict=True))
+    heads, dim = shaped.shape[-2:]
+    kv_heads, value_dim = given.get("KEY", shaped).shape[-2], given.get("VALUE", shaped).shape[-1]
+    if heads % max(kv_heads, 1):
+        raise ValueError(f"key has {kv_heads} heads, which do not divide the {heads} heads of query.")
     missing_axes = 3 - len(axes)
-    values: list[float] = [DTYPES[shaped.dtype], shaped.shape[0], shaped.shape[-2], shaped.shape[-1]]
+    values: list[float] = [DTYPES[shaped.dtype], shaped.shape[0], heads, kv_heads, dim, value_dim]
     values += (*_NO_AXIS * missing_axes, *(int(value) for axis in axes for value in axis))
     values.append(scale)
-    given = dict(zip(names, tensors, strict=True))
     for name in TENSORS:
         x = given.get(name)
         if x is None:
             values += _NO_STRIDES
             continue
-        check_layout(name, x, shaped, axes)
+        check_layout(name, x, shaped, axes, kv_heads, value_dim)
         strides = x.stride()
         values += strides[0], *(0,) * missing_axes, *strides[1 : len(axes) + 2]
     return _PLAN.pack(*values)
@@ -145,7 +149,7 @@ def _threads() -> int:
 # The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
-_backend = KernelBackend(launch, with_contiguous_rows, _MAX_DIM)
+_backend = KernelBackend(launch, with_contiguous_rows, _MAX_DIM, takes_any_shape=True)
 attention, attention_backward = _backend.attention, _backend.attention_backward
 query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
 weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward

@@ -42,7 +42,7 @@ from natten.backends.cpu.compiler import (
     supports_openmp,
 )
 
-ABI = 1  # the number that natten_abi() in csrc/cpu/abi.cpp returns
+ABI = 2  # the number that natten_abi() in csrc/cpu/abi.cpp returns
 _PACKAGE = Path(__file__).parents[2]
 SOURCES = _PACKAGE / "csrc" / "cpu"
 SHIPPED = _PACKAGE / "lib"

@@ -374,7 +374,7 @@ class _Planner:
 # The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
-_backend = KernelBackend(launch, _with_aligned_rows, MAX_DIM)
+_backend = KernelBackend(launch, _with_aligned_rows, MAX_DIM, takes_any_shape=False)
 attention, attention_backward = _backend.attention, _backend.attention_backward
 query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
 weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward

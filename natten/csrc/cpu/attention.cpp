@@ -1,6 +1,5 @@
 // Fused attention, forward and backward: NAT, section 3 (arXiv:2204.07143). As in FlashAttention (arXiv:2205.14135), only
 // the output and the logsumexp are saved for the backward pass, which recomputes the weights.
-#include <cfloat>
 #include <cmath>
 
 #include "export.h"
@@ -8,180 +7,147 @@
 
 namespace natten {
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Forward
-// ---------------------------------------------------------------------------------------------------------------------
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// The online softmax of several rows. Weights are relative to `largest`, the largest logit of the first visit, unless a
-// later logit is so much larger that they could overflow. Lanes are independent.
-struct Softmax {
-  static constexpr float MOST = 8.f;
-  Vec largest, sum;
-
-  void clear() { largest = broadcast(-FLT_MAX), sum = Vec{}; }
-
-  // Converts logits to weights. Returns whether previous sums must be multiplied by `factor`, which is set only then.
-  NATTEN_INLINE bool add(float* s, int keys, Vec& factor) {
-    Vec top = load(s);
-    for (int j = 1; j < keys; ++j) top = maximum(top, load(s + j * W));
-    const auto exceeds = top > largest + MOST;
-    const bool is_larger = any(exceeds);
-    if (is_larger) {
-      const Vec before = largest;
-      largest = select(exceeds, top, largest);
-      factor = exp(before - largest);
-      sum *= factor;
-    }
-    Vec total = {};
-    for (int j = 0; j < keys; ++j) {
-      const Vec weight = exp(load(s + j * W) - largest);
-      store(s + j * W, weight);
-      total += weight;
-    }
-    sum += total;
-    return is_larger;
-  }
-};
-
-template <class Map>
+// Weights are powers of two: logits, and the bias, are in units of log 2. All logits of a block are computed before the
+// first weight; even those of large windows, as memory is slower only by a few percent.
 class Forward {
  public:
+  static constexpr float BIAS_FACTOR = LOG2_E;
   static Needs needs() { return {{true, false}, {false, true}, {false, false}}; }
 
   Forward(const Call& call, Map& map, Scratch& scratch)
-      : plan_(*call.plan), functions_(row_functions(plan_.dtype)), query_(scratch, plan_.dim),
-        out_(scratch, plan_.dim, false), weights_(map.weights(scratch.take_zeros(map.weights_size()))) {}
+      : plan_(*call.plan), map_(map), functions_(row_functions(plan_.dtype)), query_(scratch, plan_.dim, true),
+        out_(scratch, plan_.value_dim, false), weights_(scratch, map.slots(), true) {}
 
-  void start(Map& map, const Submap& submap) {
-    map_ = &map;
-    query_view_ = submap.view(QUERY, functions_.size);
-    out_view_ = submap.view(OUT, functions_.size);
-    lse_view_ = submap.view(LSE, sizeof(float));
+  void start(const Submap& submap, int64_t head) {
+    query_view_ = submap.view(QUERY, head, functions_.size);
+    out_view_ = submap.view(OUT, head, functions_.size);
+    lse_view_ = submap.view(LSE, head, sizeof(float));
   }
 
   void operator()(const Block& block) {
-    query_.load(block, query_view_, functions_, static_cast<float>(plan_.scale));
+    query_.load(block, query_view_, functions_, static_cast<float>(plan_.scale), LOG2_E);
+    if (block.has_missing)
+      for (int r = 0; r < block.rows; ++r) std::fill_n(weights_.row(r), map_.slots() * W, -INFINITY);
+    for (const Visit& visit : block.visits) map_.dot(visit, query_, KEYS, true, weights_);
+    float inverse[MAX_ROWS][W], lse[MAX_ROWS][W];
+    for (int r = 0; r < block.rows; ++r) softmax(weights_.row(r), map_.slots(), inverse[r], lse[r]);
     out_.zero(block);
-    for (int r = 0; r < block.rows; ++r) softmax_[r].clear();
-    map_->for_each_visit([&](const auto& visit) {
-      map_->dot(visit, query_, KEYS, true, weights_);
-      for (int r = 0; r < visit.rows; ++r) {
-        Vec factor;
-        if (softmax_[visit.first_row + r].add(weights_[r], visit.keys, factor)) rescale(visit.first_row + r, factor);
-      }
-      map_->gather(visit, weights_, VALUES, out_);
-    });
-    finish(block);
+    for (const Visit& visit : block.visits) map_.gather(visit, weights_, VALUES, out_);
+    out_.store(block, out_view_, functions_, inverse);
+    for_each_query(block, lse_view_, [&](char* to, int r, int lane) { *reinterpret_cast<float*>(to) = lse[r][lane]; });
   }
 
  private:
   const Plan& plan_;
+  Map& map_;
   const RowFunctions functions_;
-  Map* map_ = nullptr;
-  BlockRows query_, out_;
-  Rows weights_;
+  QueryRows query_, out_;
+  Weights weights_;
   View query_view_, out_view_, lse_view_;
-  Softmax softmax_[MAX_ROWS];
 
-  void rescale(int r, Vec factor) {
-    for (int lane = 0; lane < W; ++lane) {
-      float* row = out_.lane_of_rows(r, lane)[0];
-      for (int d = 0; d < out_.padded; d += W) natten::store(row + d, natten::load(row + d) * factor[lane]);
+  // Converts logits to weights, without the factor 1 / sum.
+  static void softmax(float* s, int keys, float* inverse, float* lse) {
+    Vec even = natten::load(s), odd = even;  // two independent chains
+    for (int j = 1; j + 1 < keys; j += 2) {
+      even = maximum(even, natten::load(s + j * W));
+      odd = maximum(odd, natten::load(s + (j + 1) * W));
     }
-  }
-
-  void finish(const Block& block) {
-    float inverse[MAX_ROWS][W], lse[W];
-    for (int r = 0; r < block.rows; ++r) {
-      natten::store(inverse[r], 1.f / softmax_[r].sum);
-      natten::store(lse, softmax_[r].largest + log(softmax_[r].sum));
-      for (int lane = 0; lane < block.lanes[r]; ++lane)
-        *reinterpret_cast<float*>(lse_view_.at(block.token[r][lane])) = lse[lane];
-    }
-    out_.store(block, out_view_, functions_, inverse);
+    const Vec largest = maximum(maximum(even, odd), natten::load(s + (keys - 1) * W));
+    const auto weight = [&](int j) __attribute__((always_inline)) {
+      const Vec x = exp2(natten::load(s + j * W) - largest);
+      natten::store(s + j * W, x);
+      return x;
+    };
+    even = odd = Vec{};
+    for (int j = 0; j + 1 < keys; j += 2) even += weight(j), odd += weight(j + 1);
+    if (keys % 2) even += weight(keys - 1);
+    const Vec sum = even + odd;
+    natten::store(inverse, 1.f / sum);
+    natten::store(lse, largest * LN_2 + log(sum));
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Backward
-// ---------------------------------------------------------------------------------------------------------------------
-
-template <class Map>
 class Backward {
  public:
+  static constexpr float BIAS_FACTOR = LOG2_E;
   static Needs needs() { return {{true, true}, {true, false}, {true, true}}; }
 
   Backward(const Call& call, Map& map, Scratch& scratch)
-      : plan_(*call.plan), call_(call), functions_(row_functions(plan_.dtype)), query_(scratch, plan_.dim),
-        grad_out_(scratch, plan_.dim), out_(scratch, plan_.dim, false), grad_query_(scratch, plan_.dim, false),
-        weights_(map.weights(scratch.take_zeros(map.weights_size()))),
-        grad_logits_(map.weights(scratch.take_zeros(map.weights_size()))) {
-    for (auto& row : scale_)
-      for (float& lane : row) lane = static_cast<float>(plan_.scale);
+      : plan_(*call.plan), call_(call), map_(map), functions_(row_functions(plan_.dtype)), query_(scratch, plan_.dim, true),
+        grad_query_(scratch, plan_.dim, false), grad_out_(scratch, plan_.value_dim, true),
+        out_(scratch, plan_.value_dim, false), weights_(scratch, Map::MOST_KEYS, false),
+        grad_logits_(scratch, Map::MOST_KEYS, false) {
+    for (auto& row : scale_) std::fill_n(row, W, static_cast<float>(plan_.scale));
   }
 
-  void start(Map& map, const Submap& submap) {
-    map_ = &map;
-    query_view_ = submap.view(QUERY, functions_.size);
-    out_view_ = submap.view(OUT, functions_.size);
-    grad_out_view_ = submap.view(GRAD_OUT, functions_.size);
-    grad_query_view_ = submap.view(GRAD_QUERY, functions_.size);
-    lse_view_ = submap.view(LSE, sizeof(float));
-    if (call_.tensors[GRAD_LSE]) grad_lse_view_ = submap.view(GRAD_LSE, sizeof(float));
+  void start(const Submap& submap, int64_t head) {
+    query_view_ = submap.view(QUERY, head, functions_.size);
+    out_view_ = submap.view(OUT, head, functions_.size);
+    grad_out_view_ = submap.view(GRAD_OUT, head, functions_.size);
+    grad_query_view_ = submap.view(GRAD_QUERY, head, functions_.size);
+    lse_view_ = submap.view(LSE, head, sizeof(float));
+    if (call_.tensors[GRAD_LSE]) grad_lse_view_ = submap.view(GRAD_LSE, head, sizeof(float));
   }
 
   void operator()(const Block& block) {
-    query_.load(block, query_view_, functions_, static_cast<float>(plan_.scale));
+    query_.load(block, query_view_, functions_, static_cast<float>(plan_.scale), LOG2_E);
     grad_out_.load(block, grad_out_view_, functions_, 1.f);
     out_.load(block, out_view_, functions_, 1.f);
-    for (int r = 0; r < block.rows; ++r) sum_up(block, r);
+    prepare(block);
     grad_query_.zero(block);
-    map_->for_each_visit([&](const auto& visit) {
-      map_->dot(visit, query_, KEYS, true, weights_);
-      map_->dot(visit, grad_out_, VALUES, false, grad_logits_);
-      for (int r = 0; r < visit.rows; ++r) differentiate(visit.first_row + r, weights_[r], grad_logits_[r], visit.keys);
-      if (call_.grad_rpb) map_->add_bias_gradient(visit, grad_logits_);
-      map_->scatter(visit, weights_, grad_out_, VALUES);
-      map_->scatter(visit, grad_logits_, query_, KEYS);
-      map_->gather(visit, grad_logits_, KEYS, grad_query_);
-    });
+    for (const Visit& visit : block.visits) {
+      map_.dot(visit, query_, KEYS, true, weights_);
+      map_.dot(visit, grad_out_, VALUES, false, grad_logits_);
+      for (int r = visit.first_row; r < visit.first_row + visit.rows; ++r) differentiate(r, visit.keys);
+      if (call_.grad_rpb) map_.add_bias_gradient(visit, grad_logits_);
+      map_.scatter(visit, weights_, grad_out_, VALUES);
+      map_.scatter(visit, grad_logits_, query_, KEYS);
+      map_.gather(visit, grad_logits_, KEYS, grad_query_);
+    }
     grad_query_.store(block, grad_query_view_, functions_, scale_);
   }
 
  private:
   const Plan& plan_;
   const Call& call_;
+  Map& map_;
   const RowFunctions functions_;
-  Map* map_ = nullptr;
-  BlockRows query_, grad_out_, out_, grad_query_;
-  Rows weights_, grad_logits_;
+  QueryRows query_, grad_query_, grad_out_, out_;
+  Weights weights_, grad_logits_;
   View query_view_, out_view_, grad_out_view_, grad_query_view_, lse_view_, grad_lse_view_;
   float scale_[MAX_ROWS][W];
-  Vec lse_[MAX_ROWS], delta_[MAX_ROWS];
+  float lse_[MAX_ROWS][W], delta_[MAX_ROWS][W];
 
-  // Sets the logsumexp of a row's queries, infinite in lanes without a query, so that their weights are 0; and `delta`, the
-  // sum over keys of each weight times its gradient, which equals out * grad_out, summed over head_dim, minus grad_lse.
-  void sum_up(const Block& block, int r) {
-    float lse[W], delta[W];
-    for (int lane = 0; lane < W; ++lane) {
-      lse[lane] = INFINITY, delta[lane] = 0;
-      if (lane >= block.lanes[r]) continue;
-      const Token& t = block.token[r][lane];
-      lse[lane] = *reinterpret_cast<const float*>(lse_view_.at(t));
-      Vec product = {};
-      const float *out = out_.lane_of_rows(r, lane)[0], *grad = grad_out_.lane_of_rows(r, lane)[0];
-      for (int d = 0; d < out_.padded; d += W) product += natten::load(out + d) * natten::load(grad + d);
-      delta[lane] = total(product);
-      if (call_.tensors[GRAD_LSE]) delta[lane] -= *reinterpret_cast<const float*>(grad_lse_view_.at(t));
+  // Sets the logsumexp of the queries, infinite in lanes without one, so that their weights are 0; and `delta`, the sum
+  // over keys of each weight times its gradient, which equals out * grad_out, summed over d, minus grad_lse.
+  void prepare(const Block& block) {
+    for (int r = 0; r < block.rows; ++r) {
+      std::fill_n(lse_[r], W, INFINITY);
+      for (int lane = 0; lane < W; ++lane) {
+        Vec product = {};
+        const float *out = out_.lane(r, lane), *grad = grad_out_.lane(r, lane);
+        for (int d = 0; d < out_.padded; d += W) product += natten::load(out + d) * natten::load(grad + d);
+        delta_[r][lane] = total(product);
+      }
     }
-    lse_[r] = natten::load(lse), delta_[r] = natten::load(delta);
+    for_each_query(block, lse_view_, [&](const char* from, int r, int lane) {
+      lse_[r][lane] = LOG2_E * *reinterpret_cast<const float*>(from);
+    });
+    if (!call_.tensors[GRAD_LSE]) return;
+    for_each_query(block, grad_lse_view_, [&](const char* from, int r, int lane) {
+      delta_[r][lane] -= *reinterpret_cast<const float*>(from);
+    });
   }
 
   // Converts logits to weights, and gradients of weights to gradients of logits.
-  NATTEN_INLINE void differentiate(int r, float* p, float* ds, int keys) {
-    const Vec lse = lse_[r], delta = delta_[r];
+  void differentiate(int r, int keys) {
+    const Vec lse = natten::load(lse_[r]), delta = natten::load(delta_[r]);
+    float *p = weights_.row(r), *ds = grad_logits_.row(r);
+#pragma GCC unroll 2
     for (int j = 0; j < keys * W; j += W) {
-      const Vec weight = exp(natten::load(p + j) - lse);
+      const Vec weight = exp2(natten::load(p + j) - lse);
       natten::store(p + j, weight);
       natten::store(ds + j, weight * (natten::load(ds + j) - delta));
     }

@@ -1,12 +1,14 @@
-// The relative position bias of rows of queries, in the layout of dot, and the conversion of its gradient to a table.
+// The relative position bias of vectors of queries, in the layout of dot, and the conversion of its gradient to a table.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "plan.h"
+#include "scratch.h"
+#include "simd.h"
 
 namespace natten {
 
@@ -16,73 +18,81 @@ inline int64_t table_size(const Plan& plan) {
   return size;
 }
 
-// The bias of all kinds of rows of a submap, for a group of heads. A kind uses the same table entries for all heads.
+// A kind is a list of table entries, [vectors][W]; -1 where a key is not in the window. Queries whose windows lie alike
+// relative to them have the same kind.
 class Bias {
  public:
-  // Adds the gradients of the tables to `gradients`, which begins with head `first_head`; or null.
-  Bias(const Call& call, float* gradients, int64_t first_head)
-      : call_(call), size_(table_size(*call.plan)), gradients_(gradients), first_gradient_(first_head) {}
-  ~Bias() { flush(); }
+  // Values are multiplied by `factor`. The gradients of the tables are added to `gradients`; or null.
+  Bias(const Call& call, Scratch& scratch, float factor, float* gradients)
+      : call_(call), scratch_(scratch), factor_(factor), table_(table_size(*call.plan)), heads_(call.plan->heads),
+        gradients_(gradients) {}
+  Bias(const Bias&) = delete;
+  ~Bias() {
+    for (size_t i = 0; i < blocks_.size(); ++i)
+      if (blocks_[i].gradient) add_to_table(kinds_[i / heads_], blocks_[i].gradient, gradients_ + i % heads_ * table_);
+  }
 
   bool has_table() const { return call_.rpb; }
 
-  // Adds a kind with these entries of the table, [vectors][W]; -1 where a key is not in the window. Returns its index.
-  int add_kind(std::vector<int> entries) {
-    entries_.push_back(std::move(entries));
-    return static_cast<int>(entries_.size()) - 1;
+  // Adds a kind, whose `vectors` * W entries the caller sets.
+  int* add_kind(int64_t vectors) {
+    kinds_.push_back({scratch_.take<int>(vectors * W), vectors * W});
+    blocks_.resize(kinds_.size() * heads_);
+    return kinds_.back().entries;
   }
+  int kinds() const { return static_cast<int>(kinds_.size()); }
 
-  // Computes the values of some heads, for all kinds, and resets the gradients.
-  void prepare(int64_t first_head, int heads) {
-    const bool is_same_head = first_head == first_head_ || !call_.rpb;
-    if (heads == heads_ && is_same_head && kinds_ == entries_.size()) return;
-    flush();
-    heads_ = 0;  // until all is in place, since the destructor reads it
-    first_head_ = first_head;
-    kinds_ = entries_.size();
-    stride_ = entries_[0].size();
-    values_.resize(heads * kinds_ * stride_);
-    if (gradients_) sums_.assign(values_.size(), 0.f);
-    for (int head = 0; head < heads; ++head) {
-      const float* table = call_.rpb ? call_.rpb + (first_head + head) * size_ : nullptr;
-      for (size_t kind = 0; kind < kinds_; ++kind) fill(entries_[kind], table, value(head, kind));
+  // The bias of a kind and head: -inf where a key is not in the window, 0 without a table.
+  const float* values(int kind, int64_t head) {
+    float*& values = blocks_[kind * heads_ + (call_.rpb ? head : 0)].values;
+    if (values) return values;
+    const Kind& k = kinds_[kind];
+    const float outside = -std::numeric_limits<float>::infinity();
+    values = scratch_.take<float>(k.size);
+    if (call_.rpb) {
+      const float* table = call_.rpb + head * table_;
+      for (int64_t i = 0; i < k.size; ++i) values[i] = k.entries[i] < 0 ? outside : factor_ * table[k.entries[i]];
+    } else {
+      for (int64_t i = 0; i < k.size; ++i) values[i] = k.entries[i] < 0 ? outside : 0.f;
     }
-    heads_ = heads;
+    return values;
   }
 
-  // The bias of a kind for the head-th head, [vectors][W]: -inf where a key is not in the window, 0 without a table.
-  float* value(int head, int kind) { return &values_[(head * kinds_ + kind) * stride_]; }
-  // Its gradient.
-  float* gradient(int head, int kind) { return &sums_[(head * kinds_ + kind) * stride_]; }
-  // The distance from one kind to the next.
-  int64_t stride() const { return stride_; }
+  // Its gradient; or null if none is wanted.
+  float* gradient(int kind, int64_t head) {
+    if (!gradients_) return nullptr;
+    float*& gradient = blocks_[kind * heads_ + head].gradient;
+    if (!gradient) gradient = scratch_.take_zeros(kinds_[kind].size);
+    return gradient;
+  }
 
  private:
+  struct Kind {
+    int* entries;
+    int64_t size;
+  };
+  struct Block {
+    float *values = nullptr, *gradient = nullptr;
+  };
   const Call& call_;
-  int64_t size_;
+  Scratch& scratch_;
+  const float factor_;
+  const int64_t table_, heads_;
   float* gradients_;
-  int64_t first_gradient_, first_head_ = 0, stride_ = 0;
-  int heads_ = 0;
-  size_t kinds_ = 0;  // kinds that have values
-  std::vector<std::vector<int>> entries_;
-  std::vector<float> values_, sums_;
+  std::vector<Kind> kinds_;
+  std::vector<Block> blocks_;  // [kinds][heads]
 
-  static void fill(const std::vector<int>& entries, const float* table, float* value) {
-    const float outside = -std::numeric_limits<float>::infinity();
-    const int64_t count = entries.size();
-    if (table)
-      for (int64_t i = 0; i < count; ++i) value[i] = entries[i] < 0 ? outside : table[entries[i]];
-    else
-      for (int64_t i = 0; i < count; ++i) value[i] = entries[i] < 0 ? outside : 0.f;
-  }
-
-  void flush() {
-    if (!gradients_) return;
-    for (int head = 0; head < heads_; ++head) {
-      float* table = gradients_ + (first_head_ + head - first_gradient_) * size_;
-      for (size_t kind = 0; kind < kinds_; ++kind)
-        for (int64_t i = 0; i < stride_; ++i)
-          if (entries_[kind][i] >= 0) table[entries_[kind][i]] += gradient(head, kind)[i];
+  static void add_to_table(const Kind& kind, const float* gradient, float* table) {
+    for (int64_t i = 0; i < kind.size; i += W) {
+      const int* entry = kind.entries + i;
+      bool is_same = true;  // all lanes have the same entry, or none
+      for (int lane = 1; lane < W; ++lane) is_same &= entry[lane] == entry[0];
+      if (is_same) {
+        if (entry[0] >= 0) table[entry[0]] += total(load(gradient + i));
+        continue;
+      }
+      for (int lane = 0; lane < W; ++lane)
+        if (entry[lane] >= 0) table[entry[lane]] += gradient[i + lane];
     }
   }
 };

@@ -1,18 +1,10 @@
-// Blocks, and the interface of a Map. A block is up to MAX_ROWS rows of W queries, which share most of their keys.
-//
-// A Map (lines.h, dense.h) divides a submap into bands of blocks, stores the keys and values of a block, and applies the
-// three products of micro.h, one line of keys at a time, so that the weights stay in the L1 cache. The operators
-// (attention.cpp, unfused.cpp) are templates over the Map.
-//
-// run.h calls begin(submap, strip, head), then for_each_block(band, function) for all bands in order, then end(), which
-// writes the last gradients. In function(block), for_each_visit visits the lines of keys that the block sees; dot, gather,
-// scatter and add_bias_gradient take it as argument.
+// Blocks of queries, the keys that they meet, and the rows of d of their queries.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
+#include <vector>
 
-#include "micro.h"
+#include "products.h"
 #include "scratch.h"
 #include "submap.h"
 
@@ -20,7 +12,7 @@ namespace natten {
 
 enum Side { KEYS, VALUES };
 
-// Which products with keys and values an operator uses.
+// What an operator does with keys and values.
 struct Needs {
   bool dot[2], gather[2], grad[2];
 
@@ -29,66 +21,104 @@ struct Needs {
 
 constexpr TensorName SIDE_TENSOR[2] = {KEY, VALUE}, SIDE_GRADIENT[2] = {GRAD_KEY, GRAD_VALUE};
 
-// Submaps are cut into `count` strips along `axis`.
-struct Strips {
-  int axis, count;
+// Adjacent queries of a row.
+struct Run {
+  int row, lane, count;
+  Token first;
 };
 
+// Keys of a line that adjacent rows of a block see. In all of them, lane 0 begins with the same key.
+struct Visit {
+  int line, place;     // the line, by its place in the ring, and the first key of lane 0 in it
+  int keys;            // of each lane
+  int first_row, rows;
+  int slot[MAX_ROWS];      // of the first key in the window, for each of the rows
+  const float* bias[MAX_ROWS];  // of the first key, and its gradient, or null, for each of the rows
+  float* grad_bias[MAX_ROWS];
+};
+
+// Up to MAX_ROWS rows of W queries, which share most of their keys. Lanes first .. end - 1 have a query of the block; the
+// others have none, or one of another block.
 struct Block {
   int rows;
-  int lanes[MAX_ROWS];        // queries of each row
-  Token token[MAX_ROWS][W];   // position of each query
+  int first[MAX_ROWS], end[MAX_ROWS];  // lanes of each row that have a query
+  int step[W];                         // see Lanes
+  int missing[MAX_ROWS][W];            // slots of a causal window before the first key of each lane, on the last axis
+  bool has_missing;                    // some window has slots without a key
+  KeyAccess access;
+  IntVec index;                        // `step` as a vector, for PERMUTED
+  std::vector<Run> runs;
+  std::vector<Visit> visits;
+};
 
-  // Calls function(r, lane, count) for each run of adjacent queries on the map.
-  template <class Function>
-  NATTEN_INLINE void for_each_run(const Function& function) const {
-    for (int r = 0; r < rows; ++r)
-      for (int lane = 0, end; lane < lanes[r]; lane = end) {
-        const Token& first = token[r][lane];
-        for (end = lane + 1; end < lanes[r] && token[r][end].y == first.y && token[r][end].z == first.z;) ++end;
-        function(r, lane, end - lane);
-      }
+// Logits or weights of a block, [rows][slots][W]: of whole windows, or of one visit at a time.
+struct Weights {
+  float* first;
+  int64_t stride;  // from one row to the next
+  bool is_whole;
+
+  Weights(Scratch& scratch, int slots, bool is_whole_)
+      : stride(int64_t(uncrowded(round_up(slots, W))) * W), is_whole(is_whole_) {
+    first = scratch.take_zeros(MAX_ROWS * stride);
+  }
+
+  float* row(int r) const { return first + r * stride; }
+
+  // The keys of a visit, for the r-th of its rows.
+  float* at(const Visit& visit, int r) const {
+    return row(visit.first_row + r) + (is_whole ? int64_t(visit.slot[r]) * W : 0);
   }
 };
 
-// Queries, or gradients of outputs, of a block: as rows of d, [MAX_ROWS][W][padded], and transposed, [MAX_ROWS][padded][W].
-// `stride` is the distance between the MAX_ROWS.
-struct BlockRows {
+// Queries, or outputs or gradients of queries, of a block: as rows of d, [MAX_ROWS][W][padded], and transposed,
+// [padded][MAX_ROWS][W].
+struct QueryRows {
   float *natural, *transposed;
-  int dim, padded, stride;
+  int dim, padded;
+  int64_t stride;  // from one of the MAX_ROWS to the next
 
-  BlockRows(Scratch& scratch, int dim_, bool has_transposed = true) : dim(dim_), padded(round_up(dim_, W)) {
-    stride = uncrowded(padded) * W;
+  QueryRows(Scratch& scratch, int dim_, bool has_transposed)
+      : dim(dim_), padded(round_up(dim_, W)), stride(int64_t(W) * padded + 16) {
     natural = scratch.take(MAX_ROWS * stride);
-    transposed = has_transposed ? scratch.take(MAX_ROWS * stride) : nullptr;
+    transposed = has_transposed ? scratch.take(int64_t(MAX_ROWS) * W * padded) : nullptr;
   }
 
-  // One lane of the rows from `r` on.
-  Rows lane_of_rows(int r, int lane) const { return {natural + r * stride + lane * padded, stride}; }
-  ConstRows transposed_rows(int r) const { return {transposed + r * stride, stride}; }
+  float* lane(int r, int lane) const { return natural + r * stride + lane * padded; }
 
-  // Lanes without a query are set to 0.
-  void load(const Block& block, const View& from, const RowFunctions& functions, float scale) {
-    block.for_each_run([&](int r, int lane, int count) {
-      functions.load(from.at(block.token[r][lane]), from.step[2], count, dim, padded, scale, lane_of_rows(r, lane)[0]);
-    });
-    for (int r = 0; r < block.rows; ++r) {
-      if (block.lanes[r] < W)
-        std::memset(lane_of_rows(r, block.lanes[r])[0], 0, sizeof(float) * (W - block.lanes[r]) * padded);
-      if (transposed)
-        for (int d = 0; d < padded; d += W)
-          transpose(lane_of_rows(r, 0)[0] + d, padded, transposed + r * stride + d * W, W);
-    }
+  // Lanes without a query are set to 0. The transposed rows are multiplied by `factor`, too.
+  void load(const Block& block, const View& from, const RowFunctions& functions, float scale, float factor = 1.f) {
+    for (int r = 0; r < block.rows; ++r)
+      if (block.end[r] < W) std::memset(lane(r, block.end[r]), 0, sizeof(float) * (W - block.end[r]) * padded);
+    for (const Run& run : block.runs)
+      functions.load(from.at(run.first), from.step[2], run.count, dim, padded, scale, lane(run.row, run.lane));
+    if (!transposed) return;
+    for (int r = 0; r < block.rows; ++r)
+      for (int d = 0; d < padded; d += W)
+        transpose(natural + r * stride + d, padded, transposed + (int64_t(d) * MAX_ROWS + r) * W, MAX_ROWS * W, factor);
   }
 
   void zero(const Block& block) { std::memset(natural, 0, sizeof(float) * block.rows * stride); }
 
+  // Writes the lanes that have a query, multiplied by scale[row][lane].
   void store(const Block& block, const View& to, const RowFunctions& functions, const float (*scale)[W]) const {
-    block.for_each_run([&](int r, int lane, int count) {
-      functions.store(lane_of_rows(r, lane)[0], padded, count, dim, &scale[r][lane], to.at(block.token[r][lane]),
+    for (const Run& run : block.runs) {
+      const int skipped = std::max(0, block.first[run.row] - run.lane), lane_ = run.lane + skipped;
+      if (skipped >= run.count) continue;
+      const Token token = {run.first.z, run.first.y, run.first.x + skipped};
+      functions.store(lane(run.row, lane_), padded, run.count - skipped, dim, &scale[run.row][lane_], to.at(token),
                       to.step[2]);
-    });
+    }
   }
 };
+
+// Calls function(address of a query, row, lane) for each query of a block that a tensor has one value of, like lse.
+template <class Function>
+NATTEN_INLINE void for_each_query(const Block& block, const View& view, const Function& function) {
+  for (const Run& run : block.runs) {
+    char* address = view.at(run.first);
+    for (int i = 0; i < run.count; ++i, address += view.step[2])
+      if (run.lane + i >= block.first[run.row]) function(address, run.row, run.lane + i);
+  }
+}
 
 }  // namespace natten

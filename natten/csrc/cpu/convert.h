@@ -109,11 +109,33 @@ NATTEN_INLINE void store_vector(Float16* y, Vec x) {
 }
 #endif
 
+// --- part of a vector ------------------------------------------------------------------------------------------------
+
+// The first `count` < W elements, and zeros.
 template <class T>
-NATTEN_INLINE T from_float(float x) {
-  if constexpr (sizeof(T) == 4) return x;
-  else return T::from(x);
+NATTEN_INLINE Vec load_part(const T* x, int count) {
+  T part[W] = {};
+  std::memcpy(part, x, count * sizeof(T));
+  return load_vector(part);
 }
+
+template <class T>
+NATTEN_INLINE void store_part(T* y, int count, Vec x) {
+  T part[W];
+  store_vector(part, x);
+  std::memcpy(y, part, count * sizeof(T));
+}
+
+#if defined(__AVX512F__)
+NATTEN_INLINE Vec load_part(const float* x, int count) { return _mm512_maskz_loadu_ps((1 << count) - 1, x); }
+NATTEN_INLINE void store_part(float* y, int count, Vec x) { _mm512_mask_storeu_ps(y, (1 << count) - 1, x); }
+#elif defined(__AVX2__)
+NATTEN_INLINE __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+NATTEN_INLINE Vec load_part(const float* x, int count) { return _mm256_maskload_ps(x, first_lanes(count)); }
+NATTEN_INLINE void store_part(float* y, int count, Vec x) { _mm256_maskstore_ps(y, first_lanes(count), x); }
+#endif
 
 // --- rows ------------------------------------------------------------------------------------------------------------
 
@@ -121,35 +143,30 @@ NATTEN_INLINE T from_float(float x) {
 // dim rounded up to whole vectors; they are 0 beyond dim.
 template <class T>
 void load_rows(const char* from, int64_t step, int count, int dim, int padded, float scale, float* to) {
-  if (dim == 2 * W) {  // the same in one step
-    for (int i = 0; i < count; ++i, from += step, to += 2 * W) {
-      const T* x = reinterpret_cast<const T*>(from);
-      const Vec low = load_vector(x) * scale, high = load_vector(x + W) * scale;
-      store(to, low), store(to + W, high);
-    }
-    return;
-  }
+  const int whole = dim / W * W;
   for (int i = 0; i < count; ++i, from += step, to += padded) {
     const T* x = reinterpret_cast<const T*>(from);
-    int d = 0;
-    for (; d + W <= dim; d += W) store(to + d, load_vector(x + d) * scale);
-    for (; d < dim; ++d) to[d] = static_cast<float>(x[d]) * scale;
-    for (; d < padded; ++d) to[d] = 0;
+    for (int d = 0; d < whole; d += W) store(to + d, load_vector(x + d) * scale);
+    if (whole < padded) store(to + whole, load_part(x + whole, dim - whole) * scale);
   }
 }
 
 // to[i] = scale[i] * from[i], or += if IS_SUM.
 template <class T, bool IS_SUM>
 void store_rows(const float* from, int padded, int count, int dim, const float* scale, char* to, int64_t step) {
+  const int whole = dim / W * W;
   for (int i = 0; i < count; ++i, from += padded, to += step) {
     T* y = reinterpret_cast<T*>(to);
-    int d = 0;
-    for (; d + W <= dim; d += W) {
+    for (int d = 0; d < whole; d += W) {
       Vec x = load(from + d) * scale[i];
       if constexpr (IS_SUM) x += load_vector(y + d);
       store_vector(y + d, x);
     }
-    for (; d < dim; ++d) y[d] = from_float<T>(from[d] * scale[i] + (IS_SUM ? static_cast<float>(y[d]) : 0.f));
+    if (whole < dim) {
+      Vec x = load(from + whole) * scale[i];
+      if constexpr (IS_SUM) x += load_part(y + whole, dim - whole);
+      store_part(y + whole, dim - whole, x);
+    }
   }
 }
 

@@ -7,6 +7,8 @@ namespace natten {
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
+inline int element_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
 struct Axis {
   int64_t length, kernel_size, stride, dilation, is_causal;
 };
@@ -17,11 +19,14 @@ struct Strides {
 };
 
 // The tensors of a problem. No operator has all of them. The order is that of TENSORS in natten/backends/kernels.py.
-enum TensorName { QUERY, KEY, VALUE, OUT, LSE, ATTN, GRAD_OUT, GRAD_LSE, GRAD_ATTN, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, TENSORS };
+enum TensorName {
+  QUERY, KEY, VALUE, OUT, LSE, ATTN, GRAD_OUT, GRAD_LSE, GRAD_ATTN, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, TENSORS
+};
 
 struct Plan {
   int64_t dtype;  // of all tensors except lse, grad_lse and the bias, which are float32
-  int64_t batch, heads, dim;
+  int64_t batch, heads, kv_heads;  // heads of queries; of keys and values, each shared by heads / kv_heads of queries
+  int64_t dim, value_dim;          // head_dim of queries and keys; of values
   Axis axis[3];  // problems with fewer axes have leading axes of one token and a window of one
   double scale;
   Strides strides[TENSORS];

@@ -33,16 +33,18 @@ class Scratch {
     if (!blocks_.empty()) blocks_.back().used = 0;
   }
 
-  // Returns uninitialized floats, aligned to a cache line.
-  float* take(size_t floats) {
-    const size_t size = (floats + 15) / 16 * 16;
+  // Returns uninitialized floats or ints, aligned to a cache line.
+  template <class T = float>
+  T* take(size_t count) {
+    static_assert(sizeof(T) == sizeof(float));
+    const size_t size = (count + 15) / 16 * 16;
 #if defined(__SANITIZE_ADDRESS__)
     add(size);  // a separate allocation, so that the sanitizer detects accesses beyond its end
 #endif
     if (blocks_.empty() || blocks_.back().used + size > blocks_.back().size) add(std::max(size, size_t{1} << 16));
     Block& block = blocks_.back();
     block.used += size;
-    return block.data + block.used - size;
+    return reinterpret_cast<T*>(block.data + block.used - size);
   }
 
   float* take_zeros(size_t floats) {

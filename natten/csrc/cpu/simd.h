@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace natten {
@@ -35,6 +37,19 @@ typedef float UnalignedVec __attribute__((vector_size(4 * W), aligned(4)));  // 
 NATTEN_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 NATTEN_INLINE void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
 NATTEN_INLINE Vec broadcast(float x) { return x - Vec{}; }
+
+// Keeps a value in a register. Otherwise GCC loads it again for each use, and loads limit the loop instead of arithmetic.
+NATTEN_INLINE Vec held(Vec x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 NATTEN_INLINE Vec select(IntVec mask, Vec yes, Vec no) {
   return reinterpret_cast<Vec>((mask & reinterpret_cast<IntVec>(yes)) | (~mask & reinterpret_cast<IntVec>(no)));
 }
@@ -47,19 +62,6 @@ NATTEN_INLINE Vec maximum(Vec a, Vec b) {
   return _mm256_max_ps(a, b);
 #else
   return select(a > b, a, b);
-#endif
-}
-
-// Whether any lane of a comparison holds.
-NATTEN_INLINE bool any(IntVec mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask));
-#elif defined(__AVX__)
-  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
-#else
-  int result = 0;
-  for (int lane = 0; lane < W; ++lane) result |= mask[lane];
-  return result;
 #endif
 }
 
@@ -80,6 +82,9 @@ NATTEN_INLINE Vec permute(Vec x, IntVec index) {
   return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), x);
 #elif defined(__AVX2__)
   return _mm256_permutevar8x32_ps(x, reinterpret_cast<__m256i>(index));
+#elif defined(__aarch64__)
+  const IntVec bytes = index * 0x04040404 + 0x03020100;
+  return reinterpret_cast<Vec>(vqtbl1q_u8(reinterpret_cast<uint8x16_t>(x), reinterpret_cast<uint8x16_t>(bytes)));
 #else
   Vec y;
   for (int lane = 0; lane < W; ++lane) y[lane] = x[index[lane]];
@@ -87,14 +92,13 @@ NATTEN_INLINE Vec permute(Vec x, IntVec index) {
 #endif
 }
 
-// e^x for x <= 88, within 2 units in the last place. Exactly 0 below e^-87. NaN for NaN, if its lowest 9 bits are 0, as in
-// every NaN that arithmetic produces.
-NATTEN_INLINE Vec exp(Vec x) {
-  constexpr float LOG2_E = 1.44269504f, LOWEST = -87.f;
-  const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const Vec shifted = x * LOG2_E + magic;
-  const Vec f = x * LOG2_E - (shifted - magic);  // -0.5 .. 0.5; one rounding only, where the machine fuses
-  Vec y = broadcast(1.5345812e-4f);              // minimax for 2^f, relative error 2e-9
+// 2^x for x <= 127, relative error 1e-7. Exactly 0 below 2^-126. NaN for NaN, if its lowest 9 bits are 0, as in every NaN
+// that arithmetic produces.
+NATTEN_INLINE Vec exp2(Vec x) {
+  const Vec lowest = broadcast(-126.f), magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x + magic;
+  const Vec f = x - (shifted - magic);  // -0.5 .. 0.5
+  Vec y = broadcast(1.5345812e-4f);     // minimax for 2^f
   y = y * f + broadcast(1.33999312e-3f);
   y = y * f + broadcast(9.61848896e-3f);
   y = y * f + broadcast(5.55032878e-2f);
@@ -103,11 +107,11 @@ NATTEN_INLINE Vec exp(Vec x) {
   y = y * f + broadcast(1.f);
   const IntVec bits = reinterpret_cast<IntVec>(y), exponent = reinterpret_cast<IntVec>(shifted) << 23;
 #if defined(__AVX512F__)
-  const __mmask16 is_seen = _mm512_cmp_ps_mask(x, broadcast(LOWEST), _CMP_NLT_UQ);  // also true for NaN
+  const __mmask16 is_seen = _mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ);  // also true for NaN
   return reinterpret_cast<Vec>(
       _mm512_maskz_add_epi32(is_seen, reinterpret_cast<__m512i>(bits), reinterpret_cast<__m512i>(exponent)));
 #else
-  return select(x < broadcast(LOWEST), Vec{}, reinterpret_cast<Vec>(bits + exponent));
+  return select(x < lowest, Vec{}, reinterpret_cast<Vec>(bits + exponent));
 #endif
 }
 
@@ -164,14 +168,14 @@ NATTEN_INLINE void exchange_rows(Vec (&rows)[W]) {
   if constexpr (DISTANCE > 1) exchange_rows<DISTANCE / 2>(rows);
 }
 
-// to[j][i] = from[i][j] for i, j < W; row strides in floats.
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+// to[j][i] = factor * from[i][j] for i, j < W; row strides in floats.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, float factor = 1.f) {
   Vec rows[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) rows[i] = load(from + i * from_stride);
   exchange_rows<W / 2>(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) store(to + i * to_stride, rows[i]);
+  for (int i = 0; i < W; ++i) store(to + i * to_stride, rows[i] * factor);
 }
 
 }  // namespace natten

@@ -51,14 +51,13 @@ struct View {
   char* at(const Token& t) const { return base + t.z * step[0] + t.y * step[1] + t.x * step[2]; }
 };
 
-// All tokens of one image, head and residue class: a small problem without dilation.
+// All tokens of one image and residue class: a small problem without dilation.
 struct Submap {
-  const Call* call = nullptr;
-  int64_t batch = 0, head = 0, residue[3] = {};
-  int n[3] = {};
+  const Call* call;
+  int64_t batch, residue[3];
+  int n[3];
 
-  Submap() = default;
-  Submap(const Call& c, int64_t head_, int64_t batch_, int64_t residues) : call(&c), batch(batch_), head(head_) {
+  Submap(const Call& c, int64_t batch_, int64_t residues) : call(&c), batch(batch_) {
     for (int i = 2; i >= 0; --i) {
       const Axis& axis = c.plan->axis[i];
       residue[i] = residues % axis.dilation;
@@ -67,8 +66,8 @@ struct Submap {
     }
   }
 
-  // `size`: bytes of an element.
-  View view(TensorName name, int size) const {
+  // A head of a tensor whose elements have `size` bytes.
+  View view(TensorName name, int64_t head, int size) const {
     const Plan& plan = *call->plan;
     const Strides& strides = plan.strides[name];
     View view;

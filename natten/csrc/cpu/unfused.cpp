@@ -1,192 +1,182 @@
 // Unfused attention and its gradients, for callers that need the attention weights: query_key computes the logits of each
 // query with the keys of its window, weight_value the sums of values with given weights.
-#include <algorithm>
-#include <limits>
+#include <cmath>
 
 #include "export.h"
 #include "run.h"
 
 namespace natten {
 
-// Base class of the four operators. It converts between the weights of a visit and windows of weights in memory, which
-// contain keys in row-major order.
-template <class Map>
+// Base class of the four operators. It converts between weights and windows in memory, whose keys are in row-major order.
 class Unfused {
  public:
+  static constexpr float BIAS_FACTOR = 1.f;
+
+ protected:
+  const Plan& plan_;
+  const Call& call_;
+  Map& map_;
+  const RowFunctions functions_;
+  QueryRows windows_;  // [rows][W][slots]
+  Weights weights_;    // [rows][slots][W]
+  float ones_[MAX_ROWS][W];
+
   Unfused(const Call& call, Map& map, Scratch& scratch)
-      : plan_(*call.plan), call_(call), functions_(row_functions(plan_.dtype)),
-        weights_(map.weights(scratch.take_zeros(map.weights_size()))) {
-    for (const Axis& axis : plan_.axis) slots_ *= axis.kernel_size;
-    window_ = scratch.take(slots_);
+      : plan_(*call.plan), call_(call), map_(map), functions_(row_functions(plan_.dtype)),
+        windows_(scratch, map.slots(), false), weights_(scratch, map.slots(), true) {
     for (auto& row : ones_) std::fill_n(row, W, 1.f);
   }
 
- protected:
-  using Visit = typename Map::Visit;
-  const Plan& plan_;
-  const Call& call_;
-  const RowFunctions functions_;
-  Map* map_ = nullptr;
-  Rows weights_;
-  float* window_;  // the window of one query
-  int slots_ = 1;
-  float ones_[MAX_ROWS][W];
-
-  void read(const Block& block, const Visit& visit, const View& from, Rows weights) {
-    for (int r = 0; r < visit.rows; ++r) {
-      std::fill_n(weights[r], visit.keys * W, 0.f);
-      for (int lane = 0; lane < block.lanes[visit.first_row + r]; ++lane) {
-        int count;
-        const int slot = map_->first_slot(visit, visit.first_row + r, lane, &count);
-        const char* window = from.at(block.token[visit.first_row + r][lane]) + int64_t(slot) * functions_.size;
-        functions_.load(window, 0, 1, count, count, 1.f, window_);
-        for (int j = 0; j < count; ++j) weights[r][j * W + lane] = window_[j];
-      }
+  // Sets the weights of all lanes that have a query, and 0 in the others.
+  void read(const Block& block, const View& from) {
+    windows_.load(block, from, functions_, 1.f);
+    for (int r = 0; r < block.rows; ++r) {
+      std::memset(windows_.lane(r, 0), 0, sizeof(float) * block.first[r] * windows_.padded);
+      for_each_line_with_missing(block, r, [&](float* line, int missing, int keys) {
+        std::copy(line + missing, line + keys, line);
+        std::fill(line + keys - missing, line + keys, 0.f);
+      });
+      for (int slot = 0; slot < windows_.padded; slot += W)
+        transpose(windows_.lane(r, 0) + slot, windows_.padded, weights_.row(r) + slot * W, W);
     }
   }
 
-  void write(const Block& block, const Visit& visit, Rows weights, const View& to) {
-    for (int r = 0; r < visit.rows; ++r)
-      for (int lane = 0; lane < block.lanes[visit.first_row + r]; ++lane) {
-        int count;
-        const int slot = map_->first_slot(visit, visit.first_row + r, lane, &count);
-        for (int j = 0; j < count; ++j) window_[j] = weights[r][j * W + lane];
-        char* window = to.at(block.token[visit.first_row + r][lane]) + int64_t(slot) * functions_.size;
-        functions_.store(window_, count, 1, count, ones_[0], window, 0);
-      }
+  // Writes windows. Slots of causal windows before the map become `outside`.
+  void write(const Block& block, const Weights& weights, float outside, const View& to) {
+    for (int r = 0; r < block.rows; ++r) {
+      for (int slot = 0; slot < windows_.padded; slot += W)
+        transpose(weights.row(r) + slot * W, W, windows_.lane(r, 0) + slot, windows_.padded);
+      for_each_line_with_missing(block, r, [&](float* line, int missing, int keys) {
+        std::copy_backward(line, line + keys - missing, line + keys);
+        std::fill(line, line + missing, outside);
+      });
+    }
+    windows_.store(block, to, functions_, ones_);
   }
 
-  // Fills all slots with a value. Slots of causal windows before the map keep it.
-  void fill(const Block& block, const View& to, float value) {
-    bool is_causal = false;
-    for (const Axis& axis : plan_.axis) is_causal |= axis.is_causal;
-    if (!is_causal) return;
-    std::fill_n(window_, slots_, value);
-    for (int r = 0; r < block.rows; ++r)
-      for (int lane = 0; lane < block.lanes[r]; ++lane)
-        functions_.store(window_, slots_, 1, slots_, ones_[0], to.at(block.token[r][lane]), 0);
-  }
-};
-
-template <class Map>
-class QueryKey : Unfused<Map> {
- public:
-  static Needs needs() { return {{true, false}, {false, false}, {false, false}}; }
-
-  QueryKey(const Call& call, Map& map, Scratch& scratch)
-      : Unfused<Map>(call, map, scratch), query_(scratch, call.plan->dim) {}
-
-  void start(Map& map, const Submap& submap) {
-    this->map_ = &map;
-    query_view_ = submap.view(QUERY, this->functions_.size);
-    attn_view_ = submap.view(ATTN, this->functions_.size);
-  }
-
-  void operator()(const Block& block) {
-    query_.load(block, query_view_, this->functions_, 1.f);
-    this->fill(block, attn_view_, -std::numeric_limits<float>::infinity());
-    this->map_->for_each_visit([&](const auto& visit) {
-      this->map_->dot(visit, query_, KEYS, true, this->weights_);
-      this->write(block, visit, this->weights_, attn_view_);
-    });
+  // Slots that no visit sets.
+  void fill(const Block& block, const Weights& weights, float outside) const {
+    if (!block.has_missing) return;
+    for (int r = 0; r < block.rows; ++r) std::fill_n(weights.row(r), map_.slots() * W, outside);
   }
 
  private:
-  BlockRows query_;
+  // Weights begin with the first key on the map, windows with slots before it. Calls function(line of a window, missing
+  // slots, all slots).
+  template <class Function>
+  void for_each_line_with_missing(const Block& block, int r, const Function& function) {
+    if (!block.has_missing) return;
+    const int keys = map_.keys_of_line();
+    for (int lane = block.first[r]; lane < block.end[r]; ++lane)
+      for (int slot = 0; block.missing[r][lane] && slot < map_.slots(); slot += keys)
+        function(windows_.lane(r, lane) + slot, block.missing[r][lane], keys);
+  }
+};
+
+class QueryKey : public Unfused {
+ public:
+  static Needs needs() { return {{true, false}, {false, false}, {false, false}}; }
+
+  QueryKey(const Call& call, Map& map, Scratch& scratch) : Unfused(call, map, scratch), query_(scratch, plan_.dim, true) {}
+
+  void start(const Submap& submap, int64_t head) {
+    query_view_ = submap.view(QUERY, head, functions_.size);
+    attn_view_ = submap.view(ATTN, head, functions_.size);
+  }
+
+  void operator()(const Block& block) {
+    query_.load(block, query_view_, functions_, 1.f);
+    fill(block, weights_, -INFINITY);
+    for (const Visit& visit : block.visits) map_.dot(visit, query_, KEYS, true, weights_);
+    write(block, weights_, -INFINITY, attn_view_);
+  }
+
+ private:
+  QueryRows query_;
   View query_view_, attn_view_;
 };
 
-template <class Map>
-class QueryKeyBackward : Unfused<Map> {
+class QueryKeyBackward : public Unfused {
  public:
   static Needs needs() { return {{false, false}, {true, false}, {true, false}}; }
 
   QueryKeyBackward(const Call& call, Map& map, Scratch& scratch)
-      : Unfused<Map>(call, map, scratch), query_(scratch, call.plan->dim, false),
-        grad_query_(scratch, call.plan->dim, false) {}
+      : Unfused(call, map, scratch), query_(scratch, plan_.dim, false), grad_query_(scratch, plan_.dim, false) {}
 
-  void start(Map& map, const Submap& submap) {
-    this->map_ = &map;
-    query_view_ = submap.view(QUERY, this->functions_.size);
-    grad_query_view_ = submap.view(GRAD_QUERY, this->functions_.size);
-    grad_attn_view_ = submap.view(GRAD_ATTN, this->functions_.size);
+  void start(const Submap& submap, int64_t head) {
+    query_view_ = submap.view(QUERY, head, functions_.size);
+    grad_query_view_ = submap.view(GRAD_QUERY, head, functions_.size);
+    grad_attn_view_ = submap.view(GRAD_ATTN, head, functions_.size);
   }
 
   void operator()(const Block& block) {
-    query_.load(block, query_view_, this->functions_, 1.f);
+    query_.load(block, query_view_, functions_, 1.f);
     grad_query_.zero(block);
-    this->map_->for_each_visit([&](const auto& visit) {
-      this->read(block, visit, grad_attn_view_, this->weights_);
-      if (this->call_.grad_rpb) this->map_->add_bias_gradient(visit, this->weights_);
-      this->map_->scatter(visit, this->weights_, query_, KEYS);
-      this->map_->gather(visit, this->weights_, KEYS, grad_query_);
-    });
-    grad_query_.store(block, grad_query_view_, this->functions_, this->ones_);
+    read(block, grad_attn_view_);
+    for (const Visit& visit : block.visits) {
+      if (call_.grad_rpb) map_.add_bias_gradient(visit, weights_);
+      map_.scatter(visit, weights_, query_, KEYS);
+      map_.gather(visit, weights_, KEYS, grad_query_);
+    }
+    grad_query_.store(block, grad_query_view_, functions_, ones_);
   }
 
  private:
-  BlockRows query_, grad_query_;
+  QueryRows query_, grad_query_;
   View query_view_, grad_query_view_, grad_attn_view_;
 };
 
-template <class Map>
-class WeightValue : Unfused<Map> {
+class WeightValue : public Unfused {
  public:
   static Needs needs() { return {{false, false}, {false, true}, {false, false}}; }
 
   WeightValue(const Call& call, Map& map, Scratch& scratch)
-      : Unfused<Map>(call, map, scratch), out_(scratch, call.plan->dim, false) {}
+      : Unfused(call, map, scratch), out_(scratch, plan_.value_dim, false) {}
 
-  void start(Map& map, const Submap& submap) {
-    this->map_ = &map;
-    attn_view_ = submap.view(ATTN, this->functions_.size);
-    out_view_ = submap.view(OUT, this->functions_.size);
+  void start(const Submap& submap, int64_t head) {
+    attn_view_ = submap.view(ATTN, head, functions_.size);
+    out_view_ = submap.view(OUT, head, functions_.size);
   }
 
   void operator()(const Block& block) {
     out_.zero(block);
-    this->map_->for_each_visit([&](const auto& visit) {
-      this->read(block, visit, attn_view_, this->weights_);
-      this->map_->gather(visit, this->weights_, VALUES, out_);
-    });
-    out_.store(block, out_view_, this->functions_, this->ones_);
+    read(block, attn_view_);
+    for (const Visit& visit : block.visits) map_.gather(visit, weights_, VALUES, out_);
+    out_.store(block, out_view_, functions_, ones_);
   }
 
  private:
-  BlockRows out_;
+  QueryRows out_;
   View attn_view_, out_view_;
 };
 
-template <class Map>
-class WeightValueBackward : Unfused<Map> {
+class WeightValueBackward : public Unfused {
  public:
   static Needs needs() { return {{false, true}, {false, false}, {false, true}}; }
 
   WeightValueBackward(const Call& call, Map& map, Scratch& scratch)
-      : Unfused<Map>(call, map, scratch), grad_out_(scratch, call.plan->dim),
-        grad_weights_(map.weights(scratch.take_zeros(map.weights_size()))) {}
+      : Unfused(call, map, scratch), grad_out_(scratch, plan_.value_dim, true), grad_weights_(scratch, map.slots(), true) {}
 
-  void start(Map& map, const Submap& submap) {
-    this->map_ = &map;
-    attn_view_ = submap.view(ATTN, this->functions_.size);
-    grad_attn_view_ = submap.view(GRAD_ATTN, this->functions_.size);
-    grad_out_view_ = submap.view(GRAD_OUT, this->functions_.size);
+  void start(const Submap& submap, int64_t head) {
+    attn_view_ = submap.view(ATTN, head, functions_.size);
+    grad_attn_view_ = submap.view(GRAD_ATTN, head, functions_.size);
+    grad_out_view_ = submap.view(GRAD_OUT, head, functions_.size);
   }
 
   void operator()(const Block& block) {
-    grad_out_.load(block, grad_out_view_, this->functions_, 1.f);
-    this->fill(block, grad_attn_view_, 0.f);
-    this->map_->for_each_visit([&](const auto& visit) {
-      this->read(block, visit, attn_view_, this->weights_);
-      this->map_->scatter(visit, this->weights_, grad_out_, VALUES);
-      this->map_->dot(visit, grad_out_, VALUES, false, grad_weights_);
-      this->write(block, visit, grad_weights_, grad_attn_view_);
-    });
+    grad_out_.load(block, grad_out_view_, functions_, 1.f);
+    read(block, attn_view_);
+    fill(block, grad_weights_, 0.f);
+    for (const Visit& visit : block.visits) {
+      map_.scatter(visit, weights_, grad_out_, VALUES);
+      map_.dot(visit, grad_out_, VALUES, false, grad_weights_);
+    }
+    write(block, grad_weights_, 0.f, grad_attn_view_);
   }
 
  private:
-  BlockRows grad_out_;
-  Rows grad_weights_;
+  QueryRows grad_out_;
+  Weights grad_weights_;
   View attn_view_, grad_attn_view_, grad_out_view_;
 };
 
