@@ -15,6 +15,8 @@ from torch import nn
 
 from natzoo import command_line
 from natzoo.checkpoints import DownloadError, write_table, zoo_entries
+from natzoo.classification.confusion import draw_confusion, write_per_class
+from natzoo.classification.data.batches import Normalize
 from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset, gather_bad_images
 from natzoo.classification.data.loader import create_evaluation_loader, create_validation_dataset, uses_shards
 from natzoo.classification.data.readers import read_class_map
@@ -29,7 +31,7 @@ from natzoo.classification.device import (
 from natzoo.classification.distributed import World, init_world
 from natzoo.classification.evaluation import FlipTTA, check_classes, evaluate
 from natzoo.classification.factory import describe_model
-from natzoo.classification.inference import add_model_options, requested_model
+from natzoo.classification.inference import add_model_options, class_names, requested_model
 from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, batch_size, workers
 from natzoo.classification.signals import Interrupted, SignalHandler
 
@@ -54,6 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="evaluate all published models whose name matches, such as 'nat_*'",
     )
     parser.add_argument("--results-file", type=Path, metavar="CSV", help="write a table with one row per model")
+    parser.add_argument("--per-class", type=Path, metavar="CSV", help="write accuracy and precision of each class")
+    parser.add_argument("--confusion", type=Path, metavar="PNG", help="draw the confusion matrix")
     add_dataset_options(parser)
     parser.add_argument("--val-split", default="val", metavar="NAME", help="name of the validation split")
     parser.add_argument("--class-map", metavar="FILE", help="text file with one class name per line, in class order")
@@ -147,6 +151,9 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     name = args.model or record["model"]
+    confusion_KK = None
+    if args.per_class or args.confusion:
+        confusion_KK = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64)
     evaluated: nn.Module = FlipTTA(model) if args.tta == "flip" else model
     result = evaluate(
         evaluated,
@@ -156,7 +163,15 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
         skip_bad_images=args.skip_bad_images,
         world=world,
         before_batch=functools.partial(world.raise_if_signalled, signals),
+        normalize=Normalize(config, device),
+        confusion_KK=confusion_KK,
     )
+    if confusion_KK is not None and world.is_main_process:
+        names = class_names(record, model.num_classes)
+        if args.per_class:
+            write_per_class(args.per_class, names, confusion_KK.numpy())
+        if args.confusion:
+            draw_confusion(args.confusion, names, confusion_KK.numpy())
     bad = gather_bad_images(dataset, world)
     is_comparable = (
         args.real_labels is None and args.tta == "none" and config == preprocessing(argparse.Namespace(), model)
@@ -202,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = make_parser().parse_args(argv)
     if args.models and (args.model or args.checkpoint or not args.pretrained):
         raise ValueError("--models requires --pretrained, and cannot be combined with --model or --checkpoint.")
+    if args.models and (args.per_class or args.confusion):
+        raise ValueError("--per-class and --confusion describe one model; use --model instead of --models.")
     with SignalHandler() as signals, init_world(args.device, signals) as (world, args.device):
         rows, failed = [], []
         for name in chosen_models(args.models) if args.models else [args.model]:
