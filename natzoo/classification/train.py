@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, model_parameters
+from timm.models import model_parameters
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 from tqdm import tqdm
 
