@@ -20,9 +20,8 @@ CONFIGS = ROOT / "configs"
 PUBLISHED = [path for kind in ("detection", "segmentation") for path in sorted((CONFIGS / kind).glob("*_*_*.py"))]
 PUBLISHED = [path for path in PUBLISHED if not path.name.startswith(("nuclei", "coco", "faster", "small"))]
 MASK2FORMERS = [path for path in PUBLISHED if path.name.startswith("mask2former")]
-SMALL_CONFIGS = [
-    path for name in ("*/nuclei", "*/coco", "*/small", "quickstart/") for path in CONFIGS.glob(f"{name}*.py")
-]
+SMALL_NAMES = ("*/nuclei_*", "*/coco_*", "*/small_*", "quickstart/*")
+SMALL_CONFIGS = [path for name in SMALL_NAMES for path in CONFIGS.glob(f"{name}.py")]
 FASTER_RCNNS = sorted(CONFIGS.glob("detection/faster_rcnn_*.py"))
 
 
