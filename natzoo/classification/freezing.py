@@ -24,7 +24,7 @@ def freeze(args: argparse.Namespace, model: Any) -> None:
             parameter.requires_grad_(True)
     elif args.freeze is not None:
         # timm's groups: 0 is the stem, then the stages; the last one is what follows them.
-        groups = group_parameters(model, model.group_matcher(coarse=True))
+        groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
         stages = max(groups.values()) - 1
         if args.freeze > stages:
             raise ValueError(f"--freeze {args.freeze} exceeds the {stages} stages of the model; use --linear-probe.")

@@ -84,6 +84,7 @@ def test_distillation_from_itself_has_no_loss(tiny, run_folder, kind, monkeypatc
     train.main(tiny(epochs=1))
     teacher = run_folder / "best.pth"
     more = ["--teacher", teacher, "--initial-checkpoint", teacher, "--distill", kind, "--task-weight", 0, "--lr", 0]
+    more += ["--drop-path", 0]
     options = train.parse(tiny(*more, "--min-lr", 0, "--warmup-lr", 0, "--experiment", "student", epochs=1))
     losses = []
     monkeypatch.setattr(train.EpochMeters, "update", lambda self, loss, norm: losses.append(loss))

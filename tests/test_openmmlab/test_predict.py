@@ -46,7 +46,7 @@ def test_detector(drawn, tmp_path, capsys):
         left, top, width, height = found[0]["bbox"]
         assert [left, top, left + width, top + height] == pytest.approx(expected.bboxes[0].tolist(), abs=0.1)
         assert (masks.decode(found[0]["segmentation"]) != expected.masks[0].numpy()).mean() < 0.01
-        assert found[0]["class"] == model.dataset_meta["classes"][expected.labels[0]]
+        assert found[0]["class"] == ("circle", "square", "triangle")[expected.labels[0]]
         with Image.open(path) as image, Image.open(tmp_path / "out" / f"{path.stem}.jpg") as drawing:
             assert drawing.size == image.size
             difference = np.abs(np.asarray(drawing, int) - np.asarray(image.convert("RGB"), int)).mean()
