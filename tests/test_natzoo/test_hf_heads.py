@@ -26,17 +26,17 @@ def backbone(kind="dinat", stages=STAGES, channels=3):
 
 
 def boxes():
-    return [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3]])}]
+    return [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3]])}] * 2
 
 
 def masks():
-    return {"mask_labels": [torch.ones(1, SIDE, SIDE)], "class_labels": [torch.tensor([1])]}
+    return {"mask_labels": [torch.ones(1, SIDE, SIDE)] * 2, "class_labels": [torch.tensor([1])] * 2}
 
 
 def upernet(kind):
     options = {"hidden_size": 16, "auxiliary_in_channels": 64, "auxiliary_channels": 16, "num_labels": 3}
     config = transformers.UperNetConfig(backbone_config=backbone(kind), **options)
-    return transformers.UperNetForSemanticSegmentation(config), {"labels": torch.ones(1, SIDE, SIDE).long()}
+    return transformers.UperNetForSemanticSegmentation(config), {"labels": torch.ones(2, SIDE, SIDE).long()}
 
 
 def mask2former(kind):
@@ -67,7 +67,7 @@ def oneformer(kind):
     options |= {"text_encoder_width": 32, "text_encoder_num_layers": 1, "text_encoder_vocab_size": 99}
     options |= {"text_encoder_context_length": 8, "text_encoder_n_ctx": 2, "task_seq_len": 8}
     config = transformers.OneFormerConfig(backbone_config=backbone(kind), **options)
-    inputs = {**masks(), "task_inputs": torch.ones(1, 8).long(), "text_inputs": torch.ones(1, 2, 8).long()}
+    inputs = {**masks(), "task_inputs": torch.ones(2, 8).long(), "text_inputs": torch.ones(2, 2, 8).long()}
     return transformers.OneFormerForUniversalSegmentation(config), inputs
 
 
@@ -109,7 +109,7 @@ def dpt(kind):
     config = transformers.DPTConfig(
         is_hybrid=True,
         backbone_config=backbone(kind, STAGES[:3]),
-        backbone_featmap_shape=[64, 4, 4],
+        backbone_featmap_shape=[1, 64, 4, 4],
         image_size=SIDE,
         neck_hidden_sizes=[16, 32, 24, 24],
         neck_ignore_stages=[0, 1],
@@ -136,7 +136,7 @@ def test_forward_backward_save_and_load(make, kind, tmp_path):
     model, labels = make(kind)
     model.train()
     part = find_backbone(model)
-    pixels = torch.randn(1, part.config.num_channels, SIDE, SIDE)
+    pixels = torch.randn(2, part.config.num_channels, SIDE, SIDE)
     output = model(pixels, **labels)
     loss = output.loss
     if loss is None:

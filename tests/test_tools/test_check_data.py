@@ -56,6 +56,6 @@ def test_config(tmp_path, name, capsys, monkeypatch):
     pictures = list((tmp_path / "out").glob("*/*.jpg"))
     assert len(pictures) == 4
     assert all(np.asarray(Image.open(path)).std() > 10 for path in pictures)
-    next((folder / "images" / "training").iterdir()).unlink()
+    next((folder / ("images" if name == "mask_rcnn" else "annotations") / "training").iterdir()).unlink()
     with pytest.raises(FileNotFoundError):
         check_data.main(arguments)
