@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 from mmdet.apis import DetInferencer
+from mmdet.evaluation import INSTANCE_OFFSET
+from mmdet.structures.mask import encode_mask_results
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.structures import BaseDataElement
 from mmseg.apis import MMSegInferencer
+from panopticapi.utils import id2rgb
 from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
@@ -151,6 +154,9 @@ def _pixels(picture: Picture) -> np.ndarray:
 def _draw(predictor: Any, pixels: np.ndarray, sample: BaseDataElement, score: float) -> bytes:
     """Return an image with the prediction drawn on it, as JPEG."""
     options = {"pred_score_thr": score} if isinstance(predictor, DetInferencer) else {}
+    if "pred_panoptic_seg" in sample and not _segments(sample, predictor.model.dataset_meta["classes"]):
+        sample = sample.clone()
+        del sample.pred_panoptic_seg  # mmdet cannot draw a panoptic map without segments
     predictor.visualizer.add_datasample("picture", pixels[..., ::-1], sample, draw_gt=False, **options)
     content = io.BytesIO()
     Image.fromarray(predictor.visualizer.get_image()).save(content, "JPEG", quality=92)
@@ -190,8 +196,6 @@ def write_prediction(path: Path, sample: BaseDataElement, classes: Sequence[str]
 
 def _objects(found: Any, classes: Sequence[str], score: float) -> list[dict[str, Any]]:
     """Return the objects: class, score, bbox [x, y, width, height] in pixels, and mask as COCO's RLE."""
-    from mmdet.structures.mask import encode_mask_results
-
     found = found[found.scores >= score].cpu()
     masks = encode_mask_results(found.masks) if "masks" in found else [None] * len(found)
     objects = []
@@ -205,18 +209,21 @@ def _objects(found: Any, classes: Sequence[str], score: float) -> list[dict[str,
     return objects
 
 
-def _write_panoptic(path: Path, sample: BaseDataElement, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Write a panoptic map, and return its segments: id and class."""
-    from mmdet.evaluation import INSTANCE_OFFSET
-    from panopticapi.utils import id2rgb
+def _segments(sample: BaseDataElement, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the segments of a panoptic map: id and class."""
+    keys = np.unique(sample.pred_panoptic_seg.sem_seg.cpu().numpy()).tolist()
+    return [
+        {"id": key + 1, "class": classes[key % INSTANCE_OFFSET]} for key in keys if key % INSTANCE_OFFSET < len(classes)
+    ]
 
-    ids = sample.pred_panoptic_seg.sem_seg[0].cpu().numpy().astype(np.int64)
-    is_void = ids % INSTANCE_OFFSET >= len(classes)
-    segments = [{"id": int(key), "class": classes[key % INSTANCE_OFFSET]} for key in np.unique(ids[~is_void])]
-    # 0 means "no segment" in COCO's encoding.
-    shifted = np.where(is_void, 0, ids + 1)
-    _write_png(path, id2rgb(shifted).astype(np.uint8))
-    return [{**segment, "id": segment["id"] + 1} for segment in segments]
+
+def _write_panoptic(path: Path, sample: BaseDataElement, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Write a panoptic map in COCO's encoding, where 0 means no segment, and return its segments."""
+    segments = _segments(sample, classes)
+    ids = sample.pred_panoptic_seg.sem_seg[0].cpu().numpy().astype(np.int64) + 1
+    is_segment = np.isin(ids, [segment["id"] for segment in segments])
+    _write_png(path, id2rgb(np.where(is_segment, ids, 0)))
+    return segments
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:

@@ -69,16 +69,21 @@ def test_segmenter(drawn, tmp_path):
     assert (tmp_path / "out" / f"{path.stem}.jpg").is_file()
 
 
-def test_panoptic_segmenter(drawn, tmp_path):
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_panoptic_segmenter(drawn, tmp_path, is_empty):
     """Each pixel belongs to a segment of the list, or to none."""
     config = tiny_mask2former(tmp_path)
     save_model(config, tmp_path / "model.pth")
     path = next((drawn / "images" / "validation").iterdir())
-    run(SEGMENTATION, config, tmp_path / "model.pth", path, "--out", tmp_path / "out")
+    threshold = f"model.test_cfg.object_mask_thr={0.99 if is_empty else 0.0}"
+    more = ["--cfg-options", threshold, "model.test_cfg.iou_thr=0.0"]
+    run(SEGMENTATION, config, tmp_path / "model.pth", path, "--out", tmp_path / "out", *more)
     segments = json.loads((tmp_path / "out" / f"{path.stem}.json").read_text())
     pixels = np.asarray(Image.open(tmp_path / "out" / f"{path.stem}.png"), int) @ (1, 256, 65536)
     assert set(np.unique(pixels)) - {0} == {one["id"] for one in segments}
     assert {one["class"] for one in segments} <= {"circle", "square", "triangle", "ground"}
+    assert bool(segments) != is_empty
+    assert (tmp_path / "out" / f"{path.stem}.jpg").is_file()
 
 
 def test_errors(drawn, tmp_path):
