@@ -79,6 +79,7 @@ class Trainer:
         skipped: number of updates skipped in a row.
         best: best top-1 accuracy in percent.
         best_epoch: epoch of the best accuracy, counted from 1.
+        first_epoch: number of completed epochs at the start.
 
     Raises:
         ValueError, FileNotFoundError: naming the option or file that is wrong.
@@ -124,6 +125,7 @@ class Trainer:
         self.best, self.best_epoch = -math.inf, 0
         if resumed is not None:
             self.load_state(*resumed)
+        self.first_epoch = self.epoch
         self.check_same_everywhere()
         self.parallel: Any = self.trained if args.fsdp else self.world.data_parallel(self.trained, self.device)
         compiled = args.compile or args.torchcompile
@@ -143,7 +145,8 @@ class Trainer:
     @property
     def has_stalled(self) -> bool:
         """Whether the accuracy has not improved for as long as --early-stop allows."""
-        return bool(self.args.early_stop) and self.epoch - self.best_epoch >= self.args.early_stop
+        since = self.best_epoch or self.first_epoch
+        return bool(self.args.early_stop) and self.epoch - since >= self.args.early_stop
 
     @property
     def progress(self) -> str:
