@@ -281,7 +281,7 @@ def use_panoptic(path):
     metric.dataset_meta = dataset.metainfo
     for index in range(len(dataset)):
         sample = dataset[index]["data_samples"]
-        found = sample.gt_sem_seg.sem_seg[0].clone()
+        found = torch.full_like(sample.gt_sem_seg.sem_seg[0], 3)
         for number, (label, mask) in enumerate(zip(sample.gt_instances.labels, sample.gt_instances.masks, strict=True)):
             found[torch.from_numpy(mask == 1)] = int(label) + 1000 * (number + 1)
         sample.pred_panoptic_seg = PixelData(sem_seg=found[None])
