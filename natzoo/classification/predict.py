@@ -17,10 +17,10 @@ from natzoo import command_line
 from natzoo.checkpoints import write_atomically
 from natzoo.classification.data.pictures import Picture, Pictures
 from natzoo.classification.data.transforms import evaluation_transform, preprocessing
-from natzoo.classification.device import explain_memory_errors, pick_device
 from natzoo.classification.inference import add_model_options, class_names, requested_model
 from natzoo.classification.options import HelpFormatter, batch_size, positive
 from natzoo.command_line import printable
+from natzoo.device import explain_memory_errors, pick_device
 
 MAX_GRID_IMAGES = 64
 Prediction = list[tuple[str, float]]  # class name and probability, most likely first

@@ -30,9 +30,9 @@ from tqdm import tqdm
 from natzoo import command_line
 from natzoo.checkpoints import fit_detector, write_atomically
 from natzoo.classification.data.pictures import Picture, Pictures
-from natzoo.classification.device import explain_memory_errors, pick_device
 from natzoo.classification.options import batch_size, fraction, positive
 from natzoo.command_line import printable
+from natzoo.device import explain_memory_errors, pick_device
 from natzoo.openmmlab.checkpoints import PATH_KEY
 from natzoo.openmmlab.runner import Project, add_config_options, load_config
 
