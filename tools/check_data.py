@@ -218,6 +218,9 @@ def _draw_samples(folder: Path, dataset: Any, visualizer: Any, count: int) -> No
         sample = dataset[index]
         if sample is None:  # the pipeline dropped it
             continue
+        instances = sample["data_samples"].get("gt_instances")
+        if hasattr(instances, "bboxes") and hasattr(instances.bboxes, "tensor"):
+            instances.bboxes = instances.bboxes.tensor  # what the visualizer draws
         pixels = sample["inputs"].permute(1, 2, 0).numpy()[..., ::-1].clip(0, 255).astype(np.uint8)
         name = f"{Path(sample['data_samples'].img_path).stem}.jpg"
         visualizer.add_datasample(
