@@ -64,7 +64,7 @@ def oneformer(kind):
     options = {"num_queries": 4, "hidden_dim": 32, "conv_dim": 32, "mask_dim": 32, "num_attention_heads": 2}
     options |= {"encoder_feedforward_dim": 16, "dim_feedforward": 16, "encoder_layers": 1, "decoder_layers": 3}
     options |= {"query_dec_layers": 1, "train_num_points": 64, "num_labels": 3, "is_training": True}
-    options |= {"text_encoder_width": 32, "text_encoder_num_layers": 1, "text_encoder_vocab_size": 99}
+    options |= {"text_encoder_width": 64, "text_encoder_num_layers": 1, "text_encoder_vocab_size": 99}
     options |= {"text_encoder_context_length": 8, "text_encoder_n_ctx": 2, "task_seq_len": 8}
     config = transformers.OneFormerConfig(backbone_config=backbone(kind), **options)
     inputs = {**masks(), "task_inputs": torch.ones(2, 8).long(), "text_inputs": torch.ones(2, 2, 8).long()}
