@@ -61,7 +61,7 @@ def maskformer(kind):
 
 
 def oneformer(kind):
-    options = {"num_queries": 4, "hidden_dim": 32, "conv_dim": 32, "mask_dim": 32, "num_attention_heads": 2}
+    options = {"num_queries": 4, "hidden_dim": 64, "conv_dim": 64, "mask_dim": 64, "num_attention_heads": 2}
     options |= {"encoder_feedforward_dim": 16, "dim_feedforward": 16, "encoder_layers": 1, "decoder_layers": 3}
     options |= {"query_dec_layers": 1, "train_num_points": 64, "num_labels": 3, "is_training": True}
     options |= {"text_encoder_width": 64, "text_encoder_num_layers": 1, "text_encoder_vocab_size": 99}
@@ -81,7 +81,7 @@ def detr(kind):
 
 
 def deformable_detr(kind):
-    config = transformers.DeformableDetrConfig(backbone_config=backbone(kind, STAGES[1:]), **_DETR)
+    config = transformers.DeformableDetrConfig(backbone_config=backbone(kind, STAGES[1:]), **{**_DETR, "decoder_layers": 2})
     return transformers.DeformableDetrForObjectDetection(config), {"labels": boxes()}
 
 
