@@ -105,7 +105,7 @@ def vitmatte(kind):
 
 
 def dpt(kind):
-    """DPT's hybrid form, with a ViT on the third stage; its plain form takes the tokens of a ViT, not maps."""
+    """DPT's hybrid form, with a ViT on the third stage as wide as the last one; its plain form needs tokens of a ViT."""
     config = transformers.DPTConfig(
         is_hybrid=True,
         backbone_config=backbone(kind, STAGES[:3]),
@@ -115,7 +115,7 @@ def dpt(kind):
         neck_ignore_stages=[0, 1],
         reassemble_factors=[1, 1, 1, 0.5],
         backbone_out_indices=[0, 0, 1, 2],
-        **{"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32},
+        **{"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32},
         **{"fusion_hidden_size": 16, "readout_type": "project"},
     )
     return transformers.DPTForDepthEstimation(config), {}
