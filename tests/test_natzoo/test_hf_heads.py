@@ -81,7 +81,8 @@ def detr(kind):
 
 
 def deformable_detr(kind):
-    config = transformers.DeformableDetrConfig(backbone_config=backbone(kind, STAGES[1:]), **{**_DETR, "decoder_layers": 2})
+    options = {**_DETR, "decoder_layers": 2}
+    config = transformers.DeformableDetrConfig(backbone_config=backbone(kind, STAGES[1:]), **options)
     return transformers.DeformableDetrForObjectDetection(config), {"labels": boxes()}
 
 
@@ -105,7 +106,7 @@ def vitmatte(kind):
 
 
 def dpt(kind):
-    """DPT's hybrid form, with a ViT on the third stage as wide as the last one; its plain form needs tokens of a ViT."""
+    """DPT's hybrid form, with a ViT on the third stage, as wide as the last one; its plain form needs a ViT's tokens."""
     config = transformers.DPTConfig(
         is_hybrid=True,
         backbone_config=backbone(kind, STAGES[:3]),
