@@ -106,7 +106,7 @@ def vitmatte(kind):
 
 
 def dpt(kind):
-    """DPT's hybrid form, with a ViT on the third stage, as wide as the last one; its plain form needs a ViT's tokens."""
+    """DPT's hybrid form, with a ViT on the third stage, as wide as the last; its plain form needs a ViT's tokens."""
     config = transformers.DPTConfig(
         is_hybrid=True,
         backbone_config=backbone(kind, STAGES[:3]),
