@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from math import prod
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch import Tensor
 from natten.backends import reference
 from natten.backends.reference import pad_head_dim, repeat_heads, shape_of_grads, split_grads, sum_heads
 from natten.geometry import Axis
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as numbered in the kernels
 # In the order of TensorName in csrc/cpu/plan.h and csrc/cuda/problem.h.
@@ -40,6 +45,27 @@ def warn_fallback(reason: str) -> str:
         f"natten falls back to plain PyTorch, which is several times slower: {reason}.", RuntimeWarning, stacklevel=2
     )
     return reason
+
+
+class Unsupported(Exception):
+    """The kernels cannot run a problem, as their plan shows. The message says why."""
+
+
+def with_fallback(method: Callable[P, R]) -> Callable[P, R]:
+    """Return a method of `KernelBackend` that lets the reference compute what the kernels do not support.
+
+    It warns once per reason.
+    """
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except Unsupported as error:
+            warn_fallback(str(error))
+        return getattr(reference, method.__name__)(*args, **kwargs)
+
+    return run
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:

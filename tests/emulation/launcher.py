@@ -24,7 +24,7 @@ from unittest import mock
 
 from natten.backends import cuda
 from natten.backends.cpu.compiler import find_compilers
-from natten.backends.cuda import driver, nvrtc
+from natten.backends.cuda import driver, first_use, nvrtc
 
 HEADER = Path(__file__).parent
 FLAGS = (
@@ -100,11 +100,26 @@ def gpu_properties(
 
 @contextlib.contextmanager
 def emulated_gpu(
-    capability: tuple[int, int] = (9, 0), seed: int = 0, shared_bytes: int | None = None, processors: int = 132
+    capability: tuple[int, int] = (9, 0),
+    seed: int = 0,
+    shared_bytes: int | None = None,
+    processors: int = 132,
+    has_self_check: bool = False,
 ) -> Iterator[Emulator]:
-    """Let backend="cuda" accept CPU tensors, as if they were on a GPU with these properties."""
+    """Let backend="cuda" accept CPU tensors, as if they were on a GPU with these properties.
+
+    Args:
+        has_self_check: whether kernels are checked on first use, as on a GPU.
+    """
     emulator = Emulator(seed)
     with (
+        contextlib.nullcontext()
+        if has_self_check
+        else mock.patch.object(first_use, "refusal", lambda *arguments: None),
+        mock.patch.object(driver, "synchronize", lambda device: None),
+        mock.patch.object(driver, "is_capturing", lambda: False),
+        mock.patch.object(driver, "version", lambda: 13000),
+        mock.patch.object(driver, "device_name", lambda device: "emulated GPU"),
         mock.patch.object(cuda, "unsupported_reason", lambda query: None),
         mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability, shared_bytes, processors)),
         mock.patch.object(driver, "launch", emulator.launch),

@@ -153,7 +153,7 @@ def _threads() -> int:
 # The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
-_backend = KernelBackend(launch, with_contiguous_rows, _MAX_DIM, takes_any_shape=True)
-attention, attention_backward = _backend.attention, _backend.attention_backward
-query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
-weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward
+KERNELS = KernelBackend(launch, with_contiguous_rows, _MAX_DIM, takes_any_shape=True)
+attention, attention_backward = KERNELS.attention, KERNELS.attention_backward
+query_key, query_key_backward = KERNELS.query_key, KERNELS.query_key_backward
+weight_value, weight_value_backward = KERNELS.weight_value, KERNELS.weight_value_backward

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from math import prod
 from struct import Struct
 from typing import NamedTuple
@@ -16,10 +17,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from natten.backends.cuda import driver, nvrtc
+from natten.backends.cuda import driver, first_use, nvrtc
 from natten.backends.cuda.driver import Kernel
 from natten.backends.cuda.tiles import Tile, choose_tile
-from natten.backends.kernels import DTYPES, TENSORS, KernelBackend, check_layout, unsupported_input, warn_fallback
+from natten.backends.families import Family
+from natten.backends.kernels import (
+    DTYPES,
+    TENSORS,
+    KernelBackend,
+    Unsupported,
+    check_layout,
+    unsupported_input,
+    warn_fallback,
+    with_fallback,
+)
 from natten.checks import cached, check_rpb
 from natten.geometry import Axis
 
@@ -41,6 +52,9 @@ _WAVES = 2  # waves of blocks that sum the gradient of the bias table
 _RESIDENT_GROUPS = 8  # approximate number of blocks of a kernel in groups.h that fit on a multiprocessor
 _MAX_PARTIAL_BYTES = 64 << 20
 _MIN_SCALE = 1e-30
+_MAX_LENGTH, _MAX_TABLE = 1 << 30, 1 << 28  # tokens per axis, entries of the bias table per head
+_PASSES = {"attention": "forward", "attention_backward": "backward"}  # of kernel families, by op
+_PRECISIONS = ("float32", "bfloat16", "float16", "tf32")  # of kernel families, by ELEMENT
 # Largest distance in bytes between neighbors in a residue class for which 32 such steps fit into an int.
 _MAX_SHORT_STEP = 2**31 // 32 - 1
 
@@ -87,6 +101,14 @@ def unsupported_capability(capability: tuple[int, int]) -> str | None:
 _properties = cache(torch.cuda.get_device_properties)
 
 
+def matrix_families(device: torch.device) -> list[Family]:
+    """Return the families with matrix instructions on a device."""
+    gpu = _properties(device)
+    if (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
+        return []
+    return [Family(*choice, True) for choice in product(("forward", "backward"), ("bfloat16", "float16", "tf32"))]
+
+
 def allows_tf32() -> bool:
     """Return whether PyTorch's settings allow TF32 (10 bits of fraction) in float32 matrix products on GPUs."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -118,10 +140,12 @@ class Plan(NamedTuple):
     """The launches of a problem.
 
     Attributes:
+        family: the kernel family of the launches.
         steps: the launches, in order.
         partial: number of floats in the workspace for partial gradients of rpb.
     """
 
+    family: Family
     steps: tuple[Step, ...]
     partial: int
 
@@ -131,6 +155,9 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
 
     Returns:
         The gradient of rpb, or None if the op has none.
+
+    Raises:
+        Unsupported: if a limit is exceeded, if a kernel cannot be compiled, or if the kernels failed their self-check.
     """
     shaped = tensors["QUERY"] if "QUERY" in tensors else tensors["VALUE"]
     if op == "attention_backward":
@@ -138,6 +165,10 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     uses_tf32 = shaped.dtype == torch.float32 and allows_tf32()
     plan = _plan(op, shaped, axes, scale, rpb, is_deterministic, uses_tf32, tuple(tensors), *tensors.values())
+    if plan.steps:
+        reason = first_use.refusal(plan.family, shaped.device, KERNELS)
+        if reason is not None:
+            raise Unsupported(reason)
     table = None if rpb is None else rpb.detach().float().contiguous()
     partial = grad_rpb = None
     if op.endswith("_backward") and rpb is not None:
@@ -148,13 +179,16 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     for index, x in enumerate((table, partial, grad_rpb), start=_TABLES):
         if x is not None:
             addresses.append((index, x.data_ptr()))
-    if len(plan.steps) > 1:
-        driver.prepare([step.kernel for step in plan.steps], shaped.device.index)
-    for step in plan.steps:
-        parameters = (ctypes.c_int64 * (_PARAMS.size // 8)).from_buffer_copy(step.parameters)
-        for index, address in addresses:
-            parameters[index] = address
-        driver.launch(step.kernel, step.blocks, parameters, shaped.device.index)
+    try:
+        if len(plan.steps) > 1:
+            driver.prepare([step.kernel for step in plan.steps], shaped.device.index)
+        for step in plan.steps:
+            parameters = (ctypes.c_int64 * (_PARAMS.size // 8)).from_buffer_copy(step.parameters)
+            for index, address in addresses:
+                parameters[index] = address
+            driver.launch(step.kernel, step.blocks, parameters, shaped.device.index)
+    except nvrtc.Unavailable as error:
+        raise Unsupported(str(error)) from error
     return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)
 
 
@@ -173,6 +207,7 @@ def _plan(
     """Return the plan of a problem whose query (or value) is `shaped`, for the named tensors.
 
     Raises:
+        Unsupported: if a limit is exceeded.
         ValueError: if a tensor does not match `shaped`.
     """
     check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
@@ -183,7 +218,7 @@ def _plan(
     planner = _Planner(shaped, axes, scale, rpb is not None, is_deterministic, uses_tf32, given, gpu)
     if shaped.numel():
         getattr(planner, op)()
-    return Plan(tuple(planner.steps), planner.partial)
+    return Plan(planner.family(op), tuple(planner.steps), planner.partial)
 
 
 def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) -> tuple[Step, ...]:
@@ -224,6 +259,21 @@ class _Planner:
         self.table = prod(2 * axis.kernel_size - 1 for axis in self.axes)
         self.steps: list[Step] = []
         self.partial = 0
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        """Raise Unsupported if indices of tokens or of the bias table do not fit into an int."""
+        longest = max(axis.length for axis in self.axes)
+        if longest > _MAX_LENGTH:
+            raise Unsupported(f"an axis has {longest} tokens; the CUDA kernels support at most {_MAX_LENGTH}")
+        if self.table > _MAX_TABLE:
+            raise Unsupported(f"the bias table has {self.table} entries; the CUDA kernels support at most {_MAX_TABLE}")
+
+    def family(self, op: str) -> Family:
+        """Return the kernel family of the launches of an op."""
+        is_tiled = any(step.kernel.shared_bytes for step in self.steps)
+        element = self.tiled_element if is_tiled else self.element
+        return Family(_PASSES.get(op, "unfused"), _PRECISIONS[element], is_tiled)
 
     def _views(self, tensors: dict[str, Tensor], missing_axes: int) -> tuple[int, ...]:
         words: list[int] = []
@@ -344,8 +394,8 @@ class _Planner:
         parts = pieces if parts is None else parts
         blocks = parts * slices * self.heads if blocks is None else blocks
         if max(blocks, pieces) >= 2**31:
-            raise ValueError(
-                f"query requires {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31; split the batch."
+            raise Unsupported(
+                f"query requires {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31; split the batch"
             )
         classes = [divmod(axis.length, axis.dilation) for axis in self.axes]
         parameters = _PARAMS.pack(
@@ -374,7 +424,7 @@ class _Planner:
 # The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
-_backend = KernelBackend(launch, _with_aligned_rows, MAX_DIM, takes_any_shape=False)
-attention, attention_backward = _backend.attention, _backend.attention_backward
-query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
-weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward
+KERNELS = KernelBackend(launch, _with_aligned_rows, MAX_DIM, takes_any_shape=False)
+attention, attention_backward = with_fallback(KERNELS.attention), with_fallback(KERNELS.attention_backward)
+query_key, query_key_backward = with_fallback(KERNELS.query_key), with_fallback(KERNELS.query_key_backward)
+weight_value, weight_value_backward = with_fallback(KERNELS.weight_value), with_fallback(KERNELS.weight_value_backward)
