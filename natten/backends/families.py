@@ -126,6 +126,8 @@ def _largest_error(kernels, family: Family, device: torch.device, wait: Callable
     rpb = draw(_HEADS, *(2 * axis.kernel_size - 1 for axis in _AXES), dtype=torch.float32)
     # Matrix instructions take only positive scales, so a negative one selects the kernels without them.
     scale = _SCALE if family.has_matrix_instructions else -_SCALE
+    tensors: tuple[Tensor, ...]
+    run: Callable[..., list[Tensor]]
     with torch.no_grad():
         if family.pass_name == "unfused":
             attn = draw(_BATCH, _HEADS, *space, prod(axis.kernel_size for axis in _AXES))
@@ -134,8 +136,7 @@ def _largest_error(kernels, family: Family, device: torch.device, wait: Callable
         elif family.pass_name == "forward":
             tensors, run = (query, key, value, rpb), _run_forward
         else:
-            exact = [x.double() for x in (query, key, value, rpb)]
-            out, lse = reference.attention(*exact, _AXES, scale)
+            out, lse = _run_forward(reference, scale, *(x.double() for x in (query, key, value, rpb)))
             grad_lse = draw(_BATCH, *space, _HEADS, dtype=torch.float32)
             tensors, run = (query, key, value, rpb, out.to(dtype), lse.float(), grad_out, grad_lse), _run_backward
         results = run(kernels, scale, *(x.to(device) for x in tensors))

@@ -26,9 +26,9 @@ import natten
 from natten import backends
 from natten.backends import cuda
 from natten.backends.cuda import driver, nvrtc, tiles
-from natten.backends.kernels import warn_fallback
+from natten.backends.kernels import Unsupported, warn_fallback
 from natten.checks import make_axes
-from natten.geometry import Axis, first_key
+from natten.geometry import Axis
 from test_natten import test_goldens
 from test_natten.problems import RANKS, Problem, make_qkv, make_rpb
 from test_natten.test_cpu import fused, problem_of, to_double, unfused
@@ -65,11 +65,11 @@ def tile_limits(
         mock.patch.object(tiles, "_MAY_HAVE_GRADIENT_FRAGMENTS", has_gradient_fragments),
         mock.patch.object(tiles, "_MAX_GRADIENT_BYTES", gradient_bytes),
     ):
-        tiles.choose_tile.cache_clear()
+        tiles._choose.cache_clear()
         try:
             yield
         finally:
-            tiles.choose_tile.cache_clear()
+            tiles._choose.cache_clear()
 
 
 # Each tensor ends directly before an unreadable page, or begins directly after one.
@@ -436,8 +436,25 @@ class PlanTest(unittest.TestCase):
 
     def test_too_many_blocks(self):
         for op in ("attention", "attention_backward"):  # too many blocks; too many tiles, shared by fewer blocks
-            with self.subTest(op), self.assertRaisesRegex(ValueError, "query.*blocks"):
+            with self.subTest(op), self.assertRaisesRegex(Unsupported, "query.*blocks"):
                 self.plan((1 << 30, 600, 2, 8), 3, op)
+
+    def test_too_long_an_axis_and_too_large_a_table(self):
+        with self.assertRaisesRegex(Unsupported, "axis"):
+            self.plan((1, (1 << 30) + 1, 2, 8), 3)
+        with self.assertRaisesRegex(Unsupported, "table"):
+            self.plan((1, 600, 600, 600, 2, 8), 401)
+
+    def test_the_reference_takes_over_beyond_a_limit(self):
+        x = torch.randn(1, 9, 2, 8)
+        with (
+            emulated_gpu() as emulator,
+            mock.patch.object(cuda, "_MAX_LENGTH", 8),
+            self.assertWarnsRegex(RuntimeWarning, "axis has 9 tokens"),
+        ):
+            found = natten.na1d(x, x, x, 3, backend="cuda")
+        torch.testing.assert_close(found, natten.na1d(x, x, x, 3, backend="reference"))
+        self.assertEqual(emulator.launched, [])
 
     def test_every_published_shape_has_a_tile_on_each_gpu(self):
         shapes = [((56, 56), 7, 32), ((28, 28), 7, 32), ((14, 14), 7, 32), ((7, 7), 7, 32), ((24, 24), 11, 32)]
@@ -450,46 +467,6 @@ class PlanTest(unittest.TestCase):
                 tile = tiles.choose_tile(kernel, axes, dim, 64, True, 108, shared_bytes, True, item_bytes)
                 self.assertLessEqual(tile.shared_bytes, shared_bytes)
                 self.assertLessEqual(tile.threads, 1024)
-
-
-class ReachTest(unittest.TestCase):
-    """The columns of tiles, against the windows of all tokens."""
-
-    AXES = tuple(
-        Axis(length, k, stride, dilation, is_causal)
-        for length, k, dilation in ((7, 7, 1), (33, 5, 1), (41, 8, 3), (90, 7, 2), (300, 13, 1))
-        for stride in (1, 2, 5)
-        for is_causal in (False, True)
-    )
-
-    def test_all_tiles(self):
-        for axis, is_inverse, size in itertools.product(self.AXES, (False, True), (1, 8, 16)):
-            with self.subTest(axis=axis, is_inverse=is_inverse, size=size):
-                before = after = most = 0
-                for n in {-(-axis.length // axis.dilation), axis.length // axis.dilation}:
-                    short = axis._replace(length=n, dilation=1)
-                    first, end = first_key(short, torch.arange(n), torch.tensor(n)), torch.arange(1, n + 1)
-                    end = end if axis.is_causal else first + axis.kernel_size
-                    sees = (first[:, None] <= torch.arange(n)) & (torch.arange(n) < end[:, None])
-                    sees = sees.T if is_inverse else sees
-                    for s in range(0, n, size):
-                        columns = sees[s : s + size].any(0).nonzero()
-                        low, high = columns.min().item(), columns.max().item() + 1
-                        before, after, most = max(before, s - low), max(after, high - s), max(most, high - low)
-                self.assertEqual(tiles.farthest(axis, is_inverse, size), (before, after))
-                self.assertEqual(tiles.widest(axis, is_inverse, size), most)
-
-    def test_a_long_axis(self):
-        for axis, is_inverse, size in itertools.product(self.AXES, (False, True), (8, 48)):
-            axis = axis._replace(length=axis.length + 2000)
-            with self.subTest(axis=axis, is_inverse=is_inverse, size=size):
-                found = []
-                for long in (1, 1 << 20):
-                    tiles._reaches.cache_clear()
-                    with mock.patch.object(tiles, "_LONG_AXIS", long):
-                        found.append(set(tiles._reaches(axis, is_inverse, size)))
-                tiles._reaches.cache_clear()
-                self.assertEqual(*found)
 
 
 class AlignedRowsTest(unittest.TestCase):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import unittest
 from unittest import mock
 
+import pytest
 import torch
 from emulation.launcher import emulated_gpu
 
-from natten.backends import cpu
+from natten.backends import cpu, cuda, self_check
 from natten.backends.cpu import build
+from natten.backends.families import Family
 from natten.backends.kernels import warn_fallback
-from natten.backends.self_check import run_self_check
+from natten.backends.self_check import CheckRow, run_self_check
 
 
 class RunSelfCheckTest(unittest.TestCase):
@@ -63,12 +67,30 @@ class RunSelfCheckTest(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "^backend"):
             run_self_check("reference")
 
-    def test_emulated_gpu(self):
-        with emulated_gpu() as emulator:
+    def check_emulated_gpu(self) -> tuple[list[CheckRow], list[str]]:
+        """Return the rows and the names of the launched kernels."""
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.dict(os.environ, NATTEN_CACHE_DIR=folder),
+            emulated_gpu() as emulator,
+        ):
             rows = run_self_check("cuda", "cpu")
         self.assertEqual({row.verdict for row in rows}, {"passed"}, rows)
+        return rows, emulator.launched
+
+    def test_a_family_on_an_emulated_gpu(self):
+        family = Family("forward", "tf32", True)
+        with (
+            mock.patch.object(self_check, "families", list),
+            mock.patch.object(cuda, "matrix_families", lambda device: [family]),
+        ):
+            self.assertEqual(self.check_emulated_gpu()[1], ["natten_attention_tiles"])
+
+    @pytest.mark.slow
+    def test_all_families_on_an_emulated_gpu(self):
+        rows, launched = self.check_emulated_gpu()
         self.assertEqual(len(rows), 9 + 6)
-        self.assertEqual(sum(name == "natten_attention_tiles" for name in emulator.launched), 3)
+        self.assertEqual(sum(name == "natten_attention_tiles" for name in launched), 3)
 
 
 if __name__ == "__main__":

@@ -379,7 +379,8 @@ class _Planner:
 
     def _add_sum(self, parts: int) -> None:
         self.partial = self.heads * parts * self.table
-        kernel = Kernel("sum_parts.cu", "natten_sum_parts", self._definitions(self.element), _SUM_THREADS)
+        definitions = [f"KERNEL_{letter}={axis.kernel_size}" for letter, axis in zip("ZYX", self.axes, strict=True)]
+        kernel = Kernel("sum_parts.cu", "natten_sum_parts", tuple(definitions), _SUM_THREADS)
         self._add(kernel, (1, 1, 1), parts, blocks=-(-self.table // _SUM_ENTRIES) * self.heads)
 
     def _add(self, kernel: Kernel, size, parts: int | None, slices: int = 1, blocks: int | None = None) -> None:

@@ -112,11 +112,11 @@ def _read(family: Family, device: torch.device) -> Verdict | None:
     name = _file_name(family, device)
     for folder in nvrtc.cache_folders():
         try:
+            cache.check(folder)
             data = cache.read(folder / name)
-            if data is not None:
-                return Verdict(**json.loads(data))
+            return None if data is None else Verdict(**json.loads(data))
         except (OSError, ValueError, TypeError) as error:
-            log.debug("%s has no verdict that can be read: %s", folder, error)
+            log.debug("%s cannot hold a verdict: %s", folder, error)
     return None
 
 
