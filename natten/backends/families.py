@@ -41,9 +41,9 @@ PRECISIONS = {
     "float16": Precision(torch.float16, 3e-3),
 }
 
-# A problem with borders on all sides, partial tiles, two residue classes of different lengths, and a causal axis: 2
+# A problem with borders on all sides, partial tiles, two residue classes of different lengths, and a causal axis: 4
 # images of 21 x 17 tokens, 2 heads.
-_BATCH, _HEADS, _DIM = 2, 2, 16
+_BATCH, _HEADS, _DIM = 4, 2, 16
 _AXES = (Axis(21, 4, 1, 2, False), Axis(17, 3, 1, 1, True))
 _SCALE = _DIM**-0.5
 

@@ -30,8 +30,8 @@ from natten.backends.kernels import Unsupported, warn_fallback
 from natten.checks import make_axes
 from natten.geometry import Axis
 from test_natten import test_goldens
-from test_natten.problems import RANKS, Problem, make_qkv, make_rpb
-from test_natten.test_cpu import fused, problem_of, to_double, unfused
+from test_natten.problems import RANKS, Problem, Recorder, make_qkv, make_rpb
+from test_natten.test_cpu import fused, mixed_qkv, problem_of, to_double, unfused
 
 TURING, HOPPER = (7, 5), (9, 0)
 TF32_EPS = 2.0**-10
@@ -113,13 +113,17 @@ class EmulatedTestCase(unittest.TestCase):
         self.errors: list[tuple[float, float]] = []
         self.definitions: list[dict[str, str]] = []  # those of the kernels in the last check
 
-    def check(self, given: Problem, dtype: torch.dtype, compute=fused, eps: float | None = None, **gpu) -> list[str]:
+    def check(
+        self, given: Problem, dtype: torch.dtype, compute=fused, eps: float | None = None, qkv=None, rpb=None, **gpu
+    ) -> list[str]:
         """Compare all results of a problem. Return the names of the kernels that ran.
 
         Args:
             eps: rounding of the kernels, if it is not that of the dtype.
+            qkv, rpb: inputs, if they are not those of the problem.
         """
-        qkv, rpb = make_qkv(given, dtype), make_rpb(given, torch.float32)
+        if qkv is None:
+            qkv, rpb = make_qkv(given, dtype), make_rpb(given, torch.float32)
         with emulated_gpu(seed=given.seed, **gpu) as emulator:
             found = compute(given, qkv, rpb, "cuda")
         peers = compute(given, qkv, rpb, "reference")
@@ -165,22 +169,42 @@ class EmulatedKernelsTest(EmulatedTestCase):
     def test_unfused(self):
         self.check(problem((9, 11), (4, 5), 1, (2, 1), (False, True), dim=8), torch.float16, unfused)
 
-    def test_other_head_dims_are_padded(self):
-        for dim in (1, 12, 28):
-            self.check(problem((9, 11), 5, 1, 1, dim=dim), torch.float32)
-            self.check(problem((9, 11), 5, 1, 1, dim=dim), torch.float16, unfused)
+    def test_head_dims_that_are_no_multiples_of_8(self):
+        for dim, dtype, compute in (
+            *((1, torch.float32, fused), (12, torch.float32, fused), (28, torch.bfloat16, fused)),
+            *((7, torch.float16, unfused), (12, torch.bfloat16, unfused)),
+        ):
+            with self.subTest(dim=dim, dtype=dtype):
+                self.check(problem((9, 11), 3, 1, 1, dim=dim, layout="packed"), dtype, compute)
 
     def test_fewer_key_heads_and_another_value_head_dim(self):
+        """With and without matrix instructions."""
         generator = torch.Generator().manual_seed(0)
-        shapes = ((9, 11, 4, 12), (9, 11, 2, 12), (9, 11, 2, 20))
-        q, k, v = (torch.randn(2, *shape, generator=generator).requires_grad_() for shape in shapes)
-        found = []
-        for backend in ("cuda", "reference"):
-            with emulated_gpu():
-                out = natten.na2d(q, k, v, 5, backend=backend)
-                found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
-        for x, y in zip(*found, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+        for (heads, kv_heads, dim, value_dim), dtype in (
+            ((4, 2, 12, 20), torch.float32),
+            ((3, 1, 20, 5), torch.float32),
+            ((4, 2, 16, 8), torch.bfloat16),
+        ):
+            shapes = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+            qkv = [torch.randn(1, 9, 11, *shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+            rpb = torch.randn(heads, 5, 5, generator=generator, requires_grad=True)
+            with self.subTest(shapes=shapes, dtype=dtype):
+                self.check(problem((9, 11), 3, heads=heads), dtype, fused, qkv=qkv, rpb=rpb)
+
+    def test_nothing_is_copied(self):
+        """Except for head_dims that matrix instructions do not take."""
+        axes = make_axes((9, 11), 3)
+        for (heads, kv_heads, dim, value_dim), dtype in (
+            ((4, 2, 12, 20), torch.float32),
+            ((4, 2, 16, 16), torch.bfloat16),
+        ):
+            q, k, v = (
+                torch.randn(1, 9, 11, *shape).to(dtype)
+                for shape in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+            )
+            with emulated_gpu(), Recorder() as recorder:
+                cuda.attention(q, k, v, None, axes, 0.5)
+            self.assertEqual({name for name in recorder.names if "empty" not in name}, set())
 
     def test_float16_on_turing_uses_no_matrix_instructions(self):
         given = problem((12,), 5, 1, 2, dim=8, has_rpb=False)
@@ -228,6 +252,14 @@ class EmulatedSweepTest(EmulatedTestCase):
 
     def test_float16_on_turing(self):
         self.check_problems(3, torch.float16, capability=TURING)
+
+    def test_fewer_key_heads_and_other_value_head_dims(self):
+        for rank, seed, dtype in itertools.product(RANKS, range(8), (torch.float32, torch.bfloat16)):
+            given = problem_of(rank, seed)._replace(batch=1)
+            if given.head_dim > 64:
+                continue
+            with self.subTest(given=given, dtype=dtype):
+                self.check(given, dtype, fused, qkv=mixed_qkv(given, dtype), rpb=make_rpb(given, torch.float32))
 
     def test_unfused(self):
         self.check_problems(6, torch.float32, unfused)
@@ -319,8 +351,6 @@ class EmulatedSweepTest(EmulatedTestCase):
 
     def test_goldens(self):
         for case in test_goldens.CASES:
-            if case["d"] % 8:
-                continue
             with self.subTest(case["tag"]), emulated_gpu():
                 qkv, rpb, dout = test_goldens.make_inputs(case)
                 out, lse = test_goldens.fused(case, qkv, rpb, "cuda")
@@ -473,8 +503,8 @@ class AlignedRowsTest(unittest.TestCase):
     def test_only_unaligned_rows_are_copied(self):
         x = torch.zeros(2, 9, 3, 16)
         self.assertIs(cuda._with_aligned_rows(x), x)
-        y = x[..., 4:12]
-        self.assertIs(cuda._with_aligned_rows(y), y)
+        for y in (x[..., 4:12], x[..., 2:12], x[..., 1:8]):  # the rows of 8, 10 and 7 elements
+            self.assertIs(cuda._with_aligned_rows(y), y)
         for y in (x[..., 1:9], x[..., ::2], x.flatten()[3:291].view(2, 9, 2, 8)):
             copy = cuda._with_aligned_rows(y)
             self.assertIsNot(copy, y)

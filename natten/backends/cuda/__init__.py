@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
-from math import prod
+from math import gcd, prod
 from struct import Struct
 from typing import NamedTuple
 
@@ -26,7 +26,9 @@ from natten.backends.kernels import (
     TENSORS,
     KernelBackend,
     Unsupported,
+    check_heads_and_dims,
     check_layout,
+    uniform_dims,
     unsupported_input,
     warn_fallback,
     with_fallback,
@@ -39,7 +41,7 @@ NAME = "cuda"
 MIN_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
 _TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out * grad_out per query, an intermediate result of backward
-_VIEW_WORDS = 6
+_VIEW_WORDS = 7
 _PARAMS = Struct(f"={len(_TENSORS) * _VIEW_WORDS}q 3q 3i 3i 3i 3i 3i f")  # `Params` in problem.h
 _TABLES = _VIEW_WORDS * len(_TENSORS)  # index of rpb; partial_rpb and grad_rpb follow
 _TF32 = 3  # ELEMENT of Tfloat in instructions.h: float32 that matrix instructions round to TF32
@@ -114,11 +116,30 @@ def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def _uses_matrix_instructions(query: Tensor, scale: float) -> bool:
+    """Return whether fused attention for such a query uses kernels with matrix instructions, if a tile fits."""
+    return _may_use_matrices(_element(query.dtype, allows_tf32()), scale, _properties(query.device))
+
+
+def _element(dtype: torch.dtype, uses_tf32: bool) -> int:
+    """Return ELEMENT of kernels with matrix instructions; 0 if there are none."""
+    return _TF32 if dtype == torch.float32 and uses_tf32 else DTYPES[dtype]
+
+
+def _may_use_matrices(element: int, scale: float, gpu) -> bool:
+    is_divisor = _MIN_SCALE < scale < 1 / _MIN_SCALE  # kernels divide the bias by the scale
+    return element != DTYPES[torch.float32] and is_divisor and (gpu.major, gpu.minor) >= MATRIX_CAPABILITY
+
+
 def _with_aligned_rows(x: Tensor) -> Tensor:
-    """Return the tensor, or a copy, with rows that are contiguous and aligned to 16 bytes."""
-    items = 16 // x.element_size()
+    """Return the tensor, or a copy, with rows that are contiguous, and aligned as the kernels read them.
+
+    They read as many elements at a time as fit into 16 bytes and divide head_dim.
+    """
+    items = gcd(x.shape[-1], 16 // x.element_size())
     *strides, last = x.stride()
-    if last == 1 and x.data_ptr() % 16 == 0 and not any(stride % items for stride in strides):
+    is_aligned = x.data_ptr() % (items * x.element_size()) == 0 and not any(stride % items for stride in strides)
+    if last == 1 and is_aligned:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -212,8 +233,14 @@ def _plan(
     """
     check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
     given = dict(zip(names, tensors, strict=True))
+    heads, kv_heads, value_dim = shaped.shape[-2], shaped.shape[-2], shaped.shape[-1]
+    if op.startswith("attention"):
+        kv_heads, value_dim = given["KEY"].shape[-2], given["VALUE"].shape[-1]
+    check_heads_and_dims(heads, kv_heads, shaped.shape[-1], value_dim)
     for name, x in given.items():
-        check_layout(name, x, shaped, axes)
+        # Kernels with matrix instructions compute the gradients of key and value for each head of the query.
+        is_repeated = name in ("GRAD_KEY", "GRAD_VALUE") and x.shape[-2] == heads
+        check_layout(name, x, shaped, axes, heads if is_repeated else kv_heads, value_dim)
     gpu = _properties(shaped.device)
     planner = _Planner(shaped, axes, scale, rpb is not None, is_deterministic, uses_tf32, given, gpu)
     if shaped.numel():
@@ -232,8 +259,10 @@ def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) 
         gpu: an object with the attributes `major`, `minor`, `multi_processor_count` and
             `shared_memory_per_block_optin` of `torch.cuda.get_device_properties`.
     """
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    planner = _Planner(shaped, axes, 1.0, has_rpb, is_deterministic, allows_tf32(), {}, gpu)
+    is_deterministic, uses_tf32 = torch.are_deterministic_algorithms_enabled(), allows_tf32()
+    if _may_use_matrices(_element(shaped.dtype, uses_tf32), 1.0, gpu):
+        shaped, *_ = uniform_dims(shaped, shaped, shaped)
+    planner = _Planner(shaped, axes, 1.0, has_rpb, is_deterministic, uses_tf32, {}, gpu)
     if shaped.numel():
         getattr(planner, op)()
     return tuple(planner.steps)
@@ -247,8 +276,10 @@ class _Planner:
     ):
         self.axes = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
         self.batch, self.heads, self.dim = shaped.shape[0], shaped.shape[-2], shaped.shape[-1]
+        self.grad_heads = tensors.get("GRAD_KEY", shaped).shape[-2]
+        self.value_dim = tensors.get("VALUE", shaped).shape[-1]
         self.element, self.gpu = DTYPES[shaped.dtype], gpu
-        self.tiled_element = _TF32 if self.element == 0 and uses_tf32 else self.element
+        self.tiled_element = _element(shaped.dtype, uses_tf32)
         self.scale, self.has_rpb, self.is_deterministic = scale, has_rpb, is_deterministic
         self.views = self._views(tensors, 3 - len(axes))
         self.has_long_steps = any(
@@ -280,7 +311,8 @@ class _Planner:
         for name in _TENSORS:
             x = tensors.get(name)
             strides = (0,) * 5 if x is None else (x.stride(0), *(0,) * missing_axes, *x.stride()[1 : 5 - missing_axes])
-            words += (0, *strides)
+            group = 1 if x is None else self.heads // max(x.shape[-2], 1)
+            words += (0, *strides, group)
         return tuple(words)
 
     # Ops
@@ -297,7 +329,7 @@ class _Planner:
         if query_tile is None or key_tile is None:
             parts = self._parts(self._group_size()) if self.has_rpb else None
             self._add_group("attention_backward.cu", "natten_grad_query", parts)
-            self._add_group("attention_backward.cu", "natten_grad_key_value")
+            self._add_group("attention_backward.cu", "natten_grad_key_value", heads=self.grad_heads)
         else:
             parts = self._parts(query_tile.size, query_tile.min_blocks) if self.has_rpb else None
             self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", query_tile, parts)
@@ -332,8 +364,7 @@ class _Planner:
             kernel: one of `tiles.KERNELS`.
         """
         gpu = self.gpu
-        is_divisor = _MIN_SCALE < self.scale < 1 / _MIN_SCALE  # kernels divide the bias by the scale
-        if self.tiled_element == 0 or not is_divisor or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
+        if not _may_use_matrices(self.tiled_element, self.scale, gpu):
             return None
         return choose_tile(
             kernel,
@@ -348,7 +379,7 @@ class _Planner:
         )
 
     def _group_size(self) -> tuple[int, int, int]:
-        lanes = 1 << (self.dim // 8 - 1).bit_length()
+        lanes = 1 << (-(-max(self.dim, self.value_dim) // 8) - 1).bit_length()
         return 1, 1, _GROUP_THREADS // lanes
 
     def _cuts(self, size: Sequence[int]) -> list[int]:
@@ -368,9 +399,9 @@ class _Planner:
         max_parts = max(1, _MAX_PARTIAL_BYTES // (4 * self.table * self.heads))
         return min(self._pieces(size), max_parts, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
 
-    def _add_group(self, source: str, name: str, parts: int | None = None) -> None:
-        kernel = Kernel(source, name, self._definitions(self.element), _GROUP_THREADS)
-        self._add(kernel, self._group_size(), parts)
+    def _add_group(self, source: str, name: str, parts: int | None = None, heads: int | None = None) -> None:
+        definitions = (*self._definitions(self.element), f"VALUE_DIM={self.value_dim}")
+        self._add(Kernel(source, name, definitions, _GROUP_THREADS), self._group_size(), parts, heads=heads)
 
     def _add_tiled(self, source: str, name: str, tile: Tile, parts: int | None = None) -> None:
         definitions = (*self._definitions(self.tiled_element), *tile.definitions())
@@ -383,17 +414,26 @@ class _Planner:
         kernel = Kernel("sum_parts.cu", "natten_sum_parts", tuple(definitions), _SUM_THREADS)
         self._add(kernel, (1, 1, 1), parts, blocks=-(-self.table // _SUM_ENTRIES) * self.heads)
 
-    def _add(self, kernel: Kernel, size, parts: int | None, slices: int = 1, blocks: int | None = None) -> None:
+    def _add(
+        self,
+        kernel: Kernel,
+        size: Sequence[int],
+        parts: int | None,
+        slices: int = 1,
+        blocks: int | None = None,
+        heads: int | None = None,
+    ) -> None:
         """Add a launch over the pieces of a given size.
 
         Args:
             parts: number of blocks that share the pieces of a head; by default one block per piece.
             slices: number of blocks that share head_dim.
             blocks: total number of blocks, if it does not follow from the other arguments.
+            heads: number of heads; by default those of the query.
         """
-        pieces = self._pieces(size)
+        pieces, heads = self._pieces(size), self.heads if heads is None else heads
         parts = pieces if parts is None else parts
-        blocks = parts * slices * self.heads if blocks is None else blocks
+        blocks = parts * slices * heads if blocks is None else blocks
         if max(blocks, pieces) >= 2**31:
             raise Unsupported(
                 f"query requires {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31; split the batch"
@@ -402,7 +442,7 @@ class _Planner:
         parameters = _PARAMS.pack(
             *self.views,
             *(0, 0, 0),
-            *(pieces, parts, self.heads),
+            *(pieces, parts, heads),
             *(axis.dilation for axis in self.axes),
             *(tokens for tokens, _ in classes),
             *(longer for _, longer in classes),
@@ -425,7 +465,7 @@ class _Planner:
 # The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
-KERNELS = KernelBackend(launch, _with_aligned_rows, MAX_DIM, takes_any_shape=False)
+KERNELS = KernelBackend(launch, _with_aligned_rows, MAX_DIM, _uses_matrix_instructions)
 attention, attention_backward = with_fallback(KERNELS.attention), with_fallback(KERNELS.attention_backward)
 query_key, query_key_backward = with_fallback(KERNELS.query_key), with_fallback(KERNELS.query_key_backward)
 weight_value, weight_value_backward = with_fallback(KERNELS.weight_value), with_fallback(KERNELS.weight_value_backward)
