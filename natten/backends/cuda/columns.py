@@ -151,12 +151,15 @@ def typical_columns(axis: Lengths, is_inverse: bool, size: int) -> tuple[float, 
 
 
 def _units(axis: Lengths, is_inverse: bool, size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the first token, the first column and the end of the columns of all different units in tiles of `size`.
+    """Yield the first token, the first column and the end of the columns of the units that decide how wide a row is.
 
-    Units differ near the ends of an axis. In between, columns repeat.
+    Units differ near the ends of an axis. In between, columns repeat, and the first and last units of tiles are enough.
     """
     unit, border = axis.unit, axis.kernel_size + axis.stride
-    for x in range(0, _round_up(border, size) + lcm(size, axis.stride), unit):
+    starts = set(range(0, _round_up(border, unit) + lcm(unit, axis.stride), unit))
+    for tile_x in range(0, _round_up(border, size) + lcm(size, axis.stride), size):
+        starts |= {tile_x, tile_x + size - unit}
+    for x in starts:
         for n in range(x + 1, x + 1 + border + 2 * unit):
             if axis.holds(n):
                 end = span(axis, is_inverse, min(x + unit, n) - 1, n)[1]
