@@ -69,7 +69,7 @@ def test_a_part_that_takes_too_long_keeps_its_rows(tmp_path: Path):
         "child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); time.sleep(600)"
     )
     started = time.monotonic()
-    found = run(tmp_path, {"slow": code, "next": "w.checked('b', True, '')"}, limit_s=2)
+    found = run(tmp_path, {"slow": code, "next": "w.checked('b', True, '')"}, limit_s=5)
     assert found == {"status": 0, "slow": ["measured", "open"], "next": ["passed"]}
     assert time.monotonic() - started < 30
     child = int((tmp_path / "slow.log").read_text())
@@ -112,13 +112,6 @@ def test_an_incomplete_line_is_ignored(tmp_path: Path):
     with (tmp_path / rows.ROWS_FILE).open("a") as file:
         file.write('["part", "b"')
     assert rows.read(tmp_path) == [Row("part", "a", "1 us")]
-
-
-def test_all_parts_fit_into_the_time_limit():
-    """If each takes as long as it is expected to; the last parts are those that may be missing."""
-    required = [given for given in PARTS if given.name not in ("flex", "compiled")]
-    assert sum(given.least_s for given in PARTS) < 500
-    assert PARTS[: len(required)] == tuple(required)
 
 
 def test_bars_of_the_operator(tmp_path: Path):
