@@ -130,7 +130,7 @@ def test_bars_against_others(tmp_path: Path):
     row = {"kind": "layers", "case": "x", "pass": "forward", "group": "x", "images_per_s": None}
     ours = row | {"provider": "natten-cuda", "p50_ms": 1.0, "peak_memory_mb": 70.0}
     rival = row | {"provider": "timm-window", "p50_ms": 2.5, "peak_memory_mb": 100.0}
-    speed._judge(Writer(tmp_path, "layers"), [ours, rival])
+    speed._judge(Writer(tmp_path, "layers"), [ours, rival], {})
     assert [found.verdict for found in rows.read(tmp_path)] == ["passed", "failed"]
 
 

@@ -46,6 +46,11 @@ def cases(rank: int) -> list[tuple]:
     ]
 
 
+def each_case_once(rank: int) -> int:
+    """Return the number of problems in which each case appears once in each precision."""
+    return len(PRECISIONS) * len(cases(rank))
+
+
 def kernels(gpu) -> set[Kernel]:
     """Return the kernels of all problems on a GPU."""
     found = set()
@@ -98,5 +103,5 @@ def run(writer: Writer, is_rehearsal: bool) -> None:
     end = time.monotonic() + float(os.environ.get("GPU_CHECK_SECONDS", "60")) - 12  # importing PyTorch took some
     for number, rank in enumerate(WINDOWS):
         until = time.monotonic() + (end - time.monotonic()) / (len(WINDOWS) - number)
-        count = 2 * len(PRECISIONS) if is_rehearsal else PROBLEMS
+        count = each_case_once(rank) if is_rehearsal else PROBLEMS
         check_rank(writer, machine(is_rehearsal), rank, count, until)

@@ -92,5 +92,5 @@ def format_row(row: Row) -> str:
 def format_table(rows: Iterable[Row]) -> str:
     """Format rows as a Markdown table."""
     lines = ["| part | what | found | required | verdict |", "|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(" ".join(cell.replace("|", "/").split()) for cell in row) + " |" for row in rows]
     return "\n".join(lines)

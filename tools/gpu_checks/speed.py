@@ -5,6 +5,7 @@ from __future__ import annotations
 import benchmark
 import torch
 from benchmarks import gpu
+from benchmarks.entry import Entry
 from benchmarks.report import Row, write_csv
 
 from gpu_checks.rows import Writer
@@ -29,14 +30,15 @@ def run(writer: Writer, is_rehearsal: bool) -> None:
         compiled, cached = gpu.first_call_s(device)
         writer.measured("first call", f"{compiled:.2f} s, from the kernel cache {cached * 1e3:.0f} ms")
     rows: list[Row] = []
+    forward: dict[tuple[str, str], Row] = {}  # by case and dtype
     for entries in gpu.plan(writer.part, device, is_rehearsal):
         rounds = _REHEARSAL_ROUNDS if is_rehearsal else _ROUNDS
         done = benchmark.run_group(entries, rounds, _PATIENCE_S, entries[0].group)
         rows += done
         write_csv(writer.path.parent / f"{writer.part}.csv", rows)
-        _judge(writer, done)
+        _judge(writer, done, forward)
         for entry in entries:
-            if entry.provider in gpu.OURS and not _has(done, entry.case, entry.provider, entry.pass_name):
+            if entry.provider in gpu.OURS and not _has(done, entry):
                 writer.checked(
                     f"{entry.case} {entry.pass_name} {entry.setting.dtype}", False, "it did not run; see the log"
                 )
@@ -46,24 +48,25 @@ def run(writer: Writer, is_rehearsal: bool) -> None:
         writer.open("everything", "nothing of this part runs in a rehearsal" if is_rehearsal else "nothing ran")
 
 
-def _has(rows: list[Row], case: str, provider: str, pass_name: str) -> bool:
-    return any((row["case"], row["provider"], row["pass"]) == (case, provider, pass_name) for row in rows)
+def _has(rows: list[Row], entry: Entry) -> bool:
+    wanted = (entry.case, entry.provider, entry.pass_name, entry.setting.dtype)
+    return any((row["case"], row["provider"], row["pass"], row["dtype"]) == wanted for row in rows)
 
 
-def _judge(writer: Writer, rows: list[Row]) -> None:
-    """Add the rows of a group of measurements."""
+def _judge(writer: Writer, rows: list[Row], forward: dict[tuple[str, str], Row]) -> None:
+    """Add the rows of a group of measurements. The forward passes of all groups are kept in `forward`."""
     ours = [row for row in rows if row["provider"] in gpu.OURS]
     if writer.part == "ops":
-        _judge_operator(writer, ours)
+        _judge_operator(writer, ours, forward)
+        _judge_bias(writer, ours)
     for row in ours:
         rivals = [other for other in rows if other["pass"] == row["pass"] and other["provider"] not in gpu.OURS]
         for rival in rivals:
             _judge_against(writer, row, rival)
 
 
-def _judge_operator(writer: Writer, rows: list[Row]) -> None:
-    """Compare the operator with the shortest possible time, with its time without a bias, and with published times."""
-    forward: dict[tuple[str, str], Row] = {}
+def _judge_operator(writer: Writer, rows: list[Row], forward: dict[tuple[str, str], Row]) -> None:
+    """Compare the operator with the shortest possible time, and with published times."""
     for row in rows:
         name, limit_ms = f"{row['case']} {row['dtype']}", _limit_ms(row)
         if row["pass"] == "forward":
@@ -74,7 +77,7 @@ def _judge_operator(writer: Writer, rows: list[Row]) -> None:
                 writer.measured(f"{name}, forward, over NATTEN 0.21 on an H100", f"{ratio:.2f}x")
             continue
         first = forward.get((row["case"], row["dtype"]))
-        if first is not None:  # of the same group
+        if first is not None:
             ms, limit_ms = row["p50_ms"] - first["p50_ms"], limit_ms - _limit_ms(first)
             writer.judged(f"{name}, backward, {ms * 1e3:.0f} us", ms / limit_ms, _BACKWARD_BAR)
         else:
@@ -82,11 +85,17 @@ def _judge_operator(writer: Writer, rows: list[Row]) -> None:
             writer.measured(
                 f"{name}, forward+backward, {row['p50_ms'] * 1e3:.0f} us", f"{ratio:.2f}x the shortest time"
             )
-    if rows and rows[0]["group"] == gpu.BIAS_AND_DTYPE:
-        without, with_bias = rows[0], rows[1] if len(rows) > 1 else None
-        if with_bias is not None:
-            ratio, pass_name = with_bias["p50_ms"] / without["p50_ms"], without["pass"]
-            writer.judged(f"{with_bias['case']}, {pass_name}, bias on/off", ratio, _BIAS_BARS[pass_name])
+
+
+def _judge_bias(writer: Writer, rows: list[Row]) -> None:
+    """Compare the time of the operator with its time without a bias, in one group."""
+    for row in rows:
+        without = [
+            other for other in rows if other["case"] == f"{row['case']}_norpb" and other["dtype"] == row["dtype"]
+        ]
+        if row["group"] == gpu.BIAS_AND_DTYPE and without:
+            ratio = row["p50_ms"] / without[0]["p50_ms"]
+            writer.judged(f"{row['case']}, {row['pass']}, bias on/off", ratio, _BIAS_BARS[row["pass"]])
 
 
 def _limit_ms(row: Row) -> float:
