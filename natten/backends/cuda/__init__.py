@@ -41,6 +41,7 @@ NAME = "cuda"
 MIN_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
 _TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out * grad_out per query, an intermediate result of backward
+_SHARED = ("KEY", "VALUE", "GRAD_KEY", "GRAD_VALUE")  # tensors that may have fewer heads
 _VIEW_WORDS = 7
 _PARAMS = Struct(f"={len(_TENSORS) * _VIEW_WORDS}q 3q 3i 3i 3i 3i 3i f")  # `Params` in problem.h
 _TABLES = _VIEW_WORDS * len(_TENSORS)  # index of rpb; partial_rpb and grad_rpb follow
@@ -281,7 +282,7 @@ class _Planner:
         self.element, self.gpu = DTYPES[shaped.dtype], gpu
         self.tiled_element = _element(shaped.dtype, uses_tf32)
         self.scale, self.has_rpb, self.is_deterministic = scale, has_rpb, is_deterministic
-        self.views = self._views(tensors, 3 - len(axes))
+        self.views = self._views(tensors, 3 - len(axes)) if self.heads else ()
         self.has_long_steps = any(
             abs(stride) * axis.dilation * x.element_size() > _MAX_SHORT_STEP
             for x in tensors.values()
@@ -311,7 +312,7 @@ class _Planner:
         for name in _TENSORS:
             x = tensors.get(name)
             strides = (0,) * 5 if x is None else (x.stride(0), *(0,) * missing_axes, *x.stride()[1 : 5 - missing_axes])
-            group = 1 if x is None else self.heads // max(x.shape[-2], 1)
+            group = 1 if x is None or name not in _SHARED else self.heads // x.shape[-2]
             words += (0, *strides, group)
         return tuple(words)
 
