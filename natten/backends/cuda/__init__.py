@@ -339,22 +339,22 @@ class _Planner:
             self._add_sum(parts)
 
     def query_key(self) -> None:
-        self._add_group("unfused.cu", "natten_query_key")
+        self._add_unfused("natten_query_key")
 
     def query_key_backward(self) -> None:
-        self._add_group("unfused.cu", "natten_query_key_grad_query")
-        self._add_group("unfused.cu", "natten_query_key_grad_key")
+        self._add_unfused("natten_query_key_grad_query")
+        self._add_unfused("natten_query_key_grad_key")
         if self.has_rpb:
             parts = self._parts(self._group_size())
-            self._add_group("unfused.cu", "natten_query_key_grad_rpb", parts)
+            self._add_unfused("natten_query_key_grad_rpb", parts)
             self._add_sum(parts)
 
     def weight_value(self) -> None:
-        self._add_group("unfused.cu", "natten_weight_value")
+        self._add_unfused("natten_weight_value")
 
     def weight_value_backward(self) -> None:
-        self._add_group("unfused.cu", "natten_weight_value_grad_weight")
-        self._add_group("unfused.cu", "natten_weight_value_grad_value")
+        self._add_unfused("natten_weight_value_grad_weight")
+        self._add_unfused("natten_weight_value_grad_value")
 
     # Launches
 
@@ -401,11 +401,15 @@ class _Planner:
         return min(self._pieces(size), max_parts, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
 
     def _add_group(self, source: str, name: str, parts: int | None = None, heads: int | None = None) -> None:
-        definitions = (*self._definitions(self.element), f"VALUE_DIM={self.value_dim}")
+        definitions = (*self._definitions(self.element, self.has_rpb), f"VALUE_DIM={self.value_dim}")
         self._add(Kernel(source, name, definitions, _GROUP_THREADS), self._group_size(), parts, heads=heads)
 
+    def _add_unfused(self, name: str, parts: int | None = None) -> None:
+        definitions = (*self._definitions(self.element, has_rpb=True), f"VALUE_DIM={self.value_dim}")
+        self._add(Kernel("unfused.cu", name, definitions, _GROUP_THREADS), self._group_size(), parts)
+
     def _add_tiled(self, source: str, name: str, tile: Tile, parts: int | None = None) -> None:
-        definitions = (*self._definitions(self.tiled_element), *tile.definitions())
+        definitions = (*self._definitions(self.tiled_element, self.has_rpb), *tile.definitions())
         kernel = Kernel(source, name, definitions, tile.threads, tile.shared_bytes)
         self._add(kernel, tile.size, parts, tile.slices)
 
@@ -452,8 +456,8 @@ class _Planner:
         )
         self.steps.append(Step(kernel, blocks, parameters))
 
-    def _definitions(self, element: int) -> tuple[str, ...]:
-        definitions = [f"HEAD_DIM={self.dim}", f"ELEMENT={element}", f"HAS_RPB={int(self.has_rpb)}"]
+    def _definitions(self, element: int, has_rpb: bool) -> tuple[str, ...]:
+        definitions = [f"HEAD_DIM={self.dim}", f"ELEMENT={element}", f"HAS_RPB={int(has_rpb)}"]
         definitions.append(f"HAS_LONG_STEPS={int(self.has_long_steps)}")
         for letter, axis in zip("ZYX", self.axes, strict=True):
             definitions.append(f"KERNEL_{letter}={axis.kernel_size}")

@@ -1,5 +1,5 @@
 // Unfused attention (query_key and weight_value) and its gradients. Three loops over windows implement all kernels. All
-// rows have HEAD_DIM elements.
+// rows have HEAD_DIM elements. One kernel serves problems with and without a bias, so HAS_RPB is 1.
 #include "groups.h"
 
 namespace natten {
@@ -24,7 +24,7 @@ __device__ inline void dot_windows(const Params& p, TensorName left, TensorName 
     if (is_seen) k.load(rights.at(kz, ky, kx));
     else k.clear();
     float value = dot(q, k);
-    if (HAS_RPB && is_seen) value += bias_row(p, map.head, kz, ky, token.z, token.y)[kx - token.x + KERNEL_X - 1];
+    if (p.rpb && is_seen) value += bias_row(p, map.head, kz, ky, token.z, token.y)[kx - token.x + KERNEL_X - 1];
     if (token.is_there && lane_of_group() == 0) slots[i] = Element::narrow(is_seen ? value : outside);
   }
 }
