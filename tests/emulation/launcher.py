@@ -147,9 +147,8 @@ def _places(loaded: ctypes.CDLL, code: Sequence[int]) -> list[tuple[str, str]]:
     places = []
     for text in re.split(r"^0x[0-9a-f]+\n", done.stdout, flags=re.MULTILINE)[1:]:
         lines = text.splitlines()
-        frames = list(
-            zip((re.split(r"[<(]", name)[0].split("::")[-1] for name in lines[::2]), lines[1::2], strict=True)
-        )
+        names = (re.split(r"[<(]", name)[0].split("::")[-1] for name in lines[::2])
+        frames = list(zip(names, lines[1::2], strict=True))
         frames = [frame for frame in frames if not frame[1].startswith("emulation.h")] or frames
         places.append((frames[0][1].split(" ")[0], " < ".join(name for name, _ in frames)))
     return places
