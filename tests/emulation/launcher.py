@@ -34,7 +34,11 @@ _FLAGS = ("-std=c++17", "-fPIC", "-w", "-fvisibility=hidden", "-fno-strict-alias
 # The line tables (-g1) name the places of mistakes.
 _KERNEL_FLAGS = ("-O1", "-g1", "-fsanitize=thread", "-DNATTEN_EMULATION", "-fno-gnu-unique")
 
+# Shared memory per block, by compute capability.
+SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+
 _folder = tempfile.TemporaryDirectory(prefix="natten-emulation-")
+_libraries: dict[str, ctypes.CDLL] = {}
 
 
 class EmulationError(AssertionError):
@@ -87,10 +91,26 @@ def _machine() -> tuple[str, ...]:
     return tuple(paths)
 
 
-@functools.cache
 def library(source: Path, definitions: tuple[str, ...]) -> ctypes.CDLL:
-    """Compile a CUDA C++ file for the CPU. Each library has its own machine."""
-    name = hashlib.sha256(repr((source, definitions)).encode()).hexdigest()[:24]
+    """Compile a CUDA C++ file for the CPU, once. Each library has its own machine."""
+    name = hashlib.sha256(repr((_with_headers(source), definitions)).encode()).hexdigest()[:24]
+    if name not in _libraries:
+        _libraries[name] = _compile_library(source, definitions, name)
+    return _libraries[name]
+
+
+def _with_headers(source: Path) -> dict[str, str]:
+    """Return the text of a file and of the headers in its folder that it includes."""
+    texts, names = {}, [source.name]
+    while names:
+        name = names.pop()
+        if name not in texts and (source.parent / name).exists():
+            texts[name] = (source.parent / name).read_text()
+            names += re.findall(r'^#include "(.+)"', texts[name], re.MULTILINE)
+    return texts
+
+
+def _compile_library(source: Path, definitions: tuple[str, ...], name: str) -> ctypes.CDLL:
     path = Path(_folder.name, f"{name}-{os.getpid()}.so")
     command = (*_FLAGS, *_KERNEL_FLAGS, *(f"-D{text}" for text in definitions), f"-I{source.parent}")
     command += (f"-I{nvrtc.SOURCES}", f"-I{FOLDER}", "-x", "c++", "-c", str(source), "-o", f"{path}.o")
@@ -180,8 +200,8 @@ class Emulator:
 def gpu_properties(
     capability: tuple[int, int], shared_bytes: int | None = None, processors: int = 132
 ) -> SimpleNamespace:
-    """Return the properties of a GPU that the backend uses. The defaults are those of an H200."""
-    shared_bytes = shared_bytes or {7: 64 << 10, 8: 163 << 10}.get(capability[0], 227 << 10)
+    """Return the properties of a GPU that the backend uses, by default with as many processors as an H200."""
+    shared_bytes = shared_bytes or SHARED_KIB.get(capability, 64) << 10
     major, minor = capability
     return SimpleNamespace(
         major=major, minor=minor, multi_processor_count=processors, shared_memory_per_block_optin=shared_bytes

@@ -236,7 +236,7 @@ void wait_copies(int pending) {
 void move(void* to, const void* from, int bytes) {
   access(from, bytes, READ, __builtin_return_address(0));
   access(to, bytes, WRITE, __builtin_return_address(0));
-  std::memcpy(to, from, bytes);
+  std::memmove(to, from, bytes);
 }
 
 float atomic_add(float* at, float value) {
@@ -285,6 +285,7 @@ void __tsan_write_range(void* at, size_t bytes) {
   emulation::access(at, bytes, emulation::WRITE, __builtin_return_address(0));
 }
 void* __tsan_memcpy(void* to, const void* from, size_t bytes) { return emulation::move(to, from, bytes), to; }
+void* __tsan_memmove(void* to, const void* from, size_t bytes) { return __tsan_memcpy(to, from, bytes); }
 void* __tsan_memset(void* to, int value, size_t bytes) {
   emulation::access(to, bytes, emulation::WRITE, __builtin_return_address(0));
   return std::memset(to, value, bytes);

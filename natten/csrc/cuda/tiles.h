@@ -19,8 +19,7 @@
 //   HAS_BIAS_FRAGMENTS      whether shared memory holds the bias as fragments (bias.h)
 //   IS_TABLE_SHARED         without bias fragments: whether shared memory holds the bias table
 //   HAS_GRADIENT_FRAGMENTS  whether each warp sums the gradient of the bias as fragments (bias_gradient.h)
-//   GRADIENT_TABLES         without gradient fragments: number of gradient tables in shared memory; WARPS, or 1 (warps add
-//                           atomically), or 0
+//   GRADIENT_TABLES         without gradient fragments: number of gradient tables in shared memory: WARPS, or 0
 //   SHARED_BYTES            total size of shared memory
 #pragma once
 
