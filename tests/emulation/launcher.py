@@ -151,10 +151,11 @@ def run_and_count(
     loaded.emulation_counts.restype = ctypes.c_size_t
     found = totals[: loaded.emulation_counts(ctypes.byref(totals))]
     kinds = ("load", "store", "atomic", "matrix", "copy")
-    return [
-        Access(kernel.name, *place, kinds[x.kind], x.bytes, x.instructions, x.wavefronts, x.fewest)
-        for place, x in zip(_places(loaded, [x.code for x in found]), found, strict=True)
-    ]
+    sums: dict[tuple, list[int]] = {}
+    for place, x in zip(_places(loaded, [x.code for x in found]), found, strict=True):
+        numbers = sums.setdefault((kernel.name, *place, kinds[x.kind], x.bytes), [0, 0, 0])
+        numbers[:] = numbers[0] + x.instructions, numbers[1] + x.wavefronts, numbers[2] + x.fewest
+    return [Access(*key, *numbers) for key, numbers in sums.items()]
 
 
 def _places(loaded: ctypes.CDLL, code: Sequence[int]) -> list[tuple[str, str]]:

@@ -59,13 +59,13 @@ def table(accesses: Sequence[Access], units: float) -> str:
     """
     lines = []
     for kernel in dict.fromkeys(access.kernel for access in accesses):
-        lines += ["", f"{kernel:46s} bytes  instructions  wavefronts    fewest"]
+        lines += ["", f"{kernel:53s} bytes  instructions  wavefronts    fewest"]
         found = sorted((a for a in accesses if a.kernel == kernel), key=lambda access: -access.wavefronts)
         for a in found:
             numbers = "".join(f"{n / units:12.1f}" for n in (a.instructions, a.wavefronts, a.fewest))
-            lines.append(f"{a.kind:7s} {a.place:22s} {a.function.split(' < ')[0]:15.15s} {a.bytes:5d}{numbers}")
+            lines.append(f"{a.kind:7s} {a.place:27s} {a.function.split(' < ')[0]:17.17s} {a.bytes:5d}{numbers}")
         sums = "".join(f"{sum(a[i] for a in found) / units:12.1f}" for i in (5, 6, 7))
-        lines.append(f"{'all':51s}{sums}")
+        lines.append(f"{'all':58s}{sums}")
     return "\n".join(lines)
 
 
