@@ -57,7 +57,6 @@ def test_checkpoint(digits, tmp_path):
 
 
 @pytest.mark.skipif(not SIGN_DIGITS.is_dir(), reason="the photographs of hands are not here")
-@pytest.mark.slow
 def test_sign_digits():
     row = run(SIGN_DIGITS, *TINY, "--random")
     assert (row["train_images"], row["test_images"]) == (1653, 409)
@@ -70,8 +69,9 @@ def test_features_that_separate_classes():
     features = np.eye(3)[targets] + 0.05 * generator.normal(size=(90, 3))
     train, test = (features[:60], targets[:60]), (features[60:], targets[60:])
     assert knn_accuracy(train, test, 5) == 100 and linear_accuracy(train, test) == 100
-    shuffled = (generator.permutation(features[:60]), targets[:60])
-    assert knn_accuracy(shuffled, test, 5) < 80 and linear_accuracy(shuffled, test) < 80
+    noise = generator.normal(size=(2, 60, 3))
+    train, test = (noise[0], targets[:60]), (noise[1], targets[:60])
+    assert knn_accuracy(train, test, 5) < 70 and linear_accuracy(train, test) < 70
 
 
 def test_nearer_neighbors_weigh_more():

@@ -8,7 +8,8 @@ import torch
 from hub_server import hub  # noqa: F401  a fixture
 from small_models import SMALL, small
 
-from natzoo.checkpoints import find_entry, path_in_cache, write_checkpoint, write_weights
+import hubconf
+from natzoo.checkpoints import find_entry, path_in_cache, write_checkpoint, write_weights, zoo_entries
 from natzoo.classification.options import make_parser
 from test_tools.pages import ROOT
 
@@ -64,8 +65,12 @@ def test_license_is_required(run_folder):
 
 
 def test_torch_hub():
-    names = torch.hub.list(str(ROOT), source="local")
-    assert {"nat_mini", "dinat_large_384", "vitrpb_base", "checkpoint"} <= set(names) and "timm" not in names
-    assert "NAT-Mini" in torch.hub.help(str(ROOT), "nat_mini", source="local")
     model = torch.hub.load(str(ROOT), "dinat_mini", source="local", **SMALL["dinat_mini"])
     assert model.num_classes == 5
+    with pytest.raises(RuntimeError, match="wibble"):
+        torch.hub.load(str(ROOT), "wibble", source="local")
+
+
+def test_entry_points_are_the_classifiers():
+    entries = {name for name in vars(hubconf) if not name.startswith("_") and callable(getattr(hubconf, name))}
+    assert entries == {name for name, entry in zoo_entries().items() if entry.task == "classification"} | {"checkpoint"}
