@@ -1,10 +1,11 @@
 """Neighborhood attention in exported programs: few, large operations that every runtime has and runs fast.
 
 Not a backend that users choose: while torch.export or an ONNX exporter records a program, fused attention is recorded
-as this function. The method is that of the reference backend, with three differences for the sake of runtimes:
+as this function. The method is that of the reference backend, with four differences for the sake of runtimes:
 
 - Tokens are gathered once, from a map whose spatial axes are flattened, directly into the layout of the products.
 - The weights are one softmax. The logsumexp is computed apart, so that exporters drop it if nothing uses it.
+- Axes are counted from the front, because the TorchScript exporter of ONNX forgets the rank of tensors.
 - Tiles are small, because the time of the products and the softmax is proportional to the keys per tile.
 
 Shape suffixes: B batch, X the spatial axes, N all tokens, H heads, d head_dim, T tiles, Q queries and K keys per tile.
@@ -34,14 +35,14 @@ def attention(
         tiles = [axis_tiles(axis, _tile_size(axis), q_BXHd.device) for axis in axes]
         query_TQ = None if is_whole else _join([axis.query_TQ for axis in tiles], space)
         key_TK = None if is_whole else _join([axis.key_TK for axis in tiles], space)
-        place_N = None if is_whole else _places(tiles)
+        place_N = None if is_whole else _places(axes, q_BXHd.device)
 
         q_BHTQd = _to_tiles(q_BXHd.to(dtype) * scale, query_TQ)
         k_BHTKd, v_BHTKd = (_to_tiles(x.to(dtype), key_TK) for x in (k_BXHd, v_BXHd))
-        logits_BHTQK = q_BHTQd @ k_BHTKd.transpose(-2, -1) + _bias(rpb, tiles, dtype)
-        out_BHTQd = logits_BHTQK.softmax(-1) @ v_BHTKd
+        logits_BHTQK = q_BHTQd @ k_BHTKd.transpose(3, 4) + _bias(rpb, tiles, dtype)
+        out_BHTQd = logits_BHTQK.softmax(4) @ v_BHTKd
         out_BXHd = _from_tiles(out_BHTQd, place_N, space).to(q_BXHd.dtype)
-        lse_BXH = _from_tiles(logits_BHTQK.logsumexp(-1, keepdim=True), place_N, space).squeeze(-1)
+        lse_BXH = _from_tiles(logits_BHTQK.logsumexp(-1, keepdim=True), place_N, space).squeeze(q_BXHd.dim() - 1)
         return out_BXHd, lse_BXH
 
 
@@ -64,19 +65,23 @@ def _join(positions: Sequence[Tensor], space: Sequence[int]) -> Tensor:
     return token_TK
 
 
-def _places(tiles: Sequence[AxisTiles]) -> Tensor:
-    """Return the index of each token of the map, [N], among the queries of all tiles in order."""
-    tile_N, query_N = tiles[0].place_L.new_zeros(1), tiles[0].place_L.new_zeros(1)
-    for axis in tiles:
-        count, size = axis.query_TQ.shape
-        tile_N = (tile_N[:, None] * count + axis.place_L // size).flatten()
-        query_N = (query_N[:, None] * size + axis.place_L % size).flatten()
-    return tile_N * prod(axis.query_TQ.shape[1] for axis in tiles) + query_N
+def _places(axes: Sequence[Axis], device: torch.device) -> Tensor:
+    """Return the index of each token of the map, [N], among the queries of all tiles in order; see `axis_tiles`."""
+    tile_N = query_N = torch.zeros(1, dtype=torch.long, device=device)
+    for axis in axes:
+        size = _tile_size(axis)
+        tiles_per_class = ceil_div(ceil_div(axis.length, axis.dilation), size)
+        position_L = torch.arange(axis.length, device=device)
+        s_L = position_L // axis.dilation
+        tile_L = position_L % axis.dilation * tiles_per_class + s_L // size
+        tile_N = (tile_N[:, None] * (axis.dilation * tiles_per_class) + tile_L).flatten()
+        query_N = (query_N[:, None] * size + s_L % size).flatten()
+    return tile_N * prod(map(_tile_size, axes)) + query_N
 
 
 def _to_tiles(x_BXHd: Tensor, token_TK: Tensor | None) -> Tensor:
     """Gather tokens: [B, X, H, d] -> [B, H, T, items, d]; all of them in one tile if `token_TK` is None."""
-    x_BHNd = x_BXHd.flatten(1, -3).movedim(-2, 1)
+    x_BHNd = x_BXHd.flatten(1, x_BXHd.dim() - 3).permute(0, 2, 1, 3)
     if token_TK is None:
         return x_BHNd.unsqueeze(2)
     return x_BHNd.index_select(2, token_TK.flatten()).unflatten(2, token_TK.shape)
@@ -87,7 +92,7 @@ def _from_tiles(x_BHTQd: Tensor, place_N: Tensor | None, space: Sequence[int]) -
     x_BHNd = x_BHTQd.flatten(2, 3)
     if place_N is not None:
         x_BHNd = x_BHNd.index_select(2, place_N)
-    return x_BHNd.movedim(1, -2).unflatten(1, tuple(space))
+    return x_BHNd.permute(0, 2, 1, 3).unflatten(1, tuple(space))
 
 
 def _bias(rpb: Tensor | None, tiles: Sequence[AxisTiles], dtype: torch.dtype) -> Tensor:

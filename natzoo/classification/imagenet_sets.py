@@ -89,14 +89,12 @@ def parse_set(text: str) -> tuple[str, Path]:
     """Parse NAME=FOLDER.
 
     Raises:
-        ValueError: if the name is unknown or the folder does not exist; argparse prints the message.
+        ValueError: if the name is unknown; argparse prints the message.
     """
     name, sign, folder = text.partition("=")
     name = ALIASES.get(name, name)
     if not sign or name not in SETS:
         raise ValueError(f"{text!r:.200} is not NAME=FOLDER with a NAME of {', '.join(SETS)}.")
-    if not Path(folder).is_dir():
-        raise ValueError(f"{name}: {folder} is not a folder; check the path.")
     return name, Path(folder)
 
 

@@ -6,7 +6,6 @@ Both take minutes on a small data set, so they show whether a backbone suits it 
 from __future__ import annotations
 
 import argparse
-import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +24,11 @@ from tqdm import tqdm
 
 from natzoo import command_line
 from natzoo.checkpoints import write_table
-from natzoo.classification.data.datasets import check_bad_images
-from natzoo.classification.data.loader import create_evaluation_loader, create_validation_dataset, uses_shards
-from natzoo.classification.data.readers import read_class_map
-from natzoo.classification.data.transforms import preprocessing
+from natzoo.classification.data.datasets import ImageDataset, check_bad_images
+from natzoo.classification.data.loader import create_evaluation_loader, uses_shards
+from natzoo.classification.data.readers import open_reader, read_class_map
+from natzoo.classification.data.transforms import evaluation_transform, preprocessing
 from natzoo.classification.device import autocast_context, enable_tf32, explain_memory_errors, pick_device
-from natzoo.classification.distributed import World
 from natzoo.classification.factory import create_model
 from natzoo.classification.inference import add_model_options, requested_model
 from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, batch_size, positive, workers
@@ -56,7 +54,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed-precision data type")
     parser.add_argument("--skip-bad-images", action="store_true", help="ignore images that cannot be read")
     parser.add_argument("--results-file", type=Path, metavar="CSV", help="write the figures to a table with one row")
-    parser.set_defaults(synthetic=None, seed=0)  # options of train.py that the data loader reads
     return parser
 
 
@@ -123,7 +120,7 @@ def _load(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict[str
         return requested_model(args, device)
     if not args.model or args.checkpoint or args.pretrained:
         raise ValueError("--random requires --model, without --checkpoint and --pretrained.")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(0)
     return create_model(args.model, args.model_kwargs).to(device).eval(), {"classes": None, "preprocessing": {}}
 
 
@@ -138,9 +135,8 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     autocast = autocast_context(args.amp, device)
 
     def features_of(split: str, classes: list[str] | None) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
-        options = copy.copy(args)
-        options.val_split = split
-        dataset: Any = create_validation_dataset(options, classes, config, World())
+        reader = open_reader(args.dataset, args.data, split, classes, (args.input_key, args.target_key))
+        dataset: Any = ImageDataset(reader, evaluation_transform(config), replace=False)
         loader = create_evaluation_loader(dataset, args.batch_size, args.workers, device.type == "cuda")
         return extract_features(model, loader, device, autocast, args.skip_bad_images), dataset.classes
 

@@ -140,9 +140,11 @@ def test_classes_are_those_of_timm(name):
 
 
 def test_refusals(tmp_path, model):
-    for text in ("a", "b=.", f"a={tmp_path / 'missing'}"):
-        with pytest.raises(ValueError):
+    for text in ("a", "b=."):
+        with pytest.raises(ValueError, match=text):
             parse_set(text)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        run(tmp_path, f"a={tmp_path / 'missing'}")
     with pytest.raises(ValueError, match="lacks"):
         class_numbers(SETS["imagenet-a"], ["cat", "dog"])
     (tmp_path / "empty" / SYNSETS[0]).mkdir(parents=True)

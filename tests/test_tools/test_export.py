@@ -45,7 +45,8 @@ def needs(package):
 
 
 @pytest.mark.parametrize(
-    "kind", ["onnx", "torch-export", "torchscript", pytest.param("openvino", marks=needs("openvino"))]
+    "kind",
+    ["onnx", "torch-export", "torchscript", pytest.param("openvino", marks=[needs("openvino"), pytest.mark.slow])],
 )
 def test_formats(kind, checkpoint, capsys):
     """The command writes a program that loads again and agrees with the model for any batch size."""
@@ -75,6 +76,7 @@ def test_any_size(name, kind, tmp_path):
     assert len(lines) == 4
 
 
+@pytest.mark.slow
 def test_int8(checkpoint, capsys):
     """Quantized weights are a quarter of the size, and the classes of most images stay the same."""
     model = small("nat_mini", embed_dim=64, num_heads=(2, 4)).requires_grad_(False)
