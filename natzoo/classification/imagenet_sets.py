@@ -19,9 +19,9 @@ from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset
 from natzoo.classification.data.loader import create_evaluation_loader
 from natzoo.classification.data.readers import find_split, open_reader
 from natzoo.classification.data.transforms import evaluation_transform
-from natzoo.classification.device import autocast_context
 from natzoo.classification.distributed import World
 from natzoo.classification.evaluation import FlipTTA, evaluate
+from natzoo.device import autocast_context
 
 # Mean error of AlexNet over the five severities of a corruption, which the mean corruption error is relative to. From
 # the authors of ImageNet-C: arXiv:1903.12261, table 1; all digits: https://github.com/hendrycks/robustness.

@@ -28,10 +28,10 @@ from natzoo.classification.data.datasets import ImageDataset, check_bad_images
 from natzoo.classification.data.loader import create_evaluation_loader, uses_shards
 from natzoo.classification.data.readers import open_reader, read_class_map
 from natzoo.classification.data.transforms import evaluation_transform, preprocessing
-from natzoo.classification.device import autocast_context, enable_tf32, explain_memory_errors, pick_device
 from natzoo.classification.factory import create_model
 from natzoo.classification.inference import add_model_options, requested_model
 from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, batch_size, positive, workers
+from natzoo.device import autocast_context, enable_tf32, explain_memory_errors, pick_device
 
 COLUMNS = ("model", "data", "features", "train_images", "test_images", "knn_top1", "linear_top1")
 _TEMPERATURE = 0.07  # of the votes of neighbors, as in DINO (arXiv:2104.14294), appendix F.1

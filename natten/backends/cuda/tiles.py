@@ -26,7 +26,7 @@ _LARGE_DIM = 128  # for a larger head_dim, rows that are not cut into segments m
 # A multiprocessor reserves this much of its shared memory per block, in addition to what the block requests.
 _RESERVED_BYTES = 1 << 10
 _MAY_HAVE_FRAGMENTS, _MAY_HAVE_GRADIENT_FRAGMENTS = True, True  # tests set these to False
-_MAX_TABLE_BYTES, _MAX_GRADIENT_BYTES = 48 << 10, 32 << 10  # limits for tables in shared memory, without fragments
+_MAX_TABLE_BYTES, _MAX_GRADIENT_BYTES = 48 << 10, 64 << 10  # limits for tables in shared memory, without fragments
 _BASES_BYTES = 128  # base addresses of tensors
 _STAGE_CHUNKS = (1, 2, 4, 8)  # possible numbers of chunks per stage
 
@@ -360,10 +360,9 @@ class _Chooser:
                 yield _Stage(chunks * chunk_rows, True, units)
 
     def _fits(self, tile: Tile) -> bool:
-        """Return whether a tile fits into shared memory and, if required, sums gradients in a fixed order."""
+        """Return whether a tile fits into shared memory and sums gradients in a fixed order."""
         has_fixed_order = tile.warps == 1 or tile.has_gradient_fragments or tile.gradient_tables == tile.warps
-        needs_fixed_order = self.has_gradient and self.is_deterministic
-        return tile.shared_bytes <= self.max_shared_bytes and (has_fixed_order or not needs_fixed_order)
+        return tile.shared_bytes <= self.max_shared_bytes and (has_fixed_order or not self.has_gradient)
 
     def _tile(self, size, layout: _Layout, chunk_rows: int, stage: _Stage) -> Tile:
         pitch = self.pieces if self.pieces & (self.pieces - 1) == 0 else self.pieces | 1
@@ -421,8 +420,7 @@ class _Chooser:
         if layout.has_gradient_fragments:
             return 0, warps * self.table_rows * self.fragments_per_row * layout.fragment_bytes
         table_bytes = _round_up(self.table, 4) * 4
-        fits = [count for count in (warps, 1) if count * table_bytes <= _MAX_GRADIENT_BYTES]
-        tables = fits[0] if fits and self.has_gradient else 0
+        tables = warps if self.has_gradient and warps * table_bytes <= _MAX_GRADIENT_BYTES else 0
         return tables, tables * table_bytes
 
     def cost(self, tile: Tile, maps: int, processors: int) -> float:
