@@ -520,7 +520,8 @@ def attend(
         with no_size_guards():
             return exported.attention(query, key, value, rpb, axes, scale)
     if _is_plain(backend) or _is_forward_mode():
-        return reference.attention(*_unpack(qkv), rpb, axes, scale)
+        query, key, value = _unpack(qkv)
+        return reference.attention(query, key, value, rpb, axes, scale)
     if _needs_grad(*qkv, rpb) or _is_counted():
         return _ATTENTION[len(axes)].apply(rpb, axes, scale, backend, *qkv)
     return _attention(qkv, rpb, axes, scale, backend)

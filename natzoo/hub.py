@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import timm
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from torch import nn
 
 from natzoo.checkpoints import DownloadError, zoo_entries
 from natzoo.checkpoints.sources import is_unreachable
+from natzoo.classification.factory import TimmModel
 from natzoo.classification.options import make_parser
 
 FORMS = ("timm", "transformers")
@@ -87,7 +87,7 @@ def recipe_of(options: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def make_card(repository: str, model: nn.Module, record: Mapping[str, Any], form: str, facts: Facts) -> ModelCard:
+def make_card(repository: str, model: TimmModel, record: Mapping[str, Any], form: str, facts: Facts) -> ModelCard:
     """Generate the model card of a classifier.
 
     Args:
@@ -141,7 +141,7 @@ def make_card(repository: str, model: nn.Module, record: Mapping[str, Any], form
 
 
 def push_to_hub(
-    model: nn.Module,
+    model: TimmModel,
     record: Mapping[str, Any],
     repository: str,
     form: str,
@@ -189,7 +189,7 @@ def push_to_hub(
     return str(url)
 
 
-def _push_timm(model: nn.Module, record: Mapping[str, Any], repository: str) -> None:
+def _push_timm(model: TimmModel, record: Mapping[str, Any], repository: str) -> None:
     config: dict[str, Any] = {"pretrained_cfg": dict(record.get("preprocessing", {}))}
     if record.get("classes"):
         config["label_names"] = list(record["classes"])

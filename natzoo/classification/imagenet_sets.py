@@ -277,7 +277,7 @@ def add_differences(rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[
     ranked = {
         name: sorted(table, key=lambda row: (-row["top1"], -row["top5"], row["model"])) for name, table in rows.items()
     }
-    result = {}
+    result: dict[str, list[dict[str, Any]]] = {}
     for name, table in ranked.items():
         base = ranked.get(SETS[name].base, [])
         ranks = {row["model"]: rank for rank, row in enumerate(base)}

@@ -19,7 +19,6 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
 from tqdm import tqdm
 
 from natzoo import command_line
@@ -28,7 +27,7 @@ from natzoo.classification.data.datasets import ImageDataset, check_bad_images
 from natzoo.classification.data.loader import create_evaluation_loader, uses_shards
 from natzoo.classification.data.readers import open_reader, read_class_map
 from natzoo.classification.data.transforms import evaluation_transform, preprocessing
-from natzoo.classification.factory import create_model
+from natzoo.classification.factory import TimmModel, create_model
 from natzoo.classification.inference import add_model_options, requested_model
 from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, batch_size, positive, workers
 from natzoo.device import autocast_context, enable_tf32, explain_memory_errors, pick_device
@@ -59,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 @torch.inference_mode()
 def extract_features(
-    model: nn.Module, loader: Any, device: torch.device, autocast: Any, skip_bad_images: bool = False
+    model: TimmModel, loader: Any, device: torch.device, autocast: Any, skip_bad_images: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute what the classifier of a model would receive.
 

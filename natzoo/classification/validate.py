@@ -288,9 +288,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         raise ValueError("--results-dir requires --sets; use --results-file for other data.")
     with SignalHandler() as signals, init_world(args.device, signals) as (world, args.device):
         rows: list[dict[str, Any]] = []
+        result: dict[str, Any] = {}
         failed: list[str] = []
         of_sets: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in args.sets or ()}
-        for name in chosen_models(args.models) if args.models else [args.model]:
+        names = chosen_models(args.models) if args.models else [args.model]
+        for name in names:
             args.model = name
             try:
                 with explain_memory_errors("lower --batch-size, or use --amp bf16"):
@@ -307,16 +309,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             except Interrupted:
                 world.print(f"Stopped by {signals.name}.")
                 sys.exit(signals.exit_status)
-            rows.append(result.pop("row", {}))
             if args.sets:
                 _report_sets(args.results_dir, of_sets, world)
+                continue
+            rows.append(result.pop("row"))
             if args.results_file and world.is_main_process:
                 command_line.create_folder(args.results_file.parent, "--results-file")
                 write_table(args.results_file, COLUMNS, rows)
         if failed:
-            raise ValueError(
-                f"{', '.join(failed)} could not be downloaded ({len(failed)} of {len(failed) + len(rows)} models)."
-            )
+            raise ValueError(f"{', '.join(failed)} could not be downloaded ({len(failed)} of {len(names)} models).")
     return result
 
 

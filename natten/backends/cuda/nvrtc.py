@@ -11,7 +11,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -82,7 +82,7 @@ def machine_code(source: str, definitions: Sequence[str], capability: tuple[int,
     """
     options = (*FLAGS, architecture(capability), *(f"--define-macro={text}" for text in definitions))
     name = f"natten_{Path(source).stem}-{_key(source, options)}.cubin"
-    for folder in cache.folders() if os.name == "posix" else ():
+    for folder in cache_folders():
         try:
             cache.check(folder)
             code = cache.read(folder / name)
@@ -90,6 +90,11 @@ def machine_code(source: str, definitions: Sequence[str], capability: tuple[int,
         except OSError as error:
             log.warning("%s cannot hold CUDA kernels: %s", folder, error.strerror or error)
     return compile_source(source, options)
+
+
+def cache_folders() -> Iterable[Path]:
+    """Return the folders for compiled kernels, the preferred one first."""
+    return cache.folders() if os.name == "posix" else ()
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -113,13 +118,14 @@ def architecture(capability: tuple[int, int]) -> str:
 
 def _key(source: str, options: Sequence[str]) -> str:
     key = hashlib.sha256()
-    for part in (_hash_of_sources(), source.encode(), " ".join(options).encode(), str(version()).encode()):
+    for part in (hash_of_sources(), source.encode(), " ".join(options).encode(), str(version()).encode()):
         key.update(hashlib.sha256(part).digest())
     return key.hexdigest()[:24]
 
 
 @functools.cache
-def _hash_of_sources() -> bytes:
+def hash_of_sources() -> bytes:
+    """Return a hash of all sources of CUDA kernels."""
     return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sorted(SOURCES.iterdir()))
 
 
