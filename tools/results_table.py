@@ -3,10 +3,7 @@
     python tools/results_table.py
 
 Parameters are counted, MACs and accuracies are published, and images per second are measured: one image at a time on
-two CPU cores, at the resolution of the model. To measure again, on a quiet machine:
-
-    python tools/benchmark.py models --no-memory --append --case inference_b1_224 --provider nat_mini dinat_mini \
-        --out assets/benchmarks/classifiers.csv
+two CPU cores, at the resolution of the model. docs/measuring.md has the commands that measure them again.
 """
 
 from __future__ import annotations

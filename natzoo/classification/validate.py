@@ -206,7 +206,7 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
 
 def validate_sets(
     args: argparse.Namespace, rows: dict[str, list[dict[str, Any]]], world: World, signals: SignalHandler
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Evaluate the requested model on all sets of --sets and append a row to the rows of each.
 
     Returns:
