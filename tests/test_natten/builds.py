@@ -15,13 +15,14 @@ ABI_CPP = """
 EXPORT int natten_abi() { return %d; }
 """
 THREADS_CPP = """
+#include <atomic>
 #include "export.h"
+using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+static Team team = nullptr;
+EXPORT void natten_use_openmp(void* gomp_parallel, void*, void*, void*) { team = reinterpret_cast<Team>(gomp_parallel); }
 EXPORT int threads(int n) {
-  int count = 0;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(n) reduction(+ : count)
-  ++count;
-#endif
+  std::atomic<int> count{0};
+  if (team) team([](void* count) { ++*static_cast<std::atomic<int>*>(count); }, &count, n, 0);
   return count;
 }
 """
@@ -58,7 +59,8 @@ class BuildTestCase(unittest.TestCase):
     def command(self, name: str, script: str) -> str:
         """Create a compiler that reports the version of c++ and otherwise runs a shell script; return its path."""
         path = self.folder / name
-        path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {shutil.which("c++")} --version\n{script}\n')
+        query = f'case $1 in --version | -dumpmachine) exec {shutil.which("c++")} $1 ;; esac'
+        path.write_text(f"#!/bin/sh\n{query}\n{script}\n")
         path.chmod(0o700)
         return str(path)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,7 +81,7 @@ def machine_code(source: str, definitions: Sequence[str], capability: tuple[int,
     """
     options = (*FLAGS, architecture(capability), *(f"--define-macro={text}" for text in definitions))
     name = f"natten_{Path(source).stem}-{_key(source, options)}.cubin"
-    for folder in cache.folders() if os.name == "posix" else ():
+    for folder in cache.folders():
         try:
             cache.check(folder)
             code = cache.read(folder / name)
