@@ -19,7 +19,7 @@ THREADS_CPP = """
 #include "export.h"
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 static Team team = nullptr;
-EXPORT void natten_use_openmp(void* gomp_parallel, void*, void*, void*) { team = reinterpret_cast<Team>(gomp_parallel); }
+EXPORT void natten_use_openmp(void* function, void*, void*, void*) { team = reinterpret_cast<Team>(function); }
 EXPORT int threads(int n) {
   std::atomic<int> count{0};
   if (team) team([](void* count) { ++*static_cast<std::atomic<int>*>(count); }, &count, n, 0);
@@ -59,7 +59,7 @@ class BuildTestCase(unittest.TestCase):
     def command(self, name: str, script: str) -> str:
         """Create a compiler that reports the version of c++ and otherwise runs a shell script; return its path."""
         path = self.folder / name
-        query = f'case $1 in --version | -dumpmachine) exec {shutil.which("c++")} $1 ;; esac'
+        query = f"case $1 in --version | -dumpmachine) exec {shutil.which('c++')} $1 ;; esac"
         path.write_text(f"#!/bin/sh\n{query}\n{script}\n")
         path.chmod(0o700)
         return str(path)

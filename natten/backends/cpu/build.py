@@ -52,14 +52,14 @@ SHIPPED = _PACKAGE / "lib"
 _V2 = frozenset(("cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"))
 _V3 = _V2.union(("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"))
 _V4 = _V3.union(("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"))
-# The levels of a CPU, highest first, with the flags that /proc/cpuinfo must list.
-_LEVELS: Mapping[str, Mapping[str, frozenset[str]]] = {
+# The levels of CPUs, highest first, by machine, with the flags that /proc/cpuinfo must list.
+LEVELS_OF: Mapping[str, Mapping[str, frozenset[str]]] = {
     "x86_64": {"x86-64-v4": _V4, "x86-64-v3": _V3, "x86-64-v2": _V2},
     "aarch64": {"armv8-a": frozenset()},
 }
 _MACHINES = {"AMD64": "x86_64", "ARM64": "aarch64", "arm64": "aarch64"}  # other names
 _MACHINE = _MACHINES.get(platform.machine(), platform.machine())
-LEVELS = _LEVELS.get(_MACHINE, {})
+LEVELS = LEVELS_OF.get(_MACHINE, {})
 
 log = logging.getLogger("natten")
 

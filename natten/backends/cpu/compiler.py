@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -41,7 +42,7 @@ class Compiler(NamedTuple):
     Attributes:
         command: its command, with the full path.
         version: the output of `--version`.
-        target: the machine for which it compiles, such as x86_64-linux-gnu, as `-dumpmachine` prints it.
+        target: the machine for which it compiles, such as x86_64-linux-gnu, as the compiler prints it.
     """
 
     command: tuple[str, ...]
@@ -96,9 +97,11 @@ def query(command: Sequence[str]) -> Compiler:
     command = (path, *command[1:])
     if Path(path).stem == "clang-cl":
         command += ("--driver-mode=g++",)  # so that it takes the same flags
-    version, target = (_run([*command, option], timeout=60).stdout.strip() for option in ("--version", "-dumpmachine"))
-    if not version or not target:
-        raise ValueError("--version or -dumpmachine prints nothing")
+    version = _run([*command, "--version"], timeout=60).stdout.strip()
+    if not version:
+        raise ValueError("--version prints nothing")
+    named = re.search(r"^Target: (.+)$", version, re.MULTILINE)  # by Clang
+    target = named[1] if named else _run([*command, "-dumpmachine"], timeout=60).stdout.strip()
     return Compiler(command, version, target)
 
 
