@@ -45,7 +45,7 @@ class PortableTestCase(unittest.TestCase):
             raise unittest.SkipTest(str(error)) from error
         cls.folder = Path(tempfile.mkdtemp())
         cls.addClassCleanup(shutil.rmtree, cls.folder)
-        cls.problems, cls.harness = cls.folder / "problems", cls.folder / "harness"
+        cls.problems, cls.harness = cls.folder / "problems", cls.folder / "harness.exe"
         cls.cases = recorder.record(cls.problems, cls.is_quick)
         cls.target.compile(launcher.HARNESS, cls.harness)
 
