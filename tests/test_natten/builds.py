@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -43,6 +44,7 @@ class BuildTestCase(unittest.TestCase):
         self.write_sources(build.ABI)
         environment = {"NATTEN_CACHE_DIR": str(self.cache), "XDG_CACHE_HOME": str(self.folder / "xdg"), "CXX": ""}
         self.patch(mock.patch.dict(os.environ, environment))
+        self.patch(mock.patch.dict(sys.modules, ziglang=None))  # as if it were not installed
         self.patch(mock.patch.object(tempfile, "tempdir", str(self.scratch)))
         self.patch(mock.patch.object(build, "SHIPPED", self.folder / "lib"))
         self.patch(mock.patch.object(build, "SOURCES", self.sources))

@@ -54,14 +54,20 @@ class Compiler(NamedTuple):
 
 
 def find_compilers() -> list[Compiler]:
-    """Return the compilers of this machine in the order of preference: $CXX, c++, g++, clang++, clang-cl, ziglang."""
-    found = []
+    """Return the compilers of this machine in the order of preference: $CXX, c++, g++, clang++, clang-cl.
+
+    If there are none, return the one in the package ziglang, if it is installed. It starts slowly.
+    """
+    found: list[Compiler] = []
     for name in ("CXX", "c++", "g++", "clang++", "clang-cl", "ziglang"):
         text = os.environ.get("CXX", "") if name == "CXX" else name
         try:
-            command = ziglang() if name == "ziglang" else shlex.split(text, posix=os.name == "posix")
+            if name == "ziglang":
+                command = () if found else ziglang()
+            else:
+                command = tuple(shlex.split(text, posix=os.name == "posix"))
             if not command:
-                log.debug("%s is not %s", name, "set" if name == "CXX" else "installed")
+                log.debug("%s is not %s", name, "set" if name == "CXX" else "needed or not installed")
                 continue
             found.append(query(command))
         except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -136,6 +142,8 @@ def _compile_and_link(compiler: Compiler, sources: Path, target: Path, cpu: str)
 
     with ThreadPoolExecutor(_PROCESSES) as pool:
         objects = list(pool.map(to_object, sorted(sources.glob("*.cpp"))))
+    if re.search("darwin|macos", compiler.target):
+        linking = [*linking, f"-Wl,-install_name,@rpath/{target.name}"]  # otherwise the path of this build
     _run([*compiler.command, "-shared", "-s", *linking, *objects, "-o", target])
 
 
@@ -145,7 +153,7 @@ def _system_flags(target: str) -> tuple[list[str], list[str]]:
         # GCC does not align the stack for AVX on Windows, see https://gcc.gnu.org/bugzilla/show_bug.cgi?id=54412.
         return ["-Wa,-muse-unaligned-vector-move"], ["-static"]
     if "windows" in target:
-        return [], [] if "msvc" in target else ["-static"]
+        return [], ["-static"] if "-w64-" in target else []  # not for Zig, which would make a static library
     return ["-fPIC", "-pthread"], ["-pthread"]
 
 
