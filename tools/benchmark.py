@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks import layers, models, ops
+from benchmarks import gpu, layers, models, ops
 from benchmarks.entry import DTYPES, Entry, Setting, positive
 from benchmarks.memory import gpu_peak_mb, keep_freed_memory, peak_mb, peak_mb_in_new_process
 from benchmarks.report import Row, format_table, make_row, write_csv
@@ -82,8 +82,6 @@ def run_gpu(args: argparse.Namespace) -> int:
     Raises:
         ValueError: if a part is unknown, or there is no GPU.
     """
-    from benchmarks import gpu
-
     _check_out(args.out)
     unknown = set(args.parts) - set(gpu.PARTS)
     if unknown:
@@ -98,10 +96,10 @@ def run_gpu(args: argparse.Namespace) -> int:
     failed = False
     for part in args.parts or gpu.PARTS:
         for entries in gpu.plan(part, device, args.rehearse):
-            if time.monotonic() + gpu.GROUP_SECONDS[part] > end:
+            if time.monotonic() + gpu.PARTS[part] > end:
                 print(f"skipped: {part} {entries[0].group}: --seconds {args.seconds:g} are over", file=sys.stderr)
                 continue
-            done = run_group(entries, args.repeats, _PATIENCE_S[part], f"{part} {entries[0].group}")
+            done = run_group(entries, args.repeats, _PATIENCE_S[entries[0].kind], f"{part} {entries[0].group}")
             failed |= sum(row["provider"] in gpu.OURS for row in done) < sum(e.provider in gpu.OURS for e in entries)
             rows += done
             if rows:
@@ -200,10 +198,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument("pass_name", metavar="pass", help="forward, forward+backward, inference or step")
 
     text = "time operator, layer and nat_tiny on a GPU, in about 6 minutes"
-    gpu = commands.add_parser("gpu", help=text, description=f"T{text[1:]}.")
-    _add_output(gpu, "gpu", _GPU_ROUNDS)
-    add = gpu.add_argument
-    add("parts", nargs="*", metavar="PART", default=[], help="ops, layers or models (default: all)")
+    fixed = commands.add_parser("gpu", help=text, description=f"T{text[1:]}.")
+    _add_output(fixed, "gpu", _GPU_ROUNDS)
+    add = fixed.add_argument
+    add("parts", nargs="*", metavar="PART", default=[], help=f"{', '.join(gpu.PARTS)} (default: all)")
     add("--seconds", type=float, default=360.0, help="time limit; the remaining groups are skipped (default: 360)")
     add("--rehearse", action="store_true", help="run tiny shapes on the CPU, to check that everything runs")
 

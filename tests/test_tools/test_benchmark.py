@@ -152,7 +152,7 @@ def test_gpu_rehearsal(tmp_path, quick):
         benchmark.main(["gpu", "--rehearse", "--repeats", "1", "--out", str(out)])
     assert end.value.code == 0
     rows = read(out)
-    assert {row["kind"] for row in rows} == set(gpu.PARTS)
+    assert {row["kind"] for row in rows} == set(benchmark.KINDS)
     for row in rows:
         check_figures(row)
     with_bias, without = (

@@ -112,13 +112,14 @@ def architecture(capability: tuple[int, int]) -> str:
 
 def _key(source: str, options: Sequence[str]) -> str:
     key = hashlib.sha256()
-    for part in (_hash_of_sources(), source.encode(), " ".join(options).encode(), str(version()).encode()):
+    for part in (hash_of_sources(), source.encode(), " ".join(options).encode(), str(version()).encode()):
         key.update(hashlib.sha256(part).digest())
     return key.hexdigest()[:24]
 
 
 @functools.cache
-def _hash_of_sources() -> bytes:
+def hash_of_sources() -> bytes:
+    """Return a hash of all sources of CUDA kernels."""
     return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sorted(SOURCES.iterdir()))
 
 
