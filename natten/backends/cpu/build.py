@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -328,7 +328,8 @@ def _key_parts(compiler: Compiler, sources: Path) -> Iterator[bytes]:
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """Return the features of this CPU, named as in /proc/cpuinfo; empty if the system does not list them."""
-    try:
+    named: list[str] = []
+    with suppress(OSError):
         if sys.platform == "linux":
             output = Path("/proc/cpuinfo").read_text()
             flags = re.search(r"^(?:flags|Features)\s*:(.*)$", output, re.MULTILINE)
@@ -338,9 +339,7 @@ def cpu_flags() -> frozenset[str]:
             named = re.findall(r"^hw\.optional\.(?:arm\.)?(\w+?)(?:_0)?: 1$", output, re.MULTILINE)
         else:
             named = platform.processor().split()
-    except OSError:
-        named = []
-    # PyTorch runs on nothing below the lowest level, and knows whether the system supports the vectors of the others.
+    # All x86-64 CPUs since 2009 support the lowest level. PyTorch knows whether CPU and system support the others.
     level = {"AVX512": _V4, "AVX2": _V3}.get(torch.backends.cpu.get_cpu_capability(), _V2)
     return frozenset(named) | (level if _MACHINE == "x86_64" else frozenset())
 

@@ -36,15 +36,13 @@ class Runtime(NamedTuple):
 def find_runtime() -> Runtime | None:
     """Return PyTorch's OpenMP runtime, or None if PyTorch has none whose functions can be called."""
     try:
-        if sys.platform == "win32":
-            path = Path(torch.__file__).with_name("lib") / "libiomp5md.dll"
-            library = ctypes.CDLL(str(path))
-        else:
-            library = ctypes.CDLL(torch._C.__file__)  # a lookup also searches the libraries that it depends on
+        # A lookup also searches the libraries that a library depends on, but not on Windows.
+        in_torch = Path(torch.__file__).with_name("lib") / "libiomp5md.dll"
+        library = ctypes.CDLL(str(in_torch) if sys.platform == "win32" else torch._C.__file__)
         functions = tuple(_address(library, name) for name in FUNCTIONS)
         if functions[0] is None and None in functions[1:]:
             return None
-        return Runtime(path if sys.platform == "win32" else _file_of(functions[0] or functions[1]), functions)
+        return Runtime(in_torch if sys.platform == "win32" else _file_of(functions[0] or functions[1]), functions)
     except OSError:
         return None
 
