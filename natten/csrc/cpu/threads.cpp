@@ -118,7 +118,8 @@ void run_team(Body body, void* data, int threads) {
 
 #if defined(_WIN32)
 
-// MinGW frees thread_local objects before their destructors run, so Windows itself keeps the pointer and calls `destroy`.
+// A thread_local Scratch, compiled by MinGW's GCC 12, crashes in its destructor when a thread ends under wine. Therefore
+// Windows keeps a pointer per thread, and deletes the scratch.
 Scratch& thread_scratch() {
   static const DWORD slot = FlsAlloc([](void* scratch) { delete static_cast<Scratch*>(scratch); });
   if (slot == FLS_OUT_OF_INDEXES) throw std::bad_alloc();
