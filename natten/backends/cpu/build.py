@@ -254,7 +254,7 @@ def _compile(sources: Path, names: Mapping[Compiler, str], folder: Path, cpu: st
     if not any(sources.glob("*.cpp")):
         raise Unavailable(f"{sources} does not contain the sources of the CPU kernels; install natten again")
     # A warning, because Python prints no lower level by default, and the first call would seem to hang.
-    log.warning("compiling natten's CPU kernels for %s (20 to 60 s)", "this machine" if cpu == NATIVE else cpu)
+    log.warning("compiling natten's CPU kernels for %s (10 to 60 s)", "this machine" if cpu == NATIVE else cpu)
     failures = []
     for compiler, name in names.items():
         try:
