@@ -126,7 +126,9 @@ def _tensor(
     name: str, layout: Tensor, dtype: torch.dtype, data: Tensor, tolerance: float | None = None, rounding: float = 0.0
 ) -> bytes:
     """Return a tensor with the strides of `layout`. Those with a tolerance are outputs."""
-    numbers = _ints(tolerance is not None, DTYPES[dtype], layout.storage_offset() % 16) + _floats(tolerance or 0.0, rounding)
+    numbers = _ints(tolerance is not None, DTYPES[dtype], layout.storage_offset() % 16) + _floats(
+        tolerance or 0.0, rounding
+    )
     shape = _ints(layout.dim(), *layout.shape, *layout.stride())
     return _text(name) + numbers + shape + data.contiguous().view(torch.uint8).numpy().tobytes()
 

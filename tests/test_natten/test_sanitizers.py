@@ -74,7 +74,9 @@ class SanitizersTest(unittest.TestCase):
             "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks
             "PYTHONPATH": os.pathsep.join((str(tests.parent), str(tests))),
         }
-        return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=3600)
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=3600
+        )
 
     def test_sweep(self):
         library = self.compile(*map(str, sorted(build.SOURCES.glob("*.cpp"))))
