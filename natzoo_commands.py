@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 # Top-level modules of the packages that each extra of pyproject.toml installs, as far as the commands import them.
-_EXTRAS = {"train": {"matplotlib", "tensorboard", "tqdm", "yaml"}}
+_EXTRAS = {"train": {"matplotlib", "sklearn", "tensorboard", "tqdm", "yaml"}}
 _EXTRAS["openmmlab"] = _EXTRAS["train"] | {
     *("ftfy", "mmcv", "mmdet", "mmengine", "mmseg", "pkg_resources", "pycocotools", "regex", "torchvision"),
 }
@@ -34,6 +34,11 @@ def validate(argv: Sequence[str] | None = None) -> None:
 def predict(argv: Sequence[str] | None = None) -> None:
     """Classify images (natzoo-predict)."""
     _run_classification("predict", argv)
+
+
+def probe(argv: Sequence[str] | None = None) -> None:
+    """Judge frozen features on a data set (natzoo-probe)."""
+    _run_classification("probe", argv)
 
 
 def detection_train(argv: Sequence[str] | None = None) -> None:

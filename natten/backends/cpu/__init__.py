@@ -21,6 +21,7 @@ from natten.backends.kernels import (
     DTYPES,
     TENSORS,
     KernelBackend,
+    check_heads_and_dims,
     check_layout,
     unsupported_input,
     warn_fallback,
@@ -111,10 +112,7 @@ def _plan(
     given = dict(zip(names, tensors, strict=True))
     heads, dim = shaped.shape[-2:]
     kv_heads, value_dim = given.get("KEY", shaped).shape[-2], given.get("VALUE", shaped).shape[-1]
-    if not dim or not value_dim:
-        raise ValueError(f"query has head_dim {dim} and value {value_dim}; both must be at least 1.")
-    if heads and (not kv_heads or heads % kv_heads):
-        raise ValueError(f"key has {kv_heads} heads, which do not divide the {heads} heads of query.")
+    check_heads_and_dims(heads, kv_heads, dim, value_dim)
     if ("ATTN" in given or "GRAD_ATTN" in given) and any(axis.stride != 1 for axis in axes):
         raise ValueError("stride must be 1 in unfused attention.")
     missing_axes = 3 - len(axes)
@@ -153,7 +151,7 @@ def _threads() -> int:
 # The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
-_backend = KernelBackend(launch, with_contiguous_rows, _MAX_DIM, takes_any_shape=True)
-attention, attention_backward = _backend.attention, _backend.attention_backward
-query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
-weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward
+KERNELS = KernelBackend(launch, with_contiguous_rows, _MAX_DIM)
+attention, attention_backward = KERNELS.attention, KERNELS.attention_backward
+query_key, query_key_backward = KERNELS.query_key, KERNELS.query_key_backward
+weight_value, weight_value_backward = KERNELS.weight_value, KERNELS.weight_value_backward
