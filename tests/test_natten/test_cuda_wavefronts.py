@@ -22,7 +22,7 @@ class BankConflictsTest(unittest.TestCase):
         for kernel in {access.kernel for access in accesses}:
             found = [access for access in accesses if access.kernel == kernel]
             ratio = sum(access.wavefronts for access in found) / sum(access.fewest for access in found)
-            self.assertLess(ratio, 1.15, kernel)
+            self.assertLess(ratio, 1.1, kernel)
 
     def test_a_stage(self):
         self.check((14, 14), 1, 32, 7, 1)
@@ -35,7 +35,7 @@ class BankConflictsTest(unittest.TestCase):
 
     @pytest.mark.slow
     def test_tf32(self):
-        for dim in (8, 16, 32, 64):
+        for dim in (32, 64):
             with self.subTest(dim=dim):
                 self.check((14, 14), 1, dim, 7, 1, uses_tf32=True)
 
