@@ -110,7 +110,7 @@ def _file_name(family: Family, device: torch.device) -> str:
 def _read(family: Family, device: torch.device) -> Verdict | None:
     """Return the stored verdict, or None if there is none that can be read."""
     name = _file_name(family, device)
-    for folder in nvrtc.cache_folders():
+    for folder in cache.folders():
         try:
             cache.check(folder)
             data = cache.read(folder / name)
@@ -122,7 +122,7 @@ def _read(family: Family, device: torch.device) -> Verdict | None:
 
 def _write(family: Family, device: torch.device, verdict: Verdict) -> None:
     name = _file_name(family, device)
-    for folder in nvrtc.cache_folders():
+    for folder in cache.folders():
         try:
             cache.make(folder)
             with cache.scratch() as scratch:

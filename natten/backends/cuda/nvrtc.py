@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -82,7 +81,7 @@ def machine_code(source: str, definitions: Sequence[str], capability: tuple[int,
     """
     options = (*FLAGS, architecture(capability), *(f"--define-macro={text}" for text in definitions))
     name = f"natten_{Path(source).stem}-{_key(source, options)}.cubin"
-    for folder in cache_folders():
+    for folder in cache.folders():
         try:
             cache.check(folder)
             code = cache.read(folder / name)
@@ -90,11 +89,6 @@ def machine_code(source: str, definitions: Sequence[str], capability: tuple[int,
         except OSError as error:
             log.warning("%s cannot hold CUDA kernels: %s", folder, error.strerror or error)
     return compile_source(source, options)
-
-
-def cache_folders() -> Iterable[Path]:
-    """Return the folders for compiled kernels, the preferred one first."""
-    return cache.folders() if os.name == "posix" else ()
 
 
 def architecture(capability: tuple[int, int]) -> str:
