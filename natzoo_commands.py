@@ -51,6 +51,11 @@ def detection_test(argv: Sequence[str] | None = None) -> None:
     _run_openmmlab("test", "DETECTION", argv)
 
 
+def detection_predict(argv: Sequence[str] | None = None) -> None:
+    """Detect objects in pictures (natzoo-detection-predict)."""
+    _run_openmmlab("predict", "DETECTION", argv)
+
+
 def segmentation_train(argv: Sequence[str] | None = None) -> None:
     """Train a segmentation model (natzoo-segmentation-train)."""
     _run_openmmlab("train", "SEGMENTATION", argv)
@@ -59,6 +64,11 @@ def segmentation_train(argv: Sequence[str] | None = None) -> None:
 def segmentation_test(argv: Sequence[str] | None = None) -> None:
     """Evaluate a segmentation model (natzoo-segmentation-test)."""
     _run_openmmlab("test", "SEGMENTATION", argv)
+
+
+def segmentation_predict(argv: Sequence[str] | None = None) -> None:
+    """Segment pictures (natzoo-segmentation-predict)."""
+    _run_openmmlab("predict", "SEGMENTATION", argv)
 
 
 def _run_classification(module: str, argv: Sequence[str] | None, after_interrupt: str = "") -> None:

@@ -3,7 +3,7 @@
     python tools/results_table.py
 
 Parameters are counted, MACs and accuracies are published, and images per second are measured: one image at a time on
-two CPU cores, at the resolution of the model. docs/measuring.md has the commands that measure them again.
+one CPU core, at the resolution of the model. docs/measuring.md has the commands that measure them again.
 """
 
 from __future__ import annotations

@@ -171,6 +171,8 @@ def choose(query: Tensor, backend: str | None) -> Backend:
 
 
 def _log_choice(verb: str, module: Backend, query: Tensor, reason: str) -> None:
+    if not log.isEnabledFor(logging.DEBUG):
+        return
     shape = tuple(query.shape)
     log.debug("backend %s %s query %s %s on %s: %s", module.NAME, verb, shape, query.dtype, query.device, reason)
 

@@ -15,6 +15,8 @@ from torch import nn
 
 from natzoo import command_line
 from natzoo.checkpoints import DownloadError, write_atomically, write_table, zoo_entries
+from natzoo.classification.confusion import draw_confusion, write_per_class
+from natzoo.classification.data.batches import Normalize
 from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset, gather_bad_images
 from natzoo.classification.data.loader import create_evaluation_loader, create_validation_dataset, uses_shards
 from natzoo.classification.data.readers import read_class_map
@@ -31,7 +33,7 @@ from natzoo.classification.imagenet_sets import (
     markdown_table,
     parse_set,
 )
-from natzoo.classification.inference import add_model_options, requested_model
+from natzoo.classification.inference import add_model_options, class_names, requested_model
 from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, batch_size, workers
 from natzoo.classification.signals import Interrupted, SignalHandler
 from natzoo.device import (
@@ -63,6 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="evaluate all published models whose name matches, such as 'nat_*'",
     )
     parser.add_argument("--results-file", type=Path, metavar="CSV", help="write a table with one row per model")
+    parser.add_argument("--per-class", type=Path, metavar="CSV", help="write accuracy and precision of each class")
+    parser.add_argument("--confusion", type=Path, metavar="PNG", help="draw the confusion matrix")
     parser.add_argument(
         "--sets",
         nargs="+",
@@ -177,6 +181,9 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     name = args.model or record["model"]
+    confusion_KK = None
+    if args.per_class or args.confusion:
+        confusion_KK = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64)
     evaluated: nn.Module = FlipTTA(model) if args.tta == "flip" else model
     result = evaluate(
         evaluated,
@@ -186,7 +193,15 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
         skip_bad_images=args.skip_bad_images,
         world=world,
         before_batch=functools.partial(world.raise_if_signalled, signals),
+        normalize=Normalize(config, device),
+        confusion_KK=confusion_KK,
     )
+    if confusion_KK is not None and world.is_main_process:
+        names = class_names(record, model.num_classes)
+        if args.per_class:
+            write_per_class(args.per_class, names, confusion_KK.numpy())
+        if args.confusion:
+            draw_confusion(args.confusion, names, confusion_KK.numpy())
     bad = gather_bad_images(dataset, world)
     is_comparable = (
         args.real_labels is None and args.tta == "none" and config == preprocessing(argparse.Namespace(), model)
@@ -282,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = make_parser().parse_args(argv)
     if args.models and (args.model or args.checkpoint or not args.pretrained):
         raise ValueError("--models requires --pretrained, and cannot be combined with --model or --checkpoint.")
+    if (args.models or args.sets) and (args.per_class or args.confusion):
+        raise ValueError("--per-class and --confusion describe one model on DATA; remove --models and --sets.")
     if args.sets and (args.data or args.real_labels is not None or args.class_map or args.results_file):
         raise ValueError("--sets replaces DATA, --real-labels, --class-map and --results-file; use --results-dir.")
     if args.results_dir and not args.sets:

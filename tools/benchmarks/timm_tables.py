@@ -32,7 +32,7 @@ def write(folder: Path, rows: Iterable[Row]) -> list[Path]:
 
     Args:
         folder: folder of the tables.
-        rows: rows of report.py for models.
+        rows: rows of report.py for models, measured or read.
     """
     tables: dict[str, list[Row]] = {}
     for row in rows:
@@ -41,7 +41,7 @@ def write(folder: Path, rows: Iterable[Row]) -> list[Path]:
         is_inference = found[0]["pass"] == "inference"
         columns, convert = (INFER_COLUMNS, _infer) if is_inference else (TRAIN_COLUMNS, _train)
         folder.mkdir(parents=True, exist_ok=True)
-        ordered = sorted(found, key=lambda row: -row["images_per_s"])
+        ordered = sorted(found, key=lambda row: -float(row["images_per_s"]))
         write_table(folder / name, columns, (dict(zip(columns, convert(row), strict=True)) for row in ordered))
     return [folder / name for name in tables]
 
@@ -74,4 +74,4 @@ def _train(row: Row) -> tuple[Any, ...]:
 
 
 def _speed(row: Row) -> tuple[float, float]:
-    return round(row["images_per_s"], 2), round(row["p50_ms"], 3)
+    return round(float(row["images_per_s"]), 2), round(float(row["p50_ms"]), 3)

@@ -60,10 +60,6 @@ def unsupported_reason(query: Tensor) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor) -> Tensor | None:
     """Run one op in C++; see `KernelBackend` for the arguments.
 
@@ -81,8 +77,10 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
         if op.endswith("_backward"):
             grad_rpb = rpb.new_empty(rpb.shape, dtype=torch.float32)
     plan = _plan(shaped, axes, scale, rpb, tuple(tensors), *tensors.values())
-    addresses = _ADDRESSES.pack(*[_address(tensors.get(name)) for name in TENSORS])
-    status = _function(build.cpu_library(), op)(plan, addresses, _address(table), _address(grad_rpb), _threads())
+    given = [tensors.get(name) for name in TENSORS] + [table, grad_rpb]
+    *addresses, table_address, grad_address = [0 if x is None else x.data_ptr() for x in given]
+    function = _function(build.cpu_library(), op)
+    status = function(plan, _ADDRESSES.pack(*addresses), table_address, grad_address, _threads())
     if status == 1:
         raise MemoryError(f"natten's CPU kernels ran out of memory on tensors of shape {tuple(shaped.shape)}.")
     if status:
