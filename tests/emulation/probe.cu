@@ -104,7 +104,10 @@ NATTEN_KERNEL(probe_banks, 32) {
 #else
   __shfl_xor_sync(~0u, lane, 1);  // orders no accesses to memory
 #endif
-  const float same = numbers[0], two = numbers[lane * 2], all = numbers[lane * 32], none = numbers[lane * 31];
+  const float same = numbers[0];  // a line for each load, because accesses are counted by line
+  const float two = numbers[lane * 2];
+  const float all = numbers[lane * 32];
+  const float none = numbers[lane * 31];
   const float2 pair = reinterpret_cast<const float2*>(numbers)[lane];
   const float4 four = reinterpret_cast<const float4*>(numbers)[lane];
   const float4 other = reinterpret_cast<const float4*>(numbers)[lane * 2];
