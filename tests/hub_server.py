@@ -125,6 +125,8 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    # transformers keeps a client, with the endpoint of its first use.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_stub")
     yield server
     server.http.shutdown()

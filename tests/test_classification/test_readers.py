@@ -284,8 +284,9 @@ def test_damaged_shards_are_named_or_skipped(shards, tiny, run_folder, capsys):
 
 
 def test_missing_requirements_of_shards(shards, tiny, monkeypatch):
+    find = importlib.util.find_spec
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        patch.setattr(importlib.util, "find_spec", lambda name: None if name == "webdataset" else find(name))
         with pytest.raises(ValueError, match=r"--dataset wds.*webdataset"):
             train.main(tiny("--dataset", "wds", "--num-classes", "3"))
     pytest.importorskip("webdataset")

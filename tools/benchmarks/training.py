@@ -47,6 +47,7 @@ def bare_steps(trainer: train.Trainer, batch: tuple[Tensor, Tensor], steps: int)
     """Run the arithmetic of `steps` batches, and nothing else."""
     args, model, optimizer = trainer.args, trainer.model, trainer.optimizer
     x_BCHW, target_B = (part.to(trainer.device) for part in batch)
+    x_BCHW = trainer.prepare(x_BCHW, trainer.epoch)
     if trainer.mixup is not None:
         x_BCHW, target_B = trainer.mixup(x_BCHW, target_B)
     x_BCHW = x_BCHW.contiguous(memory_format=trainer.memory_format)
