@@ -96,6 +96,7 @@ struct Copy {
   void* to;
   const void* from;
   int bytes;
+  bool is_there;  // otherwise zeros are copied
 };
 
 struct Thread {
@@ -295,6 +296,16 @@ T emulation_shuffle_xor(const void* site, T value, int mask) {
   });
   return result;
 }
+inline bool emulation_any(const void* site, bool value) {
+  bool result;
+  emulation::meet_warp(site, &value, &result, [](emulation::Thread** lanes) {
+    bool any = false;
+    for (int i = 0; i < 32; ++i) any |= *static_cast<const bool*>(lanes[i]->argument);
+    for (int i = 0; i < 32; ++i) *static_cast<bool*>(lanes[i]->result) = any;
+  });
+  return result;
+}
+#define __any_sync(all, value) emulation_any(EMULATION_SITE, value)
 #define __shfl_xor_sync(all, value, mask) emulation_shuffle_xor(EMULATION_SITE, value, mask)
 
 inline float atomicAdd(float* at, float value) {
@@ -348,10 +359,11 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
 
-inline void copy_async(void* to, const void* from, bool is_there) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
-    emulation::fail("cp.async of 16 bytes at an address that is not a multiple of 16");
-  emulation::machine.current->groups.back().push_back({to, from, is_there ? 16 : 0});
+template <int BYTES = 16>
+void copy_async(void* to, const void* from, bool is_there) {
+  if (reinterpret_cast<uintptr_t>(to) % BYTES || reinterpret_cast<uintptr_t>(from) % BYTES)
+    emulation::fail("cp.async at an address that is not a multiple of its size");
+  emulation::machine.current->groups.back().push_back({to, from, BYTES, is_there});
 }
 inline void commit_copies() { emulation::machine.current->groups.emplace_back(); }
 template <int PENDING>
@@ -359,8 +371,8 @@ void wait_copies() {
   auto& groups = emulation::machine.current->groups;
   while (groups.size() > PENDING + 1) {
     for (const emulation::Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
-      std::memcpy(copy.to, copy.from, copy.bytes);
+      if (copy.is_there) std::memcpy(copy.to, copy.from, copy.bytes);
+      else std::memset(copy.to, 0, copy.bytes);
     }
     groups.erase(groups.begin());
   }

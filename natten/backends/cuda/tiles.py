@@ -22,6 +22,7 @@ _LONG_AXIS = 1 << 12  # on longer axes, only some tiles are examined
 _MAX_WARPS = 8  # per block
 _MAX_UNITS = 32  # per tile
 _MAX_ROW_BLOCKS = 8  # blocks of 8 columns in a row that is not cut into segments
+_MAX_WIDE_OF_TWO_MATRICES = 64  # head_dim in units of 2 bytes
 _LARGE_DIM = 128  # for a larger head_dim, rows that are not cut into segments may be too large
 # A multiprocessor reserves this much of its shared memory per block, in addition to what the block requests.
 _RESERVED_BYTES = 1 << 10
@@ -43,7 +44,7 @@ _COPY_COST, _FRAGMENT_COST = 5.0, 29.0  # to copy 16 bytes per lane, to make a f
 _TABLE_COST, _DIAGONAL_COST = 20.0, 25.0  # per block of columns whose bias, or whose gradient, is not a fragment
 _BYTES_PER_INSTRUCTION = 6.0  # that a multiprocessor receives while it issues one instruction
 
-_CHUNK_BLOCKS = {"forward": 8, "grad_query": 4, "grad_key_value": 2}  # blocks of 8 columns per chunk, small head_dim
+_CHUNK_BLOCKS = {"forward": 4, "grad_query": 2, "grad_key_value": 2}  # blocks of 8 columns per chunk, small head_dim
 _MAX_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}  # largest head_dim per block
 # Pairs of a largest head_dim (float32 counts twice) and the resident warps per multiprocessor that do not spill
 # registers: with 16 warps a thread has 128 registers, with 12 it has 168, with 8 it has 255.
@@ -60,6 +61,7 @@ class Tile(NamedTuple):
     """The parameters that tiles.h is compiled with, under its names."""
 
     size: tuple[int, int, int]
+    matrices: int
     columns: int
     unit_columns: int
     reach: int
@@ -87,6 +89,7 @@ class Tile(NamedTuple):
             "TILE_Z": self.size[0],
             "TILE_Y": self.size[1],
             "TILE_X": self.size[2],
+            "MATRICES": self.matrices,
             "COLUMNS": self.columns,
             "UNIT_COLUMNS": self.unit_columns,
             "REACH": self.reach,
@@ -276,11 +279,15 @@ class _Chooser:
         self.has_rpb, self.max_shared_bytes, self.is_deterministic = has_rpb, max_shared_bytes, is_deterministic
         self.is_inverse = kernel == "grad_key_value"
         self.rank = 3 if axes[0].kernel_size > 1 else 2 if axes[1].kernel_size > 1 else 1
-        self.unit = (1, 2, 8) if self.rank > 1 else (1, 1, 16)
         self.longest = [-(-axis.length // axis.dilation) for axis in axes]
+        # With a second matrix, a unit shares operands, but needs more registers.
+        is_high = self.longest[1] > 2 if self.rank > 1 else self.longest[2] > 16
+        self.matrices = 2 if is_high and self.wide <= _MAX_WIDE_OF_TWO_MATRICES else 1
+        self.lines = 2 * self.matrices
+        self.unit = (1, self.lines, 8) if self.rank > 1 else (1, 1, 8 * self.lines)
         self.table = prod(2 * axis.kernel_size - 1 for axis in axes)
         self.table_rows = self.table // (2 * axes[2].kernel_size - 1)
-        self.fragments_per_row = 1 if self.rank > 1 else 2
+        self.fragments_per_row = 1 if self.rank > 1 else self.lines
         self.pieces = self.wide // 8  # 16-byte pieces per row
         is_large = item_bytes == 4 and dim > 64  # results and operands together would spill registers
         max_slice_dim = _MAX_SLICE_DIM[kernel] // (2 if is_large else 1)
@@ -366,20 +373,21 @@ class _Chooser:
         return tile.shared_bytes <= self.max_shared_bytes and (has_fixed_order or not needs_fixed_order)
 
     def _tile(self, size, layout: _Layout, chunk_rows: int, stage: _Stage) -> Tile:
-        pitch = self.pieces if self.pieces & (self.pieces - 1) == 0 else self.pieces | 1
+        pitch = self.pieces if self.pieces <= 2 else _round_up(self.pieces, 4)
         tokens = stage.rows * layout.columns
         buffer = tokens * pitch * 32 + (tokens * 8 if self.is_inverse else 0)
         has_table, bias = self._bias(size, layout)
         tables, gradient = self._gradient(layout, stage.warps)
-        blocks = layout.unit_columns // 8 + (self.rank == 1)
+        blocks = layout.unit_columns // 8 + (self.lines - 1 if self.rank == 1 else 0)
         has_diagonals = self.has_gradient and not layout.has_gradient_fragments
         diagonals = 8 * (_round_up(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
-        warp = max((16 * (self.slice_results + 1) * 16 if self.item_bytes == 2 else 0), diagonals)
+        warp = max((8 * self.lines * (self.slice_results | 1) * 16 if self.item_bytes == 2 else 0), diagonals)
         shared = (2 if stage.is_staged else 1) * buffer + bias + gradient + stage.warps * warp + _BASES_BYTES
         resident = self._resident_warps(layout, chunk_rows, stage) // stage.warps
         fitting = (self.max_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES)
         return Tile(
             size=tuple(size),
+            matrices=self.matrices,
             columns=layout.columns,
             unit_columns=layout.unit_columns,
             reach=layout.reach,
