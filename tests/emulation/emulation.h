@@ -399,6 +399,8 @@ void load_matrices(unsigned* out, const void* row) {
   });
 }
 
+inline float2 load_pair(const void* from) { return *static_cast<const float2*>(from); }
+
 inline float tfloat(unsigned bits) {
   if (bits & 0x1fff) emulation::fail("mma.tf32 with an operand that is not rounded");
   return __uint_as_float(bits);

@@ -49,9 +49,9 @@ _MAX_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}  # la
 # Pairs of a largest head_dim (float32 counts twice) and the resident warps per multiprocessor that do not spill
 # registers: with 16 warps a thread has 128 registers, with 12 it has 168, with 8 it has 255.
 _RESIDENT_WARPS = {
-    "forward": ((32, 16), (64, 12), (256, 8)),
-    "grad_query": ((64, 12), (256, 8)),
-    "grad_key_value": ((32, 16), (64, 12), (256, 8)),
+    "forward": ((32, 12), (256, 8)),
+    "grad_query": ((32, 12), (256, 8)),
+    "grad_key_value": ((32, 12), (256, 8)),
 }
 # Where a thread keeps more values: on three axes, with stages, or with large chunks and a gradient.
 _FEWER_RESIDENT_WARPS, _FEWEST_RESIDENT_WARPS = 12, 8
@@ -441,7 +441,9 @@ class _Chooser:
         columns = prod(average(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True))
         reading = (4 * self.wide * columns + 6 * self.wide * prod(tile.size)) / _BYTES_PER_INSTRUCTION
         computing = self._instructions(tile)
-        computing *= 1 + 6 / (tile.min_blocks * tile.warps)  # with few warps, the multiprocessor idles
+        resident = tile.min_blocks * tile.warps
+        computing *= 1 + 6 / resident  # with few warps, the multiprocessor idles
+        computing *= _round_up(resident, 4) / resident  # its warps are divided among four schedulers
         # One block reads while another computes; a staged block does both at the same time.
         overlap = min(tile.min_blocks * (1.5 if tile.is_staged else 1), 2)
         cost_per_block = max(reading, computing) + min(reading, computing) / overlap

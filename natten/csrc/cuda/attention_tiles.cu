@@ -55,7 +55,7 @@ struct Attend {
         largest[half] = max(largest[half], item(logits, r, i / 2 % (2 * ROW_BLOCKS), first_line + half));
     }
     const bool exceeds = largest[0] > top[first_line] + slack || largest[1] > top[first_line + 1] + slack;
-    if (!chunk.is_first_of(first_line / 2) && !__any_sync(~0u, exceeds)) return;
+    if (!chunk.is_first_of(first_line / 2) && __builtin_expect(!__any_sync(~0u, exceeds), true)) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int line = first_line + half;

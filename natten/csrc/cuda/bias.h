@@ -78,6 +78,7 @@ class UnitBias {
     const int row = HAS_RPB ? table_row(at) : 0;
 #pragma unroll
     for (int line = 0; line < LINES; ++line) {
+      if (AnyChunk::IS_REGULAR && HAS_BIAS_FRAGMENTS && line > 1) break;
       float(&to)[ROW_BLOCKS][4] = bias[line / 2][r];
       const int row_of_line = HAS_RPB && RANK > 1 ? row - SIGN * line : 0;
       if (!chunk.may_see(r, line)) {  // any number will do
@@ -93,16 +94,28 @@ class UnitBias {
       const char* from = shared_ + (chunk.is_seen(r, line) ? fragment : BIAS_FRAGMENTS - 1) * FRAGMENT_BYTES;
 #pragma unroll
       for (int block = 0; block < ROW_BLOCKS; ++block) {
-        const float2 two = *reinterpret_cast<const float2*>(from + block * 256);
+        const float2 two = load_pair(from + block * 256);
         to[block][line % 2 * 2] = two.x, to[block][line % 2 * 2 + 1] = two.y;
       }
     }
+    if (AnyChunk::IS_REGULAR && HAS_BIAS_FRAGMENTS) roll(chunk.row_of_unit(r) % 2, r, bias);
   }
 
  private:
+  // The bias of the second matrix of a regular unit is that of the first matrix two rows earlier.
+  __device__ __forceinline__ void roll(int parity, int r, Products& bias) {
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * 4; ++i) {
+      float& held = held_[parity][i / 4][i % 4];
+      if (MATRICES > 1) bias[MATRICES - 1][r][i / 4][i % 4] = held;
+      held = bias[0][r][i / 4][i % 4];
+    }
+  }
+
   const Unit& unit_;
   const char* shared_;  // with fragments: the first number of this lane in those of the unit
   const float* table_;
+  float held_[2][ROW_BLOCKS][4] = {};
   float factor_, mask_[ROW_BLOCKS][RANK > 1 ? 2 : 2 * LINES];  // zero in a token's window, else minus infinity
 
   // Computes the values of one line from the table.

@@ -33,22 +33,27 @@ struct DifferentiateKey {
     for (int r = 0; r < CHUNK_ROWS; ++r) {
       bias.get(chunk, r, weights);
       multiply_columns(key, chunk, 0, r, weights);
-      float lse[ROW_BLOCKS * 2], delta[ROW_BLOCKS * 2];  // of the queries
+      float lse[ROW_BLOCKS][2];  // of this lane's queries, times log2(e)
 #pragma unroll
-      for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
-        const float2 query = chunk.statistics(r)[i / 2 * 8 + lane_index() % 4 * 2 + i % 2];
-        lse[i] = query.x * LOG2_E, delta[i] = query.y;
+      for (int block = 0; block < ROW_BLOCKS; ++block) {
+        const int first = block * 8 + lane_index() % 4 * 2;
+        const float2 two = load_pair(chunk.statistics(0, r) + first);
+        lse[block][0] = two.x * LOG2_E, lse[block][1] = two.y * LOG2_E;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 delta = load_pair(chunk.statistics(1, r) + first);
+#pragma unroll
+          for (int m = 0; m < MATRICES; ++m)
+            grads[m][r][block][2 * half] = delta.x, grads[m][r][block][2 * half + 1] = delta.y;
+        }
       }
-#pragma unroll
-      for (int i = 0; i < MATRICES * ROW_BLOCKS * 4; ++i)
-        grads[i / 4 / ROW_BLOCKS][r][i / 4 % ROW_BLOCKS][i % 4] = -delta[i / 4 % ROW_BLOCKS * 2 + i % 2];
       multiply_columns(value, chunk, 1, r, grads);
 #pragma unroll
       for (int i = 0; i < MATRICES * ROW_BLOCKS * 4; ++i) {
         const int m = i / 4 / ROW_BLOCKS, block = i / 4 % ROW_BLOCKS, line = 2 * m + i % 4 / 2;
         float &weight = weights[m][r][block][i % 4], &grad = grads[m][r][block][i % 4];
         const bool is_used = chunk.may_see(r, line);
-        weight = is_used ? exp2_fast(weight * scale - lse[block * 2 + i % 2]) : 0.f;
+        weight = is_used ? exp2_fast(weight * scale - lse[block][i % 2]) : 0.f;
         grad = is_used ? grad * weight : 0.f;
       }
     }
@@ -66,17 +71,17 @@ struct DifferentiateKey {
   }
 };
 
-// Copies logsumexp and delta of the queries of a stage asynchronously, and zeros where there are none.
+// Copies logsumexp and minus delta of the queries of a stage asynchronously, and zeros where there are none.
 __device__ __forceinline__ void copy_statistics(const Rows<const float>& lse, const Rows<const float>& delta,
                                                 const BlockTile& tile, int first_row, char* buffer) {
-  float2* statistics = reinterpret_cast<float2*>(buffer + 2 * COLUMN_BYTES);
+  float* statistics = reinterpret_cast<float*>(buffer + 2 * COLUMN_BYTES);
   for (int token = threadIdx.x; token < STAGE_TOKENS; token += TILE_THREADS) {
     const int row = first_row + token / COLUMNS;
     const Place at = tile.place(row);
     const int x = tile.first_x + at.segment * COLUMNS + token % COLUMNS;
     const bool is_there = row < tile.rows && tile.x.holds(x);
-    copy_async<4>(&statistics[token].x, lse.at(at.z, at.y, x), is_there);
-    copy_async<4>(&statistics[token].y, delta.at(at.z, at.y, x), is_there);
+    copy_async<4>(statistics + token, lse.at(at.z, at.y, x), is_there);
+    copy_async<4>(statistics + STAGE_TOKENS + token, delta.at(at.z, at.y, x), is_there);
   }
 }
 

@@ -1,4 +1,4 @@
-// Fused attention, backward, first part, with matrix instructions: the gradients of queries and rpb, and `delta`. Delta is
+// Fused attention, backward, first part, with matrix instructions: the gradients of queries and rpb, and minus delta. Delta is
 // the sum over keys of each weight times its gradient. It equals out * grad_out, summed over head_dim, minus grad_lse.
 #define HAS_GRADIENT HAS_RPB
 #include "bias_gradient.h"
@@ -45,7 +45,7 @@ struct DifferentiateQuery {
       if (!unit.is_there[line]) continue;
       lse[line] = *given_lse.row[line] * LOG2_E;
       if (p.tensors[GRAD_LSE].data) delta[line] -= *grad_lse.row[line];
-      if (first_block == 0 && lane_index() % 4 == 0) *given_delta.row[line] = delta[line];
+      if (first_block == 0 && lane_index() % 4 == 0) *given_delta.row[line] = -delta[line];
     }
 #pragma unroll
     for (int i = 0; i < MATRICES * SLICE * 4; ++i) sum[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;

@@ -106,6 +106,14 @@ __device__ __forceinline__ void load_matrices(unsigned* out, const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(at) : "memory");
 }
 
+// Loads two numbers from shared memory, again for each call: to load them is cheaper than to move them to the adjacent
+// registers that matrix instructions require.
+__device__ __forceinline__ float2 load_pair(const void* from) {
+  float2 two;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(two.x), "=f"(two.y) : "r"(shared_address(from)) : "memory");
+  return two;
+}
+
 // Rounds a number to TF32, with 10 bits of fraction, as the matrix instructions for float32 require.
 __device__ __forceinline__ unsigned round_to_tfloat(float value) {
   unsigned bits;

@@ -75,9 +75,17 @@ struct Fragments {
   unsigned kept[IS_KEPT ? MATRICES : 1][IS_KEPT ? QUADS : 1][8];
 
   __device__ __forceinline__ Fragments(const Rows<const Storage>& tensor, const Unit& unit) : rows(tensor, unit) {
-    if (IS_KEPT)
+    if (!IS_KEPT) return;
+    // Zero, but the compiler does not know that. It would rather keep registers in the order of loads, and move them to
+    // the order of matrix instructions for each instruction.
+    const unsigned zero = unit.x >> 31;
 #pragma unroll
-      for (int i = 0; i < MATRICES * QUADS; ++i) load(i / QUADS, i % QUADS, kept[IS_KEPT ? i / QUADS : 0][IS_KEPT ? i % QUADS : 0]);
+    for (int i = 0; i < MATRICES * QUADS; ++i) {
+      unsigned(&a)[8] = kept[IS_KEPT ? i / QUADS : 0][IS_KEPT ? i % QUADS : 0];
+      load(i / QUADS, i % QUADS, a);
+#pragma unroll
+      for (unsigned& word : a) word ^= zero;
+    }
   }
   __device__ __forceinline__ void get(int matrix, int quad, unsigned (&a)[8]) const {
     if (!IS_KEPT) return load(matrix, quad, a);

@@ -74,7 +74,7 @@ constexpr int BUFFERS = IS_STAGED ? 2 : 1;
 constexpr int COLUMN_BYTES = STAGE_TOKENS * PITCH * 16;
 constexpr bool INVERSE = IS_INVERSE;
 constexpr int SIGN = INVERSE ? -1 : 1;  // the bias index uses key - query = SIGN * (column - token)
-constexpr int STATISTICS_BYTES = INVERSE ? STAGE_TOKENS * 8 : 0;  // two numbers per query
+constexpr int STATISTICS_BYTES = INVERSE ? STAGE_TOKENS * 8 : 0;  // logsumexp of the queries, then minus their delta
 constexpr int BUFFER_BYTES = 2 * COLUMN_BYTES + STATISTICS_BYTES;
 
 constexpr int TABLE_ROWS = TABLE_Z * TABLE_Y;

@@ -73,10 +73,12 @@ class Chunk {
   __device__ __forceinline__ Chunk(const BlockTile& tile, const Unit& unit, int row, int first, int end, const char* buffer)
       : tile_(tile), unit_(unit), row_(row), first_(IS_REGULAR ? row - SHIFT : min(row, end - CHUNK_ROWS)),
         token_((first_ - first) * COLUMNS + unit.first_column), buffer_(buffer) {}
+  // For a regular unit: the number of rows of the unit before row r.
+  __device__ __forceinline__ int row_of_unit(int r) const { return ROW - SHIFT + r; }
   __device__ __forceinline__ Place place(int r) const { return tile_.place(first_ + r); }
   // Whether a line of the unit sees a row that no earlier chunk contained.
   __device__ __forceinline__ bool is_seen(int r, int line) const {
-    if (IS_REGULAR) return r >= SHIFT && ROW - SHIFT + r >= line && ROW - SHIFT + r < line + KERNEL_Y;
+    if (IS_REGULAR) return r >= SHIFT && row_of_unit(r) >= line && row_of_unit(r) < line + KERNEL_Y;
     return first_ + r >= row_ && unit_.sees(place(r), line);
   }
   // What the compiler knows about that: whether a line, or a matrix, may see the row.
@@ -106,9 +108,9 @@ class Chunk {
   __device__ __forceinline__ const char* columns(int tensor, int r = 0) const {
     return buffer_ + tensor * COLUMN_BYTES + token_ * (PITCH * 16) + r * (COLUMNS * PITCH * 16);
   }
-  // The two numbers of each of these columns.
-  __device__ __forceinline__ const float2* statistics(int r) const {
-    return reinterpret_cast<const float2*>(buffer_ + 2 * COLUMN_BYTES) + token_ + r * COLUMNS;
+  // The first or the second statistic of each of these columns.
+  __device__ __forceinline__ const float* statistics(int which, int r) const {
+    return reinterpret_cast<const float*>(buffer_ + 2 * COLUMN_BYTES) + which * STAGE_TOKENS + token_ + r * COLUMNS;
   }
 
  private:
