@@ -33,13 +33,13 @@ _STAGE_CHUNKS = (1, 2, 4, 8)  # possible numbers of chunks per stage
 
 # The cost model, in instructions per warp, counted in the machine code for sm_90.
 _STAGE_COST = 120.0  # per stage
-_COLUMNS_COST = {"forward": 33.0, "grad_query": 52.0, "grad_key_value": 39.0}  # per block of 8 columns of a unit
+_COLUMNS_COST = {"forward": 24.0, "grad_query": 36.0, "grad_key_value": 26.0}  # per matrix and block of 8 columns
 # Instructions that could be issued while shared memory delivers the operands of a block, without those of products.
 _SHARED_TIME = {"forward": 16.0, "grad_query": 32.0, "grad_key_value": 24.0}
-# Products per block of columns, and their costs; all per 16 elements of head_dim. Keys of the first cost: item bytes.
+# Products per matrix and block of columns, and their costs; all per 16 elements of head_dim. Keys of the first cost: item bytes.
 _PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}
 _PRODUCT_COST, _PRODUCT_TIME, _PRODUCT_SHARED_TIME = {2: 1.5, 4: 3.5}, 6.5, 8.0
-_UNIT_COST, _TILE_COST = 270.0, 360.0  # per unit, per tile
+_UNIT_COST, _TILE_COST = 170.0, 360.0  # per matrix of a unit, per tile
 _COPY_COST, _FRAGMENT_COST = 5.0, 29.0  # to copy 16 bytes per lane, to make a fragment
 _TABLE_COST, _DIAGONAL_COST = 20.0, 25.0  # per block of columns whose bias, or whose gradient, is not a fragment
 _BYTES_PER_INSTRUCTION = 6.0  # that a multiprocessor receives while it issues one instruction
@@ -454,8 +454,8 @@ class _Chooser:
         """Estimate the instructions that a block issues for a tile."""
         steps = self.wide / 16 * _PRODUCTS[self.kernel]
         column_cost = max(
-            _COLUMNS_COST[self.kernel] + _PRODUCT_COST[self.item_bytes] * steps,
-            _PRODUCT_TIME * steps,
+            self.matrices * (_COLUMNS_COST[self.kernel] + _PRODUCT_COST[self.item_bytes] * steps),
+            self.matrices * _PRODUCT_TIME * steps,
             _SHARED_TIME[self.kernel] + _PRODUCT_SHARED_TIME * steps,
         )
         column_cost += _TABLE_COST * (not tile.has_bias_fragments)
@@ -472,7 +472,11 @@ class _Chooser:
             rows = max(rows, stages * min(rows, tile.stage_rows))
         units = prod(-(-q // u) for q, u in zip(tile.size, self.unit, strict=True))
         chunks = -(-rows // tile.chunk_rows) * tile.chunk_rows
-        work = -(-units // tile.warps) * tile.warps * (_UNIT_COST + chunks * tile.unit_columns / 8 * column_cost)
+        work = (
+            -(-units // tile.warps)
+            * tile.warps
+            * (_UNIT_COST * self.matrices + chunks * tile.unit_columns / 8 * column_cost)
+        )
         work += tile.warps * (_TILE_COST + stages * _STAGE_COST)
         work += stages * tile.stage_rows * tile.columns * self.pieces / 16 * _COPY_COST
         if tile.has_bias_fragments:
