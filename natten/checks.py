@@ -436,7 +436,7 @@ def _check_heads_of_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if value.shape[-2] != kv_heads:
         raise ValueError(f"value has {value.shape[-2]} heads, but key has {kv_heads}; they must be equal.")
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+    if heads != kv_heads and (0 in (heads, kv_heads) or heads % kv_heads):
         raise ValueError(
             f"key and value have {kv_heads} heads, but query has {heads}; the heads of the query must be a multiple of "
             "those."

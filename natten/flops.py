@@ -47,8 +47,11 @@ __all__ = [
     "has_fvcore",
     "na_av_flop_count",
     "na_qk_flop_count",
+    "qk_1d_flop",
     "qk_1d_rpb_flop",
+    "qk_2d_flop",
     "qk_2d_rpb_flop",
+    "qk_3d_flop",
     "qk_3d_rpb_flop",
     "qk_rpb_flop",
 ]
@@ -255,6 +258,7 @@ def _handle_of_any_call(inputs: list, outputs: list) -> int:
     return sum(handle(inputs, outputs).values())
 
 
+qk_1d_flop = qk_2d_flop = qk_3d_flop = _handle_of_any_call
 qk_1d_rpb_flop = qk_2d_rpb_flop = qk_3d_rpb_flop = qk_rpb_flop = _handle_of_any_call
 av_1d_flop = av_2d_flop = av_3d_flop = av_flop = _handle_of_any_call
 

@@ -46,7 +46,7 @@ from natten.checks import (
     make_axes,
 )
 from natten.geometry import Axis, Margin
-from natten.tracing import is_recorded, no_size_guards, untraced
+from natten.tracing import fix_lengths, is_recorded, no_size_guards, untraced
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Autocast
@@ -516,7 +516,7 @@ def attend(
     qkv, scale = _apply_symbolic_scale(qkv, scale)
     backend = backends.requested(backend)
     if _is_plain(backend) or _is_forward_mode():
-        query, key, value = _unpack(qkv)
+        query, key, value = _unpack([fix_lengths(x, 1, [axis.length for axis in axes]) for x in qkv])
         with no_size_guards():
             return reference.attention(query, key, value, rpb, axes, scale)
     if _needs_grad(*qkv, rpb) or _is_counted():
@@ -542,6 +542,7 @@ def query_key(query: Tensor, key: Tensor, rpb: Tensor | None, axes: tuple[Axis, 
     """Compute the unscaled logits [B, H, X, W] of heads-first query and key [B, H, X, d]."""
     backend = backends.requested(backend)
     if _is_plain(backend):
+        query, key = (fix_lengths(x, 2, [axis.length for axis in axes]) for x in (query, key))
         with no_size_guards():
             return reference.query_key(query, key, rpb, axes)
     if _needs_grad(query, key, rpb) or _is_counted():
@@ -554,6 +555,7 @@ def weight_value(attn: Tensor, value: Tensor, axes: tuple[Axis, ...], backend: s
     """Compute the sums [B, H, X, d] of heads-first values [B, H, X, d], weighted by attn [B, H, X, W]."""
     backend = backends.requested(backend)
     if _is_plain(backend):
+        attn, value = (fix_lengths(x, 2, [axis.length for axis in axes]) for x in (attn, value))
         with no_size_guards():
             return reference.weight_value(attn, value, axes)
     if _needs_grad(attn, value) or _is_counted():

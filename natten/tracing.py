@@ -67,6 +67,20 @@ def resize(x_BXC: Tensor, space: Sequence[Any]) -> Tensor:
     return x_BXC
 
 
+def fix_lengths(x: Tensor, first: int, lengths: Sequence[int]) -> Tensor:
+    """Make a program of ONNX's TorchScript exporter fail on maps of another size, whose windows it does not know.
+
+    Args:
+        x: the map.
+        first: the first spatial axis.
+        lengths: the lengths of the spatial axes.
+    """
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        for axis, length in enumerate(lengths, start=first):
+            (x,) = x.split_with_sizes([length], axis)
+    return x
+
+
 def record_call(layer: nn.Module, x: fx.Proxy) -> Any:
     """Return the output of a layer for torch.fx, which records the layer as one node, like the layers of torch.nn."""
     tracer: Any = x.tracer

@@ -16,8 +16,8 @@ from pathlib import Path
 from natzoo import command_line
 from natzoo.checkpoints.write import write_folder
 from natzoo.classification.data.transforms import evaluation_transform, preprocessing
-from natzoo.classification.device import pick_device
 from natzoo.classification.inference import add_model_options, class_names, requested_model
+from natzoo.device import pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -20,10 +20,10 @@ from natzoo.checkpoints import write_atomically
 from natzoo.classification.data.datasets import read_image
 from natzoo.classification.data.readers import IMAGE_SUFFIXES
 from natzoo.classification.data.transforms import evaluation_transform, preprocessing
-from natzoo.classification.device import explain_memory_errors, pick_device
 from natzoo.classification.inference import add_model_options, class_names, requested_model
 from natzoo.classification.options import HelpFormatter, batch_size, positive
 from natzoo.command_line import printable
+from natzoo.device import explain_memory_errors, pick_device
 
 MAX_GRID_IMAGES = 64
 Prediction = list[tuple[str, float]]  # class name and probability, most likely first

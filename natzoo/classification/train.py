@@ -35,14 +35,6 @@ from natzoo.classification.data.loader import (
     create_validation_dataset,
     iterate_epoch,
 )
-from natzoo.classification.device import (
-    autocast_context,
-    describe_device,
-    enable_tf32,
-    explain_memory_errors,
-    pick_device,
-    slow_precision,
-)
 from natzoo.classification.distributed import World, init_world, kernel_fingerprint
 from natzoo.classification.evaluation import check_classes, evaluate
 from natzoo.classification.factory import (
@@ -57,6 +49,14 @@ from natzoo.classification.logger import EpochMeters, RunLogger
 from natzoo.classification.options import parse
 from natzoo.classification.signals import Interrupted, SignalHandler
 from natzoo.classification.state import check_tensors, load_optimizer
+from natzoo.device import (
+    autocast_context,
+    describe_device,
+    enable_tf32,
+    explain_memory_errors,
+    pick_device,
+    slow_precision,
+)
 
 
 class Trainer:

@@ -19,19 +19,19 @@ from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset,
 from natzoo.classification.data.loader import create_evaluation_loader, create_validation_dataset, uses_shards
 from natzoo.classification.data.readers import read_class_map
 from natzoo.classification.data.transforms import preprocessing
-from natzoo.classification.device import (
-    autocast_context,
-    enable_tf32,
-    explain_memory_errors,
-    pick_device,
-    slow_precision,
-)
 from natzoo.classification.distributed import World, init_world
 from natzoo.classification.evaluation import FlipTTA, check_classes, evaluate
 from natzoo.classification.factory import describe_model
 from natzoo.classification.inference import add_model_options, requested_model
 from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, batch_size, workers
 from natzoo.classification.signals import Interrupted, SignalHandler
+from natzoo.device import (
+    autocast_context,
+    enable_tf32,
+    explain_memory_errors,
+    pick_device,
+    slow_precision,
+)
 
 # timm's columns, then ours.
 COLUMNS = (

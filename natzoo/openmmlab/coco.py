@@ -131,7 +131,7 @@ def _check_images(content: dict[str, Any]) -> dict[Any, _Image]:
         name = image.get("file_name")
         described = f"has an image with the id {_show(image['id'])} whose"
         # mmdet writes files with empty names, for metrics; a dataset with such a name is refused later.
-        if not isinstance(name, str) or "://" in name or _CONTROL.search(name):
+        if not _is_path(name) or "://" in name:
             raise ValueError(f"{described} file_name is {_show(name)}; it must be the path of a file.")
         for side in ("height", "width"):
             value = image.get(side)
@@ -219,7 +219,7 @@ def _check_instance(annotation: dict[str, Any], image: _Image, categories: set[A
 def _check_segments(annotation: dict[str, Any], image: _Image, categories: set[Any]) -> None:
     """Check the segments of a panoptic map, and fill in iscrowd and area."""
     name, segments = annotation.get("file_name"), annotation.get("segments_info")
-    if not isinstance(name, str) or not name or _CONTROL.search(name):
+    if not _is_path(name) or not name:
         raise ValueError(f"has the file_name {_show(name)}; it must be the path of a panoptic map.")
     if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
         raise ValueError("has no list segments_info; panoptic annotations list the segments of a map.")
@@ -246,6 +246,10 @@ def _check_object(described: dict[str, Any], categories: set[Any]) -> None:
         described["iscrowd"] = 0
     elif crowd not in (0, 1):
         raise ValueError(f"has the iscrowd {_show(crowd)}; it must be 0 or 1.")
+
+
+def _is_path(name: Any) -> bool:
+    return isinstance(name, str) and len(name) < 1024 and not _CONTROL.search(name)
 
 
 def _is_number(value: Any) -> bool:

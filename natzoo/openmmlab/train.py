@@ -15,6 +15,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
 from natzoo import command_line
+from natzoo.device import has_bfloat16_units
 from natzoo.openmmlab.checkpoints import latest_checkpoint
 from natzoo.openmmlab.data import check_data
 from natzoo.openmmlab.runner import (
@@ -149,10 +150,6 @@ class CpuAmpOptimWrapper(OptimWrapper):
             yield
 
 
-def _has_bfloat16_units() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def set_precision(cfg: Config, amp: bool | None) -> None:
     """Choose the optimizer wrapper for this device: mmengine's (float16) on GPUs, bfloat16 on CPUs.
 
@@ -165,7 +162,7 @@ def set_precision(cfg: Config, amp: bool | None) -> None:
     """
     wrapper = cfg.optim_wrapper
     is_mixed = wrapper.get("type", "OptimWrapper") in _MIXED_WRAPPERS if amp is None else amp
-    if is_mixed and not torch.cuda.is_available() and not _has_bfloat16_units():
+    if is_mixed and not torch.cuda.is_available() and not has_bfloat16_units():
         is_mixed = amp is not None
         if is_main_process():
             choice = "--no-amp is faster" if is_mixed else "training in float32 (--amp for bfloat16)"

@@ -73,3 +73,40 @@ NATTEN_KERNEL(probe_tfloat, 32) {
   natten::multiply_add<natten::Tfloat, 8>(product, a, b);
   for (int i = 0; i < 4; ++i) p.out[(row + i / 2 * 8) * 8 + column * 2 + i % 2] = product[i];
 }
+
+// Sums the first number of 4 of all threads over 3 stages, each of which is copied to the same memory.
+NATTEN_KERNEL(probe_stages, 64) {
+  NATTEN_SHARED_MEMORY(shared);
+  const int thread = threadIdx.x;
+  float sum = 0;
+  for (int stage = 0; stage < 3; ++stage) {
+    natten::copy_async(shared + thread * 16, p.in + (stage * 64 + thread) * 4, true);
+    natten::commit_copies();
+    natten::wait_copies<0>();
+    __syncthreads();
+    sum += reinterpret_cast<const float*>(shared)[(63 - thread) * 4];
+#if MISTAKE != 6
+    __syncthreads();
+#endif
+  }
+  p.out[thread] = sum;
+}
+
+// Reads shared memory with and without bank conflicts.
+NATTEN_KERNEL(probe_banks, 32) {
+  NATTEN_SHARED_MEMORY(shared);
+  float* numbers = reinterpret_cast<float*>(shared);
+  const int lane = threadIdx.x;
+  if (MISTAKE != 8)
+    for (int i = lane; i < 1024; i += 32) numbers[i] = i;
+#if MISTAKE != 7
+  __syncwarp();
+#else
+  __shfl_xor_sync(~0u, lane, 1);  // orders no accesses to memory
+#endif
+  const float same = numbers[0], two = numbers[lane * 2], all = numbers[lane * 32], none = numbers[lane * 31];
+  const float2 pair = reinterpret_cast<const float2*>(numbers)[lane];
+  const float4 four = reinterpret_cast<const float4*>(numbers)[lane];
+  const float4 other = reinterpret_cast<const float4*>(numbers)[lane * 2];
+  p.out[lane] = same + two + all + none + pair.y + four.z + other.w;
+}

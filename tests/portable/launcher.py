@@ -49,7 +49,7 @@ class Target(NamedTuple):
     ) -> Outcome:
         """Run the harness; see harness.cpp for the arguments."""
         command = [*self.emulator, harness, problems, *self.openmp, *libraries]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
 
@@ -73,7 +73,7 @@ class Outcome(NamedTuple):
         return {(op, dtype): int(cases) for op, dtype, cases in rows}
 
     def lines(self, word: str) -> list[str]:
-        """Return the lines of cases: those that FAILED, or are UNSUPPORTED."""
+        """Return the lines that begin with a word, such as FAILED."""
         return [line for line in self.output.splitlines() if line.startswith(word)]
 
 

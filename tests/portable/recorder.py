@@ -35,7 +35,7 @@ from natten.backends.reference import shape_of_grads, split_grads
 from natten.checks import make_axes
 from natten.geometry import Axis
 
-THREADS = (1, 2, 3, 7)  # of the cases in turn; the number decides how a problem is cut
+THREADS = (1, 2, 3, 7)  # of a case, by chance; the number decides how a problem is cut
 _SPARE = {1: 70, 2: 24, 3: 7}  # tokens per axis beyond kernel_size * dilation, enough for several vectors of queries
 _GRADS = ("GRAD_QUERY", "GRAD_KEY", "GRAD_VALUE")
 _FLOAT32 = ("LSE", "GRAD_RPB")  # results in float32, whatever the dtype of the others
@@ -58,6 +58,7 @@ class Recorder:
     def __init__(self, file: BinaryIO) -> None:
         self.cases = 0
         self._file = file
+        self._rng = random.Random(0)
         file.write(b"NATTEN01")
 
     def add(
@@ -88,7 +89,7 @@ class Recorder:
         dtype = given["QUERY" if "QUERY" in given else "VALUE"].dtype
         exact = _compute(op, axes, scale, {name: x.double() for name, x in given.items()})
         peers = _compute(op, axes, scale, given)
-        threads = THREADS[self.cases % len(THREADS)]
+        threads = self._rng.choice(THREADS)
         content = [_text(name), _text(op), _ints(DTYPES[dtype], threads), _floats(scale), _ints(len(axes))]
         content += [*(_ints(*axis) for axis in axes), _ints(len(given) + len(exact))]
         content += [_tensor(name, x, x.dtype, x) for name, x in given.items()]
@@ -122,10 +123,12 @@ def _text(text: str) -> bytes:
 
 
 def _tensor(
-    name: str, layout: Tensor, dtype: torch.dtype, data: Tensor, tolerance: float = 0.0, rounding: float = 0.0
+    name: str, layout: Tensor, dtype: torch.dtype, data: Tensor, tolerance: float | None = None, rounding: float = 0.0
 ) -> bytes:
     """Return a tensor with the strides of `layout`. Those with a tolerance are outputs."""
-    numbers = _ints(tolerance > 0, DTYPES[dtype], layout.storage_offset() % 16) + _floats(tolerance, rounding)
+    numbers = _ints(tolerance is not None, DTYPES[dtype], layout.storage_offset() % 16) + _floats(
+        tolerance or 0.0, rounding
+    )
     shape = _ints(layout.dim(), *layout.shape, *layout.stride())
     return _text(name) + numbers + shape + data.contiguous().view(torch.uint8).numpy().tobytes()
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from natzoo.classification import train
 from natzoo.classification.data import datasets
-from natzoo.classification.device import enable_tf32, explain_memory_errors
 from natzoo.classification.factory import create_loss, create_scheduler
+from natzoo.device import enable_tf32, explain_memory_errors
 
 STEPS = ("--opt", "momentum", "--lr", "1.0", "--weight-decay", "0", "--sched", "none")
 

@@ -41,6 +41,7 @@ from natten._environment import HAS_LIBNATTEN
 from natten.backends import can_run_cutlass_fna, choose_backend, get_compatible_backends
 from natten.context import NattenContext, set_memory_usage_preference, use_kv_parallelism_in_fused_na
 from natten.flops import qk_1d_rpb_flop, qk_2d_rpb_flop, qk_3d_rpb_flop, av_1d_flop, av_2d_flop, av_3d_flop
+from natten.flops import qk_1d_flop, qk_2d_flop, qk_3d_flop
 from natten.flops import qk_2d_rpb_flop, av_2d_flop, add_natten_handle
 from natten.flops import fna_flop_count, na_qk_flop_count, na_av_flop_count, get_flops
 from natten.utils.testing import skip_if_libnatten_is_not_supported, supports_bfloat16

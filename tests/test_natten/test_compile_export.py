@@ -279,3 +279,16 @@ class OnnxTest(unittest.TestCase):
                 session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
                 (out,) = session.run(None, {"x": x.numpy()})
                 assert_near([torch.from_numpy(out)], [module(x).detach()])
+
+    def test_torchscript_exporter_knows_one_size(self):
+        """The program fails on maps of another size, although their axes are declared as dynamic."""
+        module = layer(2).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "layer.onnx"
+            options = {"input_names": ["x"], "dynamic_axes": {"x": {1: "height", 2: "width"}}}
+            torch.onnx.export(module, (random(1, 9, 10, 8),), path, dynamo=False, **options)
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            session.run(None, {"x": random(1, 9, 10, 8).numpy()})
+            for height, width in ((18, 20), (9, 12), (8, 10), (1, 10)):
+                with self.assertRaises(Exception):  # noqa: B017  it depends on the release of onnxruntime
+                    session.run(None, {"x": random(1, height, width, 8).numpy()})

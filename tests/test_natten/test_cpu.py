@@ -11,6 +11,8 @@ import itertools
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import unittest
 
 import pytest
@@ -148,7 +150,8 @@ class AgainstReferenceTest(unittest.TestCase):
                 self.check(fused, problem, dtype, torch.float32, qkv)
 
     def test_large_windows(self):
-        windows = [((300,), 151), ((40, 40), 21), ((20, 20), 20), ((17, 16), (16, 15)), ((6, 9, 20), (3, 5, 13))]
+        windows = [((300,), 151), ((40, 40), 21), ((12, 90), (3, 41)), ((20, 20), 20), ((17, 16), (16, 15))]
+        windows.append(((6, 9, 20), (3, 5, 13)))
         for (space, kernel_size), is_causal in itertools.product(windows, (False, True)):
             problem = problem_of(len(space), 0)
             kernel_size = natten.checks.per_axis(kernel_size, len(space), "kernel_size", int)
@@ -175,6 +178,19 @@ class AgainstReferenceTest(unittest.TestCase):
                 for dtype in (torch.float32, torch.bfloat16):
                     with self.subTest(space=space, window=window, dtype=dtype):
                         self.check(fused, problem._replace(window=window), dtype, torch.float32)
+
+    def test_many_lines(self):
+        """More lines than the square root of the largest int32, in one strip and in several."""
+        q, k, v = torch.randn(3, 1, 100_000, 4, 1, 8, generator=torch.Generator().manual_seed(0))
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(natten.na2d(q, k, v, 3, backend="cpu"))
+        self.assertTrue(torch.equal(*results))
+        for slab in (slice(0, 10), slice(-10, None)):
+            part = natten.na2d(*(x[:, slab].double() for x in (q, k, v)), 3, backend="reference")
+            inner = slice(0, 9) if slab.start == 0 else slice(1, None)  # the cut moves the window of the last line
+            torch.testing.assert_close(results[0][:, slab][:, inner].double(), part[:, inner], rtol=0, atol=1e-5)
 
 
 class PropertiesTest(unittest.TestCase):
@@ -259,6 +275,30 @@ class PropertiesTest(unittest.TestCase):
         heads_first = x.movedim(2, 1)
         with self.assertRaisesRegex(ValueError, "^key .*head_dim 5"):
             torch.ops.natten.query_key_forward(heads_first, heads_first[..., :5], None, [3], [1], [0], "cpu")
+
+
+# Prints how many MiB the second of two backward passes adds to the process.
+_MEMORY = """
+import resource, sys, torch, natten
+
+torch.set_num_threads(1)
+def attend(kernel_size):
+    x = torch.ones(1, 8192, 1, 8, requires_grad=True)
+    rpb = torch.ones(1, 2 * kernel_size - 1, requires_grad=True)
+    natten.na1d(x, x, x, kernel_size, is_causal=True, rpb=rpb, backend="cpu").sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+print((-attend(63) + attend(4095)) // (2**20 if sys.platform == "darwin" else 2**10))
+"""
+
+
+@unittest.skipUnless(os.name == "posix", "the peak memory is read with getrusage")
+class MemoryTest(unittest.TestCase):
+    def test_long_windows_with_a_bias(self):
+        """Memory grows with the window, not with its square, which would be 64 MiB for one float per pair."""
+        done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertLess(int(done.stdout), 32)
 
 
 def _attend_in_child(results) -> None:

@@ -354,6 +354,30 @@ class EmulatedSweepTest(EmulatedTestCase):
                     self, {"out": out, "lse": lse, **found}, test_goldens.load(case["tag"])
                 )
 
+    def test_goldens_with_matrix_instructions(self):
+        """The error is that of rounded operands: of TF32, or of inputs and results in bfloat16."""
+        for dtype, eps in ((torch.float32, TF32_EPS), (torch.bfloat16, torch.finfo(torch.bfloat16).eps)):
+            for case in test_goldens.CASES:
+                if case["d"] % 8:
+                    continue
+                with (
+                    self.subTest(case["tag"], dtype=dtype),
+                    mock.patch.object(cuda, "allows_tf32", lambda: True),
+                    emulated_gpu() as emulator,
+                ):
+                    qkv, rpb, dout = test_goldens.make_inputs(case)
+                    qkv = [x.detach().to(dtype).requires_grad_() for x in qkv]
+                    out, lse = test_goldens.fused(case, qkv, rpb, "cuda")
+                    inputs = [x for x in (*qkv, rpb) if x is not None]
+                    gradients = torch.autograd.grad(out, inputs, dout.to(dtype))
+                    found = dict(zip(("out", "lse", "dq", "dk", "dv", "drpb"), (out, lse, *gradients), strict=False))
+                    self.assertTrue(all("tiles" in name or "sum_parts" in name for name in emulator.launched))
+                    golden = test_goldens.load(case["tag"])
+                    self.assertEqual(found.keys(), golden.keys())
+                    for name, expected in golden.items():
+                        error = (found[name].detach().double() - expected).square().mean().sqrt().item()
+                        self.assertLess(error, eps * max(1.0, expected.abs().max().item()), name)
+
     def test_results_do_not_depend_on_the_order_of_threads(self):
         given = problem((12, 17), 5, dim=16)
         for has_fragments, gradient_bytes, is_deterministic in (

@@ -104,7 +104,7 @@ def table(cases: dict, capabilities=CAPABILITIES) -> Iterator[tuple[str, tuple[i
             yield *job, report
 
 
-def _has_nvrtc() -> bool:
+def has_nvrtc() -> bool:
     try:
         nvrtc.bindings()
     except nvrtc.Unavailable:
@@ -112,7 +112,7 @@ def _has_nvrtc() -> bool:
     return True
 
 
-@unittest.skipUnless(_has_nvrtc(), "NVRTC is not installed; it comes with PyTorch for CUDA")
+@unittest.skipUnless(has_nvrtc(), "NVRTC is not installed; it comes with PyTorch for CUDA")
 class NvrtcTest(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()

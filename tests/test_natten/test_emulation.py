@@ -1,8 +1,10 @@
-"""tests/emulation, which runs CUDA C++ on the CPU: its instructions match the PTX manual, and it detects mistakes."""
+"""tests/emulation, which runs CUDA C++ on the CPU: its instructions match the PTX manual, and it detects mistakes and
+bank conflicts."""
 
 from __future__ import annotations
 
 import ctypes
+import shutil
 import unittest
 from pathlib import Path
 
@@ -15,9 +17,15 @@ from natten.backends.cuda.driver import Kernel
 PROBE = Path(launcher.__file__).with_name("probe.cu")
 
 
-def run(name: str, threads: int, x: Tensor, out: Tensor, *, mistake: int = 0, blocks: int = 1, seed: int = 0) -> Tensor:
-    kernel = Kernel("probe.cu", name, (f"MISTAKE={mistake}",), threads, shared_bytes=512)
-    launcher.run(PROBE, kernel, blocks, (ctypes.c_int64 * 2)(x.data_ptr(), out.data_ptr()), seed)
+def arguments(name: str, threads: int, x: Tensor, out: Tensor, *, mistake: int = 0, blocks: int = 1, seed: int = 0):
+    """Return the arguments of `launcher.run` for a probe."""
+    shared_bytes = {"probe_stages": 1024, "probe_banks": 4096}.get(name, 512)
+    kernel = Kernel("probe.cu", name, (f"MISTAKE={mistake}",), threads, shared_bytes)
+    return PROBE, kernel, blocks, (ctypes.c_int64 * 2)(x.data_ptr(), out.data_ptr()), seed
+
+
+def run(name: str, threads: int, x: Tensor, out: Tensor, **options: int) -> Tensor:
+    launcher.run(*arguments(name, threads, x, out, **options))
     return out
 
 
@@ -32,10 +40,36 @@ class EmulationTest(unittest.TestCase):
             sums = run("probe_sum", 64, self.numbers, torch.zeros(3), blocks=3, seed=seed)
             torch.testing.assert_close(sums, self.numbers.sum().expand(3))
 
-    def test_a_missing_barrier_changes_results(self):
-        found = [run("probe_sum", 64, self.numbers, torch.zeros(3), blocks=3, mistake=1, seed=s) for s in range(5)]
-        expected = self.numbers.sum().expand(3)
-        self.assertTrue(any(not torch.allclose(sums, expected) for sums in found))
+    def check_mistake(self, words: str, name: str, threads: int, x: Tensor, out: Tensor, mistake: int) -> None:
+        """Check that a mistake ends the run, whatever the order of threads."""
+        for seed in range(5):
+            with self.assertRaisesRegex(launcher.EmulationError, words):
+                run(name, threads, x, out, mistake=mistake, seed=seed)
+
+    def test_a_missing_barrier_is_a_race(self):
+        self.check_mistake("race|nothing has written", "probe_sum", 64, self.numbers, torch.zeros(1), 1)
+
+    @unittest.skipUnless(shutil.which("addr2line"), "addr2line is not installed")
+    def test_a_mistake_is_reported_with_its_lines(self):
+        self.check_mistake(r"probe\.cu:\d+", "probe_sum", 64, self.numbers, torch.zeros(1), 1)
+
+    def test_copies_in_stages(self):
+        numbers = torch.arange(3.0 * 64 * 4)
+        out = run("probe_stages", 64, numbers, torch.zeros(64))
+        torch.testing.assert_close(out, numbers[::4].view(3, 64).sum(0).flip(0))
+        self.check_mistake("race|copy", "probe_stages", 64, numbers, torch.zeros(64), 6)
+
+    def test_a_shuffle_does_not_order_memory(self):
+        self.check_mistake("race|nothing has written", "probe_banks", 32, self.numbers, torch.zeros(32), 7)
+
+    def test_a_read_of_memory_that_was_not_written(self):
+        self.check_mistake("nothing has written", "probe_banks", 32, self.numbers, torch.zeros(32), 8)
+
+    def test_wavefronts(self):
+        accesses = launcher.run_and_count(*arguments("probe_banks", 32, self.numbers, torch.zeros(32)))
+        found = sorted((a.kind, a.bytes, a.instructions, a.wavefronts, a.fewest) for a in accesses)
+        loads = [(4, 1, 1, 1), (4, 1, 1, 1), (4, 1, 2, 1), (4, 1, 32, 1), (8, 1, 2, 2), (16, 1, 4, 4), (16, 1, 8, 4)]
+        self.assertEqual(found, [*(("load", *numbers) for numbers in loads), ("store", 4, 32, 32, 32)])
 
     def test_atomics(self):
         self.assertEqual(run("probe_barrier", 64, self.numbers, torch.zeros(1)).item(), 64.0)
@@ -54,12 +88,10 @@ class EmulationTest(unittest.TestCase):
         torch.testing.assert_close(half_depth, exact[:, :8] @ exact[:8, :8].T, atol=1e-4, rtol=0)
 
     def test_a_copy_without_a_wait_is_detected(self):
-        with self.assertRaisesRegex(launcher.EmulationError, "copies"):
-            run("probe_matrix", 32, self.matrix, torch.zeros(640), mistake=3)
+        self.check_mistake("copy", "probe_matrix", 32, self.matrix, torch.zeros(640), 3)
 
     def test_a_write_beyond_shared_memory_is_detected(self):
-        with self.assertRaisesRegex(launcher.EmulationError, "shared memory"):
-            run("probe_matrix", 32, self.matrix, torch.zeros(640), mistake=4)
+        self.check_mistake("beyond", "probe_matrix", 32, self.matrix, torch.zeros(640), 4)
 
     def test_matrix_instructions_of_tfloat(self):
         numbers = self.matrix.float()[:, :8] + 1e-4

@@ -145,6 +145,11 @@ class TensorsTest(ErrorTestCase):
         q, k, _ = heads_first()
         self.assert_error(("key", "query"), natten.na2d_qk, q, k[:, :, :8], 3)
 
+    def test_no_heads_of_the_query(self):
+        x = torch.zeros(1, 9, 2, 8)
+        with self.assertRaisesRegex(ValueError, "^key and value have 2 heads, but query has 0"):
+            natten.na1d(x[:, :, :0], x, x, 3)
+
     def test_different_dtypes(self):
         q, k, v = qkv_of()
         self.assert_error(("key", "float64", "query", "float32"), natten.na2d, q, k.double(), v, 3)

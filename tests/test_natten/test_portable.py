@@ -124,6 +124,25 @@ class HarnessTest(PortableTestCase):
 
 
 @pytest.mark.slow
+class LevelsTest(PortableTestCase):
+    """The kernels of each level of x86-64 that this CPU supports: other vectors, other tiles, other conversions."""
+
+    is_quick = False
+
+    @classmethod
+    def find_target(cls):
+        return launcher.native()
+
+    def test_levels(self):
+        levels = [level for level, needed in build.LEVELS.items() if needed <= build.cpu_flags()]
+        for level in levels:
+            with self.subTest(level):
+                library = self.folder / f"{level}.so"
+                compiler.compile_library(self.target.compiler, build.SOURCES, library, f"-march={level}")
+                self.check(library)
+
+
+@pytest.mark.slow
 class Arm64Test(PortableTestCase):
     """The kernels for arm64, compiled as on such a machine, with OpenMP and with threads of their own."""
 

@@ -26,10 +26,13 @@ unittest.main(module="test_natten.test_cpu", argv=sys.argv)
 _TESTS = [
     "AgainstReferenceTest.test_fused_float32",
     "AgainstReferenceTest.test_fused_bfloat16",
+    "AgainstReferenceTest.test_fused_float16",
     "AgainstReferenceTest.test_unfused_float32",
+    "AgainstReferenceTest.test_unfused_bfloat16",
     "AgainstReferenceTest.test_fewer_key_heads_and_other_value_head_dims",
     "AgainstReferenceTest.test_large_windows",
     "AgainstReferenceTest.test_one_image_and_head_on_many_threads",
+    "PropertiesTest.test_strided_views",
 ]
 _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
 
@@ -71,7 +74,9 @@ class SanitizersTest(unittest.TestCase):
             "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks
             "PYTHONPATH": os.pathsep.join((str(tests.parent), str(tests))),
         }
-        return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=3600
+        )
 
     def test_sweep(self):
         library = self.compile(*map(str, sorted(build.SOURCES.glob("*.cpp"))))

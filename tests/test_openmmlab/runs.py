@@ -7,11 +7,13 @@ import functools
 import json
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
+from mmengine.registry import DATASETS, DefaultScope, init_default_scope
 from mmengine.visualization import Visualizer
 
 from natzoo.openmmlab import test, train
+from natzoo.openmmlab.annotations import check_dataset, name_dataset, name_errors
 from natzoo.openmmlab.runner import DETECTION, SEGMENTATION
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,16 @@ log_processor = dict(window_size=1)
 randomness = dict(seed=0)
 env_cfg = dict(cudnn_benchmark=False)
 """
+
+
+def build_dataset(cfg, scope, metrics=(), is_training=True):
+    """Build and check a dataset as a run does."""
+    init_default_scope(scope)
+    with name_dataset({"dataset": cfg}):
+        dataset = DATASETS.build({**cfg, "serialize_data": False})  # serializing collects garbage, a third of a second
+    name_errors(dataset)
+    check_dataset(dataset, torch.nn.Identity(), metrics, is_training=is_training)
+    return dataset
 
 
 def clear_registries() -> None:

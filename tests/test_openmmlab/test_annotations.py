@@ -20,28 +20,16 @@ from broken_data import (
     relabel,
 )
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, init_default_scope
 from mutations import check_reader, damaged_bytes, damaged_values
 from PIL import Image, ImageDraw
 from pycocotools.mask import encode
-from runs import ROOT, losses, tiny_mask_rcnn, tiny_upernet, train_detector, train_segmenter
+from runs import ROOT, build_dataset, losses, tiny_mask_rcnn, tiny_upernet, train_detector, train_segmenter
 
 from natzoo import command_line
-from natzoo.openmmlab.annotations import check_dataset, name_dataset, name_errors
 from natzoo.openmmlab.coco import install, read_coco
 from natzoo.openmmlab.data import CheckDataHook
 
 CLASSES = ("circle", "square", "triangle")
-
-
-def build(cfg, scope, metrics=(), is_training=True):
-    """Build and check a dataset as a run does."""
-    init_default_scope(scope)
-    with name_dataset({"dataset": cfg}):
-        dataset = DATASETS.build({**cfg, "serialize_data": False})  # serializing collects garbage, a third of a second
-    name_errors(dataset)
-    check_dataset(dataset, torch.nn.Identity(), metrics, is_training=is_training)
-    return dataset
 
 
 def use_detection(folder, splits=("training", "validation"), classes=CLASSES, with_mask=True):
@@ -57,7 +45,7 @@ def use_detection(folder, splits=("training", "validation"), classes=CLASSES, wi
         cfg = {"type": "CocoDataset", "ann_file": file, "data_prefix": {"img": f"{folder}/images/{split}"}}
         cfg |= {"metainfo": {"classes": classes}, "test_mode": split == "validation"}
         metric = CocoMetric(ann_file=file, metric=["bbox", "segm"] if with_mask else "bbox")
-        dataset = build({**cfg, "pipeline": [{"type": "LoadImageFromFile"}, load, pack]}, "mmdet", [metric])
+        dataset = build_dataset({**cfg, "pipeline": [{"type": "LoadImageFromFile"}, load, pack]}, "mmdet", [metric])
         metric.dataset_meta = dataset.metainfo
         for index in range(len(dataset)):
             sample = dataset[index]["data_samples"].to_dict()
@@ -85,7 +73,7 @@ def use_segmentation(folder, splits=("training", "validation"), reduce_zero_labe
             "reduce_zero_label": reduce_zero_label,
             "pipeline": [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}, {"type": "PackSegInputs"}],
         }
-        dataset = build(cfg, "mmseg", is_training=split == "training")
+        dataset = build_dataset(cfg, "mmseg", is_training=split == "training")
         batch = pseudo_collate([dataset[index] for index in range(len(dataset))])
         runner = SimpleNamespace(val_dataloader=SimpleNamespace(dataset=dataset), model=torch.nn.Identity())
         CheckDataHook().before_val_iter(runner, 0, batch)
@@ -250,7 +238,7 @@ test_dataloader = val_dataloader
     path.write_text(f'_base_ = "{base}"\n{more}')
     cfg = Config.fromfile(path)
     for name in ("train", "val"):
-        found = build(cfg[f"{name}_dataloader"].dataset, "mmseg", is_training=name == "train")[0]
+        found = build_dataset(cfg[f"{name}_dataloader"].dataset, "mmseg", is_training=name == "train")[0]
         assert set(found["data_samples"].gt_sem_seg.data.unique().tolist()) <= {0, 1, 2, 3, 255}
 
 
@@ -295,7 +283,7 @@ def test_palette_of_another_dataset_is_ignored(shapes):
     coco(rename)(shapes)
     file = str(shapes / TRAINING)
     cfg = {"type": "CocoDataset", "ann_file": file, "data_prefix": {"img": str(shapes / "images" / "training")}}
-    dataset = build({**cfg, "metainfo": {"classes": classes}, "pipeline": []}, "mmdet")
+    dataset = build_dataset({**cfg, "metainfo": {"classes": classes}, "pipeline": []}, "mmdet")
     assert "palette" not in dataset.metainfo
 
 

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 from mmengine.structures import PixelData
+from mutations import check_reader, damaged_bytes, damaged_values
 from PIL import Image
 from pycocotools.coco import COCO
-from runs import ROOT, evaluate_segmenter, load_config, losses, tiny_mask2former, train_segmenter
+from runs import ROOT, build_dataset, evaluate_segmenter, load_config, losses, tiny_mask2former, train_segmenter
 
-from natzoo.openmmlab.coco import read_coco
+from natzoo.openmmlab.coco import install, read_coco
 from natzoo.openmmlab.panopticapi import id2rgb, rgb2id
 
 CLASSES = ("circle", "square", "triangle", "ground")  # the last is stuff
+META_KEYS = ("img_id", "img_path", "ori_shape")
 
 
 def write_panoptic(folder, name, maps):
@@ -234,3 +236,84 @@ def test_panoptic_and_instance_files_are_told_apart(tmp_path, shapes):
         read_coco(path)
     with pytest.raises(ValueError, match=r"instances_training\.json.*isthing"):
         read_coco(shapes / "instances_training.json", panoptic=True)
+
+
+# ----- random damage -----
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Two small images with panoptic maps."""
+    maps = {}
+    for key in (1, 2):
+        numbers = np.full((24, 32), 7)
+        numbers[4:20, 4:14], numbers[2:12, 18:30] = 300, 70_000
+        maps[key] = (numbers, {7: 4, 300: 1, 70_000: 3})
+    path = write_panoptic(tmp_path, "panoptic", maps)
+    (tmp_path / "images").mkdir()
+    for key in maps:
+        Image.new("RGB", (32, 24)).save(tmp_path / "images" / f"{key:04d}.png")
+    return path
+
+
+def use_panoptic(path):
+    """Do with panoptic annotations what a run does, with perfect predictions; return the metrics."""
+    from mmdet.evaluation import CocoPanopticMetric
+
+    install()
+    cfg = {
+        "type": "CocoPanopticDataset",
+        "ann_file": str(path),
+        "data_prefix": {"img": str(path.parent / "images"), "seg": str(path.with_suffix(""))},
+        "metainfo": {"classes": CLASSES, "thing_classes": CLASSES[:3], "stuff_classes": CLASSES[3:]},
+        "test_mode": True,
+        "pipeline": [
+            {"type": "LoadImageFromFile"},
+            {"type": "LoadPanopticAnnotations"},
+            {
+                "type": "PackDetInputs",
+                "meta_keys": ("img_id", "img_path", "ori_shape", "seg_map_path", "segments_info"),
+            },
+        ],
+    }
+    metric = CocoPanopticMetric(ann_file=str(path), seg_prefix=str(path.with_suffix("")))
+    dataset = build_dataset(cfg, "mmdet", [metric])
+    metric.dataset_meta = dataset.metainfo
+    for index in range(len(dataset)):
+        sample = dataset[index]["data_samples"]
+        found = torch.full_like(sample.gt_sem_seg.sem_seg[0], 3)
+        for number, (label, mask) in enumerate(zip(sample.gt_instances.labels, sample.gt_instances.masks, strict=True)):
+            found[torch.from_numpy(mask == 1)] = int(label) + 1000 * (number + 1)
+        sample.pred_panoptic_seg = PixelData(sem_seg=found[None])
+        metric.process({}, [sample.to_dict()])
+    return metric.evaluate(len(dataset))
+
+
+def test_valid_panoptic_data(few):
+    assert use_panoptic(few)["coco_panoptic/PQ"] == 100
+
+
+@pytest.mark.slow
+def test_damaged_panoptic_annotations(few):
+    valid = few.read_bytes()
+
+    def read(content):
+        few.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        use_panoptic(few)
+
+    outcomes = check_reader(read, damaged_bytes(valid, 1000), names=few.parent.name)
+    outcomes += check_reader(read, damaged_values(json.loads(valid), 1000), names=few.parent.name)
+    assert outcomes["succeeded"] > 50 and outcomes["refused"] > 500, outcomes
+
+
+@pytest.mark.slow
+def test_damaged_panoptic_maps(few):
+    path = few.with_suffix("") / "0001.png"
+    valid = path.read_bytes()
+
+    def read(content):
+        path.write_bytes(content)
+        use_panoptic(few)
+
+    outcomes = check_reader(read, damaged_bytes(valid, 2000), names=few.parent.name)
+    assert outcomes["refused"] > 500, outcomes

@@ -347,7 +347,7 @@ def test_mixed_precision_on_cpu(drawn, tmp_path):
 )
 def test_mixed_precision_of_a_config_is_off_on_cpus_without_bfloat16(amp, has_units, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train, "_has_bfloat16_units", lambda: has_units)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_units)
     cfg = Config({"optim_wrapper": {"type": "AmpOptimWrapper", "loss_scale": "dynamic"}})
     train.set_precision(cfg, amp)
     assert cfg.optim_wrapper.type == expected

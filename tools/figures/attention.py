@@ -20,8 +20,8 @@ from figures.style import Theme, image_grid
 from natzoo.attention import attention_layers, layer_inputs, token_weights
 from natzoo.classification.data.datasets import read_image
 from natzoo.classification.data.transforms import evaluation_transform, preprocessing
-from natzoo.classification.device import pick_device
 from natzoo.classification.inference import add_model_options, class_names, requested_model
+from natzoo.device import pick_device
 
 HELP = "evidence for a prediction, and the attention of the token with the most evidence"
 

@@ -21,8 +21,8 @@ from figures.models import add_options as add_model_options
 from figures.style import Theme, image_grid
 from natzoo.classification.data.datasets import read_image
 from natzoo.classification.data.transforms import evaluation_transform
-from natzoo.classification.device import pick_device
 from natzoo.classification.options import positive
+from natzoo.device import pick_device
 
 HELP = "effective receptive field of the center token of each stage, for several models"
 STAGES = 4  # number of feature maps shown for models that return one per block

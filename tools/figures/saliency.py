@@ -22,8 +22,8 @@ from figures.models import add_options as add_model_options
 from figures.style import Theme, image_grid
 from natzoo.classification.data.datasets import read_image
 from natzoo.classification.data.transforms import evaluation_transform
-from natzoo.classification.device import pick_device
 from natzoo.classification.options import positive
+from natzoo.device import pick_device
 
 HELP = "saliency maps of several models: the pixels that change the score of the predicted class"
 NOISE = 0.1  # standard deviation of the noise, relative to the value range of the input

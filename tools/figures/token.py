@@ -14,8 +14,8 @@ from figures.style import Theme, image_grid
 from natzoo.attention import Layer, attention_layers, layer_inputs, token_at, token_weights
 from natzoo.classification.data.datasets import read_image
 from natzoo.classification.data.transforms import evaluation_transform, preprocessing
-from natzoo.classification.device import pick_device
 from natzoo.classification.inference import add_model_options, requested_model
+from natzoo.device import pick_device
 
 HELP = "attention of one token, per layer or per head"
 

@@ -27,7 +27,7 @@ _LARGE_DIM = 128  # for a larger head_dim, rows that are not cut into segments m
 # A multiprocessor reserves this much of its shared memory per block, in addition to what the block requests.
 _RESERVED_BYTES = 1 << 10
 _MAY_HAVE_FRAGMENTS, _MAY_HAVE_GRADIENT_FRAGMENTS = True, True  # tests set these to False
-_MAX_TABLE_BYTES, _MAX_GRADIENT_BYTES = 48 << 10, 32 << 10  # limits for tables in shared memory, without fragments
+_MAX_TABLE_BYTES, _MAX_GRADIENT_BYTES = 48 << 10, 64 << 10  # limits for tables in shared memory, without fragments
 _BASES_BYTES = 128  # base addresses of tensors
 _STAGE_CHUNKS = (1, 2, 4, 8)  # possible numbers of chunks per stage
 
@@ -36,7 +36,8 @@ _STAGE_COST = 120.0  # per stage
 _COLUMNS_COST = {"forward": 24.0, "grad_query": 36.0, "grad_key_value": 26.0}  # per matrix and block of 8 columns
 # Instructions that could be issued while shared memory delivers the operands of a block, without those of products.
 _SHARED_TIME = {"forward": 16.0, "grad_query": 32.0, "grad_key_value": 24.0}
-# Products per matrix and block of columns, and their costs; all per 16 elements of head_dim. Keys of the first cost: item bytes.
+# Products per matrix and block of columns, and their costs; all per 16 elements of head_dim. Keys of the first cost:
+# item bytes.
 _PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}
 _PRODUCT_COST, _PRODUCT_TIME, _PRODUCT_SHARED_TIME = {2: 1.5, 4: 3.5}, 6.5, 8.0
 _UNIT_COST, _TILE_COST = 170.0, 360.0  # per matrix of a unit, per tile
@@ -367,10 +368,9 @@ class _Chooser:
                 yield _Stage(chunks * chunk_rows, True, units)
 
     def _fits(self, tile: Tile) -> bool:
-        """Return whether a tile fits into shared memory and, if required, sums gradients in a fixed order."""
+        """Return whether a tile fits into shared memory and sums gradients in a fixed order."""
         has_fixed_order = tile.warps == 1 or tile.has_gradient_fragments or tile.gradient_tables == tile.warps
-        needs_fixed_order = self.has_gradient and self.is_deterministic
-        return tile.shared_bytes <= self.max_shared_bytes and (has_fixed_order or not needs_fixed_order)
+        return tile.shared_bytes <= self.max_shared_bytes and (has_fixed_order or not self.has_gradient)
 
     def _tile(self, size, layout: _Layout, chunk_rows: int, stage: _Stage) -> Tile:
         pitch = self.pieces if self.pieces <= 2 else _round_up(self.pieces, 4)
@@ -429,8 +429,7 @@ class _Chooser:
         if layout.has_gradient_fragments:
             return 0, warps * self.table_rows * self.fragments_per_row * layout.fragment_bytes
         table_bytes = _round_up(self.table, 4) * 4
-        fits = [count for count in (warps, 1) if count * table_bytes <= _MAX_GRADIENT_BYTES]
-        tables = fits[0] if fits and self.has_gradient else 0
+        tables = warps if self.has_gradient and warps * table_bytes <= _MAX_GRADIENT_BYTES else 0
         return tables, tables * table_bytes
 
     def cost(self, tile: Tile, maps: int, processors: int) -> float:
@@ -472,11 +471,8 @@ class _Chooser:
             rows = max(rows, stages * min(rows, tile.stage_rows))
         units = prod(-(-q // u) for q, u in zip(tile.size, self.unit, strict=True))
         chunks = -(-rows // tile.chunk_rows) * tile.chunk_rows
-        work = (
-            -(-units // tile.warps)
-            * tile.warps
-            * (_UNIT_COST * self.matrices + chunks * tile.unit_columns / 8 * column_cost)
-        )
+        unit_cost = _UNIT_COST * self.matrices + chunks * tile.unit_columns / 8 * column_cost
+        work = -(-units // tile.warps) * tile.warps * unit_cost
         work += tile.warps * (_TILE_COST + stages * _STAGE_COST)
         work += stages * tile.stage_rows * tile.columns * self.pieces / 16 * _COPY_COST
         if tile.has_bias_fragments:

@@ -36,6 +36,9 @@ struct Float16 {
 #if defined(__F16C__)
   operator float() const { return _cvtsh_ss(bits); }
   static Float16 from(float x) { return {static_cast<uint16_t>(_cvtss_sh(x, 0))}; }
+#elif defined(__aarch64__)
+  operator float() const { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits))), 0); }
+  static Float16 from(float x) { return {vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0)}; }
 #else
   operator float() const {
     const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
@@ -106,6 +109,13 @@ NATTEN_INLINE Vec load_vector(const Float16* x) {
 }
 NATTEN_INLINE void store_vector(Float16* y, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__aarch64__)
+NATTEN_INLINE Vec load_vector(const Float16* x) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(x))));
+}
+NATTEN_INLINE void store_vector(Float16* y, Vec x) {
+  vst1_u16(reinterpret_cast<uint16_t*>(y), vreinterpret_u16_f16(vcvt_f16_f32(x)));
 }
 #endif
 

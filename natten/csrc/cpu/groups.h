@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -19,15 +20,20 @@ struct Group {
   int place;                // first key of lane 0, relative to the first stored key
   int step[W], missing[W];  // see Block
   KeyAccess access;
-  int bias;                 // kind
+  int bias, bias_place;     // kind, and the place of lane 0's first key in each line of it
 };
 
-// The groups of a strip of a line, or of a dense submap. Groups whose windows lie alike have the same kind of bias.
+// The groups of a strip of a line, or of a dense submap. Groups whose lanes have the same steps share a kind of bias.
 class Groups {
  public:
   Groups(const Plan& plan, Bias& bias) : bias_(bias) {
     for (int i = 0; i < 3; ++i) kernel_[i] = static_cast<int>(plan.axis[i].kernel_size);
+    is_causal_ = plan.axis[2].is_causal;
+    places_ = kernel_[2] > 2 * W ? kernel_[2] : 1;
   }
+
+  // Vectors of a line of a kind.
+  int bias_line() const { return places_ - 1 + kernel_[2]; }
 
   size_t size() const { return groups_.size(); }
   const Group& operator[](size_t i) const { return groups_[i]; }
@@ -52,7 +58,7 @@ class Groups {
         is_shifted &= step == lane, is_shared &= step == 0;
       }
       group.access = is_shared ? SHARED : is_shifted && group.end == W ? SHIFTED : PERMUTED;
-      group.bias = kind_of(pattern_of(group, windows));
+      set_bias(group, windows);
       groups_.push_back(group);
       x = query + group.end;
     }
@@ -73,23 +79,32 @@ class Groups {
   }
 
  private:
-  // The first key of each lane relative to its query, if there is a table, and its number of keys.
-  typedef std::array<int, 2 * W> Pattern;
+  // Of a kind of bias: the first key of lane 0 relative to its query, or 0 if the kind has all of these positions; and the
+  // first key of each lane relative to its query, minus that of lane 0.
+  struct Pattern {
+    int first;
+    std::array<int, W> lane;
+    bool operator==(const Pattern& other) const { return first == other.first && lane == other.lane; }
+  };
   Bias& bias_;
   int kernel_[3];
+  bool is_causal_;
+  // Positions of lane 0's first key in a kind: one, or all of 1 - kernel_size .. 0. The windows at the ends of a line begin
+  // at different positions, and if they are long, there are too many for a kind of each.
+  int places_;
   std::vector<Group> groups_;
   std::array<int, 3> line_ = {-1, -1, -1};  // tokens, begin and end that groups_ is for
   std::vector<std::pair<Pattern, int>> kinds_;
 
-  // Lanes without a query repeat the first.
-  Pattern pattern_of(const Group& group, const Windows& windows) const {
-    Pattern pattern;
-    for (int lane = 0; lane < W; ++lane) {
-      const int i = group.query + (lane < group.end ? lane : 0);
-      pattern[lane] = bias_.has_table() ? windows.first[i] - i : 0;
-      pattern[W + lane] = windows.end[i] - windows.first[i];
+  void set_bias(Group& group, const Windows& windows) {
+    Pattern pattern = {};
+    if (bias_.has_table() || is_causal_) {  // else the bias is 0 everywhere
+      const int first = windows.first[group.query] - group.query;
+      for (int lane = 0; lane < group.end; ++lane) pattern.lane[lane] = group.step[lane] - lane;
+      if (places_ == 1) pattern.first = first;
+      else group.bias_place = first + kernel_[2] - 1;
     }
-    return pattern;
+    group.bias = kind_of(pattern);
   }
 
   int kind_of(const Pattern& pattern) {
@@ -100,15 +115,17 @@ class Groups {
     return kinds_.back().second;
   }
 
-  // Adds a kind with the entries of the keys of a group, line by line of the table.
+  // Adds a kind with the entries of its keys, line by line of the table.
   void set_entries(const Pattern& pattern) {
     const int lines = bias_.has_table() ? (2 * kernel_[0] - 1) * (2 * kernel_[1] - 1) : 1, width = 2 * kernel_[2] - 1;
-    int* entry = bias_.add_kind(int64_t(lines) * kernel_[2]);
+    const int first = places_ == 1 ? pattern.first : 1 - kernel_[2];
+    int* entry = bias_.add_kind(int64_t{lines} * bias_line());
     for (int t = 0; t < lines; ++t)
-      for (int j = 0; j < kernel_[2]; ++j)
-        for (int lane = 0; lane < W; ++lane) {
-          const int which = bias_.has_table() ? t * width + pattern[lane] + j + kernel_[2] - 1 : 0;
-          entry[(int64_t(t) * kernel_[2] + j) * W + lane] = j < pattern[W + lane] ? which : -1;
+      for (int j = 0; j < bias_line(); ++j)
+        for (int lane = 0; lane < W; ++lane, ++entry) {
+          const int position = first + pattern.lane[lane] + j;  // of the key, relative to the query
+          const bool is_seen = std::abs(position) < kernel_[2] && (!is_causal_ || position <= 0);
+          *entry = !is_seen ? -1 : bias_.has_table() ? t * width + position + kernel_[2] - 1 : 0;
         }
   }
 

@@ -183,8 +183,10 @@ class Map {
   // Bands of a plane have nearly equal heights.
   Band band_of(int i) const {
     if (is_one_line_) return {0, 0, 1};
-    const int count = bands_per_plane(), lines = end_[1] - begin_[1], first = lines * (i % count) / count;
-    return {begin_[0] + i / count, begin_[1] + first, lines * (i % count + 1) / count - first};
+    const int count = bands_per_plane(), lines = end_[1] - begin_[1];
+    const auto line_of = [&](int band) { return static_cast<int>(int64_t{lines} * band / count); };
+    const int first = line_of(i % count);
+    return {begin_[0] + i / count, begin_[1] + first, line_of(i % count + 1) - first};
   }
 
   int line(int z, int y) const { return z * n_[1] + y; }
@@ -260,9 +262,10 @@ class Map {
     prefetch_lines(task, begin, begin + lines);
   }
 
-  // Prefetches all tensors at the tokens of lines `begin` .. `end` - 1 of a task.
+  // Prefetches all tensors at the tokens of lines `begin` .. `end` - 1 of a task, while gather and scatter run.
   void prefetch_lines(const Task& task, int begin, int end) {
     prefetcher_.clear();
+    if (!needs_.gather[KEYS] && !needs_.gather[VALUES] && !needs_.grad[KEYS] && !needs_.grad[VALUES]) return;
     const Submap& submap = task.submap;
     Token first = {0, 0, 0};
     int tokens = submap.n[2];
@@ -272,14 +275,15 @@ class Map {
     }
     for (int which = begin; which < std::min(end, submap.n[0] * submap.n[1]); ++which) {
       first.z = which / submap.n[1], first.y = which % submap.n[1];
-      for (TensorName name : {QUERY, KEY, VALUE, OUT, GRAD_OUT, GRAD_QUERY})
+      for (TensorName name : {QUERY, KEY, VALUE, OUT, ATTN, GRAD_OUT, GRAD_ATTN, GRAD_QUERY})
         if (submap.call->tensors[name]) prefetch(task, name, first, tokens);
     }
   }
 
   void prefetch(const Task& task, TensorName name, const Token& first, int tokens) {
     const int64_t sharing = name == KEY || name == VALUE ? 1 : plan_.heads / plan_.kv_heads;
-    const int64_t dim = name == VALUE || name == OUT || name == GRAD_OUT ? plan_.value_dim : plan_.dim;
+    const bool is_attn = name == ATTN || name == GRAD_ATTN, is_value = name == VALUE || name == OUT || name == GRAD_OUT;
+    const int64_t dim = is_attn ? slots_ : is_value ? plan_.value_dim : plan_.dim;
     const int64_t head = task.head * sharing, heads = task.heads * sharing;
     const int size = element_size(plan_.dtype);
     if (plan_.strides[name].head == dim) {
@@ -357,7 +361,7 @@ class Map {
     const int z = band.z, y = band.y, *first = &windows_[1].first[y], *end = &windows_[1].end[y], last = band.rows - 1;
     for (int r = 0; r <= last; ++r) block_.has_missing |= end[r] - first[r] < kernel_[1];
     block_.has_missing |= windows_[0].end[z] - windows_[0].first[z] < kernel_[0];
-    const int table_line = bias_.has_table() ? kernel_[2] * W : 0;
+    const int64_t bias_line = bias_.has_table() ? int64_t{groups_.bias_line()} * W : 0;
     for (int kz = windows_[0].first[z]; kz < windows_[0].end[z]; ++kz)
       for (int ky = first[0], from = 0, to = 0; ky < end[last]; ++ky) {
         while (end[from] <= ky) ++from;
@@ -371,7 +375,7 @@ class Map {
             const int b = ky - windows_[1].first[of_row] + windows_[1].missing[of_row];
             const int dz = kz - z + kernel_[0] - 1, dy = ky - of_row + kernel_[1] - 1;
             visit.slot[r] = (a * kernel_[1] + b) * kernel_[2] + j;
-            set_bias(visit, r, group, int64_t(dz * (2 * kernel_[1] - 1) + dy) * table_line + j * W);
+            set_bias(visit, r, group, int64_t(dz * (2 * kernel_[1] - 1) + dy) * bias_line + j * W);
           }
           block_.visits.push_back(visit);
         });
@@ -403,6 +407,7 @@ class Map {
   }
 
   void set_bias(Visit& visit, int r, const Group& group, int64_t offset) {
+    offset += int64_t{group.bias_place} * W;
     float* gradient = bias_.gradient(group.bias, head_);
     visit.bias[r] = bias_.values(group.bias, head_) + offset;
     visit.grad_bias[r] = gradient ? gradient + offset : nullptr;

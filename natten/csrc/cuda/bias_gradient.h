@@ -125,6 +125,9 @@ class FragmentGradient : public HeldRows<FragmentGradient> {
   float* sums_;
 };
 
+static_assert(!HAS_GRADIENT || HAS_GRADIENT_FRAGMENTS || GRADIENT_TABLES == WARPS || WARPS == 1,
+              "each warp needs a table");
+
 // Sums the diagonals of each row and adds them to a table. Used if fragments are too large, or if rows have segments.
 class DiagonalGradient : public HeldRows<DiagonalGradient> {
  public:
@@ -164,8 +167,7 @@ class DiagonalGradient : public HeldRows<DiagonalGradient> {
       float sum = 0;
 #pragma unroll
       for (int token = 0; token < 8; ++token) sum += scratch_[token * DIAGONAL_PITCH + diagonal + 1 + token];
-      if (GRADIENT_TABLES == WARPS) table_[row * TABLE_X + entry] += sum;
-      else atomicAdd(table_ + row * TABLE_X + entry, sum);
+      table_[row * TABLE_X + entry] += sum;  // no other warp uses this table
     }
     __syncwarp();
   }

@@ -155,6 +155,13 @@ __device__ __forceinline__ void multiply_add(float* c, const unsigned* a, const 
 
 namespace natten {
 
+// Bytes after each region of shared memory. Only the emulation has them; it detects accesses to them.
+#ifdef NATTEN_EMULATION
+constexpr int GUARD = 128;
+#else
+constexpr int GUARD = 0;
+#endif
+
 struct Float {
   using Storage = float;
   static constexpr bool IS_BFLOAT = false, IS_TFLOAT = false;

@@ -22,8 +22,7 @@
 //   HAS_BIAS_FRAGMENTS      whether shared memory holds the bias as fragments (bias.h)
 //   IS_TABLE_SHARED         without bias fragments: whether shared memory holds the bias table
 //   HAS_GRADIENT_FRAGMENTS  whether each warp sums the gradient of the bias as fragments (bias_gradient.h)
-//   GRADIENT_TABLES         without gradient fragments: number of gradient tables in shared memory; WARPS, or 1 (warps add
-//                           atomically), or 0
+//   GRADIENT_TABLES         without gradient fragments: number of gradient tables in shared memory: WARPS, or 0
 //   SHARED_BYTES            total size of shared memory
 #pragma once
 
@@ -71,10 +70,10 @@ __device__ __forceinline__ int swizzle(int column) {
 
 constexpr int STAGE_TOKENS = STAGE_ROWS * COLUMNS;
 constexpr int BUFFERS = IS_STAGED ? 2 : 1;
-constexpr int COLUMN_BYTES = STAGE_TOKENS * PITCH * 16;
+constexpr int COLUMN_BYTES = STAGE_TOKENS * PITCH * 16 + GUARD;
 constexpr bool INVERSE = IS_INVERSE;
 constexpr int SIGN = INVERSE ? -1 : 1;  // the bias index uses key - query = SIGN * (column - token)
-constexpr int STATISTICS_BYTES = INVERSE ? STAGE_TOKENS * 8 : 0;  // logsumexp of the queries, then minus their delta
+constexpr int STATISTICS_BYTES = INVERSE ? STAGE_TOKENS * 8 + GUARD : 0;  // logsumexp of the queries, then minus delta
 constexpr int BUFFER_BYTES = 2 * COLUMN_BYTES + STATISTICS_BYTES;
 
 constexpr int TABLE_ROWS = TABLE_Z * TABLE_Y;
@@ -95,13 +94,25 @@ constexpr int DIAGONAL_PITCH = (DIAGONAL_BLOCKS * 8 + 16 + 31) / 32 * 32 + 8;
 constexpr int STORE_PITCH = SLICE | 1;  // in pieces; odd, so that 8 rows are in different banks
 constexpr int STORE_BYTES = sizeof(Storage) == 2 ? 8 * LINES * STORE_PITCH * 16 : 0;
 constexpr int DIAGONAL_BYTES = HAS_GRADIENT && !HAS_GRADIENT_FRAGMENTS ? 8 * DIAGONAL_PITCH * 4 : 0;
-constexpr int WARP_BYTES = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES;
-constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES;
-constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES, BASES_AT = WARPS_AT + WARPS * WARP_BYTES;
-static_assert(SHARED_BYTES == BASES_AT + 128 && TENSORS <= 16, "tiles.py computes another size of shared memory");
+constexpr int WARP_BYTES = (STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES) + GUARD;
+constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES + GUARD;
+constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES + GUARD, BASES_AT = WARPS_AT + WARPS * WARP_BYTES;
+constexpr int GUARDS = BUFFERS * (2 + INVERSE) + 2 + WARPS;
+static_assert(SHARED_BYTES == BASES_AT + 128 - GUARDS * GUARD && TENSORS <= 16, "tiles.py computes another size of shared memory");
 static_assert(!IS_SEGMENTED || !(HAS_BIAS_FRAGMENTS || HAS_GRADIENT_FRAGMENTS), "fragments need rows without segments");
 static_assert(BIAS_AT % 16 == 0 && GRADIENT_AT % 16 == 0 && WARPS_AT % 16 == 0 && BASES_AT % 16 == 0,
               "vector accesses need an alignment of 16 bytes");
+#ifdef NATTEN_EMULATION
+static const emulation::Guards guards(BASES_AT + 128, [](int at) {
+  const auto ends = [](int offset, int bytes) { return offset % bytes >= bytes - GUARD; };
+  if (at < BIAS_AT) {
+    at %= BUFFER_BYTES;
+    return at < 2 * COLUMN_BYTES ? ends(at, COLUMN_BYTES) : ends(at - 2 * COLUMN_BYTES, STATISTICS_BYTES);
+  }
+  if (at < WARPS_AT) return at < GRADIENT_AT ? at >= GRADIENT_AT - GUARD : at >= WARPS_AT - GUARD;
+  return at < BASES_AT && ends(at - WARPS_AT, WARP_BYTES);
+});
+#endif
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000); }
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }

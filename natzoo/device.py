@@ -47,13 +47,18 @@ def enable_tf32(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
+def has_bfloat16_units() -> bool:
+    """Return whether this CPU has instructions for bfloat16; True if PyTorch is built without oneDNN, which tells."""
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def slow_precision(amp: str, device: torch.device) -> str | None:
     """Return a warning if --amp is much slower than float32 on this device, else None."""
     if device.type != "cpu" or amp == "none":
         return None
     if amp == "fp16":
         return "Warning: --amp fp16 is slow on a CPU; use bf16 or none."
-    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not has_bfloat16_units():
         return "Warning: --amp bf16 is several times slower than none on this CPU, which has no bfloat16 instructions."
     return None
 
