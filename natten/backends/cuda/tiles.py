@@ -22,7 +22,8 @@ _LONG_AXIS = 1 << 12  # on longer axes, only some tiles are examined
 _MAX_WARPS = 8  # per block
 _MAX_UNITS = 32  # per tile
 _MAX_ROW_BLOCKS = 8  # blocks of 8 columns in a row that is not cut into segments
-_MAX_WIDE_OF_TWO_MATRICES = 64  # head_dim in units of 2 bytes
+# Largest head_dim, in units of 2 bytes, of units with two matrices: these share operands, but need more registers.
+_MAX_DIM_OF_PAIRS = {"forward": 64, "grad_query": 64, "grad_key_value": 32}
 _LARGE_DIM = 128  # for a larger head_dim, rows that are not cut into segments may be too large
 # A multiprocessor reserves this much of its shared memory per block, in addition to what the block requests.
 _RESERVED_BYTES = 1 << 10
@@ -52,7 +53,7 @@ _MAX_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}  # la
 _RESIDENT_WARPS = {
     "forward": ((32, 12), (256, 8)),
     "grad_query": ((32, 12), (256, 8)),
-    "grad_key_value": ((32, 12), (256, 8)),
+    "grad_key_value": ((64, 12), (256, 8)),
 }
 # Where a thread keeps more values: on three axes, with stages, or with large chunks and a gradient.
 _FEWER_RESIDENT_WARPS, _FEWEST_RESIDENT_WARPS = 12, 8
@@ -281,9 +282,8 @@ class _Chooser:
         self.is_inverse = kernel == "grad_key_value"
         self.rank = 3 if axes[0].kernel_size > 1 else 2 if axes[1].kernel_size > 1 else 1
         self.longest = [-(-axis.length // axis.dilation) for axis in axes]
-        # With a second matrix, a unit shares operands, but needs more registers.
         is_high = self.longest[1] > 2 if self.rank > 1 else self.longest[2] > 16
-        self.matrices = 2 if is_high and self.wide <= _MAX_WIDE_OF_TWO_MATRICES else 1
+        self.matrices = 2 if is_high and self.wide <= _MAX_DIM_OF_PAIRS[kernel] else 1
         self.lines = 2 * self.matrices
         self.unit = (1, self.lines, 8) if self.rank > 1 else (1, 1, 8 * self.lines)
         self.table = prod(2 * axis.kernel_size - 1 for axis in axes)

@@ -4,6 +4,11 @@
 
 namespace natten {
 
+// Less than any logit. Not minus infinity, so that the weight of a logit of minus infinity is zero.
+constexpr float LOWEST_BASE = -1e30f;
+// Weights remain below 2^MAX_EXPONENT, which float16 can represent.
+constexpr float MAX_EXPONENT = 8;
+
 struct Attend {
   const Params& p;
   const BlockTile& tile;
@@ -13,16 +18,14 @@ struct Attend {
   Fragments query;
   UnitBias bias;
   float scale;  // includes log2(e), for exp2
-  float slack;  // by how much logits may exceed `top`, which keeps weights below 2^8
-  float top[LINES], base[LINES], total[LINES];  // weights are relative to `top`; base: top * scale, or 0 for -inf
+  float base[LINES], total[LINES];  // weights are 2^(logit * scale - base)
   Sums sum;
 
   __device__ __forceinline__ Attend(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
       : p(p), tile(tile), unit(unit), shared(shared), first_block(slice * SLICE),
-        query(rows_of<const Storage>(p, QUERY, shared), unit), bias(p, tile, unit, shared), scale(p.scale * LOG2_E),
-        slack(8 * reciprocal_fast(scale)) {
+        query(rows_of<const Storage>(p, QUERY, shared), unit), bias(p, tile, unit, shared), scale(p.scale * LOG2_E) {
 #pragma unroll
-    for (int line = 0; line < LINES; ++line) top[line] = minus_infinity(), base[line] = total[line] = 0;
+    for (int line = 0; line < LINES; ++line) base[line] = LOWEST_BASE, total[line] = 0;
 #pragma unroll
     for (int i = 0; i < MATRICES * SLICE * 4; ++i) sum[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;
   }
@@ -38,15 +41,15 @@ struct Attend {
 #pragma unroll
     for (int m = 0; m < MATRICES; ++m) {
       if (!chunk.is_used_by(m)) continue;
-      weigh(chunk, weights, 2 * m);
+      raise_base(chunk, weights, 2 * m);
       weigh_line(chunk, weights, 2 * m), weigh_line(chunk, weights, 2 * m + 1);
     }
     add_chunk_columns(weights, chunk, 1, first_block, sum);
   }
 
-  // Raises `top` of two lines if logits exceed it by too much. Then the previous sums are rescaled.
+  // Raises the base of two lines to the largest logit if logits exceed it by too much, and rescales the previous sums.
   template <class AnyChunk>
-  __device__ __forceinline__ void weigh(const AnyChunk& chunk, const Products& logits, int first_line) {
+  __device__ __forceinline__ void raise_base(const AnyChunk& chunk, const Products& logits, int first_line) {
     float largest[2] = {minus_infinity(), minus_infinity()};
 #pragma unroll
     for (int i = 0; i < 2 * BLOCKS * 2; ++i) {
@@ -54,17 +57,17 @@ struct Attend {
       if (chunk.may_see(r, first_line + half))
         largest[half] = max(largest[half], item(logits, r, i / 2 % (2 * ROW_BLOCKS), first_line + half));
     }
-    const bool exceeds = largest[0] > top[first_line] + slack || largest[1] > top[first_line + 1] + slack;
+    const bool exceeds = largest[0] * scale > base[first_line] + MAX_EXPONENT ||
+                         largest[1] * scale > base[first_line + 1] + MAX_EXPONENT;
     if (!chunk.is_first_of(first_line / 2) && __builtin_expect(!__any_sync(~0u, exceeds), true)) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int line = first_line + half;
-      float highest = max(largest[half], top[line]);
+      float highest = max(largest[half] * scale, base[line]);
       highest = max(highest, __shfl_xor_sync(~0u, highest, 1));
       highest = max(highest, __shfl_xor_sync(~0u, highest, 2));
-      base[line] = highest == minus_infinity() ? 0.f : highest * scale;
-      const float factor = exp2_fast(top[line] * scale - base[line]);
-      top[line] = highest;
+      const float factor = exp2_fast(base[line] - highest);
+      base[line] = highest;
       if (chunk.is_first_of(first_line / 2)) continue;  // the sums are zero
       total[line] *= factor;
 #pragma unroll

@@ -73,6 +73,7 @@ class UnitBias {
   // Sets row r of `bias`.
   template <class AnyChunk>
   __device__ __forceinline__ void get(const AnyChunk& chunk, int r, Products& bias) {
+    if (AnyChunk::IS_REGULAR && chunk.is_repeated(r)) return;
     const Place at = chunk.place(r);
     if (IS_SEGMENTED) mask_columns(at.segment);
     const int row = HAS_RPB ? table_row(at) : 0;

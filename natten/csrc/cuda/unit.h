@@ -73,12 +73,13 @@ class Chunk {
   __device__ __forceinline__ Chunk(const BlockTile& tile, const Unit& unit, int row, int first, int end, const char* buffer)
       : tile_(tile), unit_(unit), row_(row), first_(IS_REGULAR ? row - SHIFT : min(row, end - CHUNK_ROWS)),
         token_((first_ - first) * COLUMNS + unit.first_column), buffer_(buffer) {}
-  // For a regular unit: the number of rows of the unit before row r.
+  // For a regular unit: the number of rows of the unit before row r, and whether an earlier chunk contained row r.
   __device__ __forceinline__ int row_of_unit(int r) const { return ROW - SHIFT + r; }
+  __device__ __forceinline__ bool is_repeated(int r) const { return r < SHIFT; }
   __device__ __forceinline__ Place place(int r) const { return tile_.place(first_ + r); }
   // Whether a line of the unit sees a row that no earlier chunk contained.
   __device__ __forceinline__ bool is_seen(int r, int line) const {
-    if (IS_REGULAR) return r >= SHIFT && row_of_unit(r) >= line && row_of_unit(r) < line + KERNEL_Y;
+    if (IS_REGULAR) return !is_repeated(r) && row_of_unit(r) >= line && row_of_unit(r) < line + KERNEL_Y;
     return first_ + r >= row_ && unit_.sees(place(r), line);
   }
   // What the compiler knows about that: whether a line, or a matrix, may see the row.
