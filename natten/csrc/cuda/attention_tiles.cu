@@ -5,7 +5,7 @@
 namespace natten {
 
 // Less than any logit. Not minus infinity, so that the weight of a logit of minus infinity is zero.
-constexpr float LOWEST_BASE = -1e30f;
+constexpr float LOWEST_BASE = -3e38f;
 // Weights remain below 2^MAX_EXPONENT, which float16 can represent.
 constexpr float MAX_EXPONENT = 8;
 
