@@ -79,7 +79,7 @@ class UnitBias {
     const int row = HAS_RPB ? table_row(at) : 0;
 #pragma unroll
     for (int line = 0; line < LINES; ++line) {
-      if (AnyChunk::IS_REGULAR && HAS_BIAS_FRAGMENTS && line > 1) break;
+      if (AnyChunk::IS_REGULAR && ROLLS && line > 1) break;
       float(&to)[ROW_BLOCKS][4] = bias[line / 2][r];
       const int row_of_line = HAS_RPB && RANK > 1 ? row - SIGN * line : 0;
       if (!chunk.may_see(r, line)) {  // any number will do
@@ -99,16 +99,17 @@ class UnitBias {
         to[block][line % 2 * 2] = two.x, to[block][line % 2 * 2 + 1] = two.y;
       }
     }
-    if (AnyChunk::IS_REGULAR && HAS_BIAS_FRAGMENTS) roll(chunk.row_of_unit(r) % 2, r, bias);
+    if (AnyChunk::IS_REGULAR && ROLLS) roll(chunk.row_of_unit(r) % 2, r, bias);
   }
 
  private:
-  // The bias of the second matrix of a regular unit is that of the first matrix two rows earlier.
+  // The bias of the second matrix of a regular unit is that of the first matrix two rows earlier. It stays in registers.
+  static constexpr bool ROLLS = HAS_BIAS_FRAGMENTS && MATRICES > 1;
   __device__ __forceinline__ void roll(int parity, int r, Products& bias) {
 #pragma unroll
     for (int i = 0; i < ROW_BLOCKS * 4; ++i) {
       float& held = held_[parity][i / 4][i % 4];
-      if (MATRICES > 1) bias[MATRICES - 1][r][i / 4][i % 4] = held;
+      bias[MATRICES - 1][r][i / 4][i % 4] = held;
       held = bias[0][r][i / 4][i % 4];
     }
   }
