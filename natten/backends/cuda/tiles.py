@@ -53,7 +53,7 @@ _MAX_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}  # la
 _RESIDENT_WARPS = {
     "forward": ((32, 12), (256, 8)),
     "grad_query": ((32, 12), (256, 8)),
-    "grad_key_value": ((64, 12), (256, 8)),
+    "grad_key_value": ((32, 8), (64, 12), (256, 8)),
 }
 # Where a thread keeps more values: on three axes, with stages, or with large chunks and a gradient.
 _FEWER_RESIDENT_WARPS, _FEWEST_RESIDENT_WARPS = 12, 8
