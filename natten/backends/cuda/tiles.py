@@ -48,15 +48,10 @@ _BYTES_PER_INSTRUCTION = 6.0  # that a multiprocessor receives while it issues o
 
 _CHUNK_BLOCKS = {"forward": 4, "grad_query": 2, "grad_key_value": 2}  # blocks of 8 columns per chunk, small head_dim
 _MAX_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}  # largest head_dim per block
-# Pairs of a largest head_dim (float32 counts twice) and the resident warps per multiprocessor that do not spill
-# registers: with 16 warps a thread has 128 registers, with 12 it has 168, with 8 it has 255.
-_RESIDENT_WARPS = {
-    "forward": ((32, 12), (256, 8)),
-    "grad_query": ((32, 12), (256, 8)),
-    "grad_key_value": ((32, 8), (64, 12), (256, 8)),
-}
-# Where a thread keeps more values: on three axes, with stages, or with large chunks and a gradient.
-_FEWER_RESIDENT_WARPS, _FEWEST_RESIDENT_WARPS = 12, 8
+# Resident warps per multiprocessor that do not spill registers: with 12 warps a thread has 168 registers, with 8 it has
+# 255. The latter for units of two matrices, for large head_dim (in units of 2 bytes), and where a thread keeps more
+# values: with stages, or with large chunks and a gradient.
+_RESIDENT_WARPS, _FEWEST_RESIDENT_WARPS, _MAX_DIM_OF_RESIDENT_WARPS = 12, 8, 64
 
 
 class Tile(NamedTuple):
@@ -295,8 +290,8 @@ class _Chooser:
         self.slices = -(-dim // max_slice_dim)
         self.slice_results = -(-(dim // 8) // self.slices)
         self.chunk_blocks = _CHUNK_BLOCKS[kernel] if self.wide <= 32 else max(_CHUNK_BLOCKS[kernel] // 2, 2)
-        resident = (warps for max_dim, warps in _RESIDENT_WARPS[kernel] if self.wide <= max_dim)
-        self.max_resident_warps = next(resident, _FEWEST_RESIDENT_WARPS)
+        is_small = self.matrices == 1 and self.wide <= _MAX_DIM_OF_RESIDENT_WARPS
+        self.max_resident_warps = _RESIDENT_WARPS if is_small else _FEWEST_RESIDENT_WARPS
         self.has_gradient = has_rpb and kernel == "grad_query"
 
     def tiles(self) -> Iterator[Tile]:
@@ -411,8 +406,6 @@ class _Chooser:
         is_large_stage = stage.is_staged and self.wide > 32
         if self.kernel != "forward" and (layout.is_segmented or is_large_stage or chunk > 32):
             return _FEWEST_RESIDENT_WARPS
-        if self.rank > 2 or is_large_stage or (self.is_inverse and chunk > 16):
-            return min(self.max_resident_warps, _FEWER_RESIDENT_WARPS)
         return self.max_resident_warps
 
     def _bias(self, size, layout: _Layout) -> tuple[bool, int]:
