@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 # Top-level modules of the packages that each extra of pyproject.toml installs, as far as the commands import them.
-_EXTRAS = {"train": {"matplotlib", "tensorboard", "tqdm", "yaml"}}
+_EXTRAS = {"train": {"matplotlib", "sklearn", "tensorboard", "tqdm", "yaml"}}
 _EXTRAS["openmmlab"] = _EXTRAS["train"] | {
     *("ftfy", "mmcv", "mmdet", "mmengine", "mmseg", "pkg_resources", "pycocotools", "regex", "torchvision"),
 }
@@ -36,6 +36,11 @@ def predict(argv: Sequence[str] | None = None) -> None:
     _run_classification("predict", argv)
 
 
+def probe(argv: Sequence[str] | None = None) -> None:
+    """Judge frozen features on a data set (natzoo-probe)."""
+    _run_classification("probe", argv)
+
+
 def detection_train(argv: Sequence[str] | None = None) -> None:
     """Train a detector (natzoo-detection-train)."""
     _run_openmmlab("train", "DETECTION", argv)
@@ -46,6 +51,11 @@ def detection_test(argv: Sequence[str] | None = None) -> None:
     _run_openmmlab("test", "DETECTION", argv)
 
 
+def detection_predict(argv: Sequence[str] | None = None) -> None:
+    """Detect objects in pictures (natzoo-detection-predict)."""
+    _run_openmmlab("predict", "DETECTION", argv)
+
+
 def segmentation_train(argv: Sequence[str] | None = None) -> None:
     """Train a segmentation model (natzoo-segmentation-train)."""
     _run_openmmlab("train", "SEGMENTATION", argv)
@@ -54,6 +64,11 @@ def segmentation_train(argv: Sequence[str] | None = None) -> None:
 def segmentation_test(argv: Sequence[str] | None = None) -> None:
     """Evaluate a segmentation model (natzoo-segmentation-test)."""
     _run_openmmlab("test", "SEGMENTATION", argv)
+
+
+def segmentation_predict(argv: Sequence[str] | None = None) -> None:
+    """Segment pictures (natzoo-segmentation-predict)."""
+    _run_openmmlab("predict", "SEGMENTATION", argv)
 
 
 def _run_classification(module: str, argv: Sequence[str] | None, after_interrupt: str = "") -> None:

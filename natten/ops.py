@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from natten import backends
-from natten.backends import reference
+from natten.backends import exported, reference
 from natten.backends.reference import (
     accumulation_dtype,
     is_autocast,
@@ -515,10 +515,13 @@ def attend(
     """
     qkv, scale = _apply_symbolic_scale(qkv, scale)
     backend = backends.requested(backend)
-    if _is_plain(backend) or _is_forward_mode():
+    if backends.is_exported():
         query, key, value = _unpack([fix_lengths(x, 1, [axis.length for axis in axes]) for x in qkv])
         with no_size_guards():
-            return reference.attention(query, key, value, rpb, axes, scale)
+            return exported.attention(query, key, value, rpb, axes, scale)
+    if _is_plain(backend) or _is_forward_mode():
+        query, key, value = _unpack(qkv)
+        return reference.attention(query, key, value, rpb, axes, scale)
     if _needs_grad(*qkv, rpb) or _is_counted():
         return _ATTENTION[len(axes)].apply(rpb, axes, scale, backend, *qkv)
     return _attention(qkv, rpb, axes, scale, backend)

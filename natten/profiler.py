@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import natten.flops  # noqa: F401  registers the FLOP formulas with FlopCounterMode
 from natten import __version__, backends, functional
 from natten.backends import cuda, reference
-from natten.backends.kernels import uniform, unsupported_input
+from natten.backends.kernels import unsupported_input
 from natten.checks import (
     CAUSAL_HELP,
     WINDOW_PADDINGS,
@@ -249,7 +249,7 @@ def plan(problem: Problem, device: torch.device, backend: str | None, with_backw
     Raises:
         ValueError: if the arguments of the problem are invalid, or `backend` cannot run it.
     """
-    work, (query, _, value, rpb, *window) = _trace(problem, with_backward)
+    work, (query, _, _, rpb, *window) = _trace(problem, with_backward)
     kernel_size, stride, dilation, is_causal = window[:4]
     axes = make_axes(query.shape[1:-2], kernel_size, stride, dilation, [bool(causal) for causal in is_causal])
 
@@ -260,9 +260,8 @@ def plan(problem: Problem, device: torch.device, backend: str | None, with_backw
         name, reasons = _choose_for(query, gpu, backend)
     kernels = []
     if name == cuda.NAME:
-        padded = uniform(query, query, value)[0]  # the shape that the kernels see
         ops = ("attention", "attention_backward")[: len(work)]
-        kernels = [_describe(step) for op in ops for step in cuda.launches(op, padded, axes, rpb is not None, gpu)]
+        kernels = [_describe(step) for op in ops for step in cuda.launches(op, query, axes, rpb is not None, gpu)]
     return Plan(name, reasons, tuple(query.shape), axes, work, kernels)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # the helper modules in this folder, and the scripts of the project
+# The helper modules in this folder, and the scripts of the project.
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "tools")]
 
 
 def pytest_report_header():

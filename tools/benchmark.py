@@ -3,6 +3,7 @@
     python tools/benchmark.py ops --out assets/benchmarks/ops.csv
     python tools/benchmark.py layers
     python tools/benchmark.py models
+    python tools/benchmark.py models --device cuda --dtype bfloat16 --case inference_b128_224 step_b128_224
     python tools/benchmark.py ops --case b8_56x56_h2_d32_k7 --provider natten-cpu gather
     python tools/benchmark.py ops --provider natten-cpu sdpa
     python tools/benchmark.py ops --list
@@ -27,10 +28,10 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks import layers, models, ops
+from benchmarks import gpu, layers, models, ops
 from benchmarks.entry import DTYPES, Entry, Setting, positive
 from benchmarks.memory import gpu_peak_mb, keep_freed_memory, peak_mb, peak_mb_in_new_process
-from benchmarks.report import Row, format_table, make_row, write_csv
+from benchmarks.report import Row, format_table, is_same, make_row, read_rows, write_csv
 from benchmarks.timing import time_group
 from tqdm import tqdm
 
@@ -65,15 +66,22 @@ def run(args: argparse.Namespace) -> None:
     groups = args.case or module.GROUPS
     plans = [module.plan(group, args.provider, setting_of(args)) for group in dict.fromkeys(groups)]
     rows: list[Row] = []
+    kept = read_rows(args.out) if args.append else []
     for number, entries in enumerate(plans, start=1):
         title = f"{number}/{len(plans)} {entries[0].group}"
-        rows += run_group(entries, args.repeats, args.patience, title)
+        needs_memory = args.kind != "ops" and not args.no_memory
+        rows += run_group(entries, args.repeats, args.patience, title, needs_memory)
         if rows:
-            write_csv(args.out, rows)
+            write_csv(args.out, [*(row for row in kept if not any(is_same(row, new) for new in rows)), *rows])
     if not rows:
         raise ValueError("--case and --provider leave nothing to time; the reasons are printed above.")
     print(format_table(rows))
     print(f"wrote {args.out}")
+    if args.kind == "models" and args.timm_tables:
+        from benchmarks import timm_tables
+
+        for path in timm_tables.write(args.timm_tables, rows):
+            print(f"wrote {path}")
 
 
 def run_gpu(args: argparse.Namespace) -> int:
@@ -82,8 +90,6 @@ def run_gpu(args: argparse.Namespace) -> int:
     Raises:
         ValueError: if a part is unknown, or there is no GPU.
     """
-    from benchmarks import gpu
-
     _check_out(args.out)
     unknown = set(args.parts) - set(gpu.PARTS)
     if unknown:
@@ -98,10 +104,10 @@ def run_gpu(args: argparse.Namespace) -> int:
     failed = False
     for part in args.parts or gpu.PARTS:
         for entries in gpu.plan(part, device, args.rehearse):
-            if time.monotonic() + gpu.GROUP_SECONDS[part] > end:
+            if time.monotonic() + gpu.PARTS[part] > end:
                 print(f"skipped: {part} {entries[0].group}: --seconds {args.seconds:g} are over", file=sys.stderr)
                 continue
-            done = run_group(entries, args.repeats, _PATIENCE_S[part], f"{part} {entries[0].group}")
+            done = run_group(entries, args.repeats, _PATIENCE_S[entries[0].kind], f"{part} {entries[0].group}")
             failed |= sum(row["provider"] in gpu.OURS for row in done) < sum(e.provider in gpu.OURS for e in entries)
             rows += done
             if rows:
@@ -114,12 +120,12 @@ def run_gpu(args: argparse.Namespace) -> int:
     return int(failed)
 
 
-def run_group(entries: list[Entry], rounds: int, patience_s: float, title: str) -> list[Row]:
-    """Time one group and, for layers and models, measure peak memory."""
+def run_group(entries: list[Entry], rounds: int, patience_s: float, title: str, needs_memory: bool = True) -> list[Row]:
+    """Time one group and, for layers and models, measure peak memory if it is needed."""
     kind = entries[0].kind
     timings = time_group(entries, KINDS[kind].make, rounds, patience_s, title, leave_out)
     peaks: dict[Entry, float | None] = dict.fromkeys(timings)
-    if kind != "ops":
+    if kind != "ops" and needs_memory:
         for entry in tqdm(timings, desc=f"{title}, memory", unit="process", disable=None):
             try:
                 if entry.device.type == "cuda":
@@ -191,6 +197,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         text = f"calls slower than this run in fewer rounds, at least 3 (default: {patience})"
         add("--patience", type=float, default=patience, metavar="SECONDS", help=text)
         add("--list", action="store_true", help="list cases and providers and exit")
+        add("--append", action="store_true", help="keep the rows of --out that are not measured again")
+        if kind != "ops":
+            add("--no-memory", action="store_true", help="do not measure peak memory, which takes a process per row")
+        if kind == "models":
+            text = "also write timm's tables benchmark-infer-*.csv and benchmark-train-*.csv into this folder"
+            add("--timm-tables", type=Path, metavar="FOLDER", help=text)
 
     text = "print the peak memory of one call"
     memory = commands.add_parser("memory", help=text, description=f"{text.capitalize()}.", parents=[setting])
@@ -200,10 +212,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument("pass_name", metavar="pass", help="forward, forward+backward, inference or step")
 
     text = "time operator, layer and nat_tiny on a GPU, in about 6 minutes"
-    gpu = commands.add_parser("gpu", help=text, description=f"T{text[1:]}.")
-    _add_output(gpu, "gpu", _GPU_ROUNDS)
-    add = gpu.add_argument
-    add("parts", nargs="*", metavar="PART", default=[], help="ops, layers or models (default: all)")
+    fixed = commands.add_parser("gpu", help=text, description=f"T{text[1:]}.")
+    _add_output(fixed, "gpu", _GPU_ROUNDS)
+    add = fixed.add_argument
+    add("parts", nargs="*", metavar="PART", default=[], help=f"{', '.join(gpu.PARTS)} (default: all)")
     add("--seconds", type=float, default=360.0, help="time limit; the remaining groups are skipped (default: 360)")
     add("--rehearse", action="store_true", help="run tiny shapes on the CPU, to check that everything runs")
 

@@ -1,7 +1,10 @@
-"""Write a small data set as folders of images, without a download.
+"""Write a small data set without a download, or convert yours to the layout of the small configs.
 
     python tools/make_data.py digits data/digits
     python tools/make_data.py shapes data/shapes
+    python tools/make_data.py voc VOCdevkit/VOC2012 data/mine
+    python tools/make_data.py yolo dataset/data.yaml data/mine
+    python tools/make_data.py coco dataset data/mine --maps
 
 digits: 1797 scans of handwritten digits from scikit-learn (UCI, CC BY 4.0), enlarged from 8x8 to 32x32 pixels, as
 train/<0..9>/*.png (1437) and val/<0..9>/*.png (every fifth scan, 360).
@@ -20,6 +23,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -126,15 +130,37 @@ _MAKERS = {"digits": make_digits, "shapes": make_shapes}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=_MAKERS, help="data set to write")
-    parser.add_argument("folder", type=Path, help="new folder to write to")
+    """Run make_data.py with a command line.
+
+    Raises:
+        ValueError, FileNotFoundError: if the source cannot be converted.
+    """
+    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=(*_MAKERS, *annotations.READERS), help="data set to write, or format of SOURCE")
+    parser.add_argument("source", nargs="?", type=Path, metavar="SOURCE", help="voc, yolo, coco: what to convert")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="new folder to write to")
+    parser.add_argument("--maps", action="store_true", help="also write label maps, for segmentation, from masks")
+    parser.add_argument("--link", action="store_true", help="make symbolic links to the images instead of copies")
     args = parser.parse_args(argv)
+    if (args.source is None) != (args.name in _MAKERS):
+        parser.error(f"{args.name} {'has no SOURCE' if args.source else 'requires SOURCE and FOLDER'}")
     if args.folder.exists():
         print(f"{args.folder} already exists; nothing was written")
         return
-    _MAKERS[args.name](args.folder)
-    print(f"wrote {args.folder}")
+    if args.name in _MAKERS:
+        _MAKERS[args.name](args.folder)
+        print(f"wrote {args.folder}")
+        return
+    source = annotations.READERS[args.name](args.source)
+    counts = annotations.convert(source, args.folder, args.maps, args.link)
+    suffixes = sorted({image.path.suffix for images in source.splits.values() for image in images})
+    print(f"wrote {args.folder}: {counts['training']} training and {counts['validation']} validation images")
+    print("In a copy of a small config, set:")
+    print(f'    data_root = "{args.folder}/"')
+    classes = [*(["background"] if args.maps else []), *source.classes]
+    print(f"    classes = {classes!r}" + (f"\n    img_suffix = {suffixes[0]!r}" if args.maps else ""))
+    if args.maps and len(suffixes) > 1:
+        print(f"Warning: images end with {', '.join(suffixes)}; mmseg reads one of them, so convert the others first.")
 
 
 if __name__ == "__main__":

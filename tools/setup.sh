@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Create .venv and install the project into it, in editable mode.
-#   bash tools/setup.sh [EXTRA...]     extras: train (default), hf, openmmlab, dev
+#   bash tools/setup.sh [EXTRA...]     extras: train (default), hf, openmmlab, wheels, dev
 # Run it again to update: installed packages are kept.
 # Environment: PYTHON, the interpreter (3.11 to 3.14; default: the first one found); VENV, a folder other than .venv.
 set -euo pipefail

@@ -1,12 +1,10 @@
 # A small Mask R-CNN for the images of `python tools/make_data.py shapes data/shapes`; trains in minutes on two cores.
-_base_ = "../detection/nuclei_mask_rcnn_nat.py"
+_base_ = "../detection/_base_/small_mask_rcnn.py"
 
 model = dict(
     backbone=dict(dilations=[[1, 4], [1, 2], [1, 1, 1, 1], [1, 1]]),
-    rpn_head=dict(anchor_generator=dict(scales=[4])),
     roi_head=dict(bbox_head=dict(num_classes=3), mask_head=dict(num_classes=3)),
-    train_cfg=dict(rpn_proposal=dict(nms_pre=200, max_per_img=100), rcnn=dict(sampler=dict(num=64))),
-    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100), rcnn=dict(max_per_img=20)),
+    test_cfg=dict(rcnn=dict(max_per_img=20)),
 )
 data_root = "data/shapes/"
 metainfo = dict(classes=("circle", "square", "triangle"), palette=[(255, 160, 0), (0, 200, 80), (80, 120, 255)])

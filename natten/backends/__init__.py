@@ -132,11 +132,18 @@ def _warn_ignored(name: str) -> None:
 def is_plain(backend: str | None) -> bool:
     """Return whether a call runs as ordinary PyTorch operations instead of natten's operators.
 
-    This is the case if the reference backend is requested by name, and during export: neither ONNX nor a machine
-    without natten knows natten's operators.
+    This is the case if the reference backend is requested by name, and in exported programs.
+    """
+    return backend == reference.NAME or is_exported()
+
+
+def is_exported() -> bool:
+    """Return whether a program is being recorded for runtimes that do not know natten's operators.
+
+    These are ONNX, and torch.export, whose programs may run on a machine without natten.
     """
     # The flag itself: in older releases torch.compiler.is_exporting() is also True under torch.compile.
-    if backend == reference.NAME or torch.compiler._is_exporting_flag:
+    if torch.compiler._is_exporting_flag:
         return True
     return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()  # the TorchScript exporter
 
@@ -164,6 +171,8 @@ def choose(query: Tensor, backend: str | None) -> Backend:
 
 
 def _log_choice(verb: str, module: Backend, query: Tensor, reason: str) -> None:
+    if not log.isEnabledFor(logging.DEBUG):
+        return
     shape = tuple(query.shape)
     log.debug("backend %s %s query %s %s on %s: %s", module.NAME, verb, shape, query.dtype, query.device, reason)
 

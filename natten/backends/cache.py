@@ -1,9 +1,11 @@
 """The cache of compiled kernels: private folders, and files that are either complete or absent.
 
-The folders are, in order: NATTEN_CACHE_DIR, then `natten` in XDG_CACHE_HOME (default ~/.cache). Loading a library
-executes its code, so a folder that another user owns or can write to is rejected. So is a folder that contains a link
-in place of a file, or a file that another user owns or can write to: it was open to others at some time. Files are
-opened once; what is checked through the descriptor is what is loaded.
+The folders are, in order: NATTEN_CACHE_DIR, then `natten` in XDG_CACHE_HOME (default ~/.cache; Windows: LOCALAPPDATA).
+Loading a library executes its code, so a folder that another user owns or can write to is rejected. So is a folder that
+contains a link in place of a file, or a file that another user owns or can write to: it was open to others before.
+Files are opened once; what is checked through the descriptor is what is loaded.
+
+Windows has no such modes. There only links are rejected, and a folder is as private as the one that contains it.
 
 Each file ends with the SHA-256 of its content, which loaders ignore. Without this check, loading a truncated library
 would crash the process instead of raising an error.
@@ -19,6 +21,7 @@ import os
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -39,7 +42,10 @@ def folders() -> Iterator[Path]:
         yield Path(os.path.expanduser(chosen)).absolute()
     else:
         log.debug("NATTEN_CACHE_DIR is not set")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local"))
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     if base.is_absolute():  # false without a home folder; the XDG specification ignores relative paths
         yield base / "natten"
 
@@ -55,13 +61,18 @@ def check(folder: Path) -> None:
 
 
 @contextmanager
-def _open_folder(folder: Path) -> Iterator[int]:
-    """Open a folder and check it through the descriptor.
+def _open_folder(folder: Path) -> Iterator[int | None]:
+    """Open a folder and check it through the descriptor. Windows cannot open folders, so there it is None.
 
     Raises:
         FileNotFoundError: if it does not exist.
         OSError: as in `check`.
     """
+    if sys.platform == "win32":
+        if not stat.S_ISDIR(_status_without_links(folder).st_mode):
+            raise OSError("not a folder")
+        yield None
+        return
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except NotADirectoryError:
@@ -77,8 +88,17 @@ def _open_folder(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def _status_without_links(path: Path) -> os.stat_result:
+    status = os.lstat(path)
+    if getattr(status, "st_reparse_tag", 0):  # of symbolic links, junctions and other substitutes
+        raise OSError(f"{path.name} is a link; delete it")
+    return status
+
+
 def _foreign(status: os.stat_result) -> str | None:
     """Return how another user controls a file or folder, or None."""
+    if sys.platform == "win32":
+        return None
     if status.st_uid != os.geteuid():
         return "owned by another user"
     return "writable by other users" if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
@@ -95,6 +115,10 @@ def open_checked(path: Path, flags: int = os.O_RDONLY) -> int:
         OSError: if it cannot be opened, or if another user controls the file or its folder.
     """
     with _open_folder(path.parent) as folder:
+        if sys.platform == "win32":
+            with suppress(FileNotFoundError):
+                _status_without_links(path)
+            return os.open(path, flags | os.O_BINARY, 0o600)
         try:
             # O_NONBLOCK: opening a named pipe would wait for a writer.
             descriptor = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=folder)
@@ -130,8 +154,6 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
         OSError: if the folder is not writable, or another user controls the lock.
     """
-    import fcntl
-
     path = folder / ".lock"
     descriptor = open_checked(path, os.O_RDWR | os.O_CREAT)
     try:
@@ -139,12 +161,14 @@ def lock(folder: Path) -> Iterator[None]:
         reminder = last_seen + _PATIENCE_S
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _try_to_lock(descriptor)
                 os.truncate(descriptor, 0)
-                os.pwrite(descriptor, _identity(os.getpid()), 0)
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                os.write(descriptor, _identity(os.getpid()))
                 break
             except BlockingIOError:
-                holder = os.pread(descriptor, 256, 0)
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                holder = os.read(descriptor, 256)
                 if not _has_died(holder):
                     last_seen = time.monotonic()
                 elif time.monotonic() > last_seen + _GRACE_S:  # a child that it forked still has the file open
@@ -158,8 +182,34 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # explicitly, because a forked child may still hold the file open
+            _unlock(descriptor)  # explicitly, because a forked child may still hold the file open
         os.close(descriptor)
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    _LOCKED_BYTE = 1 << 20  # beyond the content, which others could not read if it were locked
+
+    def _try_to_lock(descriptor: int) -> None:
+        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(*error.args) from error
+
+    def _unlock(descriptor: int) -> None:
+        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _try_to_lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _identity(process: int) -> bytes:
@@ -168,6 +218,8 @@ def _identity(process: int) -> bytes:
 
 def _has_died(holder: bytes) -> bool:
     """Return whether the process of an `_identity` was one of this machine and has ended."""
+    if sys.platform == "win32":  # it releases the locks of a process that ends
+        return False
     number = holder.partition(b" ")[0]
     if not number.isdigit() or holder != _identity(int(number)):
         return False

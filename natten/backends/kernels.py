@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from math import prod
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from natten.backends import reference
-from natten.backends.reference import pad_head_dim, repeat_heads, shape_of_grads, split_grads, sum_heads
+from natten.backends.reference import pad_head_dim, shape_of_grads, split_grads, sum_heads
 from natten.geometry import Axis
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as numbered in the kernels
 # In the order of TensorName in csrc/cpu/plan.h and csrc/cuda/problem.h.
@@ -21,7 +26,7 @@ TENSORS = (
     *("GRAD_QUERY", "GRAD_KEY", "GRAD_VALUE"),
 )
 _FLOAT32 = ("LSE", "GRAD_LSE", "DELTA")  # one float32 value per query and head
-_DIM_STEP = 8  # the kernels take head_dims that are multiples of it
+_DIM_STEP = 8  # some kernels take only head_dims that are multiples of it
 
 
 def unsupported_input(query: Tensor, max_dim: int) -> str | None:
@@ -42,9 +47,42 @@ def warn_fallback(reason: str) -> str:
     return reason
 
 
+class Unsupported(Exception):
+    """The kernels cannot run a problem, as their plan shows. The message says why."""
+
+
+def with_fallback(method: Callable[P, R]) -> Callable[P, R]:
+    """Return a method of `KernelBackend` that lets the reference compute what the kernels do not support.
+
+    It warns once per reason.
+    """
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except Unsupported as error:
+            warn_fallback(str(error))
+        return getattr(reference, method.__name__)(*args, **kwargs)
+
+    return run
+
+
 def with_contiguous_rows(x: Tensor) -> Tensor:
     """Return the tensor, or a copy, with a last dimension of stride 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_heads_and_dims(heads: int, kv_heads: int, dim: int, value_dim: int) -> None:
+    """Check the sizes of fused attention, like `check_layout`.
+
+    Raises:
+        ValueError: if the heads of keys do not divide those of queries, or a head_dim is 0.
+    """
+    if not dim or not value_dim:
+        raise ValueError(f"query has head_dim {dim} and value {value_dim}; both must be at least 1.")
+    if heads and (not kv_heads or heads % kv_heads):
+        raise ValueError(f"key has {kv_heads} heads, which do not divide the {heads} heads of query.")
 
 
 def check_layout(
@@ -97,8 +135,9 @@ def _check_head_dim(dim: int, **tensors: Tensor) -> None:
 class KernelBackend:
     """The functions of `natten.backends.Backend` on top of compiled kernels.
 
-    Some kernels take only query, key and value of one shape, with a multiple of 8 as head_dim. For those, tensors are
-    padded with zeros, which change neither logits nor output, and heads are repeated.
+    Some kernels take only queries, keys and values of one head_dim, which is a multiple of 8, and compute a gradient of
+    key and value for each head of the query. For those, tensors are padded with zeros, which change neither logits nor
+    output, and the gradients are summed here.
 
     Args:
         launch: ``launch(op, axes, scale, rpb, **tensors) -> grad_rpb`` runs the kernels of one op, which is the name of
@@ -106,7 +145,7 @@ class KernelBackend:
             or None if the op has none.
         with_usable_rows: returns a tensor, or a copy of it, whose rows of head_dim values the kernels can read.
         max_dim: largest head_dim of the kernels. The reference computes attention to values with a larger one.
-        takes_any_shape: whether the kernels take any head_dims, and fewer heads of key and value.
+        needs_uniform_dims: whether the kernels of fused attention for such a query and scale are of this kind.
     """
 
     def __init__(
@@ -114,12 +153,12 @@ class KernelBackend:
         launch: Callable[..., Tensor | None],
         with_usable_rows: Callable[[Tensor], Tensor],
         max_dim: int,
-        takes_any_shape: bool,
+        needs_uniform_dims: Callable[[Tensor, float], bool] = lambda query, scale: False,
     ):
         self._launch = launch
         self._with_usable_rows = with_usable_rows
         self._max_dim = max_dim
-        self._takes_any_shape = takes_any_shape
+        self._needs_uniform_dims = needs_uniform_dims
 
     # Fused attention, heads-last
 
@@ -131,7 +170,7 @@ class KernelBackend:
         _check_head_dim(query.shape[-1], key=key)
         if value_dim > self._max_dim:
             return reference.attention(query, key, value, rpb, axes, scale)
-        query, key, value = self._prepare(query, key, value)
+        query, key, value = self._prepare(query, key, value, scale)
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
         self._launch("attention", axes, scale, rpb, QUERY=query, KEY=key, VALUE=value, OUT=out, LSE=lse)
@@ -155,10 +194,11 @@ class KernelBackend:
         _check_head_dim(value.shape[-1], out=out, grad_out=grad_out)
         if value.shape[-1] > self._max_dim:
             return reference.attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale)
-        q, k, v = self._prepare(query, key, value)
+        q, k, v = self._prepare(query, key, value, scale)
         out, grad_out = (self._with_usable_rows(pad_head_dim(x, v.shape[-1])) for x in (out, grad_out))
-        grads = q.new_empty(shape_of_grads(q, k, v))
-        grad_q, grad_k, grad_v = split_grads(grads, q, k, v)
+        shapes = (q, q, q) if self._needs_uniform_dims(query, scale) else (q, k, v)
+        grads = q.new_empty(shape_of_grads(*shapes))
+        grad_q, grad_k, grad_v = split_grads(grads, *shapes)
         optional = {} if grad_lse is None else {"GRAD_LSE": grad_lse}
         grad_rpb = self._launch(
             "attention_backward",
@@ -176,28 +216,25 @@ class KernelBackend:
             GRAD_VALUE=grad_v,
             **optional,
         )
-        if (q.shape, k.shape, v.shape) == (query.shape, key.shape, value.shape):
+        if all(x.shape == given.shape for x, given in zip(shapes, (query, key, value), strict=True)):
             return grads, grad_rpb
         grad_qkv = query.new_empty(shape_of_grads(query, key, value))
         for view, grad in zip(split_grads(grad_qkv, query, key, value), (grad_q, grad_k, grad_v), strict=True):
             sum_heads(_narrow(grad, view.shape[-1]), view)
         return grad_qkv, grad_rpb
 
-    def _prepare(self, query: Tensor, key: Tensor, value: Tensor) -> Iterable[Tensor]:
+    def _prepare(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Iterable[Tensor]:
         """Return the tensors as the kernels take them."""
-        if not self._takes_any_shape:
-            query, key, value = uniform(query, key, value)
+        if self._needs_uniform_dims(query, scale):
+            query, key, value = uniform_dims(query, key, value)
         return map(self._with_usable_rows, (query, key, value))
-
-    def _prepare_one(self, x: Tensor) -> Tensor:
-        return self._with_usable_rows(x if self._takes_any_shape else pad_head_dim(x, _supported_dim(x.shape[-1])))
 
     # Unfused attention, heads-first
 
     def query_key(self, query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]) -> Tensor:
         """Return the unscaled logits [B, H, X, W]; -inf in slots of a causal window before the map."""
         _check_head_dim(query.shape[-1], key=key)
-        query, key = (self._prepare_one(x) for x in (query, key))
+        query, key = map(self._with_usable_rows, (query, key))
         attn = query.new_empty((*query.shape[:-1], _window_size(axes)))
         self._launch("query_key", axes, 1.0, rpb, **_heads_last(QUERY=query, KEY=key, ATTN=attn))
         return attn
@@ -206,42 +243,38 @@ class KernelBackend:
         self, grad_attn: Tensor, query: Tensor, key: Tensor, rpb: Tensor | None, axes: Sequence[Axis]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the gradients of query, key and rpb."""
-        dim = query.shape[-1]
-        _check_head_dim(dim, key=key)
-        query, key = (self._prepare_one(x) for x in (query, key))
+        _check_head_dim(query.shape[-1], key=key)
+        query, key = map(self._with_usable_rows, (query, key))
         grad_attn = with_contiguous_rows(grad_attn)
         grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
         tensors = _heads_last(QUERY=query, KEY=key, GRAD_ATTN=grad_attn, GRAD_QUERY=grad_query, GRAD_KEY=grad_key)
         grad_rpb = self._launch("query_key_backward", axes, 1.0, rpb, **tensors)
-        return _narrow(grad_query, dim), _narrow(grad_key, dim), grad_rpb
+        return grad_query, grad_key, grad_rpb
 
     def weight_value(self, attn: Tensor, value: Tensor, axes: Sequence[Axis]) -> Tensor:
         """Return the sums [B, H, X, d] of values weighted by attn [B, H, X, W]."""
-        dim, attn, value = value.shape[-1], with_contiguous_rows(attn), self._prepare_one(value)
+        attn, value = with_contiguous_rows(attn), self._with_usable_rows(value)
         out = value.new_empty(value.shape)
         self._launch("weight_value", axes, 1.0, None, **_heads_last(VALUE=value, ATTN=attn, OUT=out))
-        return _narrow(out, dim)
+        return out
 
     def weight_value_backward(
         self, grad_out: Tensor, attn: Tensor, value: Tensor, axes: Sequence[Axis]
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of attn and value."""
-        dim, attn = value.shape[-1], with_contiguous_rows(attn)
-        _check_head_dim(dim, grad_out=grad_out)
-        value, grad_out = (self._prepare_one(x) for x in (value, grad_out))
+        _check_head_dim(value.shape[-1], grad_out=grad_out)
+        attn = with_contiguous_rows(attn)
+        value, grad_out = map(self._with_usable_rows, (value, grad_out))
         grad_attn, grad_value = attn.new_empty(attn.shape), value.new_empty(value.shape)
         tensors = _heads_last(VALUE=value, ATTN=attn, GRAD_OUT=grad_out, GRAD_ATTN=grad_attn, GRAD_VALUE=grad_value)
         self._launch("weight_value_backward", axes, 1.0, None, **tensors)
-        return grad_attn, _narrow(grad_value, dim)
+        return grad_attn, grad_value
 
 
-def uniform(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return heads-last tensors of one shape that the kernels support: as many heads as the query, padded head_dims."""
-    if query.shape == key.shape == value.shape and query.shape[-1] % _DIM_STEP == 0:
-        return query, key, value
-    heads, dim = query.shape[-2], _supported_dim(max(query.shape[-1], value.shape[-1]))
-    query, key, value = (pad_head_dim(repeat_heads(x, heads), dim) for x in (query, key, value))
-    return query, key, value
+def uniform_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tensors, padded to one head_dim that is a multiple of 8."""
+    dim = _supported_dim(max(query.shape[-1], value.shape[-1]))
+    return pad_head_dim(query, dim), pad_head_dim(key, dim), pad_head_dim(value, dim)
 
 
 def _narrow(x: Tensor, dim: int) -> Tensor:

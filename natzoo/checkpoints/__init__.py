@@ -4,7 +4,15 @@ from natzoo.checkpoints.adapt import fit_detector, load_weights
 from natzoo.checkpoints.download import DownloadError, cache_folder
 from natzoo.checkpoints.read import read_checkpoint, read_weights, weights_of
 from natzoo.checkpoints.record import record_of
-from natzoo.checkpoints.sources import ZooEntry, find_entry, locate, locate_entry, path_in_cache, zoo_entries
+from natzoo.checkpoints.sources import (
+    ZooEntry,
+    find_entry,
+    locate,
+    locate_config,
+    locate_entry,
+    path_in_cache,
+    zoo_entries,
+)
 from natzoo.checkpoints.write import (
     write_atomically,
     write_checkpoint,
@@ -21,6 +29,7 @@ __all__ = [
     "fit_detector",
     "load_weights",
     "locate",
+    "locate_config",
     "locate_entry",
     "path_in_cache",
     "read_checkpoint",

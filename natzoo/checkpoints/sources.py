@@ -24,6 +24,7 @@ from natzoo.checkpoints.download import DownloadError, cache_folder, fetch
 ZOO_FILE = Path(__file__).parents[1] / "zoo.yaml"
 _HUB_SCHEME = "hf-hub:"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_CONFIG = "config.json"
 _SUFFIXES = (".pth", ".tar", ".pt", ".bin", ".safetensors", ".pkl")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,6 +157,42 @@ def locate(what: str | os.PathLike, cache_dir: str | os.PathLike | None = None) 
     if path.suffix in _SUFFIXES or len(path.parts) > 1:
         raise FileNotFoundError(f"{path} does not exist; check the path.")
     return locate_entry(find_entry(text), cache_dir)
+
+
+def locate_config(what: str | os.PathLike, weights: Path) -> Path | None:
+    """Return the config.json that describes the weights of a folder or of a Hugging Face repository.
+
+    Args:
+        what: what `locate` was called with.
+        weights: what it returned.
+
+    Raises:
+        DownloadError: if the repository has one that cannot be downloaded.
+    """
+    if not str(what).startswith(_HUB_SCHEME):
+        path = Path(what) / _CONFIG
+        return path if path.is_file() else None
+    identity = str(what).removeprefix(_HUB_SCHEME).partition("@")[0]
+    # huggingface_hub stores the files of a commit in one folder named after it.
+    for name in (_CONFIG, "preprocessor_config.json"):
+        _download_of_commit(identity, weights.parent.name, name)
+    path = weights.parent / _CONFIG
+    return path if path.is_file() else None
+
+
+def _download_of_commit(identity: str, commit: str, name: str) -> None:
+    """Download a file of a repository if the commit has it."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+    is_offline = is_unreachable(constants.ENDPOINT)
+    try:
+        hf_hub_download(identity, name, revision=commit, local_files_only=is_offline)
+    except Exception as error:  # the library passes on errors of several other libraries
+        is_missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if not (is_missing or is_offline):
+            reason = (str(error).strip().splitlines() or ["unknown"])[0]
+            raise DownloadError(f"{_HUB_SCHEME}{identity}: {name} could not be downloaded ({reason}).") from error
 
 
 def _locate_in_folder(folder: Path) -> Path:

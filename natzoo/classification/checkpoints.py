@@ -13,6 +13,7 @@ from natzoo import command_line
 from natzoo.checkpoints import read_checkpoint, write_checkpoint
 from natzoo.checkpoints.write import copy_atomically
 from natzoo.classification.distributed import World
+from natzoo.classification.options import make_parser
 from natzoo.classification.state import check_progress
 from natzoo.runs import lock_folder
 from natzoo.schema import same, shown
@@ -20,7 +21,8 @@ from natzoo.schema import same, shown
 # Options that a resumed run may change without notice: they do not affect the result.
 _NO_EFFECT = (
     *("data", "config", "work_dir", "output", "experiment", "resume", "device", "threads", "workers"),
-    *("log_interval", "compile", "save_interval", "keep_last", "grad_accum"),
+    *("log_interval", "log", "compile", "torchcompile", "fsdp", "save_interval", "keep_last", "grad_accum"),
+    "early_stop",
 )
 # Options that a resumed run must not change.
 _FIXED = ("seed", "opt", "batch_size", "model_ema", "amp", "layer_decay", "decay_rpb")
@@ -134,9 +136,12 @@ def load_resume_state(args: argparse.Namespace, world: World) -> tuple[Path, dic
     if args.grad_accum != steps // world.size:
         args.grad_accum = steps // world.size
         world.print(f"Set --grad-accum {args.grad_accum} to keep {steps * args.batch_size} images per update.")
+    defaults = make_parser()
     for key, value in vars(args).items():
-        if key not in _NO_EFFECT and not same(options.get(key), value):
-            world.print(f"Resuming with {key} = {value!r}; the checkpoint has {shown(options.get(key))}.")
+        if key not in options:  # written by an earlier version
+            options[key] = defaults.get_default(key)
+        if key not in _NO_EFFECT and not same(options[key], value):
+            world.print(f"Resuming with {key} = {value!r}; the checkpoint has {shown(options[key])}.")
     return path, state
 
 

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from natzoo.classification.data.datasets import check_bad_images
 from natzoo.classification.distributed import World
+from natzoo.classification.sharding import is_sharded
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     loader: DataLoader,
@@ -24,6 +24,8 @@ def evaluate(
     skip_bad_images: bool = False,
     world: World | None = None,
     before_batch: Callable[[], None] = lambda: None,
+    normalize: Callable[[Tensor], Tensor] = lambda x_BCHW: x_BCHW,
+    confusion_KK: Tensor | None = None,
 ) -> dict[str, float]:
     """Compute accuracy and loss over the readable images of all processes. All processes must call it.
 
@@ -35,6 +37,8 @@ def evaluate(
         skip_bad_images: ignore images that cannot be read instead of raising.
         world: the processes.
         before_batch: called before each batch, the same number of times in all processes; may raise.
+        normalize: turns a batch on the device into the input of the model; the default is for normalized batches.
+        confusion_KK: receives the number of images of each class (rows) by predicted class (columns), int64 on the CPU.
 
     Returns:
         top1 and top5 in percent, loss (mean cross entropy) and count (number of images).
@@ -42,7 +46,24 @@ def evaluate(
     Raises:
         ValueError: if an image cannot be read and `skip_bad_images` is off, or if no image can be read.
     """
-    world = world or World()
+    # Sharded weights are gathered into tensors that training uses too.
+    with torch.no_grad() if is_sharded(model) else torch.inference_mode():
+        return _evaluate(
+            model, loader, device, autocast, skip_bad_images, world or World(), before_batch, normalize, confusion_KK
+        )
+
+
+def _evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    skip_bad_images: bool,
+    world: World,
+    before_batch: Callable[[], None],
+    normalize: Callable[[Tensor], Tensor],
+    confusion_KK: Tensor | None,
+) -> dict[str, float]:
     dataset: Any = loader.dataset
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # correct in top 1, correct in top 5, loss, images
@@ -56,16 +77,26 @@ def evaluate(
                 break
             before_batch()
             if batch is None:
+                if is_sharded(model):  # the other processes need its shards
+                    with autocast():
+                        model(normalize(dataset[0][0][None].to(device)))
                 continue
             check_bad_images(dataset, skip_bad_images)
             x_BCHW, target_B = (part.to(device, non_blocking=True) for part in batch)
             target_BT = target_B.reshape(len(target_B), -1)
             is_labeled_B = (target_BT >= 0).any(1)
-            if is_labeled_B.any():
+            if is_labeled_B.any() or is_sharded(model):
                 with autocast():
-                    logits_BK = model(x_BCHW[is_labeled_B])
+                    logits_BK = model(normalize(x_BCHW[is_labeled_B] if is_labeled_B.any() else x_BCHW))
+            if is_labeled_B.any():
                 sums += _batch_sums(logits_BK.float(), target_BT[is_labeled_B])
+                if confusion_KK is not None:
+                    found_B2 = torch.stack([target_BT[is_labeled_B, 0], logits_BK.argmax(1)], 1).cpu()
+                    confusion_KK.index_put_(tuple(found_B2.T), torch.tensor(1), accumulate=True)
             bar.update()
+    if confusion_KK is not None:
+        totals = world.sum(*confusion_KK.flatten().tolist())
+        confusion_KK.copy_(torch.tensor(totals).view_as(confusion_KK))
     top1, top5, loss, count = world.sum(*sums.tolist())
     if count == 0:
         raise ValueError(f"{dataset.source} has no readable image.")

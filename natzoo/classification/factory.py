@@ -8,14 +8,16 @@ import importlib
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 import natzoo  # noqa: F401  registers the models
 from natzoo.checkpoints import DownloadError, load_weights, locate, read_checkpoint, weights_of
@@ -24,11 +26,12 @@ from natzoo.checkpoints.sources import local_files_if_offline
 from natzoo.classification.data.datasets import MODEL_SEED, seed_all
 from natzoo.classification.data.transforms import preprocessing, requested_channels
 from natzoo.classification.distributed import World
+from natzoo.classification.freezing import freeze
 from natzoo.models._layers import Classifier
 from natzoo.schema import shown
 
 # Prefixes of models that timm does not register: on the Hugging Face hub, or in a folder.
-_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 # An nn.Module with attributes of timm's models, such as num_classes, which type checkers do not know.
 TimmModel = Any
 
@@ -40,11 +43,11 @@ def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
         ValueError: if timm does not know the name (the message suggests the closest one), if the weights cannot be
             downloaded, or if the model does not accept the arguments.
     """
-    if not name.startswith(_SOURCES) and not timm.is_model(name):
+    if not name.startswith(SOURCES) and not timm.is_model(name):
         closest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
         raise ValueError(f"--model {name} is unknown; did you mean {closest[0]}?")
     try:
-        with local_files_if_offline() if name.startswith(_SOURCES[:2]) else nullcontext():
+        with local_files_if_offline() if name.startswith(SOURCES[:2]) else nullcontext():
             return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
     except DownloadError:
         raise
@@ -110,7 +113,7 @@ def describe_model(name: str, kwargs: dict[str, Any]) -> str:
 
 
 def create_training_model(
-    args: argparse.Namespace, classes: list[str], world: World
+    args: argparse.Namespace, classes: list[str], world: World, device: torch.device
 ) -> tuple[TimmModel, dict[str, Any]]:
     """Create the model of a run with its initial weights, on the CPU.
 
@@ -118,13 +121,14 @@ def create_training_model(
         args: the options.
         classes: class names in the order of the class numbers.
         world: the processes.
+        device: device of the training.
 
     Returns:
         the model, and the record from which validate.py and predict.py create it again.
 
     Raises:
-        ValueError: if the model cannot be created or does not take the images, the weights do not fit, or
-            --grad-checkpointing is not supported.
+        ValueError: if the model cannot be created or does not take the images, the weights do not fit, or an option
+            does not fit the model or the device.
         FileNotFoundError: if the file of --initial-checkpoint does not exist.
     """
     num_classes = args.num_classes or len(classes)
@@ -139,6 +143,10 @@ def create_training_model(
     model = world.local_main_first(create) if args.pretrained else create()
     config = preprocessing(args, model)
     check_input_size(model, config)
+    if args.img_size_start:
+        if args.img_size_start > min(config["input_size"][1:]):
+            raise ValueError(f"--img-size-start {args.img_size_start} exceeds the size of the images; lower it.")
+        check_input_size(model, {**config, "input_size": [config["input_size"][0], *[args.img_size_start] * 2]})
     if args.initial_checkpoint:
         path = world.local_main_first(lambda: locate(args.initial_checkpoint))
         checkpoint = read_checkpoint(path)
@@ -148,6 +156,11 @@ def create_training_model(
         world.print(f"Initial weights: {args.initial_checkpoint}{f' of the model {name}' if name else ''}")
         for note in load_weights(model, weights_of(checkpoint, path), args.initial_checkpoint, new_classifier=True):
             world.print(f"{args.initial_checkpoint}: {note}")
+    if args.sync_bn:
+        if device.type != "cuda":
+            raise ValueError("--sync-bn requires GPUs, because PyTorch supports it only there; remove it.")
+        model = convert_sync_batchnorm(model)
+    freeze(args, model)
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing()
@@ -163,15 +176,21 @@ def create_training_model(
     return model, record
 
 
-def create_loss(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+def create_loss(args: argparse.Namespace, num_classes: int, dataset: Any = None) -> tuple[Mixup | None, nn.Module]:
     """Create timm's Mixup and the loss that fits its targets.
+
+    Args:
+        args: the options.
+        num_classes: number of classes of the model.
+        dataset: the training dataset, for --class-weights balanced.
 
     Returns:
         Mixup (None if mixup and cutmix are off), and the loss.
 
     Raises:
-        ValueError: if mixup or cutmix is on and the batch size is odd.
+        ValueError: if mixup or cutmix is on and the batch size is odd, or --class-weights does not fit the classes.
     """
+    weights = class_weights(args, num_classes, dataset)
     is_mixed = args.mixup > 0 or args.cutmix > 0
     if is_mixed and args.batch_size % 2:
         raise ValueError(f"--batch-size {args.batch_size} is odd, but mixup pairs images; use an even number.")
@@ -184,12 +203,43 @@ def create_loss(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | Non
         num_classes=num_classes,
     )
     if args.bce_loss:  # without mixup, the loss smooths the labels itself
-        loss = BinaryCrossEntropy(0.0 if is_mixed else args.smoothing, target_threshold=args.bce_target_thresh)
-    elif is_mixed:
+        loss = BinaryCrossEntropy(
+            0.0 if is_mixed else args.smoothing, target_threshold=args.bce_target_thresh, weight=weights
+        )
+    elif is_mixed and weights is None:
         loss = SoftTargetCrossEntropy()
     else:
-        loss = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+        loss = nn.CrossEntropyLoss(weights, label_smoothing=0.0 if is_mixed else args.smoothing)
     return mixup if is_mixed else None, loss
+
+
+def class_weights(args: argparse.Namespace, num_classes: int, dataset: Any) -> Tensor | None:
+    """Return the weights of --class-weights, [classes] in float32; None without the option.
+
+    "balanced" is scikit-learn's: images / (classes * images of the class).
+
+    Raises:
+        ValueError: if their number is not that of the classes, or the dataset cannot count its images per class.
+    """
+    values = args.class_weights
+    if values is None:
+        return None
+    if values == ["balanced"]:
+        labels = getattr(getattr(dataset, "reader", None), "targets", None)
+        if labels is None:
+            raise ValueError("--class-weights balanced requires folders or tar files of images; list the weights.")
+        from sklearn.utils.class_weight import compute_class_weight
+
+        found = np.unique(labels)
+        weights = torch.zeros(num_classes)  # of classes without images
+        balanced = compute_class_weight("balanced", classes=found, y=np.asarray(labels))
+        weights[torch.from_numpy(found)] = torch.from_numpy(balanced).float()
+        return weights
+    if "balanced" in values or len(values) != num_classes:
+        raise ValueError(
+            f"--class-weights has {len(values)} values for {num_classes} classes; use one per class, or balanced."
+        )
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def peak_lr(args: argparse.Namespace, images_per_update: int) -> float:
@@ -291,6 +341,14 @@ def create_scheduler(
             cooldown_epochs=args.cooldown_epochs,
             decay_rate=(1.0 if args.sched == "poly" else 0.1) if rate is None else rate,
             decay_milestones=args.decay_milestones,
+            noise=args.lr_noise,
+            noise_pct=args.lr_noise_pct,
+            noise_std=args.lr_noise_std,
+            noise_seed=args.seed,
+            cycle_mul=args.lr_cycle_mul,
+            cycle_decay=args.lr_cycle_decay,
+            cycle_limit=args.lr_cycle_limit,
+            k_decay=args.lr_k_decay,
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
             **decay,

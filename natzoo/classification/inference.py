@@ -10,8 +10,9 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from natzoo.checkpoints import load_weights, locate, read_checkpoint, record_of, weights_of
+from natzoo.checkpoints import load_weights, locate, locate_config, read_checkpoint, record_of, weights_of
 from natzoo.checkpoints.record import RECORD
+from natzoo.checkpoints.timm_config import read_timm_record
 from natzoo.classification.data.transforms import preprocessing
 from natzoo.classification.factory import TimmModel, check_input_size, create_model, describe_model, input_kwargs
 from natzoo.classification.options import KeyValues, add_input_options, crop_pct, num_classes
@@ -25,7 +26,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="checkpoint of train.py, folder saved by transformers, or weights for --model",
+        help="checkpoint of train.py, folder or hf-hub:OWNER/NAME of timm or transformers, or weights for --model",
     )
     parser.add_argument("--model", metavar="NAME", help="timm model name; not needed with a checkpoint of train.py")
     parser.add_argument(
@@ -92,22 +93,25 @@ def restore(
 
 
 def read_with_record(path: str) -> tuple[dict[str, Any], Path]:
-    """Read a checkpoint; for a folder saved by transformers, add the record of its model from config.json.
+    """Read a checkpoint; for a folder or repository in the form of timm or transformers, add the record of its model.
 
     Returns:
         the checkpoint, and the path of its file.
 
     Raises:
-        ValueError, FileNotFoundError: as raised by `locate` and `read_checkpoint`.
-        ModuleNotFoundError: if the folder requires transformers.
+        ValueError, FileNotFoundError, DownloadError: as raised by `locate`, `locate_config` and `read_checkpoint`.
+        ModuleNotFoundError: if the form requires transformers.
     """
     source = locate(path)
     checkpoint = read_checkpoint(source)
-    if not (Path(path) / "config.json").is_file():
+    config = locate_config(path, source)
+    if config is None:
         return checkpoint, source
-    from natzoo.hf.folders import read_record
+    record = read_timm_record(config)
+    if record is None:
+        from natzoo.hf.folders import read_record
 
-    record = read_record(path)
+        record = read_record(config.parent)
     return checkpoint if record is None else {"state_dict": checkpoint, RECORD: record}, source
 
 

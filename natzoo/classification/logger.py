@@ -1,19 +1,22 @@
-"""The log of a run: averages over an epoch, TensorBoard events and summary.csv."""
+"""The log of a run: averages over an epoch, summary.csv, and trackers: TensorBoard, Weights & Biases or Trackio."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
+import importlib.util
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from natzoo.checkpoints import write_table
+from natzoo.command_line import printable
 
 log = logging.getLogger(__name__)
 
@@ -64,56 +67,143 @@ class EpochMeters:
         return asdict(self)
 
 
+# ----- trackers ------------------------------------------------------------------------------------------------------
+
+
+class TensorBoard:
+    """Writes scalars to the folder tensorboard/ of a run. Resuming from an earlier update drops the later ones."""
+
+    def __init__(self, folder: Path, options: Mapping[str, Any], first_update: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update)
+
+    def log(self, metrics: Mapping[str, float], update: int, is_last_of_epoch: bool) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, update)
+        if is_last_of_epoch:
+            self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class OnlineTracker:
+    """Sends scalars to Weights & Biases, or to Trackio, which has the same interface.
+
+    A run has the name of its folder; a resumed run continues it.
+    """
+
+    package = ""
+
+    def __init__(self, folder: Path, options: Mapping[str, Any], first_update: int):
+        self.module = importlib.import_module(self.package)
+        config = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in options.items()}
+        self.module.init(project="natzoo", name=folder.name, config=config, **self.options(folder, first_update))
+
+    def options(self, folder: Path, first_update: int) -> dict[str, Any]:
+        return {"resume": "allow" if first_update else "never"}
+
+    def log(self, metrics: Mapping[str, float], update: int, is_last_of_epoch: bool) -> None:
+        self.module.log(dict(metrics), step=update)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+class WandB(OnlineTracker):
+    """Weights & Biases; WANDB_MODE=offline keeps the run in its folder."""
+
+    package = "wandb"
+
+    def options(self, folder: Path, first_update: int) -> dict[str, Any]:
+        return {"dir": str(folder), "id": folder.name if first_update else None, "resume": "allow"}
+
+
+class Trackio(OnlineTracker):
+    """Trackio, a dashboard on this machine."""
+
+    package = "trackio"
+
+
+TRACKERS: dict[str, tuple[type, str]] = {
+    "tensorboard": (TensorBoard, "tensorboard"),
+    "wandb": (WandB, "wandb"),
+    "trackio": (Trackio, "trackio"),
+}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError if the package of a tracker is not installed."""
+    for name in names:
+        package = TRACKERS[name][1]
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--log {name} requires the package {package}; install it, or choose another tracker.")
+
+
 class RunLogger:
-    """Writes the metrics of a run to TensorBoard and summary.csv. Resuming from an earlier epoch drops the later rows.
+    """Writes the metrics of a run to summary.csv and to trackers. Resuming from an earlier epoch drops the later rows.
+
+    A tracker that fails is dropped with a warning; it never stops the run.
 
     Args:
         folder: folder of the run.
         first_epoch: number of completed epochs, 0 for a new run.
         first_update: number of completed updates.
+        trackers: names of trackers.
+        options: the options of the run, for the trackers.
     """
 
-    def __init__(self, folder: Path, first_epoch: int = 0, first_update: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        first_epoch: int = 0,
+        first_update: int = 0,
+        trackers: Sequence[str] = ("tensorboard",),
+        options: Mapping[str, Any] | None = None,
+    ):
         self.path = folder / "summary.csv"
         self.rows = [row for row in _read_rows(self.path) if int(row["epoch"]) < first_epoch]
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update)
+        self.trackers: dict[str, Any] = {}
+        for name in trackers:
+            with self._drop_if_it_fails(name):
+                self.trackers[name] = TRACKERS[name][0](folder, options or {}, first_update)
 
     def log_update(self, update: int, **metrics: float) -> None:
-        """Write each metric to TensorBoard, under train/.
-
-        Raises:
-            OSError: if the disk is full.
-        """
-        with self._name_folder_in_errors():
-            for name, value in metrics.items():
-                self.writer.add_scalar(f"train/{name}", value, update)
+        """Send each metric to the trackers, under train/."""
+        named = {f"train/{name}": value for name, value in metrics.items()}
+        self._call(lambda tracker: tracker.log(named, update, is_last_of_epoch=False))
 
     def log_epoch(self, update: int, **metrics: float) -> None:
-        """Write a row of summary.csv, and the metrics of the epoch to TensorBoard.
+        """Write a row of summary.csv, and send the metrics of the epoch to the trackers.
 
         Raises:
-            OSError: if the disk is full.
+            OSError: if summary.csv cannot be written.
         """
         self.rows.append({name: _format(metrics[name]) for name in COLUMNS})
-        with self._name_folder_in_errors():
-            for name in ("val_loss", "top1", "top5"):
-                self.writer.add_scalar(f"val/{name.removeprefix('val_')}", metrics[name], update)
-            self.writer.add_scalar("train/epoch_loss", metrics["train_loss"], update)
-            self.writer.flush()
+        named = {f"val/{name.removeprefix('val_')}": metrics[name] for name in ("val_loss", "top1", "top5")}
+        named["train/epoch_loss"] = metrics["train_loss"]
+        self._call(lambda tracker: tracker.log(named, update, is_last_of_epoch=True))
         write_table(self.path, COLUMNS, self.rows)
 
     def close(self) -> None:
-        """Flush and close. Ignore a full disk, which must not hide the error that ended the run."""
-        with contextlib.suppress(OSError):
-            self.writer.close()
+        """Close the trackers."""
+        self._call(lambda tracker: tracker.close())
+        self.trackers = {}
+
+    def _call(self, function: Callable[[Any], object]) -> None:
+        for name, tracker in list(self.trackers.items()):
+            with self._drop_if_it_fails(name):
+                function(tracker)
 
     @contextlib.contextmanager
-    def _name_folder_in_errors(self) -> Iterator[None]:
+    def _drop_if_it_fails(self, name: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            text = f"{self.writer.log_dir} could not be written ({error.strerror}); the checkpoints are intact."
-            raise OSError(error.errno, text) from error
+        except Exception as error:  # of someone else's package, network or disk
+            self.trackers.pop(name, None)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            tqdm.write(printable(f"Warning: --log {name} failed ({reason}); the run continues without it."))
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -138,6 +138,11 @@ num_classes, workers = Number(int, 1, MAX_CLASSES), Number(int, 0, 128)
 crop_pct = Number(float, 0.1, 1)
 
 
+def class_weight(text: str) -> float | str:
+    """Parse a value of --class-weights: a number, or "balanced"."""
+    return text if text == "balanced" else amount(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all options of train.py; each is also a key of the YAML files, with _ instead of -."""
     parser = command_line.Parser(
@@ -168,6 +173,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="train on N images of noise instead of DATA, to measure speed",
     )
+    group.add_argument(
+        "--aug-repeats",
+        type=Number(int, 1, 100),
+        default=1,
+        metavar="N",
+        help="repeated augmentation: N views per image; an epoch keeps its number of images",
+    )
     group.add_argument("--workers", type=workers, metavar="N", default=WORKERS, help="data-loading workers per GPU")
     group.add_argument("--skip-bad-images", **flag, help="ignore images that cannot be read, instead of stopping")
 
@@ -190,6 +202,31 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--initial-checkpoint", metavar="FILE", help="start from these weights: a file, or the name of published ones"
     )
+    group.add_argument(
+        "--freeze",
+        type=non_negative,
+        metavar="N",
+        help="do not train the patch embedding and the first N stages; 0 freezes the patch embedding only",
+    )
+    group.add_argument("--linear-probe", **flag, help="train only the classifier")
+    group.add_argument("--sync-bn", **flag, help="batch norm over all GPUs, for models that have batch norm")
+
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--teacher", metavar="NAME", help="teacher: timm model name with published weights, or a checkpoint of train.py"
+    )
+    group.add_argument(
+        "--distill", choices=["logit", "feature"], default="logit", help="what the model learns from the teacher"
+    )
+    group.add_argument("--distill-weight", **number, default=1.0, help="weight of the distillation loss")
+    group.add_argument("--task-weight", **number, default=1.0, help="weight of the loss of the labels")
+    group.add_argument(
+        "--distill-temperature",
+        type=Number(float, 0, 100, above=True),
+        metavar="X",
+        default=1.0,
+        help="softmax temperature of the logits",
+    )
 
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", default="adamw", metavar="NAME", help="timm optimizer name")
@@ -203,7 +240,13 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--opt-eps", **share, help="optimizer epsilon (default: from the optimizer)")
     group.add_argument("--opt-betas", **share, nargs="+", help="optimizer betas (default: from the optimizer)")
     group.add_argument("--layer-decay", **share, help="layer-wise learning-rate decay factor")
-    group.add_argument("--clip-grad", **number, default=5.0, help="maximum gradient norm; 0 disables clipping")
+    group.add_argument("--clip-grad", **number, default=5.0, help="limit of --clip-mode; 0 disables clipping")
+    group.add_argument(
+        "--clip-mode",
+        choices=["norm", "value", "agc"],
+        default="norm",
+        help="clip the norm of all gradients, their values, or their norms relative to the weights (AGC)",
+    )
     group.add_argument("--batch-size", type=batch_size, metavar="N", default=128, help="batch size per GPU")
     group.add_argument("--grad-accum", **count, default=1, help="gradient accumulation: batches per update")
     group.add_argument(
@@ -237,8 +280,24 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--decay-rate", **number, help="step and multistep: factor (default: 0.1); poly: power (default: 1)"
     )
+    group.add_argument(
+        "--lr-noise", type=fraction, nargs="+", metavar="X", help="add noise to the rate from X on, or between two X"
+    )
+    group.add_argument("--lr-noise-pct", **share, default=0.67, help="limit of the noise, relative to the rate")
+    group.add_argument("--lr-noise-std", **number, default=1.0, help="standard deviation of the noise")
+    group.add_argument("--lr-cycle-limit", **count, default=1, help="number of cycles of cosine and poly")
+    group.add_argument("--lr-cycle-mul", **number, default=1.0, help="length of a cycle relative to the one before")
+    group.add_argument("--lr-cycle-decay", **share, default=0.1, help="peak of a cycle relative to the one before")
+    group.add_argument("--lr-k-decay", **number, default=1.0, help="k-decay of cosine and poly")
+    group.add_argument("--early-stop", **count, help="stop after N epochs without a better top-1 accuracy")
 
     group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--img-size-start", type=image_size, metavar="PIXELS", help="start with smaller images, which grow to full size"
+    )
+    group.add_argument(
+        "--img-size-epochs", **count, help="epochs until the images have full size (default: 60%% of --epochs)"
+    )
     group.add_argument(
         "--scale",
         type=Number(float, 0, 1, above=True),
@@ -272,6 +331,13 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--mixup-prob", **share, default=1.0, help="probability of mixup or cutmix per batch")
     group.add_argument("--mixup-switch-prob", **share, default=0.5, help="probability of cutmix if both are enabled")
     group.add_argument("--smoothing", **share, default=0.1, help="label smoothing")
+    group.add_argument(
+        "--class-weights",
+        nargs="+",
+        type=class_weight,
+        metavar="W",
+        help="weights of the classes in the loss: balanced, or one number per class in class order",
+    )
     group.add_argument("--bce-loss", **flag, help="binary cross entropy instead of cross entropy")
     group.add_argument("--bce-target-thresh", **share, help="binary cross entropy: threshold that makes targets 0 or 1")
 
@@ -320,7 +386,23 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--grad-checkpointing", **flag, help="recompute activations to save memory")
     group.add_argument("--compile", **flag, help="compile the model with torch.compile")
     group.add_argument(
-        "--log-interval", **count, default=10, help="update TensorBoard and the progress bar every N updates"
+        "--torchcompile",
+        choices=["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+        metavar="MODE",
+        help="compile the model in this mode of torch.compile: default, reduce-overhead, max-autotune, "
+        "max-autotune-no-cudagraphs",
+    )
+    group.add_argument("--fsdp", **flag, help="shard weights and optimizer over the processes (FSDP2)")
+    group.add_argument(
+        "--log",
+        nargs="+",
+        choices=["tensorboard", "wandb", "trackio"],
+        default=["tensorboard"],
+        metavar="TRACKER",
+        help="where the metrics go besides summary.csv: tensorboard, wandb, trackio",
+    )
+    group.add_argument(
+        "--log-interval", **count, default=10, help="update the trackers and the progress bar every N updates"
     )
     return parser
 
@@ -471,8 +553,10 @@ def _convert(action: argparse.Action, value: Any) -> Any:
         return _check_model_kwargs(value)
     if action.nargs in (2, 3, "+"):
         if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
-            raise ValueError(f"it must be a list of {action.nargs if action.nargs != '+' else 'one or more'} numbers")
-        values = [convert(str(item)) for item in value]
+            raise ValueError(f"it must be a list of {action.nargs if action.nargs != '+' else 'one or more'} values")
+        values = [str(item) if convert is None else convert(str(item)) for item in value]
+        if action.choices is not None and not set(values) <= set(action.choices):
+            raise ValueError(f"it must be a list of {', '.join(action.choices)}")
         return action.check(values) if isinstance(action, _Bounds) else values
     if isinstance(value, (list, dict)):
         raise ValueError("it must be a single value")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,8 +15,7 @@ from tqdm import tqdm
 
 from natzoo import command_line
 from natzoo.checkpoints import write_atomically
-from natzoo.classification.data.datasets import read_image
-from natzoo.classification.data.readers import IMAGE_SUFFIXES
+from natzoo.classification.data.pictures import Picture, Pictures
 from natzoo.classification.data.transforms import evaluation_transform, preprocessing
 from natzoo.classification.inference import add_model_options, class_names, requested_model
 from natzoo.classification.options import HelpFormatter, batch_size, positive
@@ -27,30 +24,6 @@ from natzoo.device import explain_memory_errors, pick_device
 
 MAX_GRID_IMAGES = 64
 Prediction = list[tuple[str, float]]  # class name and probability, most likely first
-
-
-def find_images(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Return the given files and all images in the given folders and their subfolders.
-
-    Returns:
-        the images, and a message for each path that is a URL, does not exist or has no images.
-    """
-    found: list[Path] = []
-    errors: list[str] = []
-    for text in paths:
-        path = Path(text)
-        if text.startswith(("http://", "https://")):
-            errors.append(f"{text} is a URL; download the image first.")
-        elif path.is_dir():
-            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            found += images
-            if not images:
-                errors.append(f"{path} has no images.")
-        elif path.is_file():
-            found.append(path)
-        else:
-            errors.append(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}.")
-    return found, errors
 
 
 @torch.inference_mode()
@@ -72,10 +45,10 @@ def predict(
     return [list(zip(c, v, strict=True)) for c, v in zip(classes.tolist(), values.tolist(), strict=True)]
 
 
-def write_json(path: Path, predictions: dict[Path, Prediction]) -> None:
+def write_json(path: Path, predictions: dict[str, Prediction]) -> None:
     """Write {image: [{"class": name, "probability": value}, ...]}, most likely first."""
     content = {
-        str(image): [{"class": name, "probability": round(value, 6)} for name, value in prediction]
+        image: [{"class": name, "probability": round(value, 6)} for name, value in prediction]
         for image, prediction in predictions.items()
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -84,16 +57,16 @@ def write_json(path: Path, predictions: dict[Path, Prediction]) -> None:
     write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
-def write_grid(path: Path, predictions: dict[Path, Prediction], columns: int = 4) -> None:
+def write_grid(path: Path, shown: Sequence[tuple[Picture, Prediction]], columns: int = 4) -> None:
     """Write a PNG that shows each image above its classes and their probabilities as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(columns, len(predictions))
-    rows = math.ceil(len(predictions) / columns)
-    lines = max(map(len, predictions.values()))
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    lines = max(len(prediction) for _, prediction in shown)
     heights = [1.0, 0.12 * lines] * rows
     figure, axes = plt.subplots(
         2 * rows,
@@ -105,11 +78,11 @@ def write_grid(path: Path, predictions: dict[Path, Prediction], columns: int = 4
     )
     for panel in axes.flat:
         panel.axis("off")
-    for number, (image, prediction) in enumerate(predictions.items()):
+    for number, (picture, prediction) in enumerate(shown):
         row, column = divmod(number, columns)
         top, bottom = axes[2 * row, column], axes[2 * row + 1, column]
-        top.imshow(read_image(image))
-        top.set_title(printable(image.name[-28:]), fontsize=7, parse_math=False)
+        top.imshow(picture.image)
+        top.set_title(printable(picture.name.rpartition("/")[2][-28:]), fontsize=7, parse_math=False)
         positions = range(len(prediction))
         bottom.barh(positions, [value for _, value in prediction], color="C0", alpha=0.35)
         for position, (name, value) in enumerate(prediction):
@@ -130,52 +103,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: after all images are processed, if some of them could not be read.
     """
     parser = command_line.Parser(description="Classify images with a trained model.", formatter_class=HelpFormatter)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders, videos or URLs")
     add_model_options(parser)
     parser.add_argument("--topk", type=positive, default=5, metavar="N", help="number of classes to print")
     parser.add_argument("--batch-size", type=batch_size, default=32, metavar="N", help="batch size")
+    parser.add_argument("--every", type=positive, default=1, metavar="N", help="use every N-th frame of a video")
     parser.add_argument(
         "--grid", type=Path, metavar="PNG", help=f"draw the first {MAX_GRID_IMAGES} images with their predictions"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions as JSON")
     args = parser.parse_args(argv)
 
-    paths, errors = find_images(args.images)
-    count = len(paths) + len(errors)
-
-    def report(error: str) -> None:
-        if count > 1:  # a single error is raised at the end
-            tqdm.write(printable(error), file=sys.stderr)
-
-    for error in errors:
-        report(error)
+    pictures = Pictures(args.images, args.every)
     model, record = requested_model(args, pick_device(args.device))
     transform = evaluation_transform(preprocessing(args, model, record))
     names = class_names(record, model.num_classes)
-    predictions: dict[Path, Prediction] = {}
-    for start in tqdm(range(0, len(paths), args.batch_size), desc="Predict", leave=False, disable=None):
-        batch = {}
-        for path in paths[start : start + args.batch_size]:
-            try:
-                batch[path] = read_image(path)
-            except ValueError as error:
-                errors.append(str(error))
-                report(errors[-1])
-        if not batch:
-            continue
+    predictions: dict[str, Prediction] = {}
+    shown: list[tuple[Picture, Prediction]] = []
+    for batch in pictures.batches(args.batch_size):
         with explain_memory_errors("lower --batch-size"):
-            found = predict(model, list(batch.values()), transform, args.topk)
-        for path, classes in zip(batch, found, strict=True):
-            predictions[path] = [(names[number], value) for number, value in classes]
-            line = f"{path}: " + ", ".join(f"{name} {value:.1%}" for name, value in predictions[path])
+            found = predict(model, [picture.image for picture in batch], transform, args.topk)
+        for picture, classes in zip(batch, found, strict=True):
+            prediction = [(names[number], value) for number, value in classes]
+            predictions[picture.name] = prediction
+            if args.grid and len(shown) < MAX_GRID_IMAGES:
+                shown.append((picture, prediction))
+            line = f"{picture.name}: " + ", ".join(f"{name} {value:.1%}" for name, value in prediction)
             tqdm.write(printable(line).replace("\n", "\\n"))
     if args.json:
         write_json(args.json, predictions)
-    if args.grid and predictions:
-        write_grid(args.grid, dict(itertools.islice(predictions.items(), MAX_GRID_IMAGES)))
-    if errors:
-        summary = f"{len(errors)} of {count} images could not be read; see the messages above."
-        raise ValueError(summary if count > 1 else errors[0])
+    if shown:
+        write_grid(args.grid, shown)
+    pictures.raise_errors()
 
 
 if __name__ == "__main__":

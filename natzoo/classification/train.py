@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.models import model_parameters
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from natzoo import command_line
 from natzoo.classification.checkpoints import CheckpointSaver, check_same_run, load_resume_state, lock_run, run_folder
+from natzoo.classification.data.batches import TrainingBatches
 from natzoo.classification.data.datasets import STEP_SEED, check_bad_images, gather_bad_images, seed_all
 from natzoo.classification.data.loader import (
     create_evaluation_loader,
@@ -35,6 +37,7 @@ from natzoo.classification.data.loader import (
     create_validation_dataset,
     iterate_epoch,
 )
+from natzoo.classification.distillation import create_distillation, load_projection
 from natzoo.classification.distributed import World, init_world, kernel_fingerprint
 from natzoo.classification.evaluation import check_classes, evaluate
 from natzoo.classification.factory import (
@@ -45,8 +48,10 @@ from natzoo.classification.factory import (
     describe_model,
     peak_lr,
 )
-from natzoo.classification.logger import EpochMeters, RunLogger
+from natzoo.classification.freezing import train_mode
+from natzoo.classification.logger import EpochMeters, RunLogger, check_trackers
 from natzoo.classification.options import parse
+from natzoo.classification.sharding import check_sharding, load_weights, shard, shard_optimizer_state, whole
 from natzoo.classification.signals import Interrupted, SignalHandler
 from natzoo.classification.state import check_tensors, load_optimizer
 from natzoo.device import (
@@ -74,6 +79,7 @@ class Trainer:
         skipped: number of updates skipped in a row.
         best: best top-1 accuracy in percent.
         best_epoch: epoch of the best accuracy, counted from 1.
+        first_epoch: number of completed epochs at the start.
 
     Raises:
         ValueError, FileNotFoundError: naming the option or file that is wrong.
@@ -89,6 +95,8 @@ class Trainer:
         self.world.check_same(remedy, **kernel_fingerprint(self.device))
         self.autocast = autocast_context(args.amp, self.device)
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        check_sharding(args, self.world)
+        check_trackers(args.log)
         self.folder = run_folder(args)
         self.checkpoints = CheckpointSaver(self.folder, args.keep_last, self.world)
         resumed = load_resume_state(args, self.world)
@@ -99,8 +107,16 @@ class Trainer:
             raise ValueError(
                 f"--grad-accum {args.grad_accum} exceeds the {len(self.train_loader)} batches of an epoch; lower it."
             )
-        self.mixup, self.criterion = create_loss(args, self.record["num_classes"])
-        self.optimizer = create_optimizer(args, self.model, self.images_per_update)
+        self.mixup, self.criterion = create_loss(args, self.record["num_classes"], self.train_dataset)
+        self.criterion.to(self.device)
+        self.task = None
+        if args.teacher:
+            self.task = create_distillation(args, self.model, self.criterion, self.record, self.world, self.device)
+        # What the optimizer trains: the model, and the projection of feature distillation.
+        self.trained: nn.Module = self.model if self.task is None else self.task.trainable_module
+        if args.fsdp:
+            shard(self.model, self.world, self.device)
+        self.optimizer = create_optimizer(args, self.trained, self.images_per_update)
         self.scheduler, self.epochs = create_scheduler(args, self.optimizer, self.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay) if args.model_ema else None
@@ -109,16 +125,28 @@ class Trainer:
         self.best, self.best_epoch = -math.inf, 0
         if resumed is not None:
             self.load_state(*resumed)
+        self.first_epoch = self.epoch
         self.check_same_everywhere()
-        self.parallel: Any = self.world.data_parallel(self.model, self.device)
-        self.forward = torch.compile(self.parallel) if args.compile else self.parallel
+        self.parallel: Any = self.trained if args.fsdp else self.world.data_parallel(self.trained, self.device)
+        compiled = args.compile or args.torchcompile
+        self.forward = torch.compile(self.parallel, mode=args.torchcompile) if compiled else self.parallel
+        if self.task is not None:
+            self.task.trainable_module = self.forward
         command_line.create_folder(self.folder, "--work-dir")
-        self.log = RunLogger(self.folder, self.epoch, self.total_updates) if self.world.is_main_process else None
+        self.log = None
+        if self.world.is_main_process:
+            self.log = RunLogger(self.folder, self.epoch, self.total_updates, args.log, vars(args))
 
     @property
     def total_updates(self) -> int:
         """Number of completed updates of the run."""
         return self.epoch * self.updates_per_epoch + self.update
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the accuracy has not improved for as long as --early-stop allows."""
+        since = self.best_epoch or self.first_epoch
+        return bool(self.args.early_stop) and self.epoch - since >= self.args.early_stop
 
     @property
     def progress(self) -> str:
@@ -132,14 +160,16 @@ class Trainer:
         """Create the datasets, the loaders, and the model, whose number of classes depends on the data."""
         args = self.args
         self.train_dataset = create_training_dataset(args, self.world)
-        self.model, self.record = create_training_model(args, self.train_dataset.classes, self.world)
-        self.model.to(device=self.device, memory_format=self.memory_format)
+        self.model, self.record = create_training_model(args, self.train_dataset.classes, self.world, self.device)
+        # A sharded model moves to the device after it is sharded: it may not fit whole.
+        self.model.to(device="cpu" if args.fsdp else self.device, memory_format=self.memory_format)
         check_classes(self.train_dataset, self.model.num_classes, matched_by_name=True)
         config, pin_memory = self.record["preprocessing"], self.device.type == "cuda"
         self.train_loader = create_training_loader(args, self.train_dataset, config, self.world, pin_memory)
         val_dataset = create_validation_dataset(args, self.train_dataset.classes, config, self.world)
         batch_size = args.val_batch_size or args.batch_size
         self.val_loader = create_evaluation_loader(val_dataset, batch_size, args.workers, pin_memory, self.world)
+        self.prepare = TrainingBatches(args, config, self.device)
 
     def check_same_everywhere(self) -> None:
         """Raise ValueError if the processes differ in progress, data or options; each has read its own disk."""
@@ -171,7 +201,7 @@ class Trainer:
     def weights(self) -> dict[str, Any]:
         """Return the content of best.pth: weights, and the record from which the model can be created."""
         return {
-            "model": self.model.state_dict(),
+            "model": whole(self.model.state_dict(), self.world.is_main_process),
             "model_ema": None if self.ema is None else self.ema.module.state_dict(),
             "record": self.record,
             "epoch": self.epoch,
@@ -188,12 +218,14 @@ class Trainer:
             "update": self.update,
             "totals": self.meters.state_dict(),
             "skipped": self.skipped,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict(), self.world.is_main_process),
             "scaler": self.scaler.state_dict(),
             "options": vars(self.args),
             "processes": self.world.size,
             "images": {**self.train_dataset.resume_key(), **self.digests()},
         }
+        if self.task is not None and self.task.get_task_state():
+            progress["distillation"] = self.task.get_task_state()  # the projection of features
         return {**self.weights(), **progress}
 
     def digests(self) -> dict[str, str]:
@@ -216,10 +248,12 @@ class Trainer:
         )
         if state["update"] > self.updates_per_epoch:
             raise ValueError(f"{path} has update = {state['update']}; an epoch has {self.updates_per_epoch} updates.")
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"])
+        if self.task is not None:
+            load_projection(self.task, state, path)
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model_ema"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        load_optimizer(self.optimizer, shard_optimizer_state(self.optimizer, state["optimizer"]))
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.update, self.skipped = state["epoch"], state["update"], state["skipped"]
         self.meters = EpochMeters(**state["totals"])
@@ -248,7 +282,7 @@ class Trainer:
         self.bar = tqdm(total=total, initial=done, unit="update", disable=disable, dynamic_ncols=True)
         start = time.perf_counter()
         try:
-            while self.epoch < self.epochs:
+            while self.epoch < self.epochs and not self.has_stalled:
                 metrics = self.train_epoch()
                 result = self.evaluate()
                 self.finish_epoch(metrics, result)
@@ -271,13 +305,15 @@ class Trainer:
             if bad:
                 count = f"{len(bad)} unreadable images in {dataset.source} were {action}:"
                 self.world.print("\n  ".join([count, *bad]))
+        if self.has_stalled and self.epoch < self.epochs:
+            self.world.print(f"Stopped early: no better top-1 in {self.args.early_stop} epochs.")
         if self.best_epoch:
             self.world.print(f"Best top-1 {self.best:.2f}% (epoch {self.best_epoch}): {self.checkpoints.best}")
         return self.best
 
     def train_epoch(self) -> dict[str, float]:
         """Train for the rest of the epoch and return its metrics. The last incomplete update is dropped."""
-        self.model.train()
+        train_mode(self.model)
         self.bar.set_description(f"Epoch {self.epoch + 1}/{self.epochs}")
         previous = time.perf_counter()
         batches = self.batches() if self.update < self.updates_per_epoch else iter(())
@@ -316,7 +352,11 @@ class Trainer:
         losses = []
         for part in range(self.args.grad_accum):
             is_last = part == self.args.grad_accum - 1
-            context = contextlib.nullcontext if is_last or self.world.size == 1 else self.parallel.no_sync
+            context = contextlib.nullcontext
+            if self.args.fsdp:
+                self.parallel.set_requires_gradient_sync(is_last)
+            elif self.world.size > 1 and not is_last:
+                context = self.parallel.no_sync
             step = (self.update * self.args.grad_accum + part) * self.world.size + self.world.rank
             with context():
                 losses.append(self.backward(*next(batches), step=step))
@@ -327,12 +367,16 @@ class Trainer:
         """Add the gradient of a batch and return its loss. Random numbers depend on `step`, the batch in the epoch."""
         check_bad_images(self.train_dataset, self.args.skip_bad_images)
         seed_all(self.args.seed, self.epoch, step, STEP_SEED)
-        x_BCHW = x_BCHW.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        x_BCHW = self.prepare(x_BCHW.to(self.device, non_blocking=True), self.epoch)
+        x_BCHW = x_BCHW.contiguous(memory_format=self.memory_format)
         target_B = target_B.to(self.device, non_blocking=True)
         if self.mixup is not None:
             x_BCHW, target_B = self.mixup(x_BCHW, target_B)
         with self.autocast():
-            loss = self.criterion(self.forward(x_BCHW), target_B)
+            if self.task is None:
+                loss = self.criterion(self.forward(x_BCHW), target_B)
+            else:
+                loss = self.task(x_BCHW, target_B)["loss"]
         self.scaler.scale(loss / self.args.grad_accum).backward()
         return loss.detach()
 
@@ -343,7 +387,7 @@ class Trainer:
         A gradient that overflows the loss scale of fp16 does not count; the scale is lowered instead.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad or math.inf).item()
+        norm = self.clip_gradients()
         is_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if math.isfinite(loss) and (math.isfinite(norm) or is_overflow):
             self.skipped = 0
@@ -354,6 +398,17 @@ class Trainer:
             self.check_skipped(loss, norm)
         self.scaler.update()
         self.optimizer.zero_grad()
+        return norm
+
+    def clip_gradients(self) -> float:
+        """Clip the gradients as --clip-mode says, and return their norm before clipping."""
+        limit, is_norm = self.args.clip_grad, self.args.clip_mode == "norm"
+        found = nn.utils.clip_grad_norm_(self.trained.parameters(), limit if limit and is_norm else math.inf)
+        norm = whole(found, keep=True).item()
+        if limit and not is_norm and math.isfinite(norm):
+            # Adaptive clipping excludes the classifier, as in timm.
+            parameters = model_parameters(self.trained, exclude_head=self.args.clip_mode == "agc")
+            dispatch_clip_grad(parameters, limit, mode=self.args.clip_mode)
         return norm
 
     def check_skipped(self, loss: float, norm: float) -> None:
@@ -375,7 +430,7 @@ class Trainer:
         return f"The last good checkpoint is {last}" if last.exists() else "No checkpoint was saved"
 
     def log_update(self, update: int, loss: float, norm: float) -> None:
-        """Show the metrics of the last update on the progress bar, and write them to TensorBoard."""
+        """Show the metrics of the last update on the progress bar, and send them to the trackers."""
         lr, rate = self.learning_rate(), self.images_per_second()
         self.bar.set_postfix({"loss": f"{loss:.3f}", "lr": f"{lr:.2e}", "img/s": f"{rate:.1f}"})
         if self.log is not None:
@@ -395,6 +450,7 @@ class Trainer:
             skip_bad_images=self.args.skip_bad_images,
             world=self.world,
             before_batch=self.raise_if_signalled,
+            normalize=self.prepare.normalize,
         )
         if not math.isfinite(result["loss"]):
             raise ValueError(
@@ -434,7 +490,8 @@ class Trainer:
     def save_and_stop(self) -> None:
         """Save between two updates, unless the weights are not finite, and raise Interrupted."""
         last = self.checkpoints.last
-        if all(value.isfinite().all() for value in self.model.state_dict().values()):
+        weights = whole(self.model.state_dict(), keep=True)
+        if all(value.isfinite().all() for value in weights.values()):
             self.checkpoints.save_last(self.state())
             outcome = f"Saved {last}; continue with --resume."
         else:
@@ -455,10 +512,12 @@ class Trainer:
     def describe(self) -> str:
         """Return the lines printed at the start of a run."""
         parameters = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        frozen = f", {trained / 1e6:.2f}M trained" if trained < parameters else ""
         dataset, world, args = self.train_dataset, self.world, self.args
         return (
             f"Device: {describe_device(self.device, args.amp)}\n"
-            f"Model: {describe_model(args.model, args.model_kwargs)}, {parameters / 1e6:.2f}M parameters\n"
+            f"Model: {describe_model(args.model, args.model_kwargs)}, {parameters / 1e6:.2f}M parameters{frozen}\n"
             f"Data: {dataset.resume_key()['number of training images']} training images, "
             f"{len(dataset.classes)} classes\n"
             f"Batch: {self.images_per_update} images per update (nodes {world.nodes} x processes {world.local_size} "

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from natzoo import command_line
-from natzoo.checkpoints import DownloadError, write_table, zoo_entries
+from natzoo.checkpoints import DownloadError, write_atomically, write_table, zoo_entries
+from natzoo.classification.confusion import draw_confusion, write_per_class
+from natzoo.classification.data.batches import Normalize
 from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset, gather_bad_images
 from natzoo.classification.data.loader import create_evaluation_loader, create_validation_dataset, uses_shards
 from natzoo.classification.data.readers import read_class_map
@@ -22,7 +24,16 @@ from natzoo.classification.data.transforms import preprocessing
 from natzoo.classification.distributed import World, init_world
 from natzoo.classification.evaluation import FlipTTA, check_classes, evaluate
 from natzoo.classification.factory import describe_model
-from natzoo.classification.inference import add_model_options, requested_model
+from natzoo.classification.imagenet_sets import (
+    CORRUPTION_COLUMNS,
+    SET_COLUMNS,
+    SETS,
+    add_differences,
+    evaluate_set,
+    markdown_table,
+    parse_set,
+)
+from natzoo.classification.inference import add_model_options, class_names, requested_model
 from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, batch_size, workers
 from natzoo.classification.signals import Interrupted, SignalHandler
 from natzoo.device import (
@@ -54,6 +65,21 @@ def make_parser() -> argparse.ArgumentParser:
         help="evaluate all published models whose name matches, such as 'nat_*'",
     )
     parser.add_argument("--results-file", type=Path, metavar="CSV", help="write a table with one row per model")
+    parser.add_argument("--per-class", type=Path, metavar="CSV", help="write accuracy and precision of each class")
+    parser.add_argument("--confusion", type=Path, metavar="PNG", help="draw the confusion matrix")
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        type=imagenet_set,
+        metavar="NAME=FOLDER",
+        help=f"instead of DATA: test sets of ImageNet models ({', '.join(SETS)}; short: v2, a, r, real, c)",
+    )
+    parser.add_argument(
+        "--results-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="with --sets: write results-NAME.csv as timm does, and table.md for a model card",
+    )
     add_dataset_options(parser)
     parser.add_argument("--val-split", default="val", metavar="NAME", help="name of the validation split")
     parser.add_argument("--class-map", metavar="FILE", help="text file with one class name per line, in class order")
@@ -79,6 +105,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(synthetic=None, seed=0)  # options of train.py that the data loader reads
     return parser
+
+
+def imagenet_set(text: str) -> tuple[str, Path]:
+    """Parse an argument of --sets."""
+    try:
+        return parse_set(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def chosen_models(patterns: list[str]) -> list[str]:
@@ -147,6 +181,9 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     name = args.model or record["model"]
+    confusion_KK = None
+    if args.per_class or args.confusion:
+        confusion_KK = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64)
     evaluated: nn.Module = FlipTTA(model) if args.tta == "flip" else model
     result = evaluate(
         evaluated,
@@ -156,7 +193,15 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
         skip_bad_images=args.skip_bad_images,
         world=world,
         before_batch=functools.partial(world.raise_if_signalled, signals),
+        normalize=Normalize(config, device),
+        confusion_KK=confusion_KK,
     )
+    if confusion_KK is not None and world.is_main_process:
+        names = class_names(record, model.num_classes)
+        if args.per_class:
+            write_per_class(args.per_class, names, confusion_KK.numpy())
+        if args.confusion:
+            draw_confusion(args.confusion, names, confusion_KK.numpy())
     bad = gather_bad_images(dataset, world)
     is_comparable = (
         args.real_labels is None and args.tta == "none" and config == preprocessing(argparse.Namespace(), model)
@@ -172,6 +217,56 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
         + "\n  ".join([f"\n{len(bad)} unreadable images were ignored:", *bad] if bad else ())
     )
     return {**result, "row": row}
+
+
+def validate_sets(
+    args: argparse.Namespace, rows: dict[str, list[dict[str, Any]]], world: World, signals: SignalHandler
+) -> dict[str, Any]:
+    """Evaluate the requested model on all sets of --sets and append a row to the rows of each.
+
+    Returns:
+        what `evaluate` returns for the last set.
+
+    Raises:
+        Interrupted: if any of the processes received a signal.
+    """
+    device = pick_device(args.device)
+    enable_tf32(device)
+    model, record = load_everywhere(args, device, world)
+    config = preprocessing(args, model, record)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    name = args.model or record["model"]
+    result: dict[str, Any] = {}
+    for set_name, folder in args.sets:
+        result = evaluate_set(
+            set_name,
+            folder,
+            model,
+            record["classes"],
+            config,
+            args,
+            device,
+            world,
+            before_batch=functools.partial(world.raise_if_signalled, signals),
+        )
+        extra = {key: round(result[key], 3) for key in CORRUPTION_COLUMNS if key in result and key not in COLUMNS}
+        rows[set_name].append({**_make_row(name, model, config, result, is_published=False), **extra})
+    return result
+
+
+def _report_sets(folder: Path | None, rows: dict[str, list[dict[str, Any]]], world: World) -> None:
+    """Print the accuracies on all sets, and write them into the folder of --results-dir."""
+    table = markdown_table(rows)
+    world.print(table.rstrip())
+    if folder is None or not world.is_main_process:
+        return
+    command_line.create_folder(folder, "--results-dir")
+    for name, complete in add_differences(rows).items():
+        columns = CORRUPTION_COLUMNS if name == "imagenet-c" else SET_COLUMNS if SETS[name].base else SET_COLUMNS[:9]
+        table_rows = ({column: row[column] for column in columns} for row in complete)
+        write_table(folder / f"results-{name}.csv", columns, table_rows)
+    write_atomically(folder / "table.md", lambda file: file.write(table.encode()))
 
 
 def _make_row(
@@ -202,13 +297,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = make_parser().parse_args(argv)
     if args.models and (args.model or args.checkpoint or not args.pretrained):
         raise ValueError("--models requires --pretrained, and cannot be combined with --model or --checkpoint.")
+    if (args.models or args.sets) and (args.per_class or args.confusion):
+        raise ValueError("--per-class and --confusion describe one model on DATA; remove --models and --sets.")
+    if args.sets and (args.data or args.real_labels is not None or args.class_map or args.results_file):
+        raise ValueError("--sets replaces DATA, --real-labels, --class-map and --results-file; use --results-dir.")
+    if args.results_dir and not args.sets:
+        raise ValueError("--results-dir requires --sets; use --results-file for other data.")
     with SignalHandler() as signals, init_world(args.device, signals) as (world, args.device):
-        rows, failed = [], []
-        for name in chosen_models(args.models) if args.models else [args.model]:
+        rows: list[dict[str, Any]] = []
+        result: dict[str, Any] = {}
+        failed: list[str] = []
+        of_sets: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in args.sets or ()}
+        names = chosen_models(args.models) if args.models else [args.model]
+        for name in names:
             args.model = name
             try:
                 with explain_memory_errors("lower --batch-size, or use --amp bf16"):
-                    result = validate(args, world, signals)
+                    if args.sets:
+                        result = validate_sets(args, of_sets, world, signals)
+                    else:
+                        result = validate(args, world, signals)
             except DownloadError as error:  # continue; the next model may be in the cache
                 if not args.models:
                     raise
@@ -218,14 +326,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             except Interrupted:
                 world.print(f"Stopped by {signals.name}.")
                 sys.exit(signals.exit_status)
+            if args.sets:
+                _report_sets(args.results_dir, of_sets, world)
+                continue
             rows.append(result.pop("row"))
             if args.results_file and world.is_main_process:
                 command_line.create_folder(args.results_file.parent, "--results-file")
                 write_table(args.results_file, COLUMNS, rows)
         if failed:
-            raise ValueError(
-                f"{', '.join(failed)} could not be downloaded ({len(failed)} of {len(failed) + len(rows)} models)."
-            )
+            raise ValueError(f"{', '.join(failed)} could not be downloaded ({len(failed)} of {len(names)} models).")
     return result
 
 

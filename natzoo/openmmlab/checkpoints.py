@@ -46,7 +46,7 @@ _OPTIMIZER_RULES = {
     "state": Rule("a dictionary of dictionaries", lambda value: isinstance(value, dict) and _are_dicts(value)),
     "param_groups": sequence(_IS_GROUP, 1),
 }
-_PATH_KEY = "file"  # passes the path from load_checkpoint to PlainCheckpointHook
+PATH_KEY = "file"  # passes the path from load_checkpoint to PlainCheckpointHook
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def load_checkpoint(name: str, map_location: Any = None, **kwargs: Any) -> dict[
     if "state_dict" not in checkpoint:
         checkpoint = {"state_dict": weights_of(checkpoint, path)}
     checkpoint.setdefault("meta", {})  # mmseg requires it
-    checkpoint[_PATH_KEY] = str(path)
+    checkpoint[PATH_KEY] = str(path)
     return checkpoint
 
 
@@ -193,7 +193,7 @@ class PlainCheckpointHook(Hook):
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        path = checkpoint.pop(_PATH_KEY, "the checkpoint")
+        path = checkpoint.pop(PATH_KEY, "the checkpoint")
         if not mapping().holds(checkpoint["state_dict"]):
             raise ValueError(f"{path} has no weights in its state_dict, but {shown(checkpoint['state_dict'])}.")
         if runner.cfg.get("resume"):

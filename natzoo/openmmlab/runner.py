@@ -65,6 +65,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of this run (default: work_dir of the config, else output/<config name>)",
     )
+    add_config_options(parser)
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add --cfg-options, which overrides settings of the config."""
     parser.add_argument(
         "--cfg-options",
         nargs="+",

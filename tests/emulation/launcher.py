@@ -27,7 +27,7 @@ from unittest import mock
 
 from natten.backends import cuda
 from natten.backends.cpu.compiler import find_compilers
-from natten.backends.cuda import driver, nvrtc
+from natten.backends.cuda import driver, first_use, nvrtc
 
 FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-fPIC", "-w", "-fvisibility=hidden", "-fno-strict-aliasing")
@@ -216,13 +216,23 @@ def emulated_gpu(
     shared_bytes: int | None = None,
     processors: int = 132,
     counts: bool = False,
+    has_self_check: bool = False,
 ) -> Iterator[Emulator]:
     """Let backend="cuda" accept CPU tensors, as if they were on a GPU with these properties.
 
-    If `counts`, `Emulator.accesses` lists the accesses to shared memory.
+    Args:
+        counts: whether `Emulator.accesses` lists the accesses to shared memory.
+        has_self_check: whether kernels are checked on first use, as on a GPU.
     """
     emulator = Emulator(seed, counts)
     with (
+        contextlib.nullcontext()
+        if has_self_check
+        else mock.patch.object(first_use, "refusal", lambda *arguments: None),
+        mock.patch.object(driver, "synchronize", lambda device: None),
+        mock.patch.object(driver, "is_capturing", lambda: False),
+        mock.patch.object(driver, "version", lambda: 13000),
+        mock.patch.object(driver, "device_name", lambda device: "emulated GPU"),
         mock.patch.object(cuda, "unsupported_reason", lambda query: None),
         mock.patch.object(cuda, "_properties", lambda device: gpu_properties(capability, shared_bytes, processors)),
         mock.patch.object(driver, "launch", emulator.launch),

@@ -11,11 +11,11 @@ from __future__ import annotations
 import faulthandler
 import signal
 import threading
+import warnings
 
 import pytest
 import torch
-
-from gpu.problems import CUDA, REHEARSAL, Machine
+from gpu_checks.problems import CUDA, REHEARSAL, Machine
 
 LIMIT_S = 35  # of a test without the marker `limit`
 GRACE_S = 30
@@ -42,7 +42,9 @@ def time_limit(request):
     signal.alarm(seconds)
     faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "natten falls back")  # the reference must not replace a kernel unnoticed
+            yield
         torch.cuda.synchronize()
     finally:
         faulthandler.cancel_dump_traceback_later()

@@ -1,9 +1,9 @@
 // Runs a compiled library of the CPU kernels on recorded problems and compares the results, without Python or PyTorch.
 //
-//   harness PROBLEMS [LIBRARY...] KERNELS
+//   harness PROBLEMS [OPENMP] KERNELS
 //
-// PROBLEMS is written by recorder.py, which describes its format. KERNELS is the library to test; the libraries before it,
-// such as an OpenMP runtime, are loaded first. All paths must be as the system's loader expects them.
+// PROBLEMS is written by recorder.py, which describes its format. KERNELS is the library to test, and OPENMP the runtime
+// whose threads it uses instead of its own. All paths must be as the system's loader expects them.
 //
 // Inputs are laid out with the recorded strides between NaNs, and outputs are NaN before a call. After it, outputs must be
 // within their tolerances, nothing else may have changed, and a call on several threads must give the same bits again.
@@ -253,6 +253,15 @@ class Library {
     if (!function) throw std::runtime_error("the library does not export natten_" + op);
     return reinterpret_cast<Kernel>(function);
   }
+
+  void use_openmp(const Library& runtime) const {
+    using Function = void (*)(void*, void*, void*, void*);
+    void *parallel = runtime.find("GOMP_parallel"), *fork = runtime.find("__kmpc_fork_call");
+    if (!parallel && !fork) throw std::runtime_error("the OpenMP runtime has no function that starts threads");
+    if (void* function = find("natten_use_openmp"))
+      reinterpret_cast<Function>(function)(parallel, fork, runtime.find("__kmpc_push_num_threads"),
+                                           runtime.find("__kmpc_global_thread_num"));
+  }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -396,13 +405,14 @@ int run_all(const char* problems, const Library& library) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count < 3) {
-    std::fprintf(stderr, "usage: %s PROBLEMS [LIBRARY...] KERNELS\n", arguments[0]);
+  if (count < 3 || count > 4) {
+    std::fprintf(stderr, "usage: %s PROBLEMS [OPENMP] KERNELS\n", arguments[0]);
     return 2;
   }
   try {
-    for (int i = 2; i + 1 < count; ++i) Library preloaded(arguments[i]);  // stays loaded
-    return run_all(arguments[1], Library(arguments[count - 1]));
+    const Library kernels(arguments[count - 1]);
+    if (count == 4) kernels.use_openmp(Library(arguments[2]));
+    return run_all(arguments[1], kernels);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
     return 2;

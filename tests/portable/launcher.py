@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from natten.backends.cpu import build
-from natten.backends.cpu.compiler import Compiler, find_compilers, share_openmp
+from natten.backends.cpu.compiler import Compiler, find_compilers, query
+from natten.backends.cpu.openmp import find_runtime
 
 FOLDER = Path(__file__).parent
 HARNESS, FAULTS = FOLDER / "harness.cpp", FOLDER / "faults.cpp"
@@ -27,12 +29,14 @@ class Target(NamedTuple):
     Attributes:
         compiler: compiles for it.
         emulator: the command that runs its programs; empty for this machine.
-        openmp: the OpenMP runtime for its compiler, as its loader finds it.
+        openmp: an OpenMP runtime, as its loader finds it; empty if it has none.
+        linking: what programs are linked with.
     """
 
     compiler: Compiler
     emulator: tuple[str, ...]
     openmp: tuple[str, ...]
+    linking: tuple[str, ...] = ("-ldl",)
 
     def compile(self, source: Path, out: Path, *flags: str) -> None:
         """Compile one file that includes plan.h.
@@ -41,7 +45,7 @@ class Target(NamedTuple):
             AssertionError: if the compiler fails, with its messages.
         """
         command = [*self.compiler.command, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{build.SOURCES}"]
-        done = subprocess.run([*command, *flags, source, "-o", out, "-ldl"], capture_output=True, text=True)
+        done = subprocess.run([*command, *flags, source, "-o", out, *self.linking], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
 
     def run(
@@ -49,6 +53,7 @@ class Target(NamedTuple):
     ) -> Outcome:
         """Run the harness; see harness.cpp for the arguments."""
         command = [*self.emulator, harness, problems, *self.openmp, *libraries]
+        environment = {"WINEDEBUG": "-all", **(os.environ if environment is None else environment)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -86,8 +91,8 @@ def native() -> Target:
     compilers = find_compilers()
     if not compilers:
         raise MissingTool("no C++ compiler found; install g++")
-    runtime = share_openmp()
-    return Target(compilers[0], (), (runtime._name,) if runtime else ())
+    runtime = find_runtime()
+    return Target(compilers[0], (), (str(runtime.path),) if runtime else ())
 
 
 @functools.cache
@@ -99,12 +104,23 @@ def arm64() -> Target:
     """
     compiler = _find("aarch64-linux-gnu-g++", install="g++-aarch64-linux-gnu")
     emulator = _find("qemu-aarch64-static", "qemu-aarch64", install="qemu-user-static")
-    version, libc = (
-        subprocess.run([compiler, option], check=True, capture_output=True, text=True).stdout.strip()
-        for option in ("--version", "-print-file-name=libc.so.6")
-    )
+    command = [compiler, "-print-file-name=libc.so.6"]
+    libc = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     root = str(Path(libc).resolve().parents[1])
-    return Target(Compiler((compiler,), version), (emulator, "-L", root), ("libgomp.so.1",))
+    return Target(query([compiler]), (emulator, "-L", root), ("libgomp.so.1",))
+
+
+@functools.cache
+def windows() -> Target:
+    """Return an emulated Windows. Its OpenMP runtime is the DLL that NATTEN_TEST_OPENMP_DLL names, if it is set.
+
+    Raises:
+        MissingTool: if the cross compiler or the emulator is not installed.
+    """
+    compiler = _find("x86_64-w64-mingw32-g++-posix", "x86_64-w64-mingw32-g++", install="mingw-w64")
+    emulator = _find("wine", "wine64", install="wine")
+    openmp = os.environ.get("NATTEN_TEST_OPENMP_DLL")
+    return Target(query([compiler]), (emulator,), (openmp,) if openmp else (), ("-static",))
 
 
 def _find(*names: str, install: str) -> str:

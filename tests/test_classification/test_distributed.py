@@ -100,6 +100,30 @@ def test_two_processes_equal_one_with_accumulation(launch, config, data, tmp_pat
     assert scores[0] == pytest.approx(scores[1])
 
 
+@pytest.mark.slow
+def test_sharded_processes_equal_replicated_ones(launch, config, data, tmp_path):
+    """FSDP2 and DDP, with accumulation and an uneven validation set; one process resumes the sharded run."""
+    more = ("--epochs", 2, "--grad-accum", 2, "--val-batch-size", 13)
+    for name, option in (("ddp", ()), ("fsdp", ("--fsdp",))):
+        run = launch(2, "--experiment", name, *more, *option)
+        output, _ = run.communicate(timeout=900)
+        assert run.returncode == 0, output
+    folders = [tmp_path / "output" / name for name in ("ddp", "fsdp")]
+    expected, found = map(losses, folders)
+    assert len(found) == len(expected) == 8
+    assert max(abs(found[step] - expected[step]) for step in found) < 1e-5
+    states = [read_checkpoint(folder / "last.pth") for folder in folders]
+    assert states[0]["best"] == states[1]["best"]
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(states[1][part], states[0][part], rtol=0, atol=1e-4)
+    run = launch(2, "--experiment", "fsdp", *more, "--fsdp", "--resume", "--epochs", 3)
+    output, _ = run.communicate(timeout=900)
+    assert run.returncode == 0, output
+    train.main([str(data), "-c", str(config), "--experiment", "ddp", "--resume", "--epochs", "3"])
+    for step in range(8, 12):
+        assert losses(folders[1])[step] == pytest.approx(losses(folders[0])[step], abs=1e-5)
+
+
 class Terminal:
     """A pseudo-terminal of 120 columns whose output is read by a thread."""
 

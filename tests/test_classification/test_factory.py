@@ -65,7 +65,7 @@ def test_channels_last(trainer):
 def test_compiled_and_checkpointed_gradients_are_the_same(trainer, monkeypatch):
     calls = []
 
-    def compiled(model):
+    def compiled(model, mode=None):
         calls.append(model)
         return original(model)
 

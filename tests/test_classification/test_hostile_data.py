@@ -12,8 +12,9 @@ from mutations import limited
 from PIL import Image
 from tar_files import tar_bytes
 
-from natzoo.classification import predict, train
+from natzoo.classification import train
 from natzoo.classification.data.datasets import ImageDataset, RealLabelsDataset, ShardDataset, read_image
+from natzoo.classification.data.pictures import Pictures
 from natzoo.classification.data.readers import FolderReader, HubReader, TarReader, read_class_map, read_shards
 from natzoo.classification.data.transforms import evaluation_transform
 from natzoo.classification.distributed import World
@@ -250,8 +251,8 @@ def test_fifos_are_not_read(data, tmp_path, capsys):
             TarReader(tmp_path / "x.tar")
         with pytest.raises(FileNotFoundError, match=r"classes\.txt"):
             read_class_map(str(tmp_path / "classes.txt"))
-        paths, errors = predict.find_images([str(tmp_path / "x.tar")])
-    assert not paths and "x.tar" in errors[0]
+        pictures = Pictures([str(tmp_path / "x.tar")])
+    assert not list(pictures) and "x.tar" in pictures.errors[0]
 
 
 def test_fifo_in_a_hugging_face_dataset(tmp_path):

@@ -319,8 +319,3 @@ def test_modules_run_as_programs(name, monkeypatch, capsys):
 def test_checkpoints_are_plain_data(trained):
     state = torch.load(trained[0], weights_only=True)
     json.dumps(state["record"])
-
-
-def test_images_are_not_downloaded():
-    images, errors = predict.find_images(["https://example.com/a.png", "missing.png"])
-    assert not images and "https://example.com/a.png is a URL" in errors[0] and "missing.png" in errors[1]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -15,13 +16,14 @@ ABI_CPP = """
 EXPORT int natten_abi() { return %d; }
 """
 THREADS_CPP = """
+#include <atomic>
 #include "export.h"
+using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+static Team team = nullptr;
+EXPORT void natten_use_openmp(void* function, void*, void*, void*) { team = reinterpret_cast<Team>(function); }
 EXPORT int threads(int n) {
-  int count = 0;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(n) reduction(+ : count)
-  ++count;
-#endif
+  std::atomic<int> count{0};
+  if (team) team([](void* count) { ++*static_cast<std::atomic<int>*>(count); }, &count, n, 0);
   return count;
 }
 """
@@ -42,6 +44,7 @@ class BuildTestCase(unittest.TestCase):
         self.write_sources(build.ABI)
         environment = {"NATTEN_CACHE_DIR": str(self.cache), "XDG_CACHE_HOME": str(self.folder / "xdg"), "CXX": ""}
         self.patch(mock.patch.dict(os.environ, environment))
+        self.patch(mock.patch.dict(sys.modules, ziglang=None))  # as if it were not installed
         self.patch(mock.patch.object(tempfile, "tempdir", str(self.scratch)))
         self.patch(mock.patch.object(build, "SHIPPED", self.folder / "lib"))
         self.patch(mock.patch.object(build, "SOURCES", self.sources))
@@ -58,7 +61,8 @@ class BuildTestCase(unittest.TestCase):
     def command(self, name: str, script: str) -> str:
         """Create a compiler that reports the version of c++ and otherwise runs a shell script; return its path."""
         path = self.folder / name
-        path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {shutil.which("c++")} --version\n{script}\n')
+        query = f"case $1 in --version | -dumpmachine) exec {shutil.which('c++')} $1 ;; esac"
+        path.write_text(f"#!/bin/sh\n{query}\n{script}\n")
         path.chmod(0o700)
         return str(path)
 

@@ -111,7 +111,7 @@ def gradients(
     return list(torch.autograd.grad(outputs, [x for x in inputs if x is not None], grad_outputs))
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Records the names of all operators that run."""
 
     def __init__(self):
@@ -125,6 +125,6 @@ class _Recorder(TorchDispatchMode):
 
 def runs_fused_operator(call: Callable) -> bool:
     """Return whether a call runs an operator of natten instead of only PyTorch operations."""
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         call()
     return any(name.startswith("natten.") for name in recorder.names)

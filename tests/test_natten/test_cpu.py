@@ -240,6 +240,27 @@ class PropertiesTest(unittest.TestCase):
         for grad in grads:
             self.assertTrue(torch.equal(grad[:, 20:], torch.zeros_like(grad[:, 20:])))
 
+    def test_slots_before_the_map_are_never_read(self):
+        """What unfused operators are given in them, as weights or as gradients of logits, has no influence."""
+        generator = torch.Generator().manual_seed(3)
+        for rank, is_causal in itertools.product(RANKS, (True, (True, False, False), (False, False, True))):
+            if isinstance(is_causal, tuple):
+                is_causal = is_causal[3 - rank :]
+            q, k, v = torch.randn(3, 1, 2, *(6, 7, 21)[3 - rank :], 12, generator=generator)
+            q, k, v = (x.requires_grad_() for x in (q, k, v))
+            logits = function(rank, "_qk")(q, k, 5, is_causal=is_causal, backend="cpu")
+            missing, zeros = logits.detach().isinf(), torch.zeros_like(logits)
+            results = []
+            for filling in (0.0, float("nan")):
+                weights = logits.detach().masked_fill(missing, filling).requires_grad_()
+                out = function(rank, "_av")(weights, v, 5, is_causal=is_causal, backend="cpu")
+                grads = torch.autograd.grad(out.sum(), (weights, v))
+                sent = torch.where(missing, filling, zeros + 1)
+                results.append([out, *grads, *torch.autograd.grad(logits, (q, k), sent, retain_graph=True)])
+            with self.subTest(rank=rank, is_causal=is_causal):
+                for x, y in zip(*results, strict=True):
+                    self.assertTrue(torch.equal(x, y))
+
     def test_a_nan_is_not_hidden(self):
         self.qkv[0, 3, 3, 0, 1, 2] = float("nan")
         out = natten.na2d_qkvpacked(self.qkv, 5, backend="cpu")

@@ -26,12 +26,12 @@ import natten
 from natten import backends
 from natten.backends import cuda
 from natten.backends.cuda import driver, nvrtc, tiles
-from natten.backends.kernels import warn_fallback
+from natten.backends.kernels import Unsupported, warn_fallback
 from natten.checks import make_axes
-from natten.geometry import Axis, first_key
+from natten.geometry import Axis
 from test_natten import test_goldens
-from test_natten.problems import RANKS, Problem, make_qkv, make_rpb
-from test_natten.test_cpu import fused, problem_of, to_double, unfused
+from test_natten.problems import RANKS, Problem, Recorder, make_qkv, make_rpb
+from test_natten.test_cpu import fused, mixed_qkv, problem_of, to_double, unfused
 
 TURING, HOPPER = (7, 5), (9, 0)
 TF32_EPS = 2.0**-10
@@ -65,11 +65,11 @@ def tile_limits(
         mock.patch.object(tiles, "_MAY_HAVE_GRADIENT_FRAGMENTS", has_gradient_fragments),
         mock.patch.object(tiles, "_MAX_GRADIENT_BYTES", gradient_bytes),
     ):
-        tiles.choose_tile.cache_clear()
+        tiles._choose.cache_clear()
         try:
             yield
         finally:
-            tiles.choose_tile.cache_clear()
+            tiles._choose.cache_clear()
 
 
 # Each tensor ends directly before an unreadable page, or begins directly after one.
@@ -113,13 +113,17 @@ class EmulatedTestCase(unittest.TestCase):
         self.errors: list[tuple[float, float]] = []
         self.definitions: list[dict[str, str]] = []  # those of the kernels in the last check
 
-    def check(self, given: Problem, dtype: torch.dtype, compute=fused, eps: float | None = None, **gpu) -> list[str]:
+    def check(
+        self, given: Problem, dtype: torch.dtype, compute=fused, eps: float | None = None, qkv=None, rpb=None, **gpu
+    ) -> list[str]:
         """Compare all results of a problem. Return the names of the kernels that ran.
 
         Args:
             eps: rounding of the kernels, if it is not that of the dtype.
+            qkv, rpb: inputs, if they are not those of the problem.
         """
-        qkv, rpb = make_qkv(given, dtype), make_rpb(given, torch.float32)
+        if qkv is None:
+            qkv, rpb = make_qkv(given, dtype), make_rpb(given, torch.float32)
         with emulated_gpu(seed=given.seed, **gpu) as emulator:
             found = compute(given, qkv, rpb, "cuda")
         peers = compute(given, qkv, rpb, "reference")
@@ -187,22 +191,42 @@ class EmulatedKernelsTest(EmulatedTestCase):
     def test_unfused(self):
         self.check(problem((9, 11), (4, 5), 1, (2, 1), (False, True), dim=8), torch.float16, unfused)
 
-    def test_other_head_dims_are_padded(self):
-        for dim in (1, 12, 28):
-            self.check(problem((9, 11), 5, 1, 1, dim=dim), torch.float32)
-            self.check(problem((9, 11), 5, 1, 1, dim=dim), torch.float16, unfused)
+    def test_head_dims_that_are_no_multiples_of_8(self):
+        for dim, dtype, compute in (
+            *((1, torch.float32, fused), (12, torch.float32, fused), (28, torch.bfloat16, fused)),
+            *((7, torch.float16, unfused), (12, torch.bfloat16, unfused)),
+        ):
+            with self.subTest(dim=dim, dtype=dtype):
+                self.check(problem((9, 11), 3, 1, 1, dim=dim, layout="packed"), dtype, compute)
 
     def test_fewer_key_heads_and_another_value_head_dim(self):
+        """With and without matrix instructions."""
         generator = torch.Generator().manual_seed(0)
-        shapes = ((9, 11, 4, 12), (9, 11, 2, 12), (9, 11, 2, 20))
-        q, k, v = (torch.randn(2, *shape, generator=generator).requires_grad_() for shape in shapes)
-        found = []
-        for backend in ("cuda", "reference"):
-            with emulated_gpu():
-                out = natten.na2d(q, k, v, 5, backend=backend)
-                found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
-        for x, y in zip(*found, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+        for (heads, kv_heads, dim, value_dim), dtype in (
+            ((4, 2, 12, 20), torch.float32),
+            ((3, 1, 20, 5), torch.float32),
+            ((4, 2, 16, 8), torch.bfloat16),
+        ):
+            shapes = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+            qkv = [torch.randn(1, 9, 11, *shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+            rpb = torch.randn(heads, 5, 5, generator=generator, requires_grad=True)
+            with self.subTest(shapes=shapes, dtype=dtype):
+                self.check(problem((9, 11), 3, heads=heads), dtype, fused, qkv=qkv, rpb=rpb)
+
+    def test_nothing_is_copied(self):
+        """Except for head_dims that matrix instructions do not take."""
+        axes = make_axes((9, 11), 3)
+        for (heads, kv_heads, dim, value_dim), dtype in (
+            ((4, 2, 12, 20), torch.float32),
+            ((4, 2, 16, 16), torch.bfloat16),
+        ):
+            q, k, v = (
+                torch.randn(1, 9, 11, *shape).to(dtype)
+                for shape in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+            )
+            with emulated_gpu(), Recorder() as recorder:
+                cuda.attention(q, k, v, None, axes, 0.5)
+            self.assertEqual({name for name in recorder.names if "empty" not in name}, set())
 
     def test_float16_on_turing_uses_no_matrix_instructions(self):
         given = problem((12,), 5, 1, 2, dim=8, has_rpb=False)
@@ -250,6 +274,14 @@ class EmulatedSweepTest(EmulatedTestCase):
 
     def test_float16_on_turing(self):
         self.check_problems(3, torch.float16, capability=TURING)
+
+    def test_fewer_key_heads_and_other_value_head_dims(self):
+        for rank, seed, dtype in itertools.product(RANKS, range(8), (torch.float32, torch.bfloat16)):
+            given = problem_of(rank, seed)._replace(batch=1)
+            if given.head_dim > 64:
+                continue
+            with self.subTest(given=given, dtype=dtype):
+                self.check(given, dtype, fused, qkv=mixed_qkv(given, dtype), rpb=make_rpb(given, torch.float32))
 
     def test_unfused(self):
         self.check_problems(6, torch.float32, unfused)
@@ -342,8 +374,6 @@ class EmulatedSweepTest(EmulatedTestCase):
 
     def test_goldens(self):
         for case in test_goldens.CASES:
-            if case["d"] % 8:
-                continue
             with self.subTest(case["tag"]), emulated_gpu():
                 qkv, rpb, dout = test_goldens.make_inputs(case)
                 out, lse = test_goldens.fused(case, qkv, rpb, "cuda")
@@ -483,8 +513,25 @@ class PlanTest(unittest.TestCase):
 
     def test_too_many_blocks(self):
         for op in ("attention", "attention_backward"):  # too many blocks; too many tiles, shared by fewer blocks
-            with self.subTest(op), self.assertRaisesRegex(ValueError, "query.*blocks"):
+            with self.subTest(op), self.assertRaisesRegex(Unsupported, "query.*blocks"):
                 self.plan((1 << 30, 600, 2, 8), 3, op)
+
+    def test_too_long_an_axis_and_too_large_a_table(self):
+        with self.assertRaisesRegex(Unsupported, "axis"):
+            self.plan((1, (1 << 30) + 1, 2, 8), 3)
+        with self.assertRaisesRegex(Unsupported, "table"):
+            self.plan((1, 600, 600, 600, 2, 8), 401)
+
+    def test_the_reference_takes_over_beyond_a_limit(self):
+        x = torch.randn(1, 9, 2, 8)
+        with (
+            emulated_gpu() as emulator,
+            mock.patch.object(cuda, "_MAX_LENGTH", 8),
+            self.assertWarnsRegex(RuntimeWarning, "axis has 9 tokens"),
+        ):
+            found = natten.na1d(x, x, x, 3, backend="cuda")
+        torch.testing.assert_close(found, natten.na1d(x, x, x, 3, backend="reference"))
+        self.assertEqual(emulator.launched, [])
 
     def test_every_published_shape_has_a_tile_on_each_gpu(self):
         shapes = [((56, 56), 7, 32), ((28, 28), 7, 32), ((14, 14), 7, 32), ((7, 7), 7, 32), ((24, 24), 11, 32)]
@@ -499,52 +546,12 @@ class PlanTest(unittest.TestCase):
                 self.assertLessEqual(tile.threads, 1024)
 
 
-class ReachTest(unittest.TestCase):
-    """The columns of tiles, against the windows of all tokens."""
-
-    AXES = tuple(
-        Axis(length, k, stride, dilation, is_causal)
-        for length, k, dilation in ((7, 7, 1), (33, 5, 1), (41, 8, 3), (90, 7, 2), (300, 13, 1))
-        for stride in (1, 2, 5)
-        for is_causal in (False, True)
-    )
-
-    def test_all_tiles(self):
-        for axis, is_inverse, size in itertools.product(self.AXES, (False, True), (1, 8, 16)):
-            with self.subTest(axis=axis, is_inverse=is_inverse, size=size):
-                before = after = most = 0
-                for n in {-(-axis.length // axis.dilation), axis.length // axis.dilation}:
-                    short = axis._replace(length=n, dilation=1)
-                    first, end = first_key(short, torch.arange(n), torch.tensor(n)), torch.arange(1, n + 1)
-                    end = end if axis.is_causal else first + axis.kernel_size
-                    sees = (first[:, None] <= torch.arange(n)) & (torch.arange(n) < end[:, None])
-                    sees = sees.T if is_inverse else sees
-                    for s in range(0, n, size):
-                        columns = sees[s : s + size].any(0).nonzero()
-                        low, high = columns.min().item(), columns.max().item() + 1
-                        before, after, most = max(before, s - low), max(after, high - s), max(most, high - low)
-                self.assertEqual(tiles.farthest(axis, is_inverse, size), (before, after))
-                self.assertEqual(tiles.widest(axis, is_inverse, size), most)
-
-    def test_a_long_axis(self):
-        for axis, is_inverse, size in itertools.product(self.AXES, (False, True), (8, 48)):
-            axis = axis._replace(length=axis.length + 2000)
-            with self.subTest(axis=axis, is_inverse=is_inverse, size=size):
-                found = []
-                for long in (1, 1 << 20):
-                    tiles._reaches.cache_clear()
-                    with mock.patch.object(tiles, "_LONG_AXIS", long):
-                        found.append(set(tiles._reaches(axis, is_inverse, size)))
-                tiles._reaches.cache_clear()
-                self.assertEqual(*found)
-
-
 class AlignedRowsTest(unittest.TestCase):
     def test_only_unaligned_rows_are_copied(self):
         x = torch.zeros(2, 9, 3, 16)
         self.assertIs(cuda._with_aligned_rows(x), x)
-        y = x[..., 4:12]
-        self.assertIs(cuda._with_aligned_rows(y), y)
+        for y in (x[..., 4:12], x[..., 2:12], x[..., 1:8]):  # the rows of 8, 10 and 7 elements
+            self.assertIs(cuda._with_aligned_rows(y), y)
         for y in (x[..., 1:9], x[..., ::2], x.flatten()[3:291].view(2, 9, 2, 8)):
             copy = cuda._with_aligned_rows(y)
             self.assertIsNot(copy, y)

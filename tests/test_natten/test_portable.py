@@ -8,12 +8,12 @@ import shutil
 import tempfile
 import unittest
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from portable import launcher, recorder
 
 from natten.backends.cpu import build, compiler
+from tools import build_wheels
 
 OPS = {"attention", "attention_backward", "query_key", "query_key_backward", "weight_value", "weight_value_backward"}
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,13 +45,13 @@ class PortableTestCase(unittest.TestCase):
             raise unittest.SkipTest(str(error)) from error
         cls.folder = Path(tempfile.mkdtemp())
         cls.addClassCleanup(shutil.rmtree, cls.folder)
-        cls.problems, cls.harness = cls.folder / "problems", cls.folder / "harness"
+        cls.problems, cls.harness = cls.folder / "problems", cls.folder / "harness.exe"
         cls.cases = recorder.record(cls.problems, cls.is_quick)
         cls.target.compile(launcher.HARNESS, cls.harness)
 
-    def check(self, library: Path) -> None:
+    def check(self, library: Path, target: launcher.Target | None = None) -> None:
         """Check that a library passes all cases of all ops and dtypes."""
-        outcome = self.target.run(self.harness, self.problems, library)
+        outcome = (target or self.target).run(self.harness, self.problems, library)
         print(outcome.output, outcome.errors)  # shown if the test fails, or with pytest -s
         self.assertEqual(outcome.status, 0)
         self.assertEqual(outcome.totals, {"cases": self.cases, "failed": 0})
@@ -142,27 +142,69 @@ class LevelsTest(PortableTestCase):
                 self.check(library)
 
 
-@pytest.mark.slow
-class Arm64Test(PortableTestCase):
-    """The kernels for arm64, compiled as on such a machine, with OpenMP and with threads of their own."""
+class EmulatedTestCase(PortableTestCase):
+    """The libraries of a wheel, and one compiled as on first use on such a machine."""
 
     is_quick = False
+    wheel: str
+
+    def check_with_and_without_openmp(self, library: Path) -> None:
+        for openmp in {self.target.openmp, ()}:
+            with self.subTest(library.name, openmp=openmp):
+                self.check(library, self.target._replace(openmp=openmp))
+
+    def check_wheel(self) -> None:
+        if not compiler.ziglang():
+            self.skipTest("no package ziglang; pip install ziglang")
+        build_wheels.build_libraries(build_wheels.PLATFORMS[self.wheel], self.folder)
+        for library in filter(self.is_supported, sorted(self.folder.glob("libnatten_cpu-*"))):
+            self.check_with_and_without_openmp(library)
+
+    def is_supported(self, library: Path) -> bool:
+        """Return whether this machine can run it."""
+        return True
+
+
+@pytest.mark.slow
+class Arm64Test(EmulatedTestCase):
+    """The kernels for arm64, under qemu."""
+
+    wheel = "manylinux_2_28_aarch64"
 
     @classmethod
     def find_target(cls):
         return launcher.arm64()
 
-    def compile(self, cpu: str) -> Path:
-        library = self.folder / "kernels.so"
-        compiler.compile_library(self.target.compiler, build.SOURCES, library, cpu)
-        return library
+    def test_gcc(self):
+        library = self.folder / "gcc.so"
+        compiler.compile_library(self.target.compiler, build.SOURCES, library, "-march=armv8-a")
+        self.check_with_and_without_openmp(library)
 
-    def test_openmp(self):
-        self.check(self.compile("-march=armv8-a"))
+    def test_wheel(self):
+        self.check_wheel()
 
-    def test_own_threads(self):
-        with mock.patch.object(compiler, "supports_openmp", return_value=False):
-            self.check(self.compile("-march=armv8-a"))
+
+@pytest.mark.slow
+class WindowsTest(EmulatedTestCase):
+    """The kernels for Windows, under wine."""
+
+    wheel = "win_amd64"
+
+    @classmethod
+    def find_target(cls):
+        return launcher.windows()
+
+    def test_mingw(self):
+        library = self.folder / "mingw.dll"
+        compiler.compile_library(self.target.compiler, build.SOURCES, library, "-march=native")
+        self.check_with_and_without_openmp(library)
+
+    def test_wheel(self):
+        self.check_wheel()
+
+    def is_supported(self, library: Path) -> bool:
+        level = library.stem.removeprefix("libnatten_cpu-")
+        return build.LEVELS_OF["x86_64"][level] <= build.cpu_flags()
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class SanitizersTest(unittest.TestCase):
 
     def compile(self, *arguments: str) -> Path:
         library = self.folder / "lib.so"
-        command = [self.compiler, *FLAGS, "-march=native", "-pthread", *_SANITIZE, "-shared", *arguments]
+        command = [self.compiler, *FLAGS, "-march=native", "-fPIC", "-pthread", *_SANITIZE, "-shared", *arguments]
         subprocess.run([*command, "-o", str(library)], check=True, capture_output=True, text=True)
         return library
 

@@ -18,9 +18,11 @@ from natzoo.openmmlab.data import set_data_root
 
 CONFIGS = ROOT / "configs"
 PUBLISHED = [path for kind in ("detection", "segmentation") for path in sorted((CONFIGS / kind).glob("*_*_*.py"))]
-PUBLISHED = [path for path in PUBLISHED if not path.name.startswith(("nuclei", "coco"))]
+PUBLISHED = [path for path in PUBLISHED if not path.name.startswith(("nuclei", "coco", "faster", "small"))]
 MASK2FORMERS = [path for path in PUBLISHED if path.name.startswith("mask2former")]
-SMALL_CONFIGS = [*CONFIGS.glob("*/nuclei_*.py"), *CONFIGS.glob("*/coco_*.py"), *CONFIGS.glob("quickstart/*.py")]
+SMALL_NAMES = ("*/nuclei_*", "*/coco_*", "*/small_*", "quickstart/*")
+SMALL_CONFIGS = [path for name in SMALL_NAMES for path in CONFIGS.glob(f"{name}.py")]
+FASTER_RCNNS = sorted(CONFIGS.glob("detection/faster_rcnn_*.py"))
 
 
 def is_large(path):
@@ -298,8 +300,10 @@ def learn_and_predict(path, images):
         assert found.pred_sem_seg.data.shape[-2:] == found.ori_shape
     elif "pred_panoptic_seg" in found:
         assert found.pred_panoptic_seg.sem_seg.shape[-2:] == found.ori_shape
-    else:
+    elif "mask_head" in cfg.model.get("roi_head", {}) or cfg.model.type == "Mask2Former":
         assert found.pred_instances.masks.shape[-2:] == found.ori_shape
+    else:
+        assert "masks" not in found.pred_instances and found.pred_instances.bboxes.shape[-1] == 4
 
 
 @pytest.mark.parametrize("path", [slow_unless_mini(path) for path in PUBLISHED if not is_large(path)])
@@ -310,6 +314,24 @@ def test_learns_and_predicts(path, images):
 @pytest.mark.parametrize("path", SMALL_CONFIGS, ids=lambda path: path.stem)
 def test_small_configs_learn_and_predict(path, images):
     learn_and_predict(path, images)
+
+
+@pytest.mark.parametrize("path", FASTER_RCNNS, ids=lambda path: path.stem)
+def test_faster_rcnn_has_the_recipe_of_mask_rcnn(path):
+    cfg, other = load_config(path), load_config(path.with_name(path.name.replace("faster", "mask")))
+    assert "mask_head" not in cfg.model.roi_head
+    assert cfg.model.backbone == other.model.backbone
+    for key in ("optim_wrapper", "param_scheduler", "train_cfg", "auto_scale_lr", "default_hooks"):
+        assert cfg[key] == other[key]
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        steps, others = (config[loader].dataset.pipeline for config in (cfg, other))
+        assert [{**step, "with_mask": None} for step in steps] == [{**step, "with_mask": None} for step in others]
+        assert not any(step.get("with_mask") for step in steps)
+    assert cfg.val_evaluator.metric == cfg.test_evaluator.metric == "bbox"
+
+
+def test_faster_rcnn_learns_and_predicts(images):
+    learn_and_predict(CONFIGS / "detection" / "faster_rcnn_nat_mini_3x.py", images)
 
 
 def test_mask2formers_share_one_backbone():

@@ -54,6 +54,9 @@ def check(text: str) -> None:
 
 
 def _check_python(arguments: list[str]) -> None:
+    if arguments[0] == "-c":
+        compile(arguments[1], "-c", "exec")
+        return
     if arguments[0] == "-m":
         _, name, *rest = arguments
         if name in ("pytest", "unittest"):

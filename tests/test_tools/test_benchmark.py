@@ -9,7 +9,7 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from benchmarks import gpu, layers, models, ops
+from benchmarks import gpu, layers, models, ops, timm_tables
 from benchmarks.entry import Entry, LeftOut, Setting
 from benchmarks.memory import peak_mb_in_new_process
 from benchmarks.report import COLUMNS
@@ -116,6 +116,37 @@ def test_models(tmp_path, quick):
     assert float(rows[0]["gflop"]) > 2 * 2 * float(rows[1]["gflop"])  # two images, and twice as much backward
 
 
+def test_tables_of_timm(tmp_path, quick):
+    """They have timm's names and columns, a table per pass, and the fastest row first."""
+    words = ["--repeats", "2", "--no-memory", "--out", str(tmp_path / "models.csv"), "--timm-tables", str(tmp_path)]
+    cases = ["inference_b1_32", "inference_b2_64", "step_b2_32"]
+    benchmark.main(["models", "--case", *cases, "--provider", "nat_mini", "test_byobnet", *words])
+    (infer,), (train,) = (
+        list(tmp_path.glob(f"benchmark-{name}-fp32-nchw-pt*-cpu-*.csv")) for name in ("infer", "train")
+    )
+    rows = read(infer)
+    assert tuple(rows[0]) == timm_tables.INFER_COLUMNS and len(rows) == 4
+    speeds = [float(row["infer_samples_per_sec"]) for row in rows]
+    assert speeds == sorted(speeds, reverse=True)
+    nat = next(row for row in rows if row["model"] == "nat_mini" and row["infer_img_size"] == "64")
+    assert (nat["infer_batch_size"], nat["param_count"]) == ("2", "19.98") and 0 < float(nat["infer_gmacs"]) < 1
+    seconds = float(nat["infer_step_time"]) / 1e3
+    assert float(nat["infer_samples_per_sec"]) == pytest.approx(2 / seconds, rel=1e-2)
+    assert tuple(read(train)[0]) == timm_tables.TRAIN_COLUMNS
+
+
+def test_append(tmp_path, quick):
+    """Rows of other cases are kept, and the same case is replaced."""
+    out = tmp_path / "models.csv"
+    words = ["--provider", "test_byobnet", "--repeats", "2", "--no-memory", "--out", str(out)]
+    benchmark.main(["models", "--case", "inference_b1_32", "inference_b2_32", *words])
+    benchmark.main(["models", "--case", "inference_b2_32", "inference_b3_32", *words, "--append"])
+    assert [row["case"] for row in read(out)] == ["inference_b1_32", "inference_b2_32", "inference_b3_32"]
+    out.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="--out"):
+        benchmark.main(["models", "--case", "inference_b1_32", *words, "--append"])
+
+
 def test_a_training_step_in_16_bits_uses_autocast():
     entry = Entry("models", "step_b1_32", "step_b1_32", "test_vit", "step", SETTING._replace(dtype="bfloat16"))
     assert models.make(entry).run(entry).dtype == torch.float32
@@ -152,7 +183,7 @@ def test_gpu_rehearsal(tmp_path, quick):
         benchmark.main(["gpu", "--rehearse", "--repeats", "1", "--out", str(out)])
     assert end.value.code == 0
     rows = read(out)
-    assert {row["kind"] for row in rows} == set(gpu.PARTS)
+    assert {row["kind"] for row in rows} == set(benchmark.KINDS)
     for row in rows:
         check_figures(row)
     with_bias, without = (

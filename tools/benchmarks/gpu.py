@@ -15,9 +15,10 @@ from benchmarks.entry import Entry, Setting
 from natten.backends.cuda import driver
 
 OURS = {"natten-cpu", "natten-cuda", "nat_tiny"}  # providers that must not fail
-PARTS = ("ops", "layers", "models")
-GROUP_SECONDS = {"ops": 10, "layers": 10, "models": 40}  # a group starts only if it has that long
+# The seconds that a group of each part takes; it starts only if it has that long.
+PARTS = {"ops": 10, "layers": 10, "inference": 40, "latency": 15, "training": 25, "flex": 15, "compiled": 60}
 
+BIAS_AND_DTYPE = "bias and dtype"
 _MAIN = "b128_56x56_h2_d32_k7"
 _SHAPES = (
     "b128_28x28_h4_d32_k7",
@@ -31,11 +32,18 @@ _SHAPES = (
     "b128_56x56_h2_d64_k7",
     "b64_56x56_h2_d128_k7",
     "b1_32768_h4_d64_k2047",
+    "b1_32768_h1_d128_k2048_norpb",  # NATTEN 0.21 publishes a figure
     "b4_16x32x32_h4_d32_k5x7x7",
 )
 _WITH_FLEX = (_MAIN, f"{_MAIN}_norpb", "b128_14x14_h8_d32_k7")
 _LAYERS = ("b128_56x56_h2_d32_k7", "b128_28x28_h4_d32_k7", "b128_14x14_h8_d32_k7", "b128_7x7_h16_d32_k7")
-_MODELS = ("inference_b128_224_compiled", "inference_b1_224", "step_b128_224", "step_b128_224_compiled")
+_MODELS = {
+    "inference": "inference_b128_224_compiled",
+    "latency": "inference_b1_224",
+    "training": "step_b128_224",
+    "compiled": "step_b128_224_compiled",
+}
+_TINY_MODELS = {"inference": "inference_b1_64", "training": "step_b1_64"}
 
 
 def plan(part: str, device: str, is_rehearsal: bool) -> list[list[Entry]]:
@@ -52,21 +60,20 @@ def plan(part: str, device: str, is_rehearsal: bool) -> list[list[Entry]]:
         providers = [ours, "timm-window", "timm-shifted-window"]
         names = ("b1_14x14_h2_d32_k7",) if is_rehearsal else _LAYERS
         return [layers.plan(name, providers, setting) for name in names]
-    if part == "models":
-        names = ("inference_b1_64", "step_b1_64") if is_rehearsal else _MODELS
-        return [models.plan(name, ["nat_tiny", "swin_tiny_patch4_window7_224"], setting) for name in names]
-    main, others, with_flex = (
-        ("b1_9x9_h2_d8_k3", ("b1_40_h1_d8_k7",), ()) if is_rehearsal else (_MAIN, _SHAPES, _WITH_FLEX)
-    )
+    if part in _MODELS:
+        name = (_TINY_MODELS if is_rehearsal else _MODELS).get(part)
+        return [models.plan(name, ["nat_tiny", "swin_tiny_patch4_window7_224"], setting)] if name else []
+    if part == "flex":
+        return [] if is_rehearsal else [ops.plan(name, [ours, "flex_attention"], setting) for name in _WITH_FLEX]
+    main, others = ("b1_9x9_h2_d8_k3", ("b1_40_h1_d8_k7",)) if is_rehearsal else (_MAIN, _SHAPES)
     runs = [(f"{main}_norpb", setting), (main, setting)]
     if not is_rehearsal:
         runs += [(main, setting._replace(dtype=dtype)) for dtype in ("float32", "tf32")]
     groups = [
-        [Entry("ops", "bias and dtype", name, ours, pass_name, s) for name, s in runs]
+        [Entry("ops", BIAS_AND_DTYPE, name, ours, pass_name, s) for name, s in runs]
         for pass_name in ("forward", "forward+backward")
     ]
-    groups += [ops.plan(name, [ours, "flex_attention"], setting) for name in with_flex]
-    return groups + [ops.plan(name, [ours], setting) for name in others if name not in with_flex]
+    return groups + [ops.plan(name, [ours], setting) for name in others]
 
 
 def first_call_s(device: str) -> tuple[float, float]:

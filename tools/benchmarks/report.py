@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import platform
 from datetime import UTC, datetime
 from functools import cache
@@ -72,6 +73,26 @@ def write_csv(path: Path, rows: list[Row]) -> None:
     """Write all rows, replacing an older file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(path, COLUMNS, ({name: _format(row[name]) for name in COLUMNS} for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of an older file; none if there is no file.
+
+    Raises:
+        ValueError: if the file is not such a table.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows: list[Row] = list(csv.DictReader(file))
+    if any(tuple(row) != COLUMNS for row in rows):
+        raise ValueError(f"--out {path} is not a table of this program; choose another file.")
+    return rows
+
+
+def is_same(row: Row, other: Row) -> bool:
+    """Return whether two rows are measurements of the same thing, maybe at different times."""
+    return all(str(row[name]) == str(other[name]) for name in COLUMNS[:8])
 
 
 def _format(value: Any) -> str:

@@ -21,6 +21,7 @@ from natten.backends.kernels import (
     DTYPES,
     TENSORS,
     KernelBackend,
+    check_heads_and_dims,
     check_layout,
     unsupported_input,
     warn_fallback,
@@ -59,10 +60,6 @@ def unsupported_reason(query: Tensor) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **tensors: Tensor) -> Tensor | None:
     """Run one op in C++; see `KernelBackend` for the arguments.
 
@@ -80,8 +77,10 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
         if op.endswith("_backward"):
             grad_rpb = rpb.new_empty(rpb.shape, dtype=torch.float32)
     plan = _plan(shaped, axes, scale, rpb, tuple(tensors), *tensors.values())
-    addresses = _ADDRESSES.pack(*[_address(tensors.get(name)) for name in TENSORS])
-    status = _function(build.cpu_library(), op)(plan, addresses, _address(table), _address(grad_rpb), _threads())
+    given = [tensors.get(name) for name in TENSORS] + [table, grad_rpb]
+    *addresses, table_address, grad_address = [0 if x is None else x.data_ptr() for x in given]
+    function = _function(build.cpu_library(), op)
+    status = function(plan, _ADDRESSES.pack(*addresses), table_address, grad_address, _threads())
     if status == 1:
         raise MemoryError(f"natten's CPU kernels ran out of memory on tensors of shape {tuple(shaped.shape)}.")
     if status:
@@ -111,10 +110,7 @@ def _plan(
     given = dict(zip(names, tensors, strict=True))
     heads, dim = shaped.shape[-2:]
     kv_heads, value_dim = given.get("KEY", shaped).shape[-2], given.get("VALUE", shaped).shape[-1]
-    if not dim or not value_dim:
-        raise ValueError(f"query has head_dim {dim} and value {value_dim}; both must be at least 1.")
-    if heads and (not kv_heads or heads % kv_heads):
-        raise ValueError(f"key has {kv_heads} heads, which do not divide the {heads} heads of query.")
+    check_heads_and_dims(heads, kv_heads, dim, value_dim)
     if ("ATTN" in given or "GRAD_ATTN" in given) and any(axis.stride != 1 for axis in axes):
         raise ValueError("stride must be 1 in unfused attention.")
     missing_axes = 3 - len(axes)
@@ -153,7 +149,7 @@ def _threads() -> int:
 # The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
-_backend = KernelBackend(launch, with_contiguous_rows, _MAX_DIM, takes_any_shape=True)
-attention, attention_backward = _backend.attention, _backend.attention_backward
-query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
-weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward
+KERNELS = KernelBackend(launch, with_contiguous_rows, _MAX_DIM)
+attention, attention_backward = KERNELS.attention, KERNELS.attention_backward
+query_key, query_key_backward = KERNELS.query_key, KERNELS.query_key_backward
+weight_value, weight_value_backward = KERNELS.weight_value, KERNELS.weight_value_backward

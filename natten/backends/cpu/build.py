@@ -7,8 +7,8 @@ first of these:
 2. cached: libnatten_cpu-KEY.so in a folder of natten/backends/cache.py; KEY is a hash of sources, flags, compiler, CPU;
 3. compiled now, and stored in the first cache folder that accepts it, or else used by this process alone.
 
-Compiling works on Linux and macOS, and is announced by a warning. The command line is in natten/build.py. Set
-NATTEN_LOG_LEVEL=DEBUG to log each step.
+The suffix is .dylib on macOS and .dll on Windows. Compiling is announced by a warning. The command line is in
+natten/build.py. Set NATTEN_LOG_LEVEL=DEBUG to log each step.
 """
 
 from __future__ import annotations
@@ -26,23 +26,25 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from natten.backends import cache
 from natten.backends.cpu.compiler import (
     FLAGS,
     NATIVE,
+    SUFFIX,
     CompileError,
     Compiler,
     compile_library,
     find_compilers,
-    share_openmp,
-    supports_openmp,
 )
+from natten.backends.cpu.openmp import FUNCTIONS, find_runtime
 
-ABI = 2  # the number that natten_abi() in csrc/cpu/abi.cpp returns
+ABI = 3  # the number that natten_abi() in csrc/cpu/abi.cpp returns
 _PACKAGE = Path(__file__).parents[2]
 SOURCES = _PACKAGE / "csrc" / "cpu"
 SHIPPED = _PACKAGE / "lib"
@@ -50,10 +52,14 @@ SHIPPED = _PACKAGE / "lib"
 _V2 = frozenset(("cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"))
 _V3 = _V2.union(("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"))
 _V4 = _V3.union(("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"))
-_X86 = {"x86-64-v4": _V4, "x86-64-v3": _V3, "x86-64-v2": _V2}
-_ARM: dict[str, frozenset[str]] = {"armv8-a": frozenset()}
-# CPU levels of this machine's architecture, highest first, with the flags that /proc/cpuinfo must list.
-LEVELS: Mapping[str, frozenset[str]] = {"x86_64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(platform.machine(), {})
+# The levels of CPUs, highest first, by machine, with the flags that /proc/cpuinfo must list.
+LEVELS_OF: Mapping[str, Mapping[str, frozenset[str]]] = {
+    "x86_64": {"x86-64-v4": _V4, "x86-64-v3": _V3, "x86-64-v2": _V2},
+    "aarch64": {"armv8-a": frozenset()},
+}
+_MACHINES = {"AMD64": "x86_64", "ARM64": "aarch64", "arm64": "aarch64"}  # other names
+_MACHINE = _MACHINES.get(platform.machine(), platform.machine())
+LEVELS = LEVELS_OF.get(_MACHINE, {})
 
 log = logging.getLogger("natten")
 
@@ -128,8 +134,6 @@ def find(sources: Path | None = None, may_compile: bool = True) -> Found:
     Raises:
         Unavailable: if there is no library, and none can be compiled.
     """
-    if os.name != "posix":
-        raise Unavailable("the CPU kernels compile on Linux and macOS only")
     found = _find_shipped()
     if found is not None:
         return found
@@ -141,7 +145,7 @@ def find(sources: Path | None = None, may_compile: bool = True) -> Found:
 
 def _find_shipped() -> Found | None:
     for level, needed in LEVELS.items():
-        path = SHIPPED / f"libnatten_cpu-{level}.so"
+        path = SHIPPED / f"libnatten_cpu-{level}{SUFFIX}"
         missing = sorted(needed - cpu_flags())
         if missing:
             log.debug("no shipped library for %s: this CPU lacks %s", level, " ".join(missing))
@@ -228,7 +232,8 @@ def _compilers() -> list[Compiler]:
     if not compilers:
         raise Unavailable(
             "no C++ compiler found, and this installation includes no library for this CPU; install g++ (Debian and "
-            "Ubuntu: apt install g++, Fedora: dnf install gcc-c++, macOS: xcode-select --install), or set CXX"
+            "Ubuntu: apt install g++, Fedora: dnf install gcc-c++, macOS: xcode-select --install, Windows: pip install "
+            "ziglang), or set CXX"
         )
     return compilers
 
@@ -249,7 +254,7 @@ def _compile(sources: Path, names: Mapping[Compiler, str], folder: Path, cpu: st
     if not any(sources.glob("*.cpp")):
         raise Unavailable(f"{sources} does not contain the sources of the CPU kernels; install natten again")
     # A warning, because Python prints no lower level by default, and the first call would seem to hang.
-    log.warning("compiling natten's CPU kernels for %s (20 to 60 s)", "this machine" if cpu == NATIVE else cpu)
+    log.warning("compiling natten's CPU kernels for %s (10 to 60 s)", "this machine" if cpu == NATIVE else cpu)
     failures = []
     for compiler, name in names.items():
         try:
@@ -274,15 +279,26 @@ def _load(path: Path, descriptor: int | None = None) -> ctypes.CDLL:
     Raises:
         OSError: if it does not load, or has another ABI.
     """
-    share_openmp()
     opened = f"/proc/self/fd/{descriptor}"
     library = ctypes.CDLL(opened if descriptor is not None and os.path.exists(opened) else str(path))
     library._name = str(path)  # for messages
     abi = library.natten_abi() if hasattr(library, "natten_abi") else None
     if abi != ABI:
-        _ctypes.dlclose(library._handle)  # otherwise a new file with this name would not be loaded
+        _unload(library)  # otherwise a new file with this name would not be loaded
         raise OSError(f"its ABI is {abi}, expected {ABI}")
+    runtime = find_runtime()
+    if runtime is not None:
+        library.natten_use_openmp.argtypes = (ctypes.c_void_p,) * len(FUNCTIONS)
+        library.natten_use_openmp.restype = None
+        library.natten_use_openmp(*runtime.functions)
     return library
+
+
+def _unload(library: ctypes.CDLL) -> None:
+    if sys.platform == "win32":
+        _ctypes.FreeLibrary(library._handle)
+    else:
+        _ctypes.dlclose(library._handle)
 
 
 def _text(error: OSError) -> str:
@@ -298,7 +314,7 @@ def _file_name(compiler: Compiler, sources: Path) -> str:
     key = hashlib.sha256()
     for part in _key_parts(compiler, sources):
         key.update(hashlib.sha256(part).digest())
-    return f"libnatten_cpu-{key.hexdigest()[:16]}.so"
+    return f"libnatten_cpu-{key.hexdigest()[:16]}{SUFFIX}"
 
 
 def _key_parts(compiler: Compiler, sources: Path) -> Iterator[bytes]:
@@ -306,22 +322,26 @@ def _key_parts(compiler: Compiler, sources: Path) -> Iterator[bytes]:
         yield os.fsencode(path.relative_to(sources))
         yield path.read_bytes()
     yield " ".join((*FLAGS, NATIVE, *compiler.command, compiler.version)).encode()
-    yield b"OpenMP" if supports_openmp(compiler) else b""
     yield " ".join((platform.machine(), *sorted(cpu_flags()))).encode()
 
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """Return the features of this CPU, named as in /proc/cpuinfo; empty if the system does not list them."""
-    try:
+    named: list[str] = []
+    with suppress(OSError):
+        if sys.platform == "linux":
+            output = Path("/proc/cpuinfo").read_text()
+            flags = re.search(r"^(?:flags|Features)\s*:(.*)$", output, re.MULTILINE)
+            return frozenset(flags[1].split()) if flags else frozenset()
         if sys.platform == "darwin":
             output = subprocess.run(["sysctl", "hw.optional"], capture_output=True, text=True).stdout
-            return frozenset(re.findall(r"^hw\.optional\.(?:arm\.)?(\w+?)(?:_0)?: 1$", output, re.MULTILINE))
-        output = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", output, re.MULTILINE)
-    return frozenset(flags[1].split()) if flags else frozenset()
+            named = re.findall(r"^hw\.optional\.(?:arm\.)?(\w+?)(?:_0)?: 1$", output, re.MULTILINE)
+        else:
+            named = platform.processor().split()
+    # All x86-64 CPUs since 2009 support the lowest level. PyTorch knows whether CPU and system support the others.
+    level = {"AVX512": _V4, "AVX2": _V3}.get(torch.backends.cpu.get_cpu_capability(), _V2)
+    return frozenset(named) | (level if _MACHINE == "x86_64" else frozenset())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +364,7 @@ def build_ahead(level: str, out: Path) -> Path:
         OSError: if the folder cannot be created or written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"libnatten_cpu-{level}.so"
+    path = out / f"libnatten_cpu-{level}{SUFFIX}"
     with cache.scratch() as folder:
         file, _ = _compile(SOURCES, dict.fromkeys(_compilers(), path.name), folder, f"-march={level}")
         partial = path.with_suffix(".partial")

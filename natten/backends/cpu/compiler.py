@@ -1,30 +1,31 @@
-"""Compile a folder of C++ sources into a shared library: find compilers, choose flags, share PyTorch's OpenMP.
+"""Compile a folder of C++ sources into a shared library: find compilers, choose flags.
 
-OpenMP code must run on the OpenMP runtime that PyTorch has loaded. A second runtime would bring a second thread pool,
-and both would compete for the cores. The library is therefore linked against no runtime, and its symbols resolve to
-PyTorch's when it is loaded. If PyTorch has no runtime that the compiler's code can call, the sources are compiled
-without OpenMP.
+Compilers are GCC and Clang, for any system: g++, clang++, MinGW and clang-cl on Windows, Apple's Clang, and `zig c++`,
+which the Python package ziglang contains. All take the same flags, apart from what depends on the system.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
+import importlib.util
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden")
-NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+# Clang contracts products and sums only within an expression by default, GCC everywhere.
+FLAGS = (
+    "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
+)  # fmt: skip
+NATIVE = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
+SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")  # of a library of this system
 _TIMEOUT_S = 900
 _PROCESSES = 2
 
@@ -36,41 +37,78 @@ class CompileError(Exception):
 
 
 class Compiler(NamedTuple):
-    """A C++ compiler: its command, with the full path, and the output of `--version`."""
+    """A C++ compiler.
+
+    Attributes:
+        command: its command, with the full path.
+        version: the output of `--version`.
+        target: the machine for which it compiles, such as x86_64-linux-gnu, as the compiler prints it.
+    """
 
     command: tuple[str, ...]
     version: str
+    target: str
 
     def __str__(self) -> str:
         return f"{shlex.join(self.command)} ({self.version.splitlines()[0]})"
 
 
 def find_compilers() -> list[Compiler]:
-    """Return the compilers of this machine in the order of preference: $CXX, c++, g++, clang++."""
-    found = []
-    for name in ("CXX", "c++", "g++", "clang++"):
+    """Return the compilers of this machine in the order of preference: $CXX, c++, g++, clang++, clang-cl.
+
+    If there are none, return the one in the package ziglang, if it is installed. It starts slowly.
+    """
+    found: list[Compiler] = []
+    for name in ("CXX", "c++", "g++", "clang++", "clang-cl", "ziglang"):
         text = os.environ.get("CXX", "") if name == "CXX" else name
         try:
-            command = shlex.split(text)
+            if name == "ziglang":
+                command = () if found else ziglang()
+            else:
+                command = tuple(shlex.split(text, posix=os.name == "posix"))
             if not command:
-                log.debug("CXX is not set")
+                log.debug("%s is not %s", name, "set" if name == "CXX" else "needed or not installed")
                 continue
-            found.append(_query_version(command))
+            found.append(query(command))
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             level = logging.WARNING if name == "CXX" else logging.DEBUG
             log.log(level, "%s is not a working compiler: %s", f"CXX={text}" if name == "CXX" else name, error)
     return list(dict.fromkeys(found))
 
 
-def _query_version(command: Sequence[str]) -> Compiler:
+def ziglang(target: str | None = None) -> tuple[str, ...]:
+    """Return the command of the C++ compiler in the package ziglang; empty if it is not installed.
+
+    Args:
+        target: the machine to compile for, such as "aarch64-linux-gnu.2.28"; by default this one.
+    """
+    if importlib.util.find_spec("ziglang") is None:
+        return ()
+    if target is None and sys.platform == "linux":
+        target = f"{platform.machine()}-linux-gnu"  # else it would choose musl
+    return (sys.executable, "-m", "ziglang", "c++", *(("-target", target) if target else ()))
+
+
+def query(command: Sequence[str]) -> Compiler:
+    """Return the compiler with this command.
+
+    Raises:
+        FileNotFoundError: if the program does not exist.
+        ValueError: if it is no compiler.
+        subprocess.SubprocessError: if it fails.
+    """
     path = shutil.which(command[0])
     if path is None:
         raise FileNotFoundError("program not found")
     command = (path, *command[1:])
+    if Path(path).stem == "clang-cl":
+        command += ("--driver-mode=g++",)  # so that it takes the same flags
     version = _run([*command, "--version"], timeout=60).stdout.strip()
     if not version:
         raise ValueError("--version prints nothing")
-    return Compiler(command, version)
+    named = re.search(r"^Target: (.+)$", version, re.MULTILINE)  # by Clang
+    target = named[1] if named else _run([*command, "-dumpmachine"], timeout=60).stdout.strip()
+    return Compiler(command, version, target)
 
 
 def compile_library(compiler: Compiler, sources: Path, target: Path, cpu: str = NATIVE) -> None:
@@ -83,32 +121,40 @@ def compile_library(compiler: Compiler, sources: Path, target: Path, cpu: str = 
         cpu: the flag that selects the CPU, such as "-march=x86-64-v3".
 
     Raises:
-        CompileError: if the compiler fails both with and without OpenMP.
+        CompileError: if the compiler fails.
     """
-    for threads in (("-fopenmp", "-pthread"), ("-pthread",)):
-        if "-fopenmp" in threads and not supports_openmp(compiler):
-            log.debug("PyTorch's OpenMP does not support %s; the CPU kernels start their own threads", compiler)
-            continue
-        try:
-            _compile_and_link(compiler, sources, target, [*FLAGS, cpu, *threads])
-            return
-        except subprocess.CalledProcessError as error:
-            reason = _first_error_line(error.stderr) or f"exit status {error.returncode}"
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = str(error)
-        log.debug("%s %s failed: %s", shlex.join(compiler.command), " ".join(threads), reason)
-    raise CompileError(reason)
+    try:
+        _compile_and_link(compiler, sources, target, cpu)
+    except subprocess.CalledProcessError as error:
+        reason = _first_error_line(error.stderr) or f"exit status {error.returncode}"
+        raise CompileError(reason) from error
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CompileError(str(error)) from error
 
 
-def _compile_and_link(compiler: Compiler, sources: Path, target: Path, flags: Sequence[str]) -> None:
+def _compile_and_link(compiler: Compiler, sources: Path, target: Path, cpu: str) -> None:
+    compiling, linking = _system_flags(compiler.target)
+
     def to_object(source: Path) -> Path:
         out = target.with_name(f"{target.stem}-{source.stem}.o")
-        _run([*compiler.command, *flags, "-c", source, "-o", out])
+        _run([*compiler.command, *FLAGS, cpu, *compiling, "-c", source, "-o", out])
         return out
 
     with ThreadPoolExecutor(_PROCESSES) as pool:
         objects = list(pool.map(to_object, sorted(sources.glob("*.cpp"))))
-    _run([*compiler.command, "-shared", "-pthread", *objects, "-o", target])  # no -fopenmp, which would link a runtime
+    if re.search("darwin|macos", compiler.target):
+        linking = [*linking, f"-Wl,-install_name,@rpath/{target.name}"]  # otherwise the path of this build
+    _run([*compiler.command, "-shared", "-s", *linking, *objects, "-o", target])
+
+
+def _system_flags(target: str) -> tuple[list[str], list[str]]:
+    """Return what compiling and linking for a system needs."""
+    if "mingw" in target:
+        # GCC does not align the stack for AVX on Windows, see https://gcc.gnu.org/bugzilla/show_bug.cgi?id=54412.
+        return ["-Wa,-muse-unaligned-vector-move"], ["-static"]
+    if "windows" in target:
+        return [], ["-static"] if "-w64-" in target else []  # not for Zig, which would make a static library
+    return ["-fPIC", "-pthread"], ["-pthread"]
 
 
 def _run(command: Sequence[str | Path], timeout: float = _TIMEOUT_S) -> subprocess.CompletedProcess[str]:
@@ -121,39 +167,3 @@ def _run(command: Sequence[str | Path], timeout: float = _TIMEOUT_S) -> subproce
 def _first_error_line(text: str) -> str | None:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in lines if "error:" in line.lower()), lines[0] if lines else None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# PyTorch's OpenMP runtime
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _SymbolInfo(ctypes.Structure):
-    """The result of dladdr (struct Dl_info)."""
-
-    _fields_ = (
-        ("file", ctypes.c_char_p),
-        ("base", ctypes.c_void_p),
-        ("symbol", ctypes.c_char_p),
-        ("address", ctypes.c_void_p),
-    )
-
-
-@functools.cache
-def share_openmp() -> ctypes.CDLL | None:
-    """Make PyTorch's OpenMP runtime visible to all libraries loaded later. Return it, or None if PyTorch has none."""
-    info = _SymbolInfo()
-    try:
-        # The lookup finds the runtime whatever its file name is.
-        symbol = ctypes.CDLL(torch._C.__file__).omp_get_max_threads
-        if not ctypes.CDLL(None).dladdr(ctypes.cast(symbol, ctypes.c_void_p), ctypes.byref(info)):
-            return None
-        return ctypes.CDLL(os.fsdecode(info.file), mode=ctypes.RTLD_GLOBAL)
-    except (AttributeError, OSError):
-        return None
-
-
-def supports_openmp(compiler: Compiler) -> bool:
-    """Return whether PyTorch's OpenMP runtime has the functions that this compiler's -fopenmp calls."""
-    entry = "__kmpc_fork_call" if "clang" in compiler.version else "GOMP_parallel"
-    return hasattr(share_openmp(), entry)

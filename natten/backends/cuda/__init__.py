@@ -9,17 +9,30 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from math import prod
+from itertools import product
+from math import gcd, prod
 from struct import Struct
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from natten.backends.cuda import driver, nvrtc
+from natten.backends.cuda import driver, first_use, nvrtc
 from natten.backends.cuda.driver import Kernel
 from natten.backends.cuda.tiles import Tile, choose_tile
-from natten.backends.kernels import DTYPES, TENSORS, KernelBackend, check_layout, unsupported_input, warn_fallback
+from natten.backends.families import Family
+from natten.backends.kernels import (
+    DTYPES,
+    TENSORS,
+    KernelBackend,
+    Unsupported,
+    check_heads_and_dims,
+    check_layout,
+    uniform_dims,
+    unsupported_input,
+    warn_fallback,
+    with_fallback,
+)
 from natten.checks import cached, check_rpb
 from natten.geometry import Axis
 
@@ -28,7 +41,8 @@ NAME = "cuda"
 MIN_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
 _TENSORS = (*TENSORS, "DELTA")  # DELTA: the sum of out * grad_out per query, an intermediate result of backward
-_VIEW_WORDS = 6
+_SHARED = ("KEY", "VALUE", "GRAD_KEY", "GRAD_VALUE")  # tensors that may have fewer heads
+_VIEW_WORDS = 7
 _PARAMS = Struct(f"={len(_TENSORS) * _VIEW_WORDS}q 3q 3i 3i 3i 3i 3i f")  # `Params` in problem.h
 _TABLES = _VIEW_WORDS * len(_TENSORS)  # index of rpb; partial_rpb and grad_rpb follow
 _TF32 = 3  # ELEMENT of Tfloat in instructions.h: float32 that matrix instructions round to TF32
@@ -41,6 +55,9 @@ _WAVES = 2  # waves of blocks that sum the gradient of the bias table
 _RESIDENT_GROUPS = 8  # approximate number of blocks of a kernel in groups.h that fit on a multiprocessor
 _MAX_PARTIAL_BYTES = 64 << 20
 _MIN_SCALE = 1e-30
+_MAX_LENGTH, _MAX_TABLE = 1 << 30, 1 << 28  # tokens per axis, entries of the bias table per head
+_PASSES = {"attention": "forward", "attention_backward": "backward"}  # of kernel families, by op
+_PRECISIONS = ("float32", "bfloat16", "float16", "tf32")  # of kernel families, by ELEMENT
 # Largest distance in bytes between neighbors in a residue class for which 32 such steps fit into an int.
 _MAX_SHORT_STEP = 2**31 // 32 - 1
 
@@ -87,16 +104,43 @@ def unsupported_capability(capability: tuple[int, int]) -> str | None:
 _properties = cache(torch.cuda.get_device_properties)
 
 
+def matrix_families(device: torch.device) -> list[Family]:
+    """Return the families with matrix instructions on a device."""
+    gpu = _properties(device)
+    if (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
+        return []
+    return [Family(*choice, True) for choice in product(("forward", "backward"), ("bfloat16", "float16", "tf32"))]
+
+
 def allows_tf32() -> bool:
     """Return whether PyTorch's settings allow TF32 (10 bits of fraction) in float32 matrix products on GPUs."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def _uses_matrix_instructions(query: Tensor, scale: float) -> bool:
+    """Return whether fused attention for such a query uses kernels with matrix instructions, if a tile fits."""
+    return _may_use_matrices(_element(query.dtype, allows_tf32()), scale, _properties(query.device))
+
+
+def _element(dtype: torch.dtype, uses_tf32: bool) -> int:
+    """Return ELEMENT of kernels with matrix instructions; 0 if there are none."""
+    return _TF32 if dtype == torch.float32 and uses_tf32 else DTYPES[dtype]
+
+
+def _may_use_matrices(element: int, scale: float, gpu) -> bool:
+    is_divisor = _MIN_SCALE < scale < 1 / _MIN_SCALE  # kernels divide the bias by the scale
+    return element != DTYPES[torch.float32] and is_divisor and (gpu.major, gpu.minor) >= MATRIX_CAPABILITY
+
+
 def _with_aligned_rows(x: Tensor) -> Tensor:
-    """Return the tensor, or a copy, with rows that are contiguous and aligned to 16 bytes."""
-    items = 16 // x.element_size()
+    """Return the tensor, or a copy, with rows that are contiguous, and aligned as the kernels read them.
+
+    They read as many elements at a time as fit into 16 bytes and divide head_dim.
+    """
+    items = gcd(x.shape[-1], 16 // x.element_size())
     *strides, last = x.stride()
-    if last == 1 and x.data_ptr() % 16 == 0 and not any(stride % items for stride in strides):
+    is_aligned = x.data_ptr() % (items * x.element_size()) == 0 and not any(stride % items for stride in strides)
+    if last == 1 and is_aligned:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -118,10 +162,12 @@ class Plan(NamedTuple):
     """The launches of a problem.
 
     Attributes:
+        family: the kernel family of the launches.
         steps: the launches, in order.
         partial: number of floats in the workspace for partial gradients of rpb.
     """
 
+    family: Family
     steps: tuple[Step, ...]
     partial: int
 
@@ -131,6 +177,9 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
 
     Returns:
         The gradient of rpb, or None if the op has none.
+
+    Raises:
+        Unsupported: if a limit is exceeded, if a kernel cannot be compiled, or if the kernels failed their self-check.
     """
     shaped = tensors["QUERY"] if "QUERY" in tensors else tensors["VALUE"]
     if op == "attention_backward":
@@ -138,6 +187,10 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     uses_tf32 = shaped.dtype == torch.float32 and allows_tf32()
     plan = _plan(op, shaped, axes, scale, rpb, is_deterministic, uses_tf32, tuple(tensors), *tensors.values())
+    if plan.steps:
+        reason = first_use.refusal(plan.family, shaped.device, KERNELS)
+        if reason is not None:
+            raise Unsupported(reason)
     table = None if rpb is None else rpb.detach().float().contiguous()
     partial = grad_rpb = None
     if op.endswith("_backward") and rpb is not None:
@@ -148,13 +201,16 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     for index, x in enumerate((table, partial, grad_rpb), start=_TABLES):
         if x is not None:
             addresses.append((index, x.data_ptr()))
-    if len(plan.steps) > 1:
-        driver.prepare([step.kernel for step in plan.steps], shaped.device.index)
-    for step in plan.steps:
-        parameters = (ctypes.c_int64 * (_PARAMS.size // 8)).from_buffer_copy(step.parameters)
-        for index, address in addresses:
-            parameters[index] = address
-        driver.launch(step.kernel, step.blocks, parameters, shaped.device.index)
+    try:
+        if len(plan.steps) > 1:
+            driver.prepare([step.kernel for step in plan.steps], shaped.device.index)
+        for step in plan.steps:
+            parameters = (ctypes.c_int64 * (_PARAMS.size // 8)).from_buffer_copy(step.parameters)
+            for index, address in addresses:
+                parameters[index] = address
+            driver.launch(step.kernel, step.blocks, parameters, shaped.device.index)
+    except nvrtc.Unavailable as error:
+        raise Unsupported(str(error)) from error
     return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)
 
 
@@ -173,17 +229,24 @@ def _plan(
     """Return the plan of a problem whose query (or value) is `shaped`, for the named tensors.
 
     Raises:
+        Unsupported: if a limit is exceeded.
         ValueError: if a tensor does not match `shaped`.
     """
     check_rpb(rpb, axes, shaped.shape[-2], shaped.dtype, shaped.device)
     given = dict(zip(names, tensors, strict=True))
+    heads, kv_heads, value_dim = shaped.shape[-2], shaped.shape[-2], shaped.shape[-1]
+    if op.startswith("attention"):
+        kv_heads, value_dim = given["KEY"].shape[-2], given["VALUE"].shape[-1]
+    check_heads_and_dims(heads, kv_heads, shaped.shape[-1], value_dim)
     for name, x in given.items():
-        check_layout(name, x, shaped, axes)
+        # Kernels with matrix instructions compute the gradients of key and value for each head of the query.
+        is_repeated = name in ("GRAD_KEY", "GRAD_VALUE") and x.shape[-2] == heads
+        check_layout(name, x, shaped, axes, heads if is_repeated else kv_heads, value_dim)
     gpu = _properties(shaped.device)
     planner = _Planner(shaped, axes, scale, rpb is not None, is_deterministic, uses_tf32, given, gpu)
     if shaped.numel():
         getattr(planner, op)()
-    return Plan(tuple(planner.steps), planner.partial)
+    return Plan(planner.family(op), tuple(planner.steps), planner.partial)
 
 
 def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) -> tuple[Step, ...]:
@@ -197,8 +260,10 @@ def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) 
         gpu: an object with the attributes `major`, `minor`, `multi_processor_count` and
             `shared_memory_per_block_optin` of `torch.cuda.get_device_properties`.
     """
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    planner = _Planner(shaped, axes, 1.0, has_rpb, is_deterministic, allows_tf32(), {}, gpu)
+    is_deterministic, uses_tf32 = torch.are_deterministic_algorithms_enabled(), allows_tf32()
+    if _may_use_matrices(_element(shaped.dtype, uses_tf32), 1.0, gpu):
+        shaped, *_ = uniform_dims(shaped, shaped, shaped)
+    planner = _Planner(shaped, axes, 1.0, has_rpb, is_deterministic, uses_tf32, {}, gpu)
     if shaped.numel():
         getattr(planner, op)()
     return tuple(planner.steps)
@@ -212,10 +277,12 @@ class _Planner:
     ):
         self.axes = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
         self.batch, self.heads, self.dim = shaped.shape[0], shaped.shape[-2], shaped.shape[-1]
+        self.grad_heads = tensors.get("GRAD_KEY", shaped).shape[-2]
+        self.value_dim = tensors.get("VALUE", shaped).shape[-1]
         self.element, self.gpu = DTYPES[shaped.dtype], gpu
-        self.tiled_element = _TF32 if self.element == 0 and uses_tf32 else self.element
+        self.tiled_element = _element(shaped.dtype, uses_tf32)
         self.scale, self.has_rpb, self.is_deterministic = scale, has_rpb, is_deterministic
-        self.views = self._views(tensors, 3 - len(axes))
+        self.views = self._views(tensors, 3 - len(axes)) if self.heads else ()
         self.has_long_steps = any(
             abs(stride) * axis.dilation * x.element_size() > _MAX_SHORT_STEP
             for x in tensors.values()
@@ -224,13 +291,29 @@ class _Planner:
         self.table = prod(2 * axis.kernel_size - 1 for axis in self.axes)
         self.steps: list[Step] = []
         self.partial = 0
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        """Raise Unsupported if indices of tokens or of the bias table do not fit into an int."""
+        longest = max(axis.length for axis in self.axes)
+        if longest > _MAX_LENGTH:
+            raise Unsupported(f"an axis has {longest} tokens; the CUDA kernels support at most {_MAX_LENGTH}")
+        if self.table > _MAX_TABLE:
+            raise Unsupported(f"the bias table has {self.table} entries; the CUDA kernels support at most {_MAX_TABLE}")
+
+    def family(self, op: str) -> Family:
+        """Return the kernel family of the launches of an op."""
+        is_tiled = any(step.kernel.shared_bytes for step in self.steps)
+        element = self.tiled_element if is_tiled else self.element
+        return Family(_PASSES.get(op, "unfused"), _PRECISIONS[element], is_tiled)
 
     def _views(self, tensors: dict[str, Tensor], missing_axes: int) -> tuple[int, ...]:
         words: list[int] = []
         for name in _TENSORS:
             x = tensors.get(name)
             strides = (0,) * 5 if x is None else (x.stride(0), *(0,) * missing_axes, *x.stride()[1 : 5 - missing_axes])
-            words += (0, *strides)
+            group = 1 if x is None or name not in _SHARED else self.heads // x.shape[-2]
+            words += (0, *strides, group)
         return tuple(words)
 
     # Ops
@@ -247,7 +330,7 @@ class _Planner:
         if query_tile is None or key_tile is None:
             parts = self._parts(self._group_size()) if self.has_rpb else None
             self._add_group("attention_backward.cu", "natten_grad_query", parts)
-            self._add_group("attention_backward.cu", "natten_grad_key_value")
+            self._add_group("attention_backward.cu", "natten_grad_key_value", heads=self.grad_heads)
         else:
             parts = self._parts(query_tile.size, query_tile.min_blocks) if self.has_rpb else None
             self._add_tiled("grad_query_tiles.cu", "natten_grad_query_tiles", query_tile, parts)
@@ -256,22 +339,22 @@ class _Planner:
             self._add_sum(parts)
 
     def query_key(self) -> None:
-        self._add_group("unfused.cu", "natten_query_key")
+        self._add_unfused("natten_query_key")
 
     def query_key_backward(self) -> None:
-        self._add_group("unfused.cu", "natten_query_key_grad_query")
-        self._add_group("unfused.cu", "natten_query_key_grad_key")
+        self._add_unfused("natten_query_key_grad_query")
+        self._add_unfused("natten_query_key_grad_key")
         if self.has_rpb:
             parts = self._parts(self._group_size())
-            self._add_group("unfused.cu", "natten_query_key_grad_rpb", parts)
+            self._add_unfused("natten_query_key_grad_rpb", parts)
             self._add_sum(parts)
 
     def weight_value(self) -> None:
-        self._add_group("unfused.cu", "natten_weight_value")
+        self._add_unfused("natten_weight_value")
 
     def weight_value_backward(self) -> None:
-        self._add_group("unfused.cu", "natten_weight_value_grad_weight")
-        self._add_group("unfused.cu", "natten_weight_value_grad_value")
+        self._add_unfused("natten_weight_value_grad_weight")
+        self._add_unfused("natten_weight_value_grad_value")
 
     # Launches
 
@@ -282,8 +365,7 @@ class _Planner:
             kernel: one of `tiles.KERNELS`.
         """
         gpu = self.gpu
-        is_divisor = _MIN_SCALE < self.scale < 1 / _MIN_SCALE  # kernels divide the bias by the scale
-        if self.tiled_element == 0 or not is_divisor or (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
+        if not _may_use_matrices(self.tiled_element, self.scale, gpu):
             return None
         return choose_tile(
             kernel,
@@ -298,7 +380,7 @@ class _Planner:
         )
 
     def _group_size(self) -> tuple[int, int, int]:
-        lanes = 1 << (self.dim // 8 - 1).bit_length()
+        lanes = 1 << (-(-max(self.dim, self.value_dim) // 8) - 1).bit_length()
         return 1, 1, _GROUP_THREADS // lanes
 
     def _cuts(self, size: Sequence[int]) -> list[int]:
@@ -318,40 +400,54 @@ class _Planner:
         max_parts = max(1, _MAX_PARTIAL_BYTES // (4 * self.table * self.heads))
         return min(self._pieces(size), max_parts, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
 
-    def _add_group(self, source: str, name: str, parts: int | None = None) -> None:
-        kernel = Kernel(source, name, self._definitions(self.element), _GROUP_THREADS)
-        self._add(kernel, self._group_size(), parts)
+    def _add_group(self, source: str, name: str, parts: int | None = None, heads: int | None = None) -> None:
+        definitions = (*self._definitions(self.element, self.has_rpb), f"VALUE_DIM={self.value_dim}")
+        self._add(Kernel(source, name, definitions, _GROUP_THREADS), self._group_size(), parts, heads=heads)
+
+    def _add_unfused(self, name: str, parts: int | None = None) -> None:
+        definitions = (*self._definitions(self.element, has_rpb=True), f"VALUE_DIM={self.value_dim}")
+        self._add(Kernel("unfused.cu", name, definitions, _GROUP_THREADS), self._group_size(), parts)
 
     def _add_tiled(self, source: str, name: str, tile: Tile, parts: int | None = None) -> None:
-        definitions = (*self._definitions(self.tiled_element), *tile.definitions())
+        definitions = (*self._definitions(self.tiled_element, self.has_rpb), *tile.definitions())
         kernel = Kernel(source, name, definitions, tile.threads, tile.shared_bytes)
         self._add(kernel, tile.size, parts, tile.slices)
 
     def _add_sum(self, parts: int) -> None:
         self.partial = self.heads * parts * self.table
-        kernel = Kernel("sum_parts.cu", "natten_sum_parts", self._definitions(self.element), _SUM_THREADS)
+        definitions = [f"KERNEL_{letter}={axis.kernel_size}" for letter, axis in zip("ZYX", self.axes, strict=True)]
+        kernel = Kernel("sum_parts.cu", "natten_sum_parts", tuple(definitions), _SUM_THREADS)
         self._add(kernel, (1, 1, 1), parts, blocks=-(-self.table // _SUM_ENTRIES) * self.heads)
 
-    def _add(self, kernel: Kernel, size, parts: int | None, slices: int = 1, blocks: int | None = None) -> None:
+    def _add(
+        self,
+        kernel: Kernel,
+        size: Sequence[int],
+        parts: int | None,
+        slices: int = 1,
+        blocks: int | None = None,
+        heads: int | None = None,
+    ) -> None:
         """Add a launch over the pieces of a given size.
 
         Args:
             parts: number of blocks that share the pieces of a head; by default one block per piece.
             slices: number of blocks that share head_dim.
             blocks: total number of blocks, if it does not follow from the other arguments.
+            heads: number of heads; by default those of the query.
         """
-        pieces = self._pieces(size)
+        pieces, heads = self._pieces(size), self.heads if heads is None else heads
         parts = pieces if parts is None else parts
-        blocks = parts * slices * self.heads if blocks is None else blocks
+        blocks = parts * slices * heads if blocks is None else blocks
         if max(blocks, pieces) >= 2**31:
-            raise ValueError(
-                f"query requires {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31; split the batch."
+            raise Unsupported(
+                f"query requires {max(blocks, pieces)} blocks, but a GPU launches fewer than 2**31; split the batch"
             )
         classes = [divmod(axis.length, axis.dilation) for axis in self.axes]
         parameters = _PARAMS.pack(
             *self.views,
             *(0, 0, 0),
-            *(pieces, parts, self.heads),
+            *(pieces, parts, heads),
             *(axis.dilation for axis in self.axes),
             *(tokens for tokens, _ in classes),
             *(longer for _, longer in classes),
@@ -360,8 +456,8 @@ class _Planner:
         )
         self.steps.append(Step(kernel, blocks, parameters))
 
-    def _definitions(self, element: int) -> tuple[str, ...]:
-        definitions = [f"HEAD_DIM={self.dim}", f"ELEMENT={element}", f"HAS_RPB={int(self.has_rpb)}"]
+    def _definitions(self, element: int, has_rpb: bool) -> tuple[str, ...]:
+        definitions = [f"HEAD_DIM={self.dim}", f"ELEMENT={element}", f"HAS_RPB={int(has_rpb)}"]
         definitions.append(f"HAS_LONG_STEPS={int(self.has_long_steps)}")
         for letter, axis in zip("ZYX", self.axes, strict=True):
             definitions.append(f"KERNEL_{letter}={axis.kernel_size}")
@@ -374,7 +470,7 @@ class _Planner:
 # The interface of natten.backends.Backend
 # ---------------------------------------------------------------------------------------------------------------------
 
-_backend = KernelBackend(launch, _with_aligned_rows, MAX_DIM, takes_any_shape=False)
-attention, attention_backward = _backend.attention, _backend.attention_backward
-query_key, query_key_backward = _backend.query_key, _backend.query_key_backward
-weight_value, weight_value_backward = _backend.weight_value, _backend.weight_value_backward
+KERNELS = KernelBackend(launch, _with_aligned_rows, MAX_DIM, _uses_matrix_instructions)
+attention, attention_backward = with_fallback(KERNELS.attention), with_fallback(KERNELS.attention_backward)
+query_key, query_key_backward = with_fallback(KERNELS.query_key), with_fallback(KERNELS.query_key_backward)
+weight_value, weight_value_backward = with_fallback(KERNELS.weight_value), with_fallback(KERNELS.weight_value_backward)

@@ -1,6 +1,7 @@
 """Load CUDA kernels once per device, and launch them on PyTorch's current stream.
 
-The driver is not touched before the first launch. No function here waits for the device or allocates memory on it.
+The driver is not touched before the first launch. Only `synchronize` waits for the device, and nothing here allocates
+memory on it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ctypes
 import functools
 import os
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -18,6 +20,11 @@ import torch
 from natten.backends.cuda import nvrtc
 
 _DEFAULT_SHARED_BYTES = 48 << 10  # the shared memory that a block may use without setting an attribute
+_PATIENCE_S = 20.0  # after which kernels are considered to hang
+
+
+class ContextLost(RuntimeError):
+    """A kernel failed in a way after which this process cannot use the GPU any more."""
 
 
 class Kernel(NamedTuple):
@@ -75,12 +82,63 @@ def prepare(kernels: Sequence[Kernel], device: int) -> None:
         nvrtc.Unavailable: if one cannot be compiled.
     """
     missing = [kernel for kernel in kernels if (device, kernel) not in _functions]
-    if len(missing) < 2 or torch.cuda.is_current_stream_capturing():
+    if len(missing) < 2 or is_capturing():
         return
     codes = machine_codes(missing, torch.cuda.get_device_capability(device))
     with _Context(device):
         for kernel, code in zip(missing, codes, strict=True):
             _load(kernel, device, code)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the current stream of a device.
+
+    Raises:
+        RuntimeError: if earlier work on the device failed, or does not end within 20 s.
+    """
+    with _Context(device.index):
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        started = time.monotonic()
+        while True:
+            (status,) = bindings().cuStreamQuery(stream)
+            if status != bindings().CUresult.CUDA_ERROR_NOT_READY:
+                _check((status,))
+                return
+            if time.monotonic() > started + _PATIENCE_S:
+                raise RuntimeError(f"the kernels do not end within {_PATIENCE_S:.0f} s")
+            time.sleep(0.0005)
+
+
+def require_context(device: torch.device, reason: str) -> None:
+    """Check that the device can still be used after a failure.
+
+    Raises:
+        ContextLost: with the reason, if it cannot.
+    """
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        raise ContextLost(
+            f"{reason}. Restart this process, since it cannot use the GPU any more; natten will then compute without "
+            "these kernels."
+        ) from error
+
+
+def is_capturing() -> bool:
+    """Return whether a CUDA graph is being captured."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def version() -> int:
+    """Return the version of CUDA that the driver supports, such as 13000."""
+    return _check(bindings().cuDriverGetVersion())
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, such as "NVIDIA H200"."""
+    return torch.cuda.get_device_name(device)
 
 
 def machine_codes(kernels: Iterable[Kernel], capability: tuple[int, int]) -> list[bytes]:
@@ -116,7 +174,7 @@ _lock = threading.Lock()
 
 def _load(kernel: Kernel, device: int, code: bytes | None = None):
     """Return the function of a kernel on a device. Compile (unless `code` is given) and load it if necessary."""
-    if torch.cuda.is_current_stream_capturing():
+    if is_capturing():
         raise RuntimeError(
             "natten cannot compile or load kernels during CUDA graph capture; run the model once before the capture, "
             "with the same shapes and dtypes."

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,7 +81,7 @@ def machine_code(source: str, definitions: Sequence[str], capability: tuple[int,
     """
     options = (*FLAGS, architecture(capability), *(f"--define-macro={text}" for text in definitions))
     name = f"natten_{Path(source).stem}-{_key(source, options)}.cubin"
-    for folder in cache.folders() if os.name == "posix" else ():
+    for folder in cache.folders():
         try:
             cache.check(folder)
             code = cache.read(folder / name)
@@ -113,13 +112,14 @@ def architecture(capability: tuple[int, int]) -> str:
 
 def _key(source: str, options: Sequence[str]) -> str:
     key = hashlib.sha256()
-    for part in (_hash_of_sources(), source.encode(), " ".join(options).encode(), str(version()).encode()):
+    for part in (hash_of_sources(), source.encode(), " ".join(options).encode(), str(version()).encode()):
         key.update(hashlib.sha256(part).digest())
     return key.hexdigest()[:24]
 
 
 @functools.cache
-def _hash_of_sources() -> bytes:
+def hash_of_sources() -> bytes:
+    """Return a hash of all sources of CUDA kernels."""
     return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sorted(SOURCES.iterdir()))
 
 

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import chain, product
+from itertools import product
 from math import ceil, prod
 from typing import NamedTuple
 
+from natten.backends.cuda.columns import MAX_ROW, Lengths, lengths, place_row, typical_columns, widest
 from natten.geometry import Axis
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
 
-_LONG_AXIS = 1 << 12  # on longer axes, only some tiles are examined
+# Tokens times heads per multiprocessor: above the first number, problems are large. The other two are those for which
+# costs are estimated.
+_LARGE_TOKENS, _SMALL_TYPICAL, _LARGE_TYPICAL = 256, 64, 1 << 14
 _MAX_WARPS = 8  # per block
+_UNIT_COUNTS = (1, 2, 3, 4, 6, 7, 8, 12, 14, 16, 24, 28, 32)  # possible sizes of a tile along an axis
 _MAX_UNITS = 32  # per tile
-_MAX_ROW_BLOCKS = 8  # blocks of 8 columns in a row that is not cut into segments
 # Largest head_dim, in units of 2 bytes, of units with two matrices: these share operands, but need more registers.
 _MAX_DIM_OF_PAIRS = {"forward": 64, "grad_query": 64, "grad_key_value": 32}
 _LARGE_DIM = 128  # for a larger head_dim, rows that are not cut into segments may be too large
@@ -106,6 +109,10 @@ class Tile(NamedTuple):
         return tuple(f"{name}={value}" for name, value in macros.items())
 
 
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
 class _Layout(NamedTuple):
     """The layout of columns and bias in shared memory, in the terms of tiles.h."""
 
@@ -137,98 +144,10 @@ class _Stage(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The columns of a tile
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _window(axis: Axis, s: int, n: int) -> tuple[int, int]:
-    """Return the first key of query s in a class of n tokens, and one past the last key.
-
-    This is `geometry.first_key` for plain numbers.
-    """
-    group = s - s % axis.stride
-    if axis.is_causal:
-        leader = min(group + axis.stride - 1, n - 1)
-        return max(leader - axis.kernel_size + 1, 0), s + 1
-    leader = min(group + axis.stride // 2, n - 1)
-    first = min(max(leader - axis.kernel_size // 2, 0), n - axis.kernel_size)
-    return first, first + axis.kernel_size
-
-
-def _span(axis: Axis, is_inverse: bool, s: int, n: int) -> tuple[int, int]:
-    """Return the first column of a token and the end of its columns, as in problem.h.
-
-    The columns are the keys of a query or, if inverse, the queries of a key.
-    """
-    if not is_inverse:
-        return _window(axis, s, n)
-    k, stride = axis.kernel_size, axis.stride
-    if axis.is_causal:
-        first, last, sees_all = s, s + k - stride, s + k >= n
-    else:
-        reach = k // 2 - stride // 2
-        first, last, sees_all = 0 if s < k else max(_round_up(s - (k - 1) + reach, stride), 0), s + reach, s >= n - k
-    return first, n if sees_all else min(last // stride * stride + stride, n)
-
-
-def _starts(axis: Axis, n: int, size: int) -> Iterator[int]:
-    """Yield the first token of each tile of a class of n tokens.
-
-    For a long class, skip most of the tiles in the middle, which all have the same size.
-    """
-    edge = _round_up(2 * axis.kernel_size + (axis.stride + 1) * size, size)
-    if n <= max(_LONG_AXIS, 4 * edge):
-        return iter(range(0, n, size))
-    return chain(range(0, edge, size), range((n - edge) // size * size, n, size))
-
-
-def _classes(axis: Axis) -> set[int]:
-    """Return the lengths of the residue classes."""
-    longest = -(-axis.length // axis.dilation)
-    return {longest, axis.length // axis.dilation} if axis.dilation > 1 else {longest}
-
-
-@cache
-def widest(axis: Axis, is_inverse: bool, size: int) -> int:
-    """Return the largest number of columns that a tile of `size` tokens has on an axis, in any residue class."""
-    return max(before + after for before, after in _reaches(axis, is_inverse, size))
-
-
-@cache
-def average(axis: Axis, is_inverse: bool, size: int) -> float:
-    """Return the average number of columns that a tile of `size` tokens has on an axis."""
-    reaches = _reaches(axis, is_inverse, size)
-    return sum(before + after for before, after in reaches) / len(reaches)
-
-
-@cache
-def farthest(axis: Axis, is_inverse: bool, size: int) -> tuple[int, int]:
-    """Return the largest distance of a tile's columns from its first token: of the first column, and of their end."""
-    reaches = _reaches(axis, is_inverse, size)
-    return max(before for before, _ in reaches), max(after for _, after in reaches)
-
-
-@cache
-def _reaches(axis: Axis, is_inverse: bool, size: int) -> list[tuple[int, int]]:
-    """Return for each tile how far its columns begin before its first token, and end after it."""
-    found = []
-    for n in _classes(axis):
-        for s in _starts(axis, n, size):
-            first, end = _span(axis, is_inverse, s, n)[0], _span(axis, is_inverse, min(s + size, n) - 1, n)[1]
-            found.append((s - first, end - s))
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The choice of a tile
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@cache
 def choose_tile(
     kernel: str,
     axes: tuple[Axis, Axis, Axis],
@@ -240,7 +159,7 @@ def choose_tile(
     is_deterministic: bool,
     item_bytes: int = 2,
 ) -> Tile | None:
-    """Return the tile for a kernel, or None if no tile fits.
+    """Return the tile for a kernel, or None if no tile fits. All maps of a class have the same tile (columns.py).
 
     Args:
         kernel: one of KERNELS.
@@ -253,34 +172,59 @@ def choose_tile(
         is_deterministic: whether the gradient of rpb must be deterministic.
         item_bytes: bytes per element: 2, or 4 for float32 in TF32.
     """
-    arguments = (kernel, axes, dim, maps, has_rpb, processors, max_shared_bytes, is_deterministic, item_bytes)
-    return min(tiles_and_costs(*arguments), key=lambda found: found[1], default=(None, 0.0))[0]
+    is_large = _is_large(axes, maps, processors)
+    shared = _class_of(kernel, axes, dim * item_bytes // 2, is_large)
+    return _choose(kernel, shared, is_large, dim, has_rpb, processors, max_shared_bytes, is_deterministic, item_bytes)
 
 
 def tiles_and_costs(
     kernel: str, axes, dim, maps, has_rpb, processors, max_shared_bytes, is_deterministic, item_bytes=2
 ) -> Iterator[tuple[Tile, float]]:
     """Yield all tiles that `choose_tile` compares, each with its estimated cost."""
+    is_large = _is_large(axes, maps, processors)
+    shared = _class_of(kernel, axes, dim * item_bytes // 2, is_large)
+    chooser = _Chooser(kernel, shared, dim, has_rpb, max_shared_bytes, is_deterministic, item_bytes)
+    return ((tile, chooser.cost(tile, is_large, processors)) for tile in chooser.tiles())
+
+
+def _is_large(axes: tuple[Axis, ...], maps: int, processors: int) -> bool:
+    return maps * prod(axis.length for axis in axes) > _LARGE_TOKENS * processors
+
+
+def _class_of(kernel: str, axes: tuple[Axis, ...], wide: int, is_large: bool) -> tuple[Lengths, ...]:
+    is_line = axes[0].kernel_size == axes[1].kernel_size == 1
+    is_short = is_line and axes[2].length <= 16 * axes[2].dilation
+    lines = 2 if is_short or wide > _MAX_DIM_OF_PAIRS[kernel] else 4
+    return lengths(axes, (1, 1, 8 * lines) if is_line else (1, lines, 8), kernel == "grad_key_value", is_large)
+
+
+@cache
+def _choose(kernel, axes, is_large, dim, has_rpb, processors, max_shared_bytes, is_deterministic, item_bytes):
     chooser = _Chooser(kernel, axes, dim, has_rpb, max_shared_bytes, is_deterministic, item_bytes)
-    return ((tile, chooser.cost(tile, maps, processors)) for tile in chooser.tiles())
+    return min(chooser.tiles(), key=lambda tile: chooser.cost(tile, is_large, processors), default=None)
 
 
 class _Chooser:
-    """Enumerates the tiles of a kernel for a problem, and estimates their costs."""
+    """Enumerates the tiles of a kernel for a class of maps, and estimates their costs."""
 
     def __init__(
-        self, kernel: str, axes, dim: int, has_rpb: bool, max_shared_bytes: int, is_deterministic: bool, item_bytes: int
+        self,
+        kernel: str,
+        axes: tuple[Lengths, ...],
+        dim: int,
+        has_rpb: bool,
+        max_shared_bytes: int,
+        is_deterministic: bool,
+        item_bytes: int,
     ):
         self.kernel, self.axes, self.item_bytes = kernel, axes, item_bytes
         self.wide = dim * item_bytes // 2  # head_dim in units of 2 bytes
         self.has_rpb, self.max_shared_bytes, self.is_deterministic = has_rpb, max_shared_bytes, is_deterministic
         self.is_inverse = kernel == "grad_key_value"
         self.rank = 3 if axes[0].kernel_size > 1 else 2 if axes[1].kernel_size > 1 else 1
-        self.longest = [-(-axis.length // axis.dilation) for axis in axes]
-        is_high = self.longest[1] > 2 if self.rank > 1 else self.longest[2] > 16
-        self.matrices = 2 if is_high and self.wide <= _MAX_DIM_OF_PAIRS[kernel] else 1
+        self.unit = [axis.unit for axis in axes]
+        self.matrices = self.unit[1] // 2 if self.rank > 1 else self.unit[2] // 16
         self.lines = 2 * self.matrices
-        self.unit = (1, self.lines, 8) if self.rank > 1 else (1, 1, 8 * self.lines)
         self.table = prod(2 * axis.kernel_size - 1 for axis in axes)
         self.table_rows = self.table // (2 * axes[2].kernel_size - 1)
         self.fragments_per_row = 1 if self.rank > 1 else self.lines
@@ -302,10 +246,9 @@ class _Chooser:
                 yield from self._tiles_of_size(size, units)
 
     def _sizes(self, i: int) -> list[int]:
-        """Return the possible sizes of a tile along an axis: multiples of the unit, up to the length of the axis."""
+        """Return the possible sizes of a tile along an axis: multiples of the unit, up to a typical length."""
         unit = self.unit[i]
-        longest = min(_round_up(self.longest[i], unit), unit * _MAX_UNITS)
-        return list(range(unit, longest + 1, unit))
+        return [unit * count for count in _UNIT_COUNTS if unit * (count - 1) < self.axes[i].typical]
 
     def _tiles_of_size(self, size, units: int) -> Iterator[Tile]:
         for layout in self._layouts(size[2]):
@@ -322,39 +265,22 @@ class _Chooser:
         """Yield the possible layouts. Long rows of columns are cut into segments, for which there are no fragments."""
         is_unsegmented = False
         may_have_gradient = self.has_gradient and _MAY_HAVE_GRADIENT_FRAGMENTS
+        is_narrow = self.unit[2] + self.axes[2].kernel_size + self.axes[2].stride - 2 <= MAX_ROW
         for has_gradient in (False, True) if may_have_gradient else (False,):
-            reach, first_columns, unit_columns = self._place_columns(size_x, has_gradient)
-            if unit_columns <= 8 * _MAX_ROW_BLOCKS:
+            row = place_row(self.axes[2], self.is_inverse, size_x, has_gradient) if is_narrow else None
+            if row is not None and row.unit_columns <= MAX_ROW:
                 is_unsegmented = True
                 for has_bias in (True, False) if _MAY_HAVE_FRAGMENTS else (False,):
-                    yield _Layout(max(first_columns) + unit_columns, unit_columns, reach, False, has_bias, has_gradient)
+                    yield _Layout(row.columns, row.unit_columns, row.reach, False, has_bias, has_gradient)
         if is_unsegmented and self.wide <= _LARGE_DIM:
             return
         segment = 8 * max(self.chunk_blocks, 4) if self.wide <= _LARGE_DIM else 16
         yield _Layout(segment, segment, 0, True, False, False)
 
-    def _place_columns(self, size_x: int, has_gradient_fragments: bool) -> tuple[int, set[int], int]:
-        """Return the layout of a row of columns.
-
-        Returns:
-            REACH; the possible values of `BlockTile::first_column` in tiles.h; UNIT_COLUMNS.
-        """
-        axis, unit = self.axes[2], self.unit[2]
-        reach = farthest(axis, self.is_inverse, unit if has_gradient_fragments else size_x)[0]
-        first_columns, widest_unit = set(), 0
-        for n in _classes(axis):
-            for tile_x in _starts(axis, n, size_x):
-                for x in range(tile_x, min(tile_x + size_x, n), unit):
-                    first = _span(axis, self.is_inverse, x, n)[0]
-                    end = _span(axis, self.is_inverse, min(x + unit, n) - 1, n)[1]
-                    first_column = x - tile_x if has_gradient_fragments else (first - tile_x + reach) // 8 * 8
-                    first_columns.add(first_column)
-                    widest_unit = max(widest_unit, end - tile_x + reach - first_column)
-        return reach, first_columns, _round_up(widest_unit, 8)
-
     def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[_Stage]:
         if units > _MAX_WARPS:
-            for warps in range(1, _MAX_WARPS + 1):
+            units_per_warp = range(-(-units // _MAX_WARPS), units + 1)
+            for warps in sorted({-(-units // count) for count in units_per_warp}):
                 yield _Stage(rows, False, warps)
             return
         yield _Stage(rows, False, units)
@@ -425,12 +351,12 @@ class _Chooser:
         tables = warps if self.has_gradient and warps * table_bytes <= _MAX_GRADIENT_BYTES else 0
         return tables, tables * table_bytes
 
-    def cost(self, tile: Tile, maps: int, processors: int) -> float:
-        """Estimate the time of all tiles of a problem, in instructions per multiprocessor. Only comparisons matter."""
-        tiles = maps * prod(
-            ceil(n / q) * a.dilation for n, q, a in zip(self.longest, tile.size, self.axes, strict=True)
-        )
-        columns = prod(average(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True))
+    def cost(self, tile: Tile, is_large: bool, processors: int) -> float:
+        """Estimate the time of a typical problem, in instructions per multiprocessor. Only comparisons matter."""
+        tokens = processors * (_LARGE_TYPICAL if is_large else _SMALL_TYPICAL)
+        lengths_and_sizes = [(axis.typical, q) for axis, q in zip(self.axes, tile.size, strict=True)]
+        tiles = tokens * prod(ceil(n / q) / n for n, q in lengths_and_sizes)
+        columns = prod(self._typical(i, q)[0] for i, q in enumerate(tile.size))
         reading = (4 * self.wide * columns + 6 * self.wide * prod(tile.size)) / _BYTES_PER_INSTRUCTION
         computing = self._instructions(tile)
         resident = tile.min_blocks * tile.warps
@@ -442,6 +368,10 @@ class _Chooser:
         blocks, resident_blocks = tiles * tile.slices, processors * tile.min_blocks
         return cost_per_block * (max(blocks, resident_blocks) if blocks < 4 * resident_blocks else blocks)
 
+    def _typical(self, i: int, size: int) -> tuple[float, int]:
+        """Return the average and the largest number of columns of `size` tokens on axis i of a typical map."""
+        return typical_columns(self.axes[i], self.is_inverse, size)
+
     def _instructions(self, tile: Tile) -> float:
         """Estimate the instructions that a block issues for a tile."""
         steps = self.wide / 16 * _PRODUCTS[self.kernel]
@@ -452,13 +382,13 @@ class _Chooser:
         )
         column_cost += _TABLE_COST * (not tile.has_bias_fragments)
         column_cost += _DIAGONAL_COST * (self.has_gradient and not tile.has_gradient_fragments)
-        unit_spans = [widest(axis, self.is_inverse, u) for axis, u in zip(self.axes, self.unit, strict=True)]
+        unit_spans = [self._typical(i, u)[1] for i, u in enumerate(self.unit)]
         rows: float = unit_spans[0] * unit_spans[1]
         stages = 1
         if tile.is_segmented:
             rows *= -(-unit_spans[2] // tile.unit_columns) + (unit_spans[2] % tile.unit_columns > 0) / 2
         if tile.is_staged:  # in each stage, all warps wait for the slowest
-            spans = [widest(axis, self.is_inverse, q) for axis, q in zip(self.axes, tile.size, strict=True)]
+            spans = [self._typical(i, q)[1] for i, q in enumerate(tile.size)]
             lines = spans[0] * spans[1] * (-(-spans[2] // tile.columns) if tile.is_segmented else 1)
             stages = -(-lines // tile.stage_rows)
             rows = max(rows, stages * min(rows, tile.stage_rows))

@@ -8,10 +8,10 @@
 
 namespace natten {
 
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+constexpr float LOG2_E = 1.44269504f;
 
-// Weights are powers of two: logits, and the bias, are in units of log 2. The logits of whole windows are stored before the
-// softmax; an online softmax was not faster, even for windows that do not fit into the cache.
+// Logits, and the bias, are multiplied by log2(e), so that weights are powers of two. The logits of whole windows are stored
+// before the softmax; an online softmax was not faster, even for windows that do not fit into the cache.
 class Forward {
  public:
   static constexpr float BIAS_FACTOR = LOG2_E;

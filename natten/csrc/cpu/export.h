@@ -1,5 +1,9 @@
-// The C interface that natten/backends/cpu calls. Each function returns 0, or 1 if it is out of memory, or 2 if it fails
-// for another reason.
+// The C interface that natten/backends/cpu calls. The functions of operators return 0, or 1 if they are out of memory, or 2
+// if they fail for another reason.
 #pragma once
 
+#if defined(_WIN32)
+#define NATTEN_EXPORT extern "C" __declspec(dllexport)
+#else
 #define NATTEN_EXPORT extern "C" __attribute__((visibility("default")))
+#endif

@@ -25,7 +25,7 @@ enum TensorName {
 
 struct Plan {
   int64_t dtype;  // of all tensors except lse, grad_lse and the bias, which are float32
-  int64_t batch, heads, kv_heads;  // heads of queries; of keys and values, each shared by heads / kv_heads of queries
+  int64_t batch, heads, kv_heads;  // each head of keys and values serves heads / kv_heads heads of queries
   int64_t dim, value_dim;          // head_dim of queries and keys; of values
   Axis axis[3];  // problems with fewer axes have leading axes of one token and a window of one
   double scale;

@@ -1,7 +1,7 @@
 // Prefetches the rows of d that the next band of blocks needs, a few cache lines at a time.
 //
 // All heads of a token are adjacent in memory, and often its query, key and value too. Reading them in this order, while
-// blocks are computed, hides most of the time that memory takes; many requests at once would be dropped.
+// blocks are computed, hides most of the time that memory takes. Many requests at once would be dropped.
 #pragma once
 
 #include <algorithm>

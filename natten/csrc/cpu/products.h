@@ -1,4 +1,4 @@
-// The three products of attention, on tiles that fit into registers. All other files move data to them.
+// The three products of attention, on tiles that fit into registers. The other files prepare their operands.
 //
 // Logits and weights of W queries are adjacent: s[key * W + lane]. A "row" is such a vector of queries; several rows share
 // the keys of a line, so that each load is used several times.
@@ -203,8 +203,8 @@ NATTEN_INLINE void scatter_lane(const WindowArguments<const float>& a, int lane,
   }
 }
 
-// The KEYS rows of d that the current lane sees. When the window moves by a key, the row that leaves makes place for the
-// one that enters: the rows rotate through the registers, and P, a constant in the code of each position, is the first.
+// The KEYS rows of d that the current lane sees. When the window moves by a key, the row that enters takes the place of the
+// one that leaves: the rows rotate through the registers, and P, a constant in the code of each position, is the first.
 template <int KEYS, int VECS, bool IS_SUM>
 struct Window {
   typedef std::conditional_t<IS_SUM, float, const float> Float;

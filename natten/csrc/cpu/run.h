@@ -1,4 +1,18 @@
 // Divides a call into tasks, distributes them over threads, and processes each with a Map and an operator.
+//
+// The words of this folder, from the call down to the registers:
+//
+//   submap    one image and residue class of the dilation: a problem without dilation              submap.h
+//   strip     a piece of a submap along one axis                                                   map.h
+//   task      a strip, and some heads of keys                                                      map.h
+//   chunk     successive tasks, which a thread runs with the same buffers                          run.h
+//   phase     chunks that run at the same time; a second phase adds to gradients of the first      run.h
+//   line      the tokens of a submap along its last axis; a ring buffer holds lines of keys        keys.h
+//   band      up to MAX_ROWS lines of queries                                                      map.h
+//   group     up to W adjacent queries of a line                                                   groups.h
+//   block     a group of each line of a band: up to MAX_ROWS rows of W queries                     block.h
+//   visit     keys of a line, and the rows of a block that see them: a call of products.h          block.h
+//   kind      a bias that groups share, because the steps between their windows are the same       bias.h
 #pragma once
 
 #include <algorithm>
@@ -14,8 +28,8 @@
 namespace natten {
 
 constexpr int CHUNKS_PER_THREAD = 2, TASKS_PER_THREAD = 4;
-constexpr int FEW_TASKS = 8;         // tasks per chunk; if there are fewer, each is a chunk
-constexpr int64_t ROW_BYTES = 256;   // of the heads of a token that a task reads, at least
+constexpr int FEW_TASKS = 8;         // if there are at most as many tasks per chunk, each becomes a chunk
+constexpr int64_t ROW_BYTES = 256;   // a task has so many heads that it reads this much of each token, or more
 // Largest number of queries in a strip of the last axis, so that the data of a thread fits into its cache.
 constexpr int64_t LONGEST_LINE = 1024, LONGEST_OF_MANY_LINES = 112;
 

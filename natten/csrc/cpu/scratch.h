@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -55,6 +54,7 @@ class Scratch {
 
  private:
   static constexpr size_t KEPT = size_t{1} << 24;  // floats: 64 MiB
+  static constexpr std::align_val_t ALIGNMENT{64};  // a cache line
   struct Block {
     float* data;
     size_t size, used;
@@ -63,21 +63,17 @@ class Scratch {
 
   void add(size_t size) {
     blocks_.push_back({});
-    blocks_.back().data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
-    if (!blocks_.back().data) throw std::bad_alloc();
+    blocks_.back().data = static_cast<float*>(::operator new(size * sizeof(float), ALIGNMENT));
     blocks_.back().size = size;
   }
 
   void release() {
-    for (const Block& block : blocks_) std::free(block.data);
+    for (const Block& block : blocks_) ::operator delete(block.data, ALIGNMENT);
     blocks_.clear();
   }
 };
 
-inline Scratch& thread_scratch() {
-  thread_local Scratch scratch;
-  scratch.reset();
-  return scratch;
-}
+// Returns the scratch of the calling thread, with all memory available.
+Scratch& thread_scratch();
 
 }  // namespace natten

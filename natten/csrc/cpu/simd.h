@@ -92,6 +92,8 @@ NATTEN_INLINE Vec permute(Vec x, IntVec index) {
 #endif
 }
 
+constexpr float LN_2 = 0.693147181f;
+
 // 2^x for x <= 127, relative error 1e-7. Exactly 0 below 2^-126. NaN for NaN, if its lowest 9 bits are 0, as in every NaN
 // that arithmetic produces.
 NATTEN_INLINE Vec exp2(Vec x) {
@@ -128,7 +130,7 @@ NATTEN_INLINE Vec log(Vec x) {
   series = series * zz + broadcast(1.f / 5);
   series = series * zz + broadcast(1.f / 3);
   series = series * zz + broadcast(1.f);
-  const Vec result = __builtin_convertvector(exponent, Vec) * broadcast(0.693147181f) + 2.f * z * series;
+  const Vec result = __builtin_convertvector(exponent, Vec) * broadcast(LN_2) + 2.f * z * series;
   return select(x == x, result, x);
 }
 

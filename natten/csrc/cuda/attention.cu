@@ -7,7 +7,8 @@ namespace natten {
 __device__ inline void attend(const Params& p, const Token& token) {
   const Rows<const Storage> query(p, QUERY, token.map), key(p, KEY, token.map), value(p, VALUE, token.map);
   const float scale = p.scale * LOG2_E;
-  Items q, k, v, sum;
+  QueryItems q, k;
+  ValueItems v, sum;
   q.load(query.at(token.z, token.y, token.x));
   sum.clear();
   float largest = -__uint_as_float(0x7f800000), total = 0;

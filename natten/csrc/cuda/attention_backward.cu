@@ -11,7 +11,8 @@ constexpr int SLOTS = KERNEL_X < 32 ? KERNEL_X : 32;  // slots in a row of a win
 __device__ inline void differentiate_query(const Params& p, const Token& token, float* grad_logits, TableGradient* table) {
   const Submap& map = token.map;
   const Rows<const Storage> key(p, KEY, map), value(p, VALUE, map);
-  Items q, out, grad_out, k, v, grad_q;
+  QueryItems q, k, grad_q;
+  ValueItems v, out, grad_out;
   q.load(Rows<const Storage>(p, QUERY, map).at(token.z, token.y, token.x));
   out.load(Rows<const Storage>(p, OUT, map).at(token.z, token.y, token.x));
   grad_out.load(Rows<const Storage>(p, GRAD_OUT, map).at(token.z, token.y, token.x));
@@ -51,14 +52,13 @@ __device__ inline void differentiate_query(const Params& p, const Token& token, 
   if (token.is_there) grad_q.store(Rows<Storage>(p, GRAD_QUERY, map).at(token.z, token.y, token.x), p.scale);
 }
 
-__device__ inline void differentiate_key(const Params& p, const Token& token) {
-  const Submap& map = token.map;
+// Adds the contribution of the queries of head map.head.
+__device__ inline void add_queries(const Params& p, const Token& token, const Submap& map, const QueryItems& k,
+                                   const ValueItems& v, QueryItems& grad_k, ValueItems& grad_v) {
   const Rows<const Storage> query(p, QUERY, map), grad_out(p, GRAD_OUT, map);
   const Rows<const float> lse(p, LSE, map), delta(p, DELTA, map);
-  Items k, v, q, g, grad_k, grad_v;
-  k.load(Rows<const Storage>(p, KEY, map).at(token.z, token.y, token.x));
-  v.load(Rows<const Storage>(p, VALUE, map).at(token.z, token.y, token.x));
-  grad_k.clear(), grad_v.clear();
+  QueryItems q;
+  ValueItems g;
   const Span zs = WindowsZ::queries(token.z, map.n[0]), ys = WindowsY::queries(token.y, map.n[1]);
   const Span xs = WindowsX::queries(token.x, map.n[2]);
   const int count = largest_in_warp(xs.end - xs.first);
@@ -75,7 +75,19 @@ __device__ inline void differentiate_key(const Params& p, const Token& token) {
         grad_k.add(q, grad_logit), grad_v.add(g, weight);
       }
     }
+}
+
+// `token.map.head` is the first of the heads whose gradients are summed.
+__device__ inline void differentiate_key(const Params& p, const Token& token) {
+  Submap map = token.map;
+  QueryItems k, grad_k;
+  ValueItems v, grad_v;
+  k.load(Rows<const Storage>(p, KEY, map).at(token.z, token.y, token.x));
+  v.load(Rows<const Storage>(p, VALUE, map).at(token.z, token.y, token.x));
+  grad_k.clear(), grad_v.clear();
+  for (int i = 0; i < p.tensors[GRAD_KEY].group; ++i, ++map.head) add_queries(p, token, map, k, v, grad_k, grad_v);
   if (!token.is_there) return;
+  map = token.map;
   grad_k.store(Rows<Storage>(p, GRAD_KEY, map).at(token.z, token.y, token.x), p.scale);
   grad_v.store(Rows<Storage>(p, GRAD_VALUE, map).at(token.z, token.y, token.x), 1.f);
 }
@@ -100,7 +112,9 @@ NATTEN_KERNEL(natten_grad_query, natten::THREADS) {
   table.finish();
 }
 
+// `p.heads` is the number of heads of GRAD_KEY.
 NATTEN_KERNEL(natten_grad_key_value, natten::THREADS) {
   natten::Token token;
-  if (token.locate(p, blockIdx.x / p.heads, blockIdx.x % p.heads)) natten::differentiate_key(p, token);
+  const int head = blockIdx.x % p.heads * p.tensors[natten::GRAD_KEY].group;
+  if (token.locate(p, blockIdx.x / p.heads, head)) natten::differentiate_key(p, token);
 }

@@ -1,5 +1,7 @@
 // Shared code of the kernels without matrix instructions, which run on every GPU. A group of lanes processes one token,
 // with 8 elements of a row per lane. A block processes GROUPS consecutive tokens on the last axis of a submap.
+//
+// VALUE_DIM is the head_dim of values, outputs and their gradients.
 #pragma once
 
 #include "problem.h"
@@ -8,14 +10,76 @@ namespace natten {
 
 constexpr int THREADS = 128, ITEMS = 8;
 __host__ __device__ constexpr int lanes_for(int dim) { return dim <= ITEMS ? 1 : 2 * lanes_for((dim + 1) / 2); }
-constexpr int LANES = lanes_for(HEAD_DIM), GROUPS = THREADS / LANES;
-static_assert(HEAD_DIM % ITEMS == 0 && LANES <= 32, "head_dim must be a multiple of 8 up to 256");
+constexpr int LANES = lanes_for(HEAD_DIM > VALUE_DIM ? HEAD_DIM : VALUE_DIM), GROUPS = THREADS / LANES;
+static_assert(LANES <= 32, "head_dim must be at most 256");
 
 __device__ __forceinline__ int group_of_thread() { return threadIdx.x / LANES; }
 __device__ __forceinline__ int lane_of_group() { return threadIdx.x % LANES; }
 
-// This lane's part of a row, in float32.
+// Elements per memory access to rows of DIM elements: a divisor of DIM, with at most 16 bytes.
+__host__ __device__ constexpr int piece_of(int dim) {
+  int piece = 16 / sizeof(Storage);
+  while (dim % piece) piece /= 2;
+  return piece;
+}
+
+// Loads or stores PIECE elements as float32.
+template <int PIECE>
+__device__ __forceinline__ void load_piece(const Storage* from, float* to) {
+#if ELEMENT == 0
+  if constexpr (PIECE == 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+  } else if constexpr (PIECE == 2) {
+    const float2 two = *reinterpret_cast<const float2*>(from);
+    to[0] = two.x, to[1] = two.y;
+  } else {
+    to[0] = *from;
+  }
+#else
+  if constexpr (PIECE == 1) {
+    to[0] = Element::widen(*from);
+  } else {
+    unsigned words[PIECE / 2];
+    if constexpr (PIECE == 8) {
+      const uint4 four = *reinterpret_cast<const uint4*>(from);
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    } else if constexpr (PIECE == 4) {
+      const uint2 two = *reinterpret_cast<const uint2*>(from);
+      words[0] = two.x, words[1] = two.y;
+    } else {
+      words[0] = *reinterpret_cast<const unsigned*>(from);
+    }
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) to[i] = i % 2 ? high_of(words[i / 2]) : low_of(words[i / 2]);
+  }
+#endif
+}
+template <int PIECE>
+__device__ __forceinline__ void store_piece(const float* from, float factor, Storage* to) {
+#if ELEMENT == 0
+  if constexpr (PIECE == 4)
+    *reinterpret_cast<float4*>(to) = {from[0] * factor, from[1] * factor, from[2] * factor, from[3] * factor};
+  else if constexpr (PIECE == 2) *reinterpret_cast<float2*>(to) = {from[0] * factor, from[1] * factor};
+  else *to = from[0] * factor;
+#else
+  if constexpr (PIECE == 1) {
+    *to = Element::narrow(from[0] * factor);
+  } else {
+    unsigned words[PIECE / 2];
+#pragma unroll
+    for (int i = 0; i < PIECE / 2; ++i) words[i] = pack(from[2 * i] * factor, from[2 * i + 1] * factor);
+    if constexpr (PIECE == 8) *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+    else if constexpr (PIECE == 4) *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+    else *reinterpret_cast<unsigned*>(to) = words[0];
+  }
+#endif
+}
+
+// This lane's part of a row of DIM elements, in float32.
+template <int DIM>
 struct Items {
+  static constexpr int PIECE = piece_of(DIM);
   float x[ITEMS];
 
   __device__ __forceinline__ void clear() {
@@ -24,36 +88,33 @@ struct Items {
   }
   __device__ __forceinline__ void load(const Storage* row) {
     const int first = lane_of_group() * ITEMS;
-    if (first >= HEAD_DIM) return clear();
-#if ELEMENT == 0
-    const float4 low = *reinterpret_cast<const float4*>(row + first);
-    const float4 high = *reinterpret_cast<const float4*>(row + first + 4);
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-#else
-    const uint4 words = *reinterpret_cast<const uint4*>(row + first);
-    x[0] = low_of(words.x), x[1] = high_of(words.x), x[2] = low_of(words.y), x[3] = high_of(words.y);
-    x[4] = low_of(words.z), x[5] = high_of(words.z), x[6] = low_of(words.w), x[7] = high_of(words.w);
-#endif
+#pragma unroll
+    for (int i = 0; i < ITEMS; i += PIECE) {
+      if (first + i < DIM) {
+        load_piece<PIECE>(row + first + i, x + i);
+        continue;
+      }
+#pragma unroll
+      for (int k = 0; k < PIECE; ++k) x[i + k] = 0;
+    }
   }
   __device__ __forceinline__ void store(Storage* row, float factor) const {
     const int first = lane_of_group() * ITEMS;
-    if (first >= HEAD_DIM) return;
-#if ELEMENT == 0
-    *reinterpret_cast<float4*>(row + first) = {x[0] * factor, x[1] * factor, x[2] * factor, x[3] * factor};
-    *reinterpret_cast<float4*>(row + first + 4) = {x[4] * factor, x[5] * factor, x[6] * factor, x[7] * factor};
-#else
-    *reinterpret_cast<uint4*>(row + first) = {pack(x[0] * factor, x[1] * factor), pack(x[2] * factor, x[3] * factor),
-                                              pack(x[4] * factor, x[5] * factor), pack(x[6] * factor, x[7] * factor)};
-#endif
+#pragma unroll
+    for (int i = 0; i < ITEMS; i += PIECE)
+      if (first + i < DIM) store_piece<PIECE>(x + i, factor, row + first + i);
   }
   __device__ __forceinline__ void add(const Items& other, float factor) {
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) x[i] += factor * other.x[i];
   }
 };
+using QueryItems = Items<HEAD_DIM>;
+using ValueItems = Items<VALUE_DIM>;
 
 // The product of two rows, for all lanes of the group. All threads of the warp must call this.
-__device__ __forceinline__ float dot(const Items& a, const Items& b) {
+template <int DIM>
+__device__ __forceinline__ float dot(const Items<DIM>& a, const Items<DIM>& b) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) sum += a.x[i] * b.x[i];

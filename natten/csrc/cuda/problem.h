@@ -19,6 +19,7 @@ enum TensorName {
 struct TensorView {
   char* data;
   long long batch, axis[3], head;
+  int group, unused;  // how many heads of the problem share a head of the tensor
 };
 
 struct Params {
@@ -109,7 +110,7 @@ __device__ __forceinline__ bool locate(const Params& p, unsigned index, const in
 
 // Address of the first row of a tensor in a submap.
 __device__ __forceinline__ char* base_of(const TensorView& view, const Submap& map, int element_bytes) {
-  long long offset = map.batch * view.batch + map.head * view.head;
+  long long offset = map.batch * view.batch + map.head / view.group * view.head;
 #pragma unroll
   for (int i = 3 - RANK; i < 3; ++i) offset += map.residue[i] * view.axis[i];
   return view.data + offset * element_bytes;

@@ -1,4 +1,15 @@
 // Sums the partial gradients of rpb from the blocks of a backward kernel, in a fixed order. The result is deterministic.
+// One kernel per kernel_size: the sums depend on nothing else.
+#define HEAD_DIM 8
+#define ELEMENT 0
+#define HAS_RPB 1
+#define HAS_LONG_STEPS 0
+#define STRIDE_Z 1
+#define STRIDE_Y 1
+#define STRIDE_X 1
+#define CAUSAL_Z 0
+#define CAUSAL_Y 0
+#define CAUSAL_X 0
 #include "problem.h"
 
 namespace natten {

@@ -1,4 +1,5 @@
-// Unfused attention (query_key and weight_value) and its gradients. Three loops over windows implement all kernels.
+// Unfused attention (query_key and weight_value) and its gradients. Three loops over windows implement all kernels. All
+// rows have HEAD_DIM elements. One kernel serves problems with and without a bias, so HAS_RPB is 1.
 #include "groups.h"
 
 namespace natten {
@@ -14,7 +15,7 @@ __device__ inline void dot_windows(const Params& p, TensorName left, TensorName 
   const Submap& map = token.map;
   const Rows<const Storage> rights(p, right, map);
   Storage* slots = Rows<Storage>(p, to, map).at(token.z, token.y, token.x);
-  Items q, k;
+  QueryItems q, k;
   q.load(Rows<const Storage>(p, left, map).at(token.z, token.y, token.x));
   for (int i = 0; i < WINDOW; ++i) {
     const int kz = token.start_z + i / (KERNEL_Y * KERNEL_X), ky = token.start_y + i / KERNEL_X % KERNEL_Y;
@@ -23,7 +24,7 @@ __device__ inline void dot_windows(const Params& p, TensorName left, TensorName 
     if (is_seen) k.load(rights.at(kz, ky, kx));
     else k.clear();
     float value = dot(q, k);
-    if (HAS_RPB && is_seen) value += bias_row(p, map.head, kz, ky, token.z, token.y)[kx - token.x + KERNEL_X - 1];
+    if (p.rpb && is_seen) value += bias_row(p, map.head, kz, ky, token.z, token.y)[kx - token.x + KERNEL_X - 1];
     if (token.is_there && lane_of_group() == 0) slots[i] = Element::narrow(is_seen ? value : outside);
   }
 }
@@ -34,7 +35,7 @@ __device__ inline void sum_windows(const Params& p, TensorName weights, TensorNa
   const Submap& map = token.map;
   const Rows<const Storage> values(p, rows, map);
   const Storage* slots = Rows<const Storage>(p, weights, map).at(token.z, token.y, token.x);
-  Items v, sum;
+  QueryItems v, sum;
   sum.clear();
   for (int kz = token.keys_z.first; kz < token.keys_z.end; ++kz)
     for (int ky = token.keys_y.first; ky < token.keys_y.end; ++ky)
@@ -53,7 +54,7 @@ __device__ inline void sum_inverse(const Params& p, TensorName weights, TensorNa
   const Rows<const Storage> values(p, rows, map), slots(p, weights, map);
   const Span zs = WindowsZ::queries(token.z, map.n[0]), ys = WindowsY::queries(token.y, map.n[1]);
   const Span xs = WindowsX::queries(token.x, map.n[2]);
-  Items v, sum;
+  QueryItems v, sum;
   sum.clear();
   for (int z = zs.first; z < zs.end; ++z)
     for (int y = ys.first; y < ys.end; ++y)

@@ -143,7 +143,7 @@ class SyntheticDataset(Dataset):
         Args:
             input_size: [channels, height, width] in pixels.
         """
-        self.noise = torch.randn(input_size, generator=torch.Generator().manual_seed(0))
+        self.noise = torch.randint(256, input_size, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def __len__(self) -> int:
         return self.length
@@ -162,15 +162,15 @@ class SyntheticDataset(Dataset):
 
 
 class SeededDataset(Dataset):
-    """Images by (epoch, index), which also seed their augmentation."""
+    """Images by (epoch, index, view), which also seed their augmentation."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        seed_cpu(self.seed, epoch, index)
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int]:
+        epoch, index, view = key
+        seed_cpu(self.seed, epoch, index, *((view,) if view else ()))  # the first view is that of no repetition
         return self.dataset[index]
 
 

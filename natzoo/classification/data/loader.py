@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -20,8 +21,8 @@ from natzoo.classification.signals import ignore_signals_in_worker
 AnyDataset = ImageDataset | SyntheticDataset | ShardDataset
 
 
-class SeededBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of keys (epoch, index) for one process, in an order that depends on the seed and the epoch.
+class SeededBatchSampler(Sampler[list[tuple[int, int, int]]]):
+    """Batches of keys (epoch, index, view) for one process, in an order that depends on the seed and the epoch.
 
     Processes take the batches of the epoch in turn: two processes see in one step what one process sees in two.
 
@@ -30,28 +31,40 @@ class SeededBatchSampler(Sampler[list[tuple[int, int]]]):
         batch_size: batch size per process.
         seed: seed of the order.
         world: the processes.
+        repeats: views of an image in an epoch, which then has a part of the images (repeated augmentation).
 
     Attributes:
         epoch: the epoch, set before iterating.
         first: number of the first batch, set before iterating.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, world: World):
+    def __init__(self, length: int, batch_size: int, seed: int, world: World, repeats: int = 1):
         self.length = length
         self.batch_size = batch_size
         self.seed = seed
         self.world = world
+        self.repeats = repeats
         self.epoch = 0
         self.first = 0
 
     def __len__(self) -> int:
         return self.length // self.batch_size // self.world.size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.length)
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        order = self._order()
         for step in range(self.first, len(self)):
             start = (step * self.world.size + self.world.rank) * self.batch_size
-            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+            positions = range(start, start + self.batch_size)
+            yield [(self.epoch, int(order[position]), position % self.repeats) for position in positions]
+
+    def _order(self) -> Sequence[int]:
+        """Return the images of an epoch; the views of an image follow each other."""
+        if self.repeats == 1:
+            return np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.length)
+        images = range(self.length)
+        sampler = RepeatAugSampler(images, num_replicas=1, rank=0, num_repeats=self.repeats, selected_round=0)
+        sampler.set_epoch(int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]))
+        return list(sampler)
 
 
 def create_training_dataset(args: argparse.Namespace, world: World) -> AnyDataset:
@@ -74,7 +87,7 @@ def create_training_dataset(args: argparse.Namespace, world: World) -> AnyDatase
 def create_validation_dataset(
     args: argparse.Namespace, classes: list[str] | None, config: dict[str, Any], world: World
 ) -> AnyDataset:
-    """Create the validation dataset; with --synthetic it has a single batch.
+    """Create the validation dataset, whose uint8 images `Normalize` normalizes; with --synthetic it has a single batch.
 
     Args:
         args: the options.
@@ -91,11 +104,11 @@ def create_validation_dataset(
         return noise
     if uses_shards(args):
         shards = _create_shards(args, args.val_split, classes, world, is_training=False)
-        shards.transform = evaluation_transform(config)
+        shards.transform = evaluation_transform(config, normalize=False)
         return shards
     columns = args.input_key, args.target_key
     reader = open_reader(args.dataset, args.data, args.val_split, classes, columns)
-    return ImageDataset(reader, evaluation_transform(config), replace=False)
+    return ImageDataset(reader, evaluation_transform(config, normalize=False), replace=False)
 
 
 def create_training_loader(
@@ -119,10 +132,12 @@ def create_training_loader(
         dataset.transform = training_transform(args, config)
     kwargs = _worker_kwargs(args.workers, pin_memory)
     if isinstance(dataset, ShardDataset):
+        if args.aug_repeats > 1:
+            raise ValueError("--aug-repeats requires random access, which webdataset shards lack; use folders.")
         dataset.set_workers(args.workers)
         loader = DataLoader(dataset, args.batch_size, drop_last=True, **kwargs)
     else:
-        sampler = SeededBatchSampler(len(dataset), args.batch_size, args.seed, world)
+        sampler = SeededBatchSampler(len(dataset), args.batch_size, args.seed, world, args.aug_repeats)
         loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=sampler, **kwargs)
     if len(loader) == 0:
         needed = f"--batch-size {args.batch_size}" + (f" x {world.size} processes" if world.size > 1 else "")

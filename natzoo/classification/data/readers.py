@@ -74,6 +74,11 @@ class FolderReader:
         self._paths, self._numbers = np.array([os.fsencode(path) for path in paths]), np.array(numbers)
         self.digest = digest((path[len(self.source) :] for path in paths), sizes)
 
+    @property
+    def targets(self) -> list[int]:
+        """Class number of each image."""
+        return self._numbers.tolist()
+
     def __len__(self) -> int:
         return len(self._paths)
 
@@ -121,6 +126,11 @@ class TarReader:
         samples = ((numbers[member.label], member) for member in members)
         self.samples = sorted(samples, key=lambda sample: (sample[0], sample[1].name))
         self.digest = digest(*zip(*((member.name, member.size) for _, member in self.samples), strict=True))
+
+    @property
+    def targets(self) -> list[int]:
+        """Class number of each image."""
+        return [number for number, _ in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -234,7 +244,8 @@ class HubReader:
                 raise _unknown_class(self.source, names[label] if label in range(len(names)) else label)
         self._numbers: dict[Any, int] = {label: known[label] for label in labels}
         rows = self._reader.dataset.data.column(self._target_key).to_pylist()
-        self.digest = digest([], (self._numbers[label] for label in rows))
+        self.targets = [self._numbers[label] for label in rows]
+        self.digest = digest([], self.targets)
 
     def __len__(self) -> int:
         return len(self._reader)

@@ -70,13 +70,17 @@ def requested_channels(args: argparse.Namespace) -> int | None:
     return next(iter(found.values()), None)
 
 
-def evaluation_transform(config: dict[str, Any]) -> Transform:
+def evaluation_transform(config: dict[str, Any], normalize: bool = True) -> Transform:
     """Create the transform of evaluation from what `preprocessing` returned.
+
+    Args:
+        config: what `preprocessing` returned.
+        normalize: return normalized float32 images; if False, uint8 images that `Normalize` normalizes on the device.
 
     Raises:
         ValueError: if the model takes neither gray nor color images.
     """
-    return _from_color(create_transform(is_training=False, **config), config)
+    return _from_color(create_transform(is_training=False, normalize=normalize, **config), config)
 
 
 def _from_color(transform: Any, config: dict[str, Any]) -> Transform:
@@ -94,7 +98,7 @@ def _to_gray(image: Image.Image) -> Image.Image:
 
 
 def training_transform(args: argparse.Namespace, config: dict[str, Any]) -> Transform:
-    """Create the random transform of training.
+    """Create the random transform of training, which returns uint8 images; `TrainingBatches` does the rest.
 
     Args:
         args: the options.
@@ -116,9 +120,7 @@ def training_transform(args: argparse.Namespace, config: dict[str, Any]) -> Tran
             interpolation=args.train_interpolation,
             mean=config["mean"],
             std=config["std"],
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
+            normalize=False,
         )
         return _from_color(transform, config)
     except AssertionError as error:

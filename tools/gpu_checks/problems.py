@@ -1,4 +1,4 @@
-"""Problems for the GPU tests, and the precisions in which they run."""
+"""Problems and precisions that the parts of the run and tests/gpu share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from natten.checks import make_axes
 
 
 class Machine(NamedTuple):
-    """Where a test runs."""
+    """Where a problem runs."""
 
     device: torch.device
     backend: str
@@ -25,6 +25,12 @@ class Machine(NamedTuple):
 
 
 CUDA, REHEARSAL = Machine(torch.device("cuda:0"), "cuda"), Machine(torch.device("cpu"), "cpu")
+
+
+def machine(is_rehearsal: bool) -> Machine:
+    """Return the GPU, or the CPU for a rehearsal."""
+    return REHEARSAL if is_rehearsal else CUDA
+
 
 # dtype, its unit roundoff, and the setting for products of float32 matrices.
 PRECISIONS = {
@@ -72,6 +78,38 @@ def run_step(qkv: Tensor, rpb: Tensor | None, backend: str, *window, seed: int =
 def kernel_size_of(rank: int, window: tuple) -> tuple[int, ...]:
     """Return the kernel_size of a window with one value per axis."""
     return tuple(axis.kernel_size for axis in make_axes((1 << 20,) * rank, *window))
+
+
+def errors(
+    machine: Machine, precision: str, shape: tuple, window: tuple, seed: int, has_rpb: bool = True
+) -> list[tuple]:
+    """Compare output, logsumexp and gradients of a problem to the reference in float64.
+
+    Args:
+        shape: batch, space, heads and head_dim.
+        window: kernel_size, and optionally stride, dilation and is_causal.
+
+    Returns:
+        For each result, its error and that of the reference in the same precision: root mean squares in units of
+        rounding of its largest number.
+    """
+    dtype, eps, products = PRECISIONS[precision]
+    size = kernel_size_of(len(shape[1]), window)
+    qkv, rpb = make_inputs(machine, *shape, size, dtype, seed, has_rpb)
+    exact = run_step(qkv.double(), None if rpb is None else rpb.double(), "reference", *window, seed=seed)
+    with float32_products(products):
+        peers = run_step(qkv, rpb, "reference", *window, seed=seed)
+        found = run_step(qkv, rpb, machine.backend, *window, seed=seed)
+    result = []
+    for x, peer, expected in zip(found, peers, exact, strict=True):
+        rounding = eps * expected.abs().max().clamp(min=1)
+        result.append(tuple(((y - expected).square().mean().sqrt() / rounding).item() for y in (x, peer)))
+    return result
+
+
+def is_good(error: float, peer_error: float) -> bool:
+    """Return whether the error of one result is like that of the reference in the same precision. NaN is not."""
+    return error <= max(8 * peer_error, 1.0)
 
 
 def small_calls(machine: Machine) -> None:

@@ -1,6 +1,0 @@
-"""Make the scripts of tools/ importable."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
