@@ -28,7 +28,7 @@ from natten.checks import CommandParser
 
 ROOT = Path(__file__).parents[1]
 CONTENT = ("pyproject.toml", "README.md", "LICENSE", "natten", "natzoo", "natzoo_commands.py")
-_X86 = {level: f"-march={level.replace('-', '_')}" for level in LEVELS_OF["x86_64"]}  # as Zig spells it
+_X86 = {level: f"-march={level}" for level in LEVELS_OF["x86_64"]}
 
 
 class Platform(NamedTuple):
@@ -47,7 +47,7 @@ class Platform(NamedTuple):
 
 PLATFORMS = {  # by the tag of the wheel
     "manylinux_2_28_x86_64": Platform("x86_64-linux-gnu.2.28", ".so", _X86),
-    "manylinux_2_28_aarch64": Platform("aarch64-linux-gnu.2.28", ".so", {"armv8-a": "-mcpu=generic"}),
+    "manylinux_2_28_aarch64": Platform("aarch64-linux-gnu.2.28", ".so", {"armv8-a": "-march=armv8-a"}),
     "macosx_11_0_arm64": Platform("aarch64-macos.11.0", ".dylib", {"armv8-a": "-mcpu=apple_m1"}),
     "macosx_11_0_x86_64": Platform("x86_64-macos.11.0", ".dylib", _X86),
     "win_amd64": Platform("x86_64-windows-gnu", ".dll", _X86),

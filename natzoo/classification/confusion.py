@@ -36,7 +36,7 @@ def write_per_class(path: Path, names: Sequence[str], confusion: np.ndarray) -> 
                 "correct": int(correct),
                 "accuracy": round(100 * correct / images, 3),
                 "precision": round(100 * correct / predicted, 3) if predicted else "",
-                "confused_with": names[others.argmax()] if others.any() else "",
+                "confused_with": names[int(others.argmax())] if others.any() else "",
             }
         )
     command_line.create_folder(path.parent, "--per-class")
@@ -61,7 +61,7 @@ def draw_confusion(path: Path, names: Sequence[str], confusion: np.ndarray) -> N
     part = confusion[np.ix_(classes, classes)]
     shares = part / np.maximum(1, part.sum(1, keepdims=True))
     is_labelled = len(classes) <= _MAX_LABELLED
-    labels = [command_line.printable(names[number][:24]) for number in classes] if is_labelled else None
+    labels = [command_line.printable(names[number][:24]) for number in classes.tolist()] if is_labelled else None
     side = min(14.0, 3 + 0.42 * len(classes))
     figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
     display = ConfusionMatrixDisplay(shares, display_labels=labels)

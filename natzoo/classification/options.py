@@ -554,7 +554,7 @@ def _convert(action: argparse.Action, value: Any) -> Any:
     if action.nargs in (2, 3, "+"):
         if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
             raise ValueError(f"it must be a list of {action.nargs if action.nargs != '+' else 'one or more'} values")
-        values = [str(item) if convert is None else convert(str(item)) for item in value]
+        values: list[Any] = [str(item) if convert is None else convert(str(item)) for item in value]
         if action.choices is not None and not set(values) <= set(action.choices):
             raise ValueError(f"it must be a list of {', '.join(action.choices)}")
         return action.check(values) if isinstance(action, _Bounds) else values

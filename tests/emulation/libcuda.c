@@ -4,6 +4,7 @@
 #include <string.h>
 
 static uintptr_t current;
+static int has_failed;
 
 static int load_module(uintptr_t* module, const char* image) {
   *module = 0x30;
@@ -29,9 +30,17 @@ static int launch(uintptr_t function, unsigned x, unsigned y, unsigned z, unsign
   const int64_t* words = parameters[0];
   printf("launch %#lx %u %u %u %u %u %u %u %#lx: %lld %lld%s\n", (unsigned long)function, x, y, z, threads, threads_y,
          threads_z, shared_bytes, (unsigned long)stream, (long long)words[0], (long long)words[1], extra ? " extra" : "");
+  has_failed |= x == 77;
   return x == 77 ? 700 : 0;
 }
 static int version(int* number) { return *number = 13000, 0; }
+
+// The first query finds that the stream is still busy; after a failed launch, every query fails.
+static int query(uintptr_t stream) {
+  static int queries;
+  printf("query %#lx\n", (unsigned long)stream);
+  return has_failed ? 700 : queries++ == 0 ? 600 : 0;
+}
 
 int cuGetProcAddress_v2(const char* name, void** function, int number, uint64_t flags, int* status) {
   static const struct {
@@ -49,6 +58,7 @@ int cuGetProcAddress_v2(const char* name, void** function, int number, uint64_t 
       {"cuFuncSetAttribute", set_attribute},
       {"cuGetErrorString", error_string},
       {"cuLaunchKernel", launch},
+      {"cuStreamQuery", query},
       {"cuGetProcAddress", cuGetProcAddress_v2},
   };
   setvbuf(stdout, NULL, _IOLBF, 0);  // keeps the order with the output of Python

@@ -113,8 +113,13 @@ with (
     for blocks, device in ((1234, 0), (5, 0), (77, 1)):
         try:
             driver.launch(kernel, blocks, parameters, device)
+            driver.synchronize(torch.device("cuda", device))
         except RuntimeError as error:
             print(error, flush=True)
+    try:
+        driver.require_context(torch.device("cuda", 1), "a reason")
+    except driver.ContextLost as error:
+        print(driver.version(), error, flush=True)
 """
 
 
@@ -135,11 +140,15 @@ class BindingsTest(unittest.TestCase):
         load = ["load ELF", "function natten_attention of 0x30", "attribute 8 of 0x50 = 60000"]
         load.append("attribute 9 of 0x50 = 100")
         first = ["push 0xc0", *load, "launch 0x50 1234 1 1 128 1 1 60000 0x500: 11 -22", "pop"]
+        first += ["push 0xc0", "query 0x500", "query 0x500", "pop"]
         second = ["push 0xc0", "launch 0x50 5 1 1 128 1 1 60000 0x500: 11 -22", "pop"]
+        second += ["push 0xc0", "query 0x500", "pop"]
         third = ["push 0xc1", *load, "launch 0x50 77 1 1 128 1 1 60000 0x501: 11 -22", "pop"]
-        *calls, error = done.stdout.splitlines()
+        *calls, error, push, query, pop, lost = done.stdout.splitlines()
         self.assertEqual(calls, [*first, *second, *third])
         self.assertIn("an illegal address", error)
+        self.assertEqual([push, query, pop], ["push 0xc1", "query 0x501", "pop"])
+        self.assertRegex(lost, "^13000 a reason.*Restart")
 
 
 if __name__ == "__main__":

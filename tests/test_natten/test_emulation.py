@@ -66,7 +66,8 @@ class EmulationTest(unittest.TestCase):
         self.check_mistake("nothing has written", "probe_banks", 32, self.numbers, torch.zeros(32), 8)
 
     def test_wavefronts(self):
-        accesses = launcher.run_and_count(*arguments("probe_banks", 32, self.numbers, torch.zeros(32)))
+        out = torch.zeros(32)  # must live as long as the run
+        accesses = launcher.run_and_count(*arguments("probe_banks", 32, self.numbers, out))
         found = sorted((a.kind, a.bytes, a.instructions, a.wavefronts, a.fewest) for a in accesses)
         loads = [(4, 1, 1, 1), (4, 1, 1, 1), (4, 1, 2, 1), (4, 1, 32, 1), (8, 1, 2, 2), (16, 1, 4, 4), (16, 1, 8, 4)]
         self.assertEqual(found, [*(("load", *numbers) for numbers in loads), ("store", 4, 32, 32, 32)])

@@ -134,6 +134,8 @@ def compile_library(compiler: Compiler, sources: Path, target: Path, cpu: str = 
 
 def _compile_and_link(compiler: Compiler, sources: Path, target: Path, cpu: str) -> None:
     compiling, linking = _system_flags(compiler.target)
+    if "ziglang" in compiler.command:
+        cpu = cpu.replace("x86-64-v", "x86_64_v").replace("-march=armv8-a", "-mcpu=generic")  # its names
 
     def to_object(source: Path) -> Path:
         out = target.with_name(f"{target.stem}-{source.stem}.o")

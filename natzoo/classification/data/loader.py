@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,12 +55,12 @@ class SeededBatchSampler(Sampler[list[tuple[int, int, int]]]):
         for step in range(self.first, len(self)):
             start = (step * self.world.size + self.world.rank) * self.batch_size
             positions = range(start, start + self.batch_size)
-            yield [(self.epoch, int(order[position]), position % self.repeats) for position in positions]
+            yield [(self.epoch, order[position], position % self.repeats) for position in positions]
 
-    def _order(self) -> Sequence[int]:
+    def _order(self) -> list[int]:
         """Return the images of an epoch; the views of an image follow each other."""
         if self.repeats == 1:
-            return np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.length)
+            return np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.length).tolist()
         images = range(self.length)
         sampler = RepeatAugSampler(images, num_replicas=1, rank=0, num_repeats=self.repeats, selected_round=0)
         sampler.set_epoch(int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]))
