@@ -1,0 +1,190 @@
+"""Faults planted in the CUDA kernels, which the emulated tests must catch.
+
+python tests/test_natten/test_cuda_faults.py [words]    # print what catches each fault, or those with a name like this
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+import unittest
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+from emulation.launcher import EmulationError
+
+from natten.backends import cuda
+from natten.backends.cuda import nvrtc
+from test_natten import test_cuda
+from test_natten.test_cuda import TF32_EPS, problem, tile_limits
+
+
+class Case(NamedTuple):
+    """A problem that test_cuda.py has, too."""
+
+    problem: test_cuda.Problem
+    dtype: torch.dtype = torch.bfloat16
+    eps: float | None = None
+    gpu: Mapping[str, int] = MappingProxyType({})
+    patches: Callable[[], tuple] = lambda: ()
+
+
+def _has_one_part() -> tuple:
+    return (mock.patch.object(cuda._Planner, "_parts", lambda *arguments: 1),)
+
+
+def _without_fragments() -> tuple:
+    return (tile_limits(False, 1 << 16, False, 1 << 15),)
+
+
+def _with_tf32() -> tuple:
+    return (mock.patch.object(cuda, "allows_tf32", lambda: True),)
+
+
+CASES = {
+    "tiles": Case(problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True))),
+    "map": Case(problem((20, 19), 5)),
+    "stages": Case(problem((22, 35), 9, dim=64), gpu={"shared_bytes": 40 << 10, "processors": 1}),
+    "parts": Case(problem((20, 19), 5, 1, 2), patches=_has_one_part),
+    "tables": Case(problem((5, 6, 9), 3, dim=8), patches=_without_fragments),
+    "tf32": Case(problem((9, 20), 5, dim=24), torch.float32, TF32_EPS, patches=_with_tf32),
+    "plain": Case(problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True), dim=24), torch.float32),
+}
+
+
+def _without_scale(found: re.Match) -> str:
+    return found[0].replace("p.scale", "1.f")
+
+
+class Fault(NamedTuple):
+    """A change of the sources: all matches of a pattern in the first file that has any are replaced."""
+
+    name: str
+    case: str
+    pattern: str
+    replacement: str | Callable[[re.Match], str]
+    file: str = "*"
+
+
+_SYNC, _WARP = r"\n *__syncthreads\(\);", r"\n *__syncwarp\(\);"
+FAULTS = (
+    # Synchronization
+    Fault("no barrier after the base addresses", "map", r"(find_bases\(p, tile, shared\);)" + _SYNC, r"\1"),
+    Fault("no barrier before columns are read", "map", r"(\n  wait_copies<0>\(\);)" + _SYNC, r"\1"),
+    Fault("no wait for copies", "map", r"\n  wait_copies<0>\(\);", ""),
+    Fault("stages: no barrier before columns are read", "stages", r"(wait_copies<0>\(\);\n    })" + _SYNC, r"\1"),
+    Fault("stages: no barrier before they are overwritten", "stages", _SYNC + r"(\n  }\n  if \(has_unit\))", r"\1"),
+    Fault("stages: no wait for copies", "stages", r"\n *wait_copies<1>\(\);", ""),
+    Fault("stages: a wait for earlier copies only", "stages", "wait_copies<1>", "wait_copies<2>"),
+    Fault("no barrier between tiles of a block", "parts", _SYNC + r"(\n  }\n  if \(slice == 0\))", r"\1"),
+    Fault("results: no __syncwarp before reading", "map", _WARP + r"(\n  const int end_y = min\(tile)", r"\1"),
+    Fault("diagonals: no __syncwarp before reading", "tables", _WARP + r"(\n#pragma.*\n    for \(int first)", r"\1"),
+    Fault("diagonals: no __syncwarp after reading", "tables", _WARP + r"(\n  }\n\n private:\n  float \*table_)", r"\1"),
+    Fault("sum of parts: no barrier", "map", r"(sums\[threadIdx.x\] = sum;)" + _SYNC, r"\1"),
+    # Stages and tiles
+    Fault("stages: the other buffer is read", "stages", r"row, shared \+ buffer", "row, shared + (buffer ^ 1)"),
+    Fault("stages: the buffer in use is overwritten", "stages", r"\(buffer \^ 1\) \* BUFFER", "buffer * BUFFER"),
+    Fault("stages: buffers do not alternate", "stages", r"buffer \^= 1", "buffer ^= 0"),
+    Fault("stages: the last one is missing", "stages", r"first_row < (tile\.rows;)", r"first_row + STAGE_ROWS < \1"),
+    Fault("the last tile of a part is missing", "parts", r"piece < end;", "piece < end - 1;", "grad_query_tiles.cu"),
+    Fault("the last row of a unit's columns is missing", "map", r"(segment_span\.end - 1\}\)) \+ 1", r"\1"),
+    Fault("columns: off by one", "map", r"at\[2\] - REACH", "at[2] - REACH + 1"),
+    Fault("a unit's columns: the next 8", "map", r"first_x\) / 8 \* 8", "first_x) / 8 * 8 + 8"),
+    Fault("columns: not swizzled when copied", "map", r"\(piece \^ swizzle\(column\)\)", "piece"),
+    Fault("statistics of the next query", "map", r"(statistics\((?:0, )?r\)(?:\[| \+ ))", r"\g<1>1 + "),
+    # Windows, masks and bias
+    Fault("windows: one key more", "plain", r"start\(s, n\) \+ K;", "start(s, n) + K + 1;"),
+    Fault("windows: not shifted at the end", "plain", r", 0\), n - K\)", ", 0), n - 1)"),
+    Fault("bias: no mask of columns", "map", r" && columns\.holds\(x \+ column\)", ""),
+    Fault("bias: no mask of rows", "map", r"chunk\.is_seen\(r, \w+\) \? fragment", "true ? fragment"),
+    Fault("bias: rows in the wrong direction", "map", r"row - SIGN \* (\w+) : 0", r"row + SIGN * \1 : 0"),
+    Fault("bias: columns in the wrong direction", "map", r"row\[SIGN \* column\]", "row[column]"),
+    Fault("bias: not divided by the scale", "map", r"(row\[SIGN \* column\]) \* factor", r"\1"),
+    Fault("plain: the bias of the next key", "plain", r"bias\[x\]", "bias[x + 1]", "attention.cu"),
+    # Arithmetic
+    Fault("softmax: the maximum of half a row", "map", r"\n *(\w+) = max\(\1, __shfl_xor_sync\(~0u, \1, 2\)\);", ""),
+    Fault("softmax: the sum of half a row", "map", r"\n *total\S+ \+= __shfl_xor_sync\(~0u, total\S+, 2\);", ""),
+    Fault("logsumexp: in base 2", "map", r"(log2_fast\(total\[\w+\]\)\)) \* LN_2", r"\1"),
+    Fault("TF32: operands are not rounded", "tf32", r"\n *round_operand\(\w+\);", ""),
+    Fault("gradients of queries: no scale", "map", r"= p\.scale;|{p\.scale.*?}", _without_scale, "grad_query_tiles.cu"),
+    Fault("delta: the gradient of logsumexp is added", "map", r"(delta\[\w+\]) -= \*grad_lse", r"\1 += *grad_lse"),
+    Fault("gradients of keys: no delta", "map", r"-query\[i\]\.y|delta\.x", "0.f", "grad_key_value_tiles.cu"),
+    Fault("gradient of the bias: the next row", "map", r"(line, row - 1|sum, row - line), corner", r"\1 + 1, corner"),
+    Fault("gradient of the bias: the next diagonal", "tables", r"diagonal \+ 1 \+ token", "diagonal + token"),
+)
+
+
+def plant(fault: Fault, folder: Path) -> None:
+    """Copy the sources to a folder, with the fault.
+
+    Raises:
+        LookupError: if the pattern has no match.
+    """
+    shutil.copytree(nvrtc.SOURCES, folder)
+    for path in sorted(folder.glob(fault.file)):
+        replaced, number = re.subn(fault.pattern, fault.replacement, path.read_text())
+        if number:
+            path.write_text(replaced)
+            return
+    raise LookupError(f"{fault.name}: the pattern has no match")
+
+
+def caught_by(fault: Fault | None, case: Case) -> str | None:
+    """Run a case with a fault, or without. Return what catches it, or None."""
+    test = test_cuda.EmulatedTestCase()
+    test.setUp()
+    with tempfile.TemporaryDirectory() as parent, ExitStack() as stack:
+        if fault is not None:
+            plant(fault, Path(parent, "cuda"))
+            stack.enter_context(mock.patch.object(nvrtc, "SOURCES", Path(parent, "cuda")))
+        for patch in case.patches():
+            stack.enter_context(patch)
+        try:
+            test.check(case.problem, case.dtype, eps=case.eps, **case.gpu)
+        except EmulationError as error:
+            return re.sub(r"^block \d+, thread \d+: ", "", str(error).split(" (Kernel")[0])
+        except AssertionError as error:
+            return "results differ" if "result" in str(error) else str(error)
+    return None
+
+
+@pytest.mark.slow
+class FaultsTest(unittest.TestCase):
+    def test_each_fault_is_caught(self):
+        for fault in FAULTS:
+            with self.subTest(fault.name):
+                self.assertIsNotNone(caught_by(fault, CASES[fault.case]))
+
+    def test_a_missing_barrier_is_caught_whatever_the_order_of_threads(self):
+        fault = next(fault for fault in FAULTS if fault.name == "stages: no barrier before they are overwritten")
+        case = CASES[fault.case]
+        for seed in range(5):
+            found = caught_by(fault, case._replace(problem=case.problem._replace(seed=seed)))
+            self.assertIsNotNone(found, seed)
+
+    def test_without_faults_nothing_is_caught(self):
+        for name, case in CASES.items():
+            with self.subTest(name):
+                self.assertIsNone(caught_by(None, case))
+
+
+def main() -> None:
+    print("| fault | problem | caught by |\n|---|---|---|")
+    for fault in FAULTS:
+        if all(word in fault.name for word in sys.argv[1:]):
+            print(f"| {fault.name} | {fault.case} | {caught_by(fault, CASES[fault.case])} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
