@@ -26,7 +26,7 @@ _MAX_WARPS = 8  # per block
 _UNIT_COUNTS = (1, 2, 3, 4, 6, 7, 8, 12, 14, 16, 24, 28, 32)  # possible sizes of a tile along an axis
 _MAX_UNITS = 32  # per tile
 # Largest head_dim, in units of 2 bytes, of units with two matrices: these share operands, but need more registers.
-_MAX_DIM_OF_PAIRS = {"forward": 64, "grad_query": 64, "grad_key_value": 32}
+_MAX_DIM_OF_PAIRS = {"forward": 64, "grad_query": 32, "grad_key_value": 32}
 _LARGE_DIM = 128  # for a larger head_dim, rows that are not cut into segments may be too large
 # A multiprocessor reserves this much of its shared memory per block, in addition to what the block requests.
 _RESERVED_BYTES = 1 << 10

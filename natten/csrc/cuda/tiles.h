@@ -185,13 +185,13 @@ __device__ __forceinline__ Rows<T> rows_of(const Params& p, TensorName name, con
 // of each of its rows.
 __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, const Rows<const Storage>& two,
                                              const BlockTile& tile, int first_row, char* buffer) {
-  constexpr int LINE = COLUMNS * PIECES, LINE_THREADS = LINE < TILE_THREADS ? LINE : TILE_THREADS;
-  constexpr int LINES = TILE_THREADS / LINE_THREADS;
+  constexpr int ROW_PIECES = COLUMNS * PIECES, ROW_THREADS = ROW_PIECES < TILE_THREADS ? ROW_PIECES : TILE_THREADS;
+  constexpr int ROWS_AT_ONCE = TILE_THREADS / ROW_THREADS;
   constexpr bool IS_STEADY = RANK < 3 && !IS_SEGMENTED;  // whether the distance between rows is constant
-  const int line = threadIdx.x / LINE_THREADS;
-  for (int i = threadIdx.x % LINE_THREADS; i < LINE && line < LINES; i += LINE_THREADS) {
+  const int first = threadIdx.x / ROW_THREADS;
+  for (int i = threadIdx.x % ROW_THREADS; i < ROW_PIECES && first < ROWS_AT_ONCE; i += ROW_THREADS) {
     const int piece = i % PIECES, column = i / PIECES;
-    char* to = buffer + ((line * COLUMNS + column) * PITCH + (piece ^ swizzle(column))) * 16;
+    char* to = buffer + ((first * COLUMNS + column) * PITCH + (piece ^ swizzle(column))) * 16;
     const char *from_one, *from_two;
     int x;
     const auto go_to = [&](int row) {
@@ -200,14 +200,14 @@ __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, con
       from_one = reinterpret_cast<const char*>(one.at(at.z, at.y, x)) + piece * 16;
       from_two = reinterpret_cast<const char*>(two.at(at.z, at.y, x)) + piece * 16;
     };
-    go_to(first_row + line);
+    go_to(first_row + first);
 #pragma unroll 4
-    for (int row = line; row < STAGE_ROWS; row += LINES, to += LINES * COLUMNS * PITCH * 16) {
+    for (int row = first; row < STAGE_ROWS; row += ROWS_AT_ONCE, to += ROWS_AT_ONCE * COLUMNS * PITCH * 16) {
       if (!IS_STEADY) go_to(first_row + row);
       const bool is_there = first_row + row < tile.rows && tile.x.holds(x);
       copy_async(to, from_one, is_there);
       copy_async(to + COLUMN_BYTES, from_two, is_there);
-      if (IS_STEADY) from_one += LINES * one.step[1], from_two += LINES * two.step[1];
+      if (IS_STEADY) from_one += ROWS_AT_ONCE * one.step[1], from_two += ROWS_AT_ONCE * two.step[1];
     }
   }
 }
