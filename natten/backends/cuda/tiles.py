@@ -235,6 +235,7 @@ class _Chooser:
         self.slice_results = -(-(dim // 8) // self.slices)
         self.chunk_blocks = _CHUNK_BLOCKS[kernel] if self.wide <= 32 else max(_CHUNK_BLOCKS[kernel] // 2, 2)
         is_small = self.matrices == 1 and self.wide <= _MAX_DIM_OF_RESIDENT_WARPS
+        is_small = is_small and (item_bytes == 2 or kernel != "grad_query")  # which rounds two operands to TF32
         self.max_resident_warps = _RESIDENT_WARPS if is_small else _FEWEST_RESIDENT_WARPS
         self.has_gradient = has_rpb and kernel == "grad_query"
 
