@@ -2,7 +2,8 @@
 
 Errors are root mean squares. Over a sweep, the error may be twice that of the reference in the same dtype, which allows
 for another order of summation. For a single problem it may be eight times as large, because small results vary by
-chance, or one rounding of the largest value, where the reference happens to be almost exact.
+chance. Where the reference happens to be almost exact, it may be one rounding of the largest value, or four in float32:
+weights are computed again from the logsumexp, whose rounding changes them by a few roundings of their own.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class AgainstReferenceTest(unittest.TestCase):
             x, peer, expected = (y.detach().double()[is_finite] for y in (x, peer, expected))
             rounding = torch.finfo(dtype).eps * max([1.0, *expected.abs().flatten().tolist()])
             error, peer_error = ((y - expected).square().mean().sqrt().item() / rounding for y in (x, peer))
-            self.assertLessEqual(error, max(8 * peer_error, 1.0), f"result {index}")
+            least = 4.0 if dtype == torch.float32 else 1.0
+            self.assertLessEqual(error, max(8 * peer_error, least), f"result {index}")
             self.errors.append((error, peer_error))
 
     def check_all(self, compute, count: int, dtype: torch.dtype, rpb_dtype: torch.dtype) -> None:
