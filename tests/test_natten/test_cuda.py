@@ -480,7 +480,7 @@ class PlanTest(unittest.TestCase):
         rpb = torch.empty(shape[-2], *(2 * axis.kernel_size - 1 for axis in axes), device="meta")
         names = {"QUERY": query, "KEY": query, "VALUE": query}
         with mock.patch.object(cuda, "_properties", lambda device: gpu_properties(HOPPER)):
-            return inspect.unwrap(cuda._plan)(op, query, axes, 1.0, rpb, False, False, tuple(names), *names.values())
+            return inspect.unwrap(cuda._plan)(op, query, axes, 1.0, rpb, False, tuple(names), *names.values())
 
     def test_strides_beyond_32_bits(self):
         shape = (40000, 56, 56, 4, 32)
@@ -518,7 +518,7 @@ class PlanTest(unittest.TestCase):
             axes = (*(cuda._NO_AXIS,) * (3 - len(axes)), *axes)
             limits = (99 << 10, 163 << 10, 227 << 10)
             for kernel, shared_bytes, item_bytes in itertools.product(tiles.KERNELS, limits, (2, 4)):
-                tile = tiles.choose_tile(kernel, axes, dim, 64, True, 108, shared_bytes, True, item_bytes)
+                tile = tiles.choose_tile(kernel, axes, dim, 64, True, 108, shared_bytes, item_bytes)
                 self.assertLessEqual(tile.shared_bytes, shared_bytes)
                 self.assertLessEqual(tile.threads, 1024)
 

@@ -69,7 +69,7 @@ class ColumnsTest(unittest.TestCase):
         for kernel in tiles.KERNELS:
             for side in (14, 28, 56):
                 axes = (cuda._NO_AXIS, *make_axes((side, side), 7))
-                tile = tiles.choose_tile(kernel, axes, 32, 1024, True, 132, 227 << 10, False)
+                tile = tiles.choose_tile(kernel, axes, 32, 1024, True, 132, 227 << 10)
                 self.assertEqual(tile.unit_columns, 16, (kernel, side))
 
 
@@ -117,7 +117,7 @@ class KernelCountTest(unittest.TestCase):
         """The search takes less than 20 us per tile, on a core from 2020 or later."""
         for kernel, side in itertools.product(tiles.KERNELS, (7, 14, 28, 56, 200)):
             axes = (cuda._NO_AXIS, *make_axes((side, side), 7))
-            found = list(tiles.tiles_and_costs(kernel, axes, 32, 1024, True, 132, 227 << 10, False))
+            found = list(tiles.tiles_and_costs(kernel, axes, 32, 1024, True, 132, 227 << 10))
             self.assertLessEqual(len(found), 1000, (kernel, side))
         columns.place_row.cache_clear()
 

@@ -57,7 +57,7 @@ def likely_tiles(case: ops.Case, kernel: str, gpu, most: int) -> list[tuple[Tile
         most: number of tiles.
     """
     axes = (*(Axis(1, 1, 1, 1, False),) * (3 - len(case.axes)), *case.axes)
-    limits = (gpu.multi_processor_count, gpu.shared_memory_per_block_optin, False)
+    limits = (gpu.multi_processor_count, gpu.shared_memory_per_block_optin)
     found = tiles_and_costs(kernel, axes, case.head_dim, case.batch * case.heads, case.has_rpb, *limits)
     ranked = sorted(found, key=lambda tile_and_cost: tile_and_cost[1])
     by_warps: dict[int, tuple[Tile, float]] = {}

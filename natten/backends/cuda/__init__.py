@@ -184,9 +184,8 @@ def launch(op: str, axes: Sequence[Axis], scale: float, rpb: Tensor | None, **te
     shaped = tensors["QUERY"] if "QUERY" in tensors else tensors["VALUE"]
     if op == "attention_backward":
         tensors["DELTA"] = torch.empty_like(tensors["LSE"], memory_format=torch.contiguous_format)
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
     uses_tf32 = shaped.dtype == torch.float32 and allows_tf32()
-    plan = _plan(op, shaped, axes, scale, rpb, is_deterministic, uses_tf32, tuple(tensors), *tensors.values())
+    plan = _plan(op, shaped, axes, scale, rpb, uses_tf32, tuple(tensors), *tensors.values())
     if plan.steps:
         reason = first_use.refusal(plan.family, shaped.device, KERNELS)
         if reason is not None:
@@ -221,7 +220,6 @@ def _plan(
     axes: Sequence[Axis],
     scale: float,
     rpb: Tensor | None,
-    is_deterministic: bool,
     uses_tf32: bool,
     names: tuple[str, ...],
     *tensors: Tensor,
@@ -243,7 +241,7 @@ def _plan(
         is_repeated = name in ("GRAD_KEY", "GRAD_VALUE") and x.shape[-2] == heads
         check_layout(name, x, shaped, axes, heads if is_repeated else kv_heads, value_dim)
     gpu = _properties(shaped.device)
-    planner = _Planner(shaped, axes, scale, rpb is not None, is_deterministic, uses_tf32, given, gpu)
+    planner = _Planner(shaped, axes, scale, rpb is not None, uses_tf32, given, gpu)
     if shaped.numel():
         getattr(planner, op)()
     return Plan(planner.family(op), tuple(planner.steps), planner.partial)
@@ -260,10 +258,10 @@ def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) 
         gpu: an object with the attributes `major`, `minor`, `multi_processor_count` and
             `shared_memory_per_block_optin` of `torch.cuda.get_device_properties`.
     """
-    is_deterministic, uses_tf32 = torch.are_deterministic_algorithms_enabled(), allows_tf32()
+    uses_tf32 = allows_tf32()
     if _may_use_matrices(_element(shaped.dtype, uses_tf32), 1.0, gpu):
         shaped, *_ = uniform_dims(shaped, shaped, shaped)
-    planner = _Planner(shaped, axes, 1.0, has_rpb, is_deterministic, uses_tf32, {}, gpu)
+    planner = _Planner(shaped, axes, 1.0, has_rpb, uses_tf32, {}, gpu)
     if shaped.numel():
         getattr(planner, op)()
     return tuple(planner.steps)
@@ -272,16 +270,14 @@ def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) 
 class _Planner:
     """Collect the launches of a problem. There is one method per op."""
 
-    def __init__(
-        self, shaped: Tensor, axes, scale, has_rpb: bool, is_deterministic: bool, uses_tf32: bool, tensors, gpu
-    ):
+    def __init__(self, shaped: Tensor, axes, scale, has_rpb: bool, uses_tf32: bool, tensors, gpu):
         self.axes = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
         self.batch, self.heads, self.dim = shaped.shape[0], shaped.shape[-2], shaped.shape[-1]
         self.grad_heads = tensors.get("GRAD_KEY", shaped).shape[-2]
         self.value_dim = tensors.get("VALUE", shaped).shape[-1]
         self.element, self.gpu = DTYPES[shaped.dtype], gpu
         self.tiled_element = _element(shaped.dtype, uses_tf32)
-        self.scale, self.has_rpb, self.is_deterministic = scale, has_rpb, is_deterministic
+        self.scale, self.has_rpb = scale, has_rpb
         self.views = self._views(tensors, 3 - len(axes)) if self.heads else ()
         self.has_long_steps = any(
             abs(stride) * axis.dilation * x.element_size() > _MAX_SHORT_STEP
@@ -375,7 +371,6 @@ class _Planner:
             has_rpb=self.has_rpb,
             processors=gpu.multi_processor_count,
             max_shared_bytes=gpu.shared_memory_per_block_optin,
-            is_deterministic=self.is_deterministic,
             item_bytes=4 if self.tiled_element == _TF32 else 2,
         )
 

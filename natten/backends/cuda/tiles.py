@@ -157,7 +157,6 @@ def choose_tile(
     has_rpb: bool,
     processors: int,
     max_shared_bytes: int,
-    is_deterministic: bool,
     item_bytes: int = 2,
 ) -> Tile | None:
     """Return the tile for a kernel, or None if no tile fits. All maps of a class have the same tile (columns.py).
@@ -170,21 +169,20 @@ def choose_tile(
         has_rpb: whether the problem has a bias.
         processors: number of multiprocessors of the GPU.
         max_shared_bytes: limit of shared memory per block.
-        is_deterministic: whether the gradient of rpb must be deterministic.
         item_bytes: bytes per element: 2, or 4 for float32 in TF32.
     """
     is_large = _is_large(axes, maps, processors)
     shared = _class_of(kernel, axes, is_large)
-    return _choose(kernel, shared, is_large, dim, has_rpb, processors, max_shared_bytes, is_deterministic, item_bytes)
+    return _choose(kernel, shared, is_large, dim, has_rpb, processors, max_shared_bytes, item_bytes)
 
 
 def tiles_and_costs(
-    kernel: str, axes, dim, maps, has_rpb, processors, max_shared_bytes, is_deterministic, item_bytes=2
+    kernel: str, axes, dim, maps, has_rpb, processors, max_shared_bytes, item_bytes=2
 ) -> Iterator[tuple[Tile, float]]:
     """Yield all tiles that `choose_tile` compares, each with its estimated cost."""
     is_large = _is_large(axes, maps, processors)
     shared = _class_of(kernel, axes, is_large)
-    chooser = _Chooser(kernel, shared, dim, has_rpb, max_shared_bytes, is_deterministic, item_bytes)
+    chooser = _Chooser(kernel, shared, dim, has_rpb, max_shared_bytes, item_bytes)
     return ((tile, chooser.cost(tile, is_large, processors)) for tile in chooser.tiles())
 
 
@@ -198,8 +196,8 @@ def _class_of(kernel: str, axes: tuple[Axis, ...], is_large: bool) -> tuple[Leng
 
 
 @cache
-def _choose(kernel, axes, is_large, dim, has_rpb, processors, max_shared_bytes, is_deterministic, item_bytes):
-    chooser = _Chooser(kernel, axes, dim, has_rpb, max_shared_bytes, is_deterministic, item_bytes)
+def _choose(kernel, axes, is_large, dim, has_rpb, processors, max_shared_bytes, item_bytes):
+    chooser = _Chooser(kernel, axes, dim, has_rpb, max_shared_bytes, item_bytes)
     return min(chooser.tiles(), key=lambda tile: chooser.cost(tile, is_large, processors), default=None)
 
 
@@ -213,12 +211,11 @@ class _Chooser:
         dim: int,
         has_rpb: bool,
         max_shared_bytes: int,
-        is_deterministic: bool,
         item_bytes: int,
     ):
         self.kernel, self.axes, self.item_bytes = kernel, axes, item_bytes
         self.wide = dim * item_bytes // 2  # head_dim in units of 2 bytes
-        self.has_rpb, self.max_shared_bytes, self.is_deterministic = has_rpb, max_shared_bytes, is_deterministic
+        self.has_rpb, self.max_shared_bytes = has_rpb, max_shared_bytes
         self.is_inverse = kernel == "grad_key_value"
         self.rank = 3 if axes[0].kernel_size > 1 else 2 if axes[1].kernel_size > 1 else 1
         self.unit = [axis.unit for axis in axes]
