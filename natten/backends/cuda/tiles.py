@@ -292,15 +292,14 @@ class _Chooser:
         return tile.shared_bytes <= self.max_shared_bytes and (has_fixed_order or not self.has_gradient)
 
     def _tile(self, size, layout: _Layout, chunk_rows: int, stage: _Stage) -> Tile:
-        pitch = self.pieces if self.pieces <= 2 else _round_up(self.pieces, 4)
         tokens = stage.rows * layout.columns
-        buffer = tokens * pitch * 32 + (tokens * 8 if self.is_inverse else 0)
+        buffer = tokens * self.pieces * 32 + (tokens * 8 if self.is_inverse else 0)
         has_table, bias = self._bias(size, layout)
         tables, gradient = self._gradient(layout, stage.warps)
         blocks = layout.unit_columns // 8 + (self.lines - 1 if self.rank == 1 else 0)
         has_diagonals = self.has_gradient and not layout.has_gradient_fragments
         diagonals = 8 * (_round_up(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
-        warp = max((8 * self.lines * (self.slice_results | 1) * 16 if self.item_bytes == 2 else 0), diagonals)
+        warp = max((8 * self.lines * self.slice_results * 16 if self.item_bytes == 2 else 0), diagonals)
         shared = (2 if stage.is_staged else 1) * buffer + bias + gradient + stage.warps * warp + _BASES_BYTES
         resident = self._resident_warps(layout, chunk_rows, stage) // stage.warps
         fitting = (self.max_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES)
