@@ -47,7 +47,8 @@ def test_every_second_frame_of_a_video(video):
 
 
 def test_videos_in_folders_are_not_read(video):
-    assert not list(Pictures([str(video.parent)]))
+    with pytest.raises(ValueError, match=str(video.parent)):
+        Pictures([str(video.parent)])
 
 
 def test_damaged_video_is_an_error(tmp_path, capsys):
