@@ -24,6 +24,7 @@ from natzoo import command_line
 from natzoo.checkpoints import write_atomically
 
 _SPLITS = {"train": "training", "val": "validation"}
+_SAVED = "Saved samples to {}; look at them before training."
 _MAX_MAPS = 1000  # label maps that are decoded, evenly spaced
 _CLASSES_SHOWN = 8  # of a sheet of samples
 
@@ -42,16 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="number of samples per split or class")
     args = parser.parse_args(argv)
+    if not args.source.exists():
+        raise FileNotFoundError(f"{args.source} does not exist; pass a folder with train/ and val/, or a config.")
     problems = (check_config if args.source.suffix == ".py" else check_folder)(args)
-    if args.out.is_dir():
-        print(f"Saved samples to {args.out}; look at them before training.")
     if len(problems) == 1:
         raise problems[0]
     if problems:
         print("\n".join(command_line.printable(f"- {problem}") for problem in problems))
-        raise ValueError(
-            f"{args.source} has the {len(problems)} problems listed above; training would stop at the first."
-        )
+        raise ValueError(f"{args.source} has {len(problems)} problems, listed above; training would stop at the first.")
 
 
 def print_table(title: str, names: Sequence[str], columns: dict[str, Iterable[Any]]) -> None:
@@ -116,6 +115,7 @@ def check_folder(args: argparse.Namespace) -> list[Exception]:
     command_line.create_folder(args.out, "--out")
     for split, images in sheets.items():
         _write_sheet(args.out / f"{split}.png", classes, images)
+    print(_SAVED.format(args.out))
     if bad:
         print("\n".join(command_line.printable(text) for text in bad))
         count = command_line.counted(len(bad), "image")
@@ -186,6 +186,8 @@ def check_config(args: argparse.Namespace) -> list[Exception]:
             _draw_samples(args.out / split, dataset, visualizer, args.samples)
         except (ValueError, FileNotFoundError) as error:
             problems.append(error)
+    if len(problems) < len(_SPLITS):
+        print(_SAVED.format(args.out))
     return problems
 
 
