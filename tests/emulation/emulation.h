@@ -52,9 +52,9 @@ struct alignas(2 * sizeof(T)) EmulationPair {
   T x, y;
   EMULATION_INLINE EmulationPair() {}
   EMULATION_INLINE EmulationPair(T x, T y) : x(x), y(y) {}
-  EMULATION_INLINE EmulationPair(const EmulationPair& from) { emulation::move(this, &from, sizeof from); }
+  EMULATION_INLINE EmulationPair(const EmulationPair& from) { emulation::move_vector(this, &from, sizeof from); }
   EMULATION_INLINE EmulationPair& operator=(const EmulationPair& from) {
-    emulation::move(this, &from, sizeof from);
+    emulation::move_vector(this, &from, sizeof from);
     return *this;
   }
 };
@@ -63,9 +63,9 @@ struct alignas(4 * sizeof(T)) EmulationQuad {
   T x, y, z, w;
   EMULATION_INLINE EmulationQuad() {}
   EMULATION_INLINE EmulationQuad(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}
-  EMULATION_INLINE EmulationQuad(const EmulationQuad& from) { emulation::move(this, &from, sizeof from); }
+  EMULATION_INLINE EmulationQuad(const EmulationQuad& from) { emulation::move_vector(this, &from, sizeof from); }
   EMULATION_INLINE EmulationQuad& operator=(const EmulationQuad& from) {
-    emulation::move(this, &from, sizeof from);
+    emulation::move_vector(this, &from, sizeof from);
     return *this;
   }
 };

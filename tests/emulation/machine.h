@@ -47,7 +47,7 @@ void copy_async(void* to, const void* from, int bytes);
 void commit_copies();
 void wait_copies(int pending);
 // Moves a vector with one load and one store.
-void move(void* to, const void* from, int bytes);
+void move_vector(void* to, const void* from, int bytes);
 float atomic_add(float* at, float value);
 
 // Tells the machine which bytes of shared memory no kernel may access. It has `bytes` of it, with the guards.

@@ -28,7 +28,6 @@ from natten.backends.kernels import (
     Unsupported,
     check_heads_and_dims,
     check_layout,
-    uniform_dims,
     unsupported_input,
     warn_fallback,
     with_fallback,
@@ -49,6 +48,7 @@ _TF32 = 3  # ELEMENT of Tfloat in instructions.h: float32 that matrix instructio
 _NO_AXIS = Axis(1, 1, 1, 1, False)
 
 MAX_DIM = 256  # largest head_dim
+_DIM_STEP = 8  # kernels with matrix instructions compute with a head_dim that is a multiple of it
 _GROUP_THREADS = 128  # THREADS in groups.h
 _SUM_THREADS, _SUM_ENTRIES = 1024, 32  # threads and table entries per block in sum_parts.cu
 _WAVES = 2  # waves of blocks that sum the gradient of the bias table
@@ -259,8 +259,6 @@ def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) 
             `shared_memory_per_block_optin` of `torch.cuda.get_device_properties`.
     """
     uses_tf32 = allows_tf32()
-    if _may_use_matrices(_element(shaped.dtype, uses_tf32), 1.0, gpu):
-        shaped, *_ = uniform_dims(shaped, shaped, shaped)
     planner = _Planner(shaped, axes, 1.0, has_rpb, uses_tf32, {}, gpu)
     if shaped.numel():
         getattr(planner, op)()
@@ -366,7 +364,7 @@ class _Planner:
         return choose_tile(
             kernel,
             self.axes,
-            self.dim,
+            -(-max(self.dim, self.value_dim) // _DIM_STEP) * _DIM_STEP,
             maps=self.batch * self.heads,
             has_rpb=self.has_rpb,
             processors=gpu.multi_processor_count,
@@ -396,11 +394,11 @@ class _Planner:
         return min(self._pieces(size), max_parts, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
 
     def _add_group(self, source: str, name: str, parts: int | None = None, heads: int | None = None) -> None:
-        definitions = (*self._definitions(self.element, self.has_rpb), f"VALUE_DIM={self.value_dim}")
+        definitions = self._definitions(self.element, self.has_rpb)
         self._add(Kernel(source, name, definitions, _GROUP_THREADS), self._group_size(), parts, heads=heads)
 
     def _add_unfused(self, name: str, parts: int | None = None) -> None:
-        definitions = (*self._definitions(self.element, has_rpb=True), f"VALUE_DIM={self.value_dim}")
+        definitions = self._definitions(self.element, has_rpb=True)
         self._add(Kernel("unfused.cu", name, definitions, _GROUP_THREADS), self._group_size(), parts)
 
     def _add_tiled(self, source: str, name: str, tile: Tile, parts: int | None = None) -> None:
@@ -452,8 +450,8 @@ class _Planner:
         self.steps.append(Step(kernel, blocks, parameters))
 
     def _definitions(self, element: int, has_rpb: bool) -> tuple[str, ...]:
-        definitions = [f"HEAD_DIM={self.dim}", f"ELEMENT={element}", f"HAS_RPB={int(has_rpb)}"]
-        definitions.append(f"HAS_LONG_STEPS={int(self.has_long_steps)}")
+        definitions = [f"HEAD_DIM={self.dim}", f"VALUE_DIM={self.value_dim}", f"ELEMENT={element}"]
+        definitions += [f"HAS_RPB={int(has_rpb)}", f"HAS_LONG_STEPS={int(self.has_long_steps)}"]
         for letter, axis in zip("ZYX", self.axes, strict=True):
             definitions.append(f"KERNEL_{letter}={axis.kernel_size}")
             definitions.append(f"STRIDE_{letter}={axis.stride}")

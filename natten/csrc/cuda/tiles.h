@@ -37,7 +37,9 @@
 
 namespace natten {
 
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= 256, "head_dim must be a multiple of 8 up to 256");
+// Elements of a row in shared memory and of a row of results: room for either head_dim. What is beyond a head_dim is zero.
+constexpr int DIM = ((HEAD_DIM > VALUE_DIM ? HEAD_DIM : VALUE_DIM) + 7) / 8 * 8;
+static_assert(DIM <= 256, "head_dim must be at most 256");
 static_assert(COLUMNS % 8 == 0 && UNIT_COLUMNS % 8 == 0, "COLUMNS and UNIT_COLUMNS must be multiples of 8");
 
 constexpr int TILE_THREADS = WARPS * 32;
@@ -48,11 +50,11 @@ static_assert(TILE_Y % UNIT_Y == 0 && TILE_X % UNIT_X == 0, "units must fill a t
 constexpr int UNITS = TILE_Z * UNITS_Y * UNITS_X;
 static_assert(!IS_STAGED || UNITS <= WARPS, "with stages, each warp has at most one unit");
 
-constexpr int PIECE = 16 / sizeof(Storage), PIECES = HEAD_DIM / PIECE;  // elements per 16 bytes, and such pieces per row
+constexpr int PIECE = 16 / sizeof(Storage), PIECES = DIM / PIECE;  // elements per 16 bytes, and such pieces per row
 static_assert(PIECE == 8 || PIECES % 2 == 0, "multiply_columns does not round the operands of a single piece");
 constexpr int QUADS = (PIECES + 3) / 4;  // groups of 4 pieces; the last one may have fewer
 // Blocks of 8 elements per row of results, and how many of them this thread block computes.
-constexpr int RESULT_BLOCKS = HEAD_DIM / 8, SLICE = (RESULT_BLOCKS + SLICES - 1) / SLICES;
+constexpr int RESULT_BLOCKS = DIM / 8, SLICE = (RESULT_BLOCKS + SLICES - 1) / SLICES;
 constexpr int ROW_BLOCKS = UNIT_COLUMNS / 8;     // blocks of 8 columns per row
 constexpr int BLOCKS = CHUNK_ROWS * ROW_BLOCKS;  // and per chunk
 
@@ -131,6 +133,57 @@ __device__ __forceinline__ Span columns_y(int s, int n) { return INVERSE ? Windo
 __device__ __forceinline__ Span columns_x(int s, int n) { return INVERSE ? WindowsX::queries(s, n) : WindowsX::keys(s, n); }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Rows of tensors, of SIZE elements: HEAD_DIM or VALUE_DIM
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Bytes that all rows are aligned to; the caller of the kernels takes care of that.
+template <int SIZE>
+constexpr int ALIGNMENT = SIZE * sizeof(Storage) % 16 == 0  ? 16
+                          : SIZE * sizeof(Storage) % 8 == 0 ? 8
+                          : SIZE * sizeof(Storage) % 4 == 0 ? 4
+                                                            : 2;
+constexpr int WORD = 4 / sizeof(Storage);  // elements per word
+
+// Loads the word of a row that begins with an element. Elements beyond the row are zero.
+template <int SIZE>
+__device__ __forceinline__ unsigned load_word(const Storage* row, int element) {
+  if constexpr (ALIGNMENT<SIZE> >= 4) return element < SIZE ? *reinterpret_cast<const unsigned*>(row + element) : 0;
+  const unsigned low = element < SIZE ? static_cast<unsigned>(row[element]) : 0;
+  const unsigned high = element + 1 < SIZE ? static_cast<unsigned>(row[element + 1]) : 0;
+  return low | high << 16;
+}
+
+// Writes a word of a row, without what is beyond the row.
+template <int SIZE>
+__device__ __forceinline__ void store_word(Storage* row, int element, unsigned word) {
+  if constexpr (ALIGNMENT<SIZE> >= 4) {
+    if (element < SIZE) *reinterpret_cast<unsigned*>(row + element) = word;
+  } else {
+    if (element < SIZE) row[element] = static_cast<Storage>(word);
+    if (element + 1 < SIZE) row[element + 1] = static_cast<Storage>(word >> 16);
+  }
+}
+
+// Copies 16 bytes of a row, which begin with an element, to shared memory, and zeros for what is beyond the row.
+// Asynchronously, unless the alignment is too small for that.
+template <int SIZE>
+__device__ __forceinline__ void copy_piece(char* to, const char* from, int element, bool is_there) {
+  constexpr int BYTES = ALIGNMENT<SIZE>;
+  if constexpr (BYTES < 4) {
+    const Storage* row = reinterpret_cast<const Storage*>(from) - element;
+    unsigned words[4] = {};
+    if (is_there)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = load_word<SIZE>(row, element + i * WORD);
+    *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+  } else {
+#pragma unroll
+    for (int i = 0; i < 16; i += BYTES)
+      copy_async<BYTES>(to + i, from + i, is_there && (SIZE == DIM || element + i / 4 * WORD < SIZE));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // The block's tile and its columns
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -189,8 +242,8 @@ __device__ __forceinline__ Rows<T> rows_of(const Params& p, TensorName name, con
   return Rows<T>(p, name, to_global(reinterpret_cast<char* const*>(shared + BASES_AT)[name]));
 }
 
-// Copies a stage of columns of two tensors asynchronously, and zeros where there are none. A thread copies the same piece
-// of each of its rows.
+// Copies a stage of columns of two tensors, with HEAD_DIM and VALUE_DIM elements, asynchronously, and zeros where there are
+// none. A thread copies the same piece of each of its rows.
 __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, const Rows<const Storage>& two,
                                              const BlockTile& tile, int first_row, char* buffer) {
   constexpr int ROW_PIECES = COLUMNS * PIECES, ROW_THREADS = ROW_PIECES < TILE_THREADS ? ROW_PIECES : TILE_THREADS;
@@ -213,8 +266,8 @@ __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, con
     for (int row = first; row < STAGE_ROWS; row += ROWS_AT_ONCE, to += ROWS_AT_ONCE * COLUMNS * PITCH * 16) {
       if (!IS_STEADY) go_to(first_row + row);
       const bool is_there = first_row + row < tile.rows && tile.x.holds(x);
-      copy_async(to, from_one, is_there);
-      copy_async(to + COLUMN_BYTES, from_two, is_there);
+      copy_piece<HEAD_DIM>(to, from_one, piece * PIECE, is_there);
+      copy_piece<VALUE_DIM>(to + COLUMN_BYTES, from_two, piece * PIECE, is_there);
       if (IS_STEADY) from_one += ROWS_AT_ONCE * one.step[1], from_two += ROWS_AT_ONCE * two.step[1];
     }
   }
