@@ -24,6 +24,7 @@
 //   HAS_GRADIENT_FRAGMENTS  whether each warp sums the gradient of the bias as fragments (bias_gradient.h)
 //   GRADIENT_TABLES         without gradient fragments: number of gradient tables in shared memory: WARPS, or 0
 //   SHARED_BYTES            total size of shared memory
+//   SLOTS_PITCH             unfused attention: bytes from one token's weights to the next in shared memory (slots.h)
 #pragma once
 
 #include "problem.h"
@@ -33,6 +34,12 @@
 #endif
 #ifndef HAS_GRADIENT
 #define HAS_GRADIENT 0  // whether the kernel computes the gradient of rpb
+#endif
+#ifndef IS_UNFUSED
+#define IS_UNFUSED 0  // whether the kernel reads or writes weights in global memory, for columns of one tensor
+#endif
+#ifndef HAS_RESULTS
+#define HAS_RESULTS 1  // whether results have rows of head_dim
 #endif
 
 namespace natten {
@@ -73,8 +80,15 @@ constexpr int BUFFERS = IS_STAGED ? 2 : 1;
 constexpr int COLUMN_BYTES = STAGE_TOKENS * PITCH * 16 + GUARD;
 constexpr bool INVERSE = IS_INVERSE;
 constexpr int SIGN = INVERSE ? -1 : 1;  // the bias index uses key - query = SIGN * (column - token)
-constexpr int STATISTICS_BYTES = INVERSE ? STAGE_TOKENS * 8 + GUARD : 0;  // logsumexp of the queries, then minus delta
-constexpr int BUFFER_BYTES = 2 * COLUMN_BYTES + STATISTICS_BYTES;
+constexpr int COLUMN_TENSORS = IS_UNFUSED ? 1 : 2;
+#if IS_UNFUSED
+constexpr int QUERY_BYTES = SLOTS_PITCH, TOKEN_SLOTS_BYTES = INVERSE ? 0 : SLOTS_PITCH;
+#else
+constexpr int QUERY_BYTES = 8, TOKEN_SLOTS_BYTES = 0;
+#endif
+// What the columns have if they are queries: logsumexp of all, then minus delta of all; unfused: their weights.
+constexpr int QUERIES_BYTES = INVERSE ? STAGE_TOKENS * QUERY_BYTES + GUARD : 0;
+constexpr int BUFFER_BYTES = COLUMN_TENSORS * COLUMN_BYTES + QUERIES_BYTES;
 
 constexpr int TABLE_ROWS = TABLE_Z * TABLE_Y;
 constexpr int FRAGMENTS_PER_ROW = RANK > 1 ? 1 : LINES;  // on one axis, lines have different positions in a row
@@ -92,12 +106,13 @@ constexpr int GRADIENT_BYTES =
 constexpr int DIAGONAL_BLOCKS = ROW_BLOCKS + (RANK > 1 ? 0 : LINES - 1);
 constexpr int DIAGONAL_PITCH = (DIAGONAL_BLOCKS * 8 + 16 + 31) / 32 * 32 + 8;
 constexpr int STORE_PITCH = SLICE | 1;  // in pieces; odd, so that 8 rows are in different banks
-constexpr int STORE_BYTES = sizeof(Storage) == 2 ? 8 * LINES * STORE_PITCH * 16 : 0;
+constexpr int STORE_BYTES = HAS_RESULTS && sizeof(Storage) == 2 ? 8 * LINES * STORE_PITCH * 16 : 0;
 constexpr int DIAGONAL_BYTES = HAS_GRADIENT && !HAS_GRADIENT_FRAGMENTS ? 8 * DIAGONAL_PITCH * 4 : 0;
-constexpr int WARP_BYTES = (STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES) + GUARD;
+constexpr int SLOTS_BYTES = 8 * LINES * TOKEN_SLOTS_BYTES, SLOTS_AT = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES;
+constexpr int WARP_BYTES = SLOTS_AT + SLOTS_BYTES + GUARD;
 constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES + GUARD;
 constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES + GUARD, BASES_AT = WARPS_AT + WARPS * WARP_BYTES;
-constexpr int GUARDS = BUFFERS * (2 + INVERSE) + 2 + WARPS;
+constexpr int GUARDS = BUFFERS * (COLUMN_TENSORS + INVERSE) + 2 + WARPS;
 static_assert(SHARED_BYTES == BASES_AT + 128 - GUARDS * GUARD && TENSORS <= 16, "tiles.py computes another size of shared memory");
 static_assert(!IS_SEGMENTED || !(HAS_BIAS_FRAGMENTS || HAS_GRADIENT_FRAGMENTS), "fragments need rows without segments");
 static_assert(BIAS_AT % 16 == 0 && GRADIENT_AT % 16 == 0 && WARPS_AT % 16 == 0 && BASES_AT % 16 == 0,
@@ -107,7 +122,8 @@ static const emulation::Guards guards(BASES_AT + 128, [](int at) {
   const auto ends = [](int offset, int bytes) { return offset % bytes >= bytes - GUARD; };
   if (at < BIAS_AT) {
     at %= BUFFER_BYTES;
-    return at < 2 * COLUMN_BYTES ? ends(at, COLUMN_BYTES) : ends(at - 2 * COLUMN_BYTES, STATISTICS_BYTES);
+    constexpr int END = COLUMN_TENSORS * COLUMN_BYTES;
+    return at < END ? ends(at, COLUMN_BYTES) : ends(at - END, QUERIES_BYTES);
   }
   if (at < WARPS_AT) return at < GRADIENT_AT ? at >= GRADIENT_AT - GUARD : at >= WARPS_AT - GUARD;
   return at < BASES_AT && ends(at - WARPS_AT, WARP_BYTES);
@@ -181,8 +197,8 @@ __device__ __forceinline__ Rows<T> rows_of(const Params& p, TensorName name, con
   return Rows<T>(p, name, to_global(reinterpret_cast<char* const*>(shared + BASES_AT)[name]));
 }
 
-// Copies a stage of columns of two tensors asynchronously, and zeros where there are none. A thread copies the same piece
-// of each of its rows.
+// Copies a stage of columns of two tensors (unfused: the first) asynchronously, and zeros where there are none. A thread
+// copies the same piece of each of its rows.
 __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, const Rows<const Storage>& two,
                                              const BlockTile& tile, int first_row, char* buffer) {
   constexpr int ROW_PIECES = COLUMNS * PIECES, ROW_THREADS = ROW_PIECES < TILE_THREADS ? ROW_PIECES : TILE_THREADS;
@@ -206,7 +222,7 @@ __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, con
       if (!IS_STEADY) go_to(first_row + row);
       const bool is_there = first_row + row < tile.rows && tile.x.holds(x);
       copy_async(to, from_one, is_there);
-      copy_async(to + COLUMN_BYTES, from_two, is_there);
+      if (COLUMN_TENSORS > 1) copy_async(to + COLUMN_BYTES, from_two, is_there);
       if (IS_STEADY) from_one += ROWS_AT_ONCE * one.step[1], from_two += ROWS_AT_ONCE * two.step[1];
     }
   }
