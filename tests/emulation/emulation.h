@@ -175,7 +175,7 @@ EMULATION_INLINE void copy_async(void* to, const void* from, bool is_there) {
   emulation::copy_async(to, is_there ? from : nullptr, BYTES, BYTES);
 }
 EMULATION_INLINE void copy_async_part(void* to, const void* from, int bytes) {
-  emulation::copy_async(to, from, 16, bytes);
+  if (bytes > 0) emulation::copy_async(to, from, 16, bytes);
 }
 EMULATION_INLINE void commit_copies() { emulation::commit_copies(); }
 template <int PENDING>

@@ -14,7 +14,16 @@ from itertools import product
 from math import ceil, prod
 from typing import NamedTuple
 
-from natten.backends.cuda.columns import MAX_ROW, Lengths, lengths, place_row, slots_pitch, typical_columns, widest
+from natten.backends.cuda.columns import (
+    MAX_ROW,
+    Lengths,
+    lengths,
+    place_row,
+    slots_bytes,
+    slots_pitch,
+    typical_columns,
+    widest,
+)
 from natten.geometry import Axis
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
@@ -289,7 +298,8 @@ class _Chooser:
                     yield _Layout(row.columns, row.unit_columns, row.reach, False, has_bias, has_gradient)
         if is_unsegmented and self.wide <= _LARGE_DIM:
             return
-        segment = 8 * max(self.chunk_blocks, 4) if self.wide <= _LARGE_DIM else 16
+        # Few columns if each has many bytes: rows of a large head_dim, or weights.
+        segment = 16 if self.wide > _LARGE_DIM or self.kernel == "scatter" else 8 * max(self.chunk_blocks, 4)
         yield _Layout(segment, segment, 0, True, False, False)
 
     def _may_have_bias_fragments(self) -> bool:
@@ -317,7 +327,7 @@ class _Chooser:
         tokens = stage.rows * layout.columns
         buffer = tokens * pitch * 16 * (1 if self.is_unfused else 2)
         if self.is_inverse:
-            buffer += tokens * (self.slots_pitch or 8)
+            buffer += stage.rows * self._slots_bytes(layout.columns) if self.is_unfused else tokens * 8
         has_table, bias = self._bias(size, layout)
         tables, gradient = self._gradient(layout, stage.warps)
         blocks = layout.unit_columns // 8 + (self.lines - 1 if self.rank == 1 else 0)
@@ -325,7 +335,7 @@ class _Chooser:
         diagonals = 8 * (_round_up(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
         has_store = self.item_bytes == 2 and self.kernel != "logits"
         warp = max((8 * self.lines * (self.slice_results | 1) * 16 if has_store else 0), diagonals)
-        warp += 0 if self.is_inverse else 8 * self.lines * self.slots_pitch
+        warp += self.lines * self._slots_bytes(8) if self.is_unfused and not self.is_inverse else 0
         shared = (2 if stage.is_staged else 1) * buffer + bias + gradient + stage.warps * warp + _BASES_BYTES
         resident = self._resident_warps(layout, chunk_rows, stage) // stage.warps
         fitting = (self.max_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES)
@@ -349,6 +359,9 @@ class _Chooser:
             shared_bytes=shared,
             slots_pitch=self.slots_pitch,
         )
+
+    def _slots_bytes(self, tokens: int) -> int:
+        return slots_bytes(tokens, self.window, self.slots_pitch)
 
     def _resident_warps(self, layout: _Layout, chunk_rows: int, stage: _Stage) -> int:
         """Return the number of warps for which a multiprocessor has registers."""

@@ -23,11 +23,13 @@ struct Gather {
   __device__ __forceinline__ Gather(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice,
                                     float* table)
       : p(p), tile(tile), unit(unit), shared(shared), first_block(slice * SLICE), bias(p, tile, unit, shared),
-        gradient(table, scratch()), slots(rows_of<Storage>(p, WEIGHTS, shared), tile, unit, scratch() + SLOTS_AT) {
+        gradient(table, scratch()),
+        slots(rows_of<Storage>(p, WEIGHTS, shared), places_to_read(rows_of<Storage>(p, WEIGHTS, shared).step[2]), tile,
+              unit, scratch() + SLOTS_AT) {
     slots.copy();
     commit_copies();
 #pragma unroll
-    for (int line = 0; line < LINES; ++line) from[line] = slots.copied(line);
+    for (int line = 0; line < LINES; ++line) from[line] = slots.of_line(line);
     find_columns(0);
 #pragma unroll
     for (int i = 0; i < MATRICES * SLICE * 4; ++i) sum[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;

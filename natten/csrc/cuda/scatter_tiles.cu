@@ -19,14 +19,15 @@ struct Scatter {
   char* shared;
   int first_block;
   Rows<const Storage> rows;
-  int column[LINES_IN_X][ROW_BLOCKS][2];      // the distance in bytes from the unit's first column to these columns' slots
-  int offset[LINES_IN_X][ROW_BLOCKS][2];      // what these columns add to the address of a row's first slot in global memory
+  SlotPlaces places;
+  int column[LINES_IN_X][ROW_BLOCKS][2];      // the distance in bytes from a row of the stage to these columns' slots,
+  int offset[LINES_IN_X][ROW_BLOCKS][2];      // plus this, plus the position of the row in global memory, modulo 16
   unsigned selector[LINES_IN_X][ROW_BLOCKS];  // which of them attend to this thread's tokens
   Sums sum;
 
   __device__ __forceinline__ Scatter(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
       : p(p), tile(tile), unit(unit), shared(shared), first_block(slice * SLICE),
-        rows(rows_of<const Storage>(p, WEIGHTS, shared)) {
+        rows(rows_of<const Storage>(p, WEIGHTS, shared)), places(places_to_read(rows.step[2])) {
     find_columns(0);
 #pragma unroll
     for (int i = 0; i < MATRICES * SLICE * 4; ++i) sum[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;
@@ -44,8 +45,9 @@ struct Scatter {
         const int query = min(max(x + k, tile.x.first), tile.x.end - 1), start = WindowsX::start(query, n);
         const Span copied = RANK > 1 ? Span{0, KERNEL_X} : slots_of_tile(tile, 2, start);
         const int slot = min(max(unit.token_x[line] - start, copied.first), copied.end - 1);
-        column[line][block][k] = (query - corner) * SLOTS_PITCH + slot * SLOT_BYTES;
-        offset[line][block][k] = offset_in_piece(rows.at(0, 0, query));
+        const int distance = (unit.first_column + query - corner) * places.pitch;
+        column[line][block][k] = distance + slot * SLOT_BYTES;
+        offset[line][block][k] = low_bits(rows.at(0, 0, query)) - distance;
       }
       selector[line][block] = select_halves(span.holds(x), span.holds(x + 1));
     }
@@ -58,7 +60,7 @@ struct Scatter {
     for (int r = 0; r < CHUNK_ROWS; ++r) {
       const Place at = chunk.place(r);
       if (IS_SEGMENTED) find_columns(at.segment);
-      const char* slots = chunk.queries() + chunk.token(r) * SLOTS_PITCH;
+      const char* slots = chunk.queries() + chunk.row_of_stage(r) * slots_bytes(COLUMNS);
       const int low = static_cast<int>(at.z * rows.step[0] + at.y * rows.step[1]);
       const int slot_z = RANK > 2 ? unit.z - WindowsZ::start(at.z, tile.map.n[0]) : 0;
       const int slot_y = RANK > 1 ? unit.y - WindowsY::start(at.y, tile.map.n[1]) : 0;
@@ -95,23 +97,28 @@ struct Scatter {
   }
 };
 
-// Copies the weights of the queries of a stage for the keys of the tile asynchronously.
+// Copies the weights of the queries of a stage for the keys of the tile asynchronously. A thread copies the same piece of the
+// weights of each of its rows.
 __device__ __forceinline__ void copy_weights(const Rows<const Storage>& weights, const BlockTile& tile, int first_row,
                                              char* buffer) {
-  const int* n = tile.map.n;
-  char* to = buffer + COLUMN_TENSORS * COLUMN_BYTES;
+  constexpr bool IS_STEADY = RANK < 3 && !IS_SEGMENTED;  // whether the distance between rows is constant
+  const int *n = tile.map.n, rows = min(STAGE_ROWS, tile.rows - first_row);
+  const SlotPlaces places = places_to_read(weights.step[2]);
+  for (unsigned i = threadIdx.x; i < COLUMNS * SLOT_PIECES; i += TILE_THREADS) {
+    const int column = i / SLOT_PIECES, piece = i % SLOT_PIECES;
+    char* to = buffer + COLUMN_TENSORS * COLUMN_BYTES;
+    const char* slots = reinterpret_cast<const char*>(weights.at(0, tile.y.first + first_row, tile.first_x + column));
 #pragma unroll 1
-  for (int row = 0; row < STAGE_ROWS && first_row + row < tile.rows; ++row, to += COLUMNS * SLOTS_PITCH) {
-    const Place place = tile.place(first_row + row);
-    Span z = {0, 1}, y = {0, 1}, x = {0, KERNEL_X};
-    if (RANK > 2) z = slots_of_tile(tile, 0, WindowsZ::start(place.z, n[0]));
-    if (RANK > 1) y = slots_of_tile(tile, 1, WindowsY::start(place.y, n[1]));
-    for (int i = threadIdx.x; i < COLUMNS * SLOT_PIECES; i += TILE_THREADS) {
-      const int column = i / SLOT_PIECES, query = tile.first_x + place.segment * COLUMNS + column;
-      if (!tile.x.holds(query)) continue;
+    for (int row = 0; row < rows; ++row, to += slots_bytes(COLUMNS), slots += weights.step[1]) {
+      const Place place = tile.place(first_row + row);
+      const int query = tile.first_x + place.segment * COLUMNS + column;
+      if (!IS_STEADY) slots = reinterpret_cast<const char*>(weights.at(place.z, place.y, query));
+      Span z = {0, 1}, y = {0, 1}, x = {0, KERNEL_X};
+      if (RANK > 2) z = slots_of_tile(tile, 0, WindowsZ::start(place.z, n[0]));
+      if (RANK > 1) y = slots_of_tile(tile, 1, WindowsY::start(place.y, n[1]));
       if (RANK == 1) x = slots_of_tile(tile, 2, WindowsX::start(query, n[2]));
-      copy_slots(weights.at(place.z, place.y, query), slot_index(z.first, y.first, x.first),
-                 slot_index(z.end - 1, y.end - 1, x.end - 1) + 1, i % SLOT_PIECES, to + column * SLOTS_PITCH);
+      const int end = tile.x.holds(query) ? slot_index(z.end - 1, y.end - 1, x.end - 1) + 1 : 0;
+      copy_slots(slots, slot_index(z.first, y.first, x.first), end, piece, to + places.of(column, low_bits(slots)));
     }
   }
 }

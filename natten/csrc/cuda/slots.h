@@ -1,6 +1,7 @@
 // The weights (or logits) of unfused attention: [tokens][WINDOW], the slots of a token's window contiguous. They take more
 // memory than all other tensors, so they are copied as whole rows, through shared memory. There the first slot of a token
-// is as far from a multiple of 16 (logits: 4) bytes as in global memory, and tokens are SLOTS_PITCH bytes apart.
+// is as far from a multiple of 16 bytes as in global memory. If tokens are adjacent there, they are SLOTS_PITCH bytes apart
+// here: to write them, they are adjacent here, too; to read them, other distances have fewer bank conflicts.
 #pragma once
 
 #define IS_UNFUSED 1
@@ -13,27 +14,41 @@ static_assert(sizeof(Storage) == 2, "slots have 16 bits");
 static const emulation::SmallAccesses small_accesses;
 #endif
 
-constexpr int SLOT_BYTES = 2;
-constexpr int SLOT_PIECES = (WINDOW * SLOT_BYTES + 16 - SLOT_BYTES + 15) / 16;  // of 16 bytes, that a token may touch
 constexpr int LINES_IN_X = RANK > 1 ? 1 : LINES;  // lines with different positions on the last axis
 
-__device__ __forceinline__ int offset_in_piece(const void* from) {
-  return static_cast<int>(reinterpret_cast<unsigned long long>(from) % 16);
+// Where the slots of consecutive tokens are in shared memory.
+struct SlotPlaces {
+  int pitch;
+
+  // The first slot of a token with this address in global memory.
+  __device__ __forceinline__ int of(int token, int address) const {
+    return token * pitch + (address - token * pitch & 15);
+  }
+};
+// The places of slots that are read. step: from one token to the next in global memory.
+__device__ __forceinline__ SlotPlaces places_to_read(Step step) {
+  return {(step - SLOTS_PITCH) % 16 == 0 ? SLOTS_PITCH : LOOSE_PITCH};
+}
+__device__ __forceinline__ int low_bits(const void* address) {
+  return static_cast<int>(reinterpret_cast<unsigned long long>(address));
 }
 
-// Copies a piece of a token's slots, if it contains any of the slots [first, end), asynchronously.
-__device__ __forceinline__ void copy_slots(const Storage* slots, int first, int end, int piece, char* to) {
-  const int offset = offset_in_piece(slots), bytes = offset + end * SLOT_BYTES - piece * 16;
-  if (bytes <= 0 || offset + first * SLOT_BYTES >= piece * 16 + 16) return;
-  copy_async_part(to + piece * 16, reinterpret_cast<const char*>(slots) - offset + piece * 16, min(bytes, 16));
+// Copies a piece of a token's slots, if it contains any of the slots [first, end), asynchronously. to: slot 0.
+__device__ __forceinline__ void copy_slots(const void* slots, int first, int end, int piece, char* to) {
+  const int skipped = low_bits(slots) & 15, at = piece * 16 - skipped, bytes = end * SLOT_BYTES - at;
+  const bool has_first = first * SLOT_BYTES < at + 16;
+  // Not slots + at, whose high word would take another instruction.
+  copy_async_part(to + at, static_cast<const char*>(slots) - skipped + piece * 16u, has_first ? min(bytes, 16) : 0);
 }
 
 // The slots of a unit's tokens in the scratch memory of its warp.
 class UnitSlots {
  public:
-  __device__ __forceinline__ UnitSlots(const Rows<Storage>& rows, const BlockTile& tile, const Unit& unit, char* shared)
-      : rows_(rows), unit_(unit), shared_(shared), end_y_(min(tile.at[1] + TILE_Y, tile.map.n[1])),
-        end_x_(min(tile.at[2] + TILE_X, tile.map.n[2])), start_z_(WindowsZ::start(unit.z, tile.map.n[0])) {
+  __device__ __forceinline__ UnitSlots(const Rows<Storage>& rows, const SlotPlaces& places, const BlockTile& tile,
+                                       const Unit& unit, char* shared)
+      : rows_(rows), places_(places), unit_(unit), shared_(shared), first_(rows.at(unit.z, unit.y, unit.x)),
+        rows_there_(min(tile.at[1] + TILE_Y, tile.map.n[1]) - unit.y),
+        columns_there_(min(tile.at[2] + TILE_X, tile.map.n[2]) - unit.x), start_z_(WindowsZ::start(unit.z, tile.map.n[0])) {
 #pragma unroll
     for (int line = 0; line < LINES; ++line) {
       start_y_[line] = WindowsY::start(unit.token_y[line], tile.map.n[1]);
@@ -43,39 +58,26 @@ class UnitSlots {
 
   // Copies the tokens' slots to shared memory asynchronously.
   __device__ __forceinline__ void copy() const {
-    for_items<SLOT_PIECES>([&](int token, int piece, Storage* slots) {
-      copy_slots(slots, 0, WINDOW, piece, shared_ + token * SLOTS_PITCH);
+    for_items<SLOT_PIECES>([&](int token, int piece, Storage* const (&slots)[LINES], int lines) {
+#pragma unroll
+      for (int line = 0; line < LINES; ++line)
+        copy_slots(slots[line], 0, line < lines ? WINDOW : 0, piece, at(line, token, slots[line]));
     });
   }
-  // The slot 0 of this thread's token of a line, after copy().
-  __device__ __forceinline__ const char* copied(int line) const {
-    return at(line) + offset_in_piece(rows_.at(unit_.z, unit_.token_y[line], unit_.token_x[line]));
+  // The slot 0 of this thread's token of a line.
+  __device__ __forceinline__ char* of_line(int line) const {
+    const int y = unit_.token_y[line], x = unit_.token_x[line], column = x - unit_.x;
+    return at(RANK > 1 ? y - unit_.y : column / 8u, RANK > 1 ? column : column % 8u, rows_.at(unit_.z, y, x));
   }
 
-  // Where this thread has to store the slot 0 of its token of a line.
-  __device__ __forceinline__ char* stored(int line) const {
-    return at(line) + offset_in_word(rows_.at(unit_.z, unit_.token_y[line], unit_.token_x[line]));
-  }
   // Sets all slots.
   __device__ __forceinline__ void fill(float value) const {
     for (int i = lane_index(); i < SLOTS_BYTES / 4; i += 32) reinterpret_cast<unsigned*>(shared_)[i] = pack(value, value);
   }
-  // Writes the stored slots to global memory: words, and the first or the last slot if it is half a word.
+  // Writes the slots to global memory.
   __device__ __forceinline__ void write() const {
-    for_items<(WINDOW + 1) / 2>([&](int token, int word, Storage* slots) {
-      const int offset = offset_in_word(slots), slot = 2 * word + offset / SLOT_BYTES;
-      const char* from = shared_ + token * SLOTS_PITCH + offset + slot * SLOT_BYTES;
-      if (slot + 1 < WINDOW) *reinterpret_cast<unsigned*>(slots + slot) = *reinterpret_cast<const unsigned*>(from);
-    });
-    for (int token = lane_index(); token < 8 * LINES; token += 32) {
-      const int y = RANK > 1 ? unit_.y + token / 8 : 0, x = unit_.x + (RANK > 1 ? token % 8 : token);
-      if (!is_there(y, x)) continue;
-      Storage* slots = rows_.at(unit_.z, y, x);
-      const int offset = offset_in_word(slots);
-      const Storage* from = reinterpret_cast<const Storage*>(shared_ + token * SLOTS_PITCH + offset);
-      if (offset) slots[0] = from[0];
-      if ((WINDOW - offset / SLOT_BYTES) % 2) slots[WINDOW - 1] = from[WINDOW - 1];
-    }
+    if (rows_.step[2] == WINDOW * SLOT_BYTES) write_lines();
+    else write_tokens();
   }
 
   // The distance in bytes from slot 0 of a line to that of the first key in row r of a chunk.
@@ -89,31 +91,100 @@ class UnitSlots {
   __device__ __forceinline__ int start_x(int line) const { return start_x_[line]; }
 
  private:
-  static __device__ __forceinline__ int offset_in_word(const void* from) { return offset_in_piece(from) % 4; }
-  __device__ __forceinline__ bool is_there(int y, int x) const { return y < end_y_ && x < end_x_; }
-  __device__ __forceinline__ char* at(int line) const {
-    const int x = unit_.token_x[line] - unit_.x;
-    return shared_ + (RANK > 1 ? (unit_.token_y[line] - unit_.y) * 8 + x : x) * SLOTS_PITCH;
+  // Writes lines of adjacent tokens: 16 bytes at a time, and slots before the first and after the last multiple of 16.
+  __device__ __forceinline__ void write_lines() const {
+    constexpr int LINE_PIECES = (8 * WINDOW * SLOT_BYTES + 16 - SLOT_BYTES + 15) / 16;
+    bool has_ends = false;
+#pragma unroll
+    for (int line = 0; line < LINES; ++line) {
+      char* to = address_of_line(line);
+      const int offset = low_bits(to) & 15, bytes = bytes_of_line(line);
+      has_ends |= offset || bytes % 16;
+#pragma unroll
+      for (int first = 0; first < LINE_PIECES; first += 32) {
+        const int at = (first + lane_index()) * 16 - offset;
+        if (at >= 0 && at + 16 <= bytes)
+          *reinterpret_cast<uint4*>(to + at) =
+              *reinterpret_cast<const uint4*>(shared_ + line * slots_bytes(8) + offset + at);
+      }
+    }
+    if (!has_ends) return;
+    for (int i = lane_index(); i < LINES * 16; i += 32) {  // 8 slots at each end
+      const int line = i / 16;
+      char* to = address_of_line(line);
+      const int offset = low_bits(to) & 15, bytes = bytes_of_line(line), head = min((16 - offset) % 16, bytes);
+      const int at = i % 8 * SLOT_BYTES + (i & 8 ? max(bytes - (offset + bytes) % 16, head) : 0);
+      if (at >= (i & 8 ? bytes : head)) continue;
+      *reinterpret_cast<Storage*>(to + at) =
+          *reinterpret_cast<const Storage*>(shared_ + line * slots_bytes(8) + offset + at);
+    }
+  }
+  __device__ __forceinline__ char* address_of_line(int line) const {
+    return reinterpret_cast<char*>(first_) + line * line_step();
+  }
+  __device__ __forceinline__ int bytes_of_line(int line) const {
+    const int tokens = RANK > 1 ? (line < rows_there_ ? columns_there_ : 0) : columns_there_ - 8 * line;
+    return min(max(tokens, 0), 8) * (WINDOW * SLOT_BYTES);
   }
 
-  // Calls work(token, item, slots of the token) for COUNT items of each token, in the order of addresses.
-  template <int COUNT, class Work>
-  __device__ __forceinline__ void for_items(Work work) const {
-#pragma unroll 2
-    for (int i = lane_index(); i < 8 * COUNT; i += 32) {
-      const int token = i / COUNT, item = i % COUNT;
+  // Writes each token: words, and the first or the last slot if it is half a word.
+  __device__ __forceinline__ void write_tokens() const {
+    for_items<(WINDOW + 1) / 2>([&](int token, int word, Storage* const (&slots)[LINES], int lines) {
+      unsigned found[LINES];
+#pragma unroll
+      for (int i = 0; i < LINES * 2; ++i) {  // all reads first
+        const int line = i % LINES, half = half_of(slots[line]);
+        const bool is_there = line < lines && half <= (WINDOW - 2 - 2 * word) * SLOT_BYTES;
+        const char* from = at(line, token, slots[line]) + word * 4 + half;
+        if (i < LINES && is_there) found[line] = *reinterpret_cast<const unsigned*>(from);
+        if (i >= LINES && is_there)
+          *reinterpret_cast<unsigned*>(reinterpret_cast<char*>(slots[line]) + word * 4 + half) = found[line];
+      }
+    });
+    for_items<LINES / 2>([&](int token, int pair, Storage* const (&slots)[LINES], int lines) {
 #pragma unroll
       for (int line = 0; line < LINES; ++line) {
-        const int y = RANK > 1 ? unit_.y + line : 0, x = unit_.x + token + (RANK > 1 ? 0 : 8 * line);
-        if (is_there(y, x)) work(8 * line + token, item, rows_.at(unit_.z, y, x));
+        if (line / 2 != pair || line >= lines) continue;
+        const Storage* from = reinterpret_cast<const Storage*>(at(line, token, slots[line]));
+        const int half = half_of(slots[line]);
+        if (half) slots[line][0] = from[0];
+        if ((WINDOW - half / SLOT_BYTES) % 2) slots[line][WINDOW - 1] = from[WINDOW - 1];
       }
+    });
+  }
+
+  __device__ __forceinline__ Step line_step() const { return RANK > 1 ? rows_.step[1] : 8 * rows_.step[2]; }
+  // The bytes before the first whole word.
+  static __device__ __forceinline__ int half_of(const void* slots) { return low_bits(slots) & 2; }
+  // The slot 0 of a token of a line.
+  __device__ __forceinline__ char* at(int line, int token, const void* slots) const {
+    return shared_ + line * slots_bytes(8) + places_.of(token, low_bits(slots));
+  }
+
+  // Calls work(token, item, slots, lines) for COUNT items of token 0 to 7 of all lines, with lanes in the order of addresses.
+  // slots: those of the token in each line. The token exists in the first `lines` of them.
+  template <int COUNT, class Work>
+  __device__ __forceinline__ void for_items(Work work) const {
+#pragma unroll 1
+    for (unsigned i = lane_index(); i < 8 * COUNT; i += 32) {
+      const unsigned token = i / COUNT;
+      const int columns = columns_there_ - static_cast<int>(token);
+      Storage* slots[LINES];
+#pragma unroll
+      for (int line = 0; line < LINES; ++line)
+        slots[line] = reinterpret_cast<Storage*>(reinterpret_cast<char*>(line ? slots[line - 1] : first_) +
+                                                 (line ? line_step() : static_cast<Step>(token) * rows_.step[2]));
+      work(static_cast<int>(token), static_cast<int>(i % COUNT), slots,
+           RANK > 1 ? (columns > 0 ? rows_there_ : 0) : (columns + 7) / 8);
     }
   }
 
   Rows<Storage> rows_;
+  SlotPlaces places_;
   const Unit& unit_;
   char* shared_;
-  int end_y_, end_x_, start_z_, start_y_[LINES], start_x_[LINES];
+  Storage* first_;
+  int rows_there_, columns_there_, start_z_, start_y_[LINES], start_x_[LINES];
 };
 
 // Joins the low halves of two words. Each is zero-extended, so that a selector can take zeros instead.

@@ -24,7 +24,8 @@
 //   HAS_GRADIENT_FRAGMENTS  whether each warp sums the gradient of the bias as fragments (bias_gradient.h)
 //   GRADIENT_TABLES         without gradient fragments: number of gradient tables in shared memory: WARPS, or 0
 //   SHARED_BYTES            total size of shared memory
-//   SLOTS_PITCH             unfused attention: bytes from one token's weights to the next in shared memory (slots.h)
+//   SLOTS_PITCH             unfused attention: bytes from one token's weights to the next in shared memory (slots.h), if the
+//                           tokens are adjacent in global memory
 #pragma once
 
 #include "problem.h"
@@ -82,12 +83,17 @@ constexpr bool INVERSE = IS_INVERSE;
 constexpr int SIGN = INVERSE ? -1 : 1;  // the bias index uses key - query = SIGN * (column - token)
 constexpr int COLUMN_TENSORS = IS_UNFUSED ? 1 : 2;
 #if IS_UNFUSED
-constexpr int QUERY_BYTES = SLOTS_PITCH, TOKEN_SLOTS_BYTES = INVERSE ? 0 : SLOTS_PITCH;
+constexpr int SLOT_BYTES = 2, SLOT_PIECES = (WINDOW * SLOT_BYTES + 16 - SLOT_BYTES + 15) / 16;  // that a token may touch
+constexpr int LOOSE_PITCH = SLOT_PIECES * 16;  // if the tokens are not adjacent
+__host__ __device__ constexpr int slots_bytes(int tokens) {
+  const int adjacent = (tokens * SLOTS_PITCH + 16 + 15) / 16 * 16, loose = tokens * LOOSE_PITCH;
+  return adjacent > loose ? adjacent : loose;
+}
 #else
-constexpr int QUERY_BYTES = 8, TOKEN_SLOTS_BYTES = 0;
+__host__ __device__ constexpr int slots_bytes(int) { return 0; }
 #endif
 // What the columns have if they are queries: logsumexp of all, then minus delta of all; unfused: their weights.
-constexpr int QUERIES_BYTES = INVERSE ? STAGE_TOKENS * QUERY_BYTES + GUARD : 0;
+constexpr int QUERIES_BYTES = !INVERSE ? 0 : GUARD + (IS_UNFUSED ? STAGE_ROWS * slots_bytes(COLUMNS) : STAGE_TOKENS * 8);
 constexpr int BUFFER_BYTES = COLUMN_TENSORS * COLUMN_BYTES + QUERIES_BYTES;
 
 constexpr int TABLE_ROWS = TABLE_Z * TABLE_Y;
@@ -108,7 +114,8 @@ constexpr int DIAGONAL_PITCH = (DIAGONAL_BLOCKS * 8 + 16 + 31) / 32 * 32 + 8;
 constexpr int STORE_PITCH = SLICE | 1;  // in pieces; odd, so that 8 rows are in different banks
 constexpr int STORE_BYTES = HAS_RESULTS && sizeof(Storage) == 2 ? 8 * LINES * STORE_PITCH * 16 : 0;
 constexpr int DIAGONAL_BYTES = HAS_GRADIENT && !HAS_GRADIENT_FRAGMENTS ? 8 * DIAGONAL_PITCH * 4 : 0;
-constexpr int SLOTS_BYTES = 8 * LINES * TOKEN_SLOTS_BYTES, SLOTS_AT = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES;
+constexpr int SLOTS_AT = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES;
+constexpr int SLOTS_BYTES = INVERSE ? 0 : LINES * slots_bytes(8);
 constexpr int WARP_BYTES = SLOTS_AT + SLOTS_BYTES + GUARD;
 constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES + GUARD;
 constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES + GUARD, BASES_AT = WARPS_AT + WARPS * WARP_BYTES;

@@ -109,13 +109,12 @@ class Chunk {
   __device__ __forceinline__ const char* columns(int tensor, int r = 0) const {
     return buffer_ + tensor * COLUMN_BYTES + token_ * (PITCH * 16) + r * (COLUMNS * PITCH * 16);
   }
-  // The position of the first of these columns in row r of the stage.
-  __device__ __forceinline__ int token(int r) const { return token_ + r * COLUMNS; }
+  __device__ __forceinline__ int row_of_stage(int r) const { return (token_ - unit_.first_column) / COLUMNS + r; }
   // What the columns of the stage have in addition, as queries.
   __device__ __forceinline__ const char* queries() const { return buffer_ + COLUMN_TENSORS * COLUMN_BYTES; }
   // The first or the second statistic of each of these columns.
   __device__ __forceinline__ const float* statistics(int which, int r) const {
-    return reinterpret_cast<const float*>(queries()) + which * STAGE_TOKENS + token(r);
+    return reinterpret_cast<const float*>(queries()) + which * STAGE_TOKENS + token_ + r * COLUMNS;
   }
 
  private:
