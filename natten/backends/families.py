@@ -124,8 +124,8 @@ def _largest_error(kernels, family: Family, device: torch.device, wait: Callable
 
     query, key, value, grad_out = (draw(_BATCH, *space, _HEADS, _DIM) for _ in range(4))
     rpb = draw(_HEADS, *(2 * axis.kernel_size - 1 for axis in _AXES), dtype=torch.float32)
-    # Matrix instructions take only positive scales, and unfused attention with them only multiples of 8 as head_dim. Other
-    # ones select the kernels without them.
+    # Matrix instructions take only positive scales, and those of unfused attention only multiples of 8 as head_dim.
+    # Others select the kernels without them.
     scale = _SCALE if family.has_matrix_instructions else -_SCALE
     tensors: tuple[Tensor, ...]
     run: Callable[..., list[Tensor]]

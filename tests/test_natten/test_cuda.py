@@ -137,6 +137,10 @@ class EmulatedKernelsTest(EmulatedTestCase):
         kernels = ["natten_attention_tiles", "natten_grad_query_tiles", "natten_grad_key_value_tiles"]
         self.assertEqual(self.check(given, torch.bfloat16), [*kernels, "natten_sum_parts"])
 
+    def test_windows_of_the_whole_map(self):
+        """The last row of columns contributes to the gradient of the bias for all lines of a unit."""
+        self.check(problem((7, 7), 7), torch.bfloat16)
+
     def test_units_whose_windows_are_complete(self):
         """Matrix kernels process them in an unrolled loop."""
         for given in (

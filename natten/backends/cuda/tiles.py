@@ -323,9 +323,8 @@ class _Chooser:
         return tile.shared_bytes <= self.max_shared_bytes and (has_fixed_order or not self.has_gradient)
 
     def _tile(self, size, layout: _Layout, chunk_rows: int, stage: _Stage) -> Tile:
-        pitch = self.pieces if self.pieces <= 2 else _round_up(self.pieces, 4)
         tokens = stage.rows * layout.columns
-        buffer = tokens * pitch * 16 * (1 if self.is_unfused else 2)
+        buffer = tokens * self.pieces * 16 * (1 if self.is_unfused else 2)
         if self.is_inverse:
             buffer += stage.rows * self._slots_bytes(layout.columns) if self.is_unfused else tokens * 8
         has_table, bias = self._bias(size, layout)
@@ -334,7 +333,7 @@ class _Chooser:
         has_diagonals = self.has_gradient and not layout.has_gradient_fragments
         diagonals = 8 * (_round_up(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
         has_store = self.item_bytes == 2 and self.kernel != "logits"
-        warp = max((8 * self.lines * (self.slice_results | 1) * 16 if has_store else 0), diagonals)
+        warp = max((8 * self.lines * self.slice_results * 16 if has_store else 0), diagonals)
         warp += self.lines * self._slots_bytes(8) if self.is_unfused and not self.is_inverse else 0
         shared = (2 if stage.is_staged else 1) * buffer + bias + gradient + stage.warps * warp + _BASES_BYTES
         resident = self._resident_warps(layout, chunk_rows, stage) // stage.warps

@@ -122,6 +122,13 @@ __device__ __forceinline__ float2 load_pair(const void* from) {
   return two;
 }
 
+// Returns a word whose origin the first compiler does not know, so that what depends on it is computed after this point. If
+// `zero` is 0 at run time, but not at compile time, the second compiler (ptxas) does not know it, either.
+__device__ __forceinline__ unsigned renew(unsigned word, unsigned zero) {
+  asm volatile("xor.b32 %0, %0, %1;" : "+r"(word) : "r"(zero));
+  return word;
+}
+
 // Rounds a number to TF32, with 10 bits of fraction, as the matrix instructions for float32 require.
 __device__ __forceinline__ unsigned round_to_tfloat(float value) {
   unsigned bits;

@@ -24,31 +24,49 @@ struct UnitRows {
 // Products over head_dim
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A sum over head_dim may have any order. Therefore the words that a lane contributes to the fragments of a row are
-// adjacent in memory, if both operands are loaded like this: of each quad of 4 pieces a lane takes one piece, whose words
-// are those of 2 steps of a matrix product. What remains are 2 pieces for another step, or 1 for half a step, or both.
+// A quad of 4 pieces is the operand of 2 steps of a matrix product. What remains after the last whole quad are 2 pieces for
+// another step, or 1 for half a step, or both. A sum over head_dim may have any order. Therefore the words that a lane
+// contributes to the fragments of a row can be adjacent in memory, if both operands are loaded like this: of each quad a lane
+// takes one piece, or half a piece if there are only two. For other head_dims it takes a word of each piece.
+constexpr bool TAKES_PIECES = PIECES % 4 == 0, TAKES_HALVES = PIECES == 2;
 constexpr int MAX_KEPT_PIECES = 16;  // of a tensor, in the registers of a thread
 
-// Loads this lane's words of a quad. at(piece): the address of a piece of the row.
-template <class At>
-__device__ __forceinline__ void load_words(int quad, At at, unsigned (&words)[4]) {
-  const int lane = lane_index() % 4, first = 4 * quad, rest = PIECES - first;
-  if (rest >= 4) {
-    const uint4 four = *reinterpret_cast<const uint4*>(at(first + lane));
+// Loads this lane's words of a quad of a row in global memory.
+__device__ __forceinline__ void load_words(int quad, const Storage* row, unsigned (&words)[4]) {
+  const char* from = reinterpret_cast<const char*>(row) + quad * 64;
+  const int lane = lane_index() % 4;
+  if (TAKES_PIECES) {
+    const uint4 four = *reinterpret_cast<const uint4*>(from + lane * 16);
     words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
     return;
   }
   words[0] = words[1] = words[2] = words[3] = 0;
-  if (rest >= 2) {
-    const uint2 two = *reinterpret_cast<const uint2*>(at(first + lane / 2) + lane % 2 * 8);
+  if (TAKES_HALVES) {
+    const uint2 two = *reinterpret_cast<const uint2*>(from + lane * 8);
     words[0] = two.x, words[1] = two.y;
+    return;
   }
-  if (rest % 2) words[rest - 1] = *reinterpret_cast<const unsigned*>(at(PIECES - 1) + lane * 4);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (4 * quad + i < PIECES) words[i] = *reinterpret_cast<const unsigned*>(from + i * 16 + lane * 4);
 }
 
-// The same, for a row whose pieces are in order.
-__device__ __forceinline__ void load_words(int quad, const Storage* row, unsigned (&words)[4]) {
-  load_words(quad, [&](int piece) { return reinterpret_cast<const char*>(row) + piece * 16; }, words);
+// The same, for lane / 4 of 8 columns in shared memory.
+__device__ __forceinline__ void load_column_words(int quad, const char* columns, unsigned (&words)[4]) {
+  const int lane = lane_index(), first = 4 * quad, rest = PIECES - first;
+  const auto at = [&](int column, int piece) { return columns + place_of<PITCH>(column, piece) * 16; };
+  if (TAKES_PIECES) {
+    const uint4 four = *reinterpret_cast<const uint4*>(at(lane / 4, first + lane % 4));
+    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+  } else if (TAKES_HALVES) {
+    const uint2 two = *reinterpret_cast<const uint2*>(at(lane / 4, lane % 4 / 2) + lane % 2 * 8);
+    words[0] = two.x, words[1] = two.y;
+  } else if (rest >= 4) {
+    load_matrices<4, false>(words, at(lane % 8, first + lane / 8));
+  } else {
+    if (rest >= 2) load_matrices<2, false>(words, at(lane % 8, first + lane / 8 % 2));
+    if (rest % 2) load_matrices<1, false>(words + rest - 1, at(lane % 8, PIECES - 1));
+  }
 }
 
 // sum[16][8] += the product of rows and columns over a quad. `a` holds the rows' fragments of two steps.
@@ -77,15 +95,15 @@ struct Fragments {
 
   __device__ __forceinline__ Fragments(const Rows<const Storage>& tensor, const Unit& unit) : rows(tensor, unit) {
     if (!IS_KEPT) return;
-    // Zero, but the compiler does not know that. It would rather keep registers in the order of loads, and move them to
-    // the order of matrix instructions for each instruction.
+    // The compiler would rather keep words in the order of loads, and move them to the order of matrix instructions for each
+    // instruction.
     const unsigned zero = unit.x >> 31;
 #pragma unroll
     for (int i = 0; i < MATRICES * QUADS; ++i) {
       unsigned(&a)[8] = kept[IS_KEPT ? i / QUADS : 0][IS_KEPT ? i % QUADS : 0];
       load(i / QUADS, i % QUADS, a);
 #pragma unroll
-      for (unsigned& word : a) word ^= zero;
+      for (unsigned& word : a) word = renew(word, zero);
     }
   }
   __device__ __forceinline__ void get(int matrix, int quad, unsigned (&a)[8]) const {
@@ -111,8 +129,7 @@ struct Fragments {
 template <class AnyChunk>
 __device__ __forceinline__ void multiply_columns(const Fragments& left, const AnyChunk& chunk, int tensor, int r,
                                                  Products& products) {
-  const int column = lane_index() / 4, exchange = swizzle(column);
-  const char* columns = chunk.columns(tensor, r) + column * (PITCH * 16);
+  const char* columns = chunk.columns(tensor, r);
 #pragma unroll
   for (int quad = 0; quad < QUADS; ++quad) {
     unsigned a[MATRICES][8];
@@ -121,9 +138,8 @@ __device__ __forceinline__ void multiply_columns(const Fragments& left, const An
       if (chunk.is_seen_by(r, m)) left.get(m, quad, a[m]);
 #pragma unroll
     for (int block = 0; block < ROW_BLOCKS; ++block) {
-      const char* row = columns + block * (8 * PITCH * 16);
       unsigned b[4];
-      load_words(quad, [&](int piece) { return row + (piece ^ exchange) * 16; }, b);
+      load_column_words(quad, columns + block * (8 * PITCH * 16), b);
       round_operand(b);
 #pragma unroll
       for (int m = 0; m < MATRICES; ++m)
@@ -154,7 +170,7 @@ __device__ __forceinline__ void add_chunk_columns(const Products& weights, const
       a[m][0] = round_to_tfloat(w[0]), a[m][1] = round_to_tfloat(w[2]);
       a[m][2] = round_to_tfloat(w[1]), a[m][3] = round_to_tfloat(w[3]);
     }
-    const char* from = chunk.columns(tensor, r) + (first + column) * (PITCH * 16) + place % 4 * 4;
+    const char* from = chunk.columns(tensor, r) + first * (PITCH * 16) + place % 4 * 4;
 #pragma unroll
     for (int i = 0; i < SLICE; ++i) {
       const int piece = (first_block + i) * 2 + place / 4;
@@ -162,7 +178,7 @@ __device__ __forceinline__ void add_chunk_columns(const Products& weights, const
       unsigned b[2];
 #pragma unroll
       for (int k = 0; k < 2; ++k)
-        b[k] = *reinterpret_cast<const unsigned*>(from + k * (PITCH * 16) + (piece ^ swizzle(column + k)) * 16);
+        b[k] = *reinterpret_cast<const unsigned*>(from + place_of<PITCH>(column + k, piece) * 16);
       round_operand(b);
 #pragma unroll
       for (int m = 0; m < MATRICES; ++m)
@@ -207,14 +223,15 @@ __device__ __forceinline__ void add_columns(const Weights& weights, const AnyChu
   };
   // A matrix is 8 columns by one piece. With two blocks, their matrices come first, then those of the next pieces.
   constexpr int AT_ONCE = 4 / COUNT;
-  const int lane = lane_index(), exchange = swizzle(lane % 8), matrix = lane / 8;
-  const char* row = chunk.columns(tensor) + (FIRST + lane % 8 + matrix % COUNT * STEP) * (PITCH * 16);
+  const int lane = lane_index(), matrix = lane / 8;
+  const char* columns = chunk.columns(tensor) + (FIRST + matrix % COUNT * STEP) * (PITCH * 16);
+  const auto at = [&](int piece) { return columns + place_of<PITCH>(lane % 8, piece) * 16; };
 #pragma unroll
   for (int i = 0; i < SLICE; i += AT_ONCE) {
     if (SLICES > 1 && first_block + i >= RESULT_BLOCKS) break;
     unsigned b[4];
     if (i + AT_ONCE <= SLICE && (RESULT_BLOCKS % SLICE == 0 || first_block + i + AT_ONCE <= RESULT_BLOCKS)) {
-      load_matrices<4, true>(b, row + ((first_block + i + matrix / COUNT) ^ exchange) * 16);
+      load_matrices<4, true>(b, at(first_block + i + matrix / COUNT));
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) add(i + k, b + k * COUNT);
       continue;
@@ -222,7 +239,7 @@ __device__ __forceinline__ void add_columns(const Weights& weights, const AnyChu
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k) {
       if (i + k >= SLICE || (SLICES > 1 && first_block + i + k >= RESULT_BLOCKS)) continue;
-      load_matrices<COUNT, true>(b, row + ((first_block + i + k) ^ exchange) * 16);
+      load_matrices<COUNT, true>(b, at(first_block + i + k));
       add(i + k, b);
     }
   }
@@ -264,15 +281,17 @@ __device__ __forceinline__ void store_unit(const Sums& sum, const float (&factor
 __device__ __forceinline__ void store_unit(const Sums& sum, const float (&factor)[LINES], const Rows<Storage>& to,
                                            const Unit& unit, const BlockTile& tile, int first_block, char* shared) {
   constexpr int COUNT = 8 * LINES * SLICE;  // pieces
-  const int lane = lane_index();
-  unsigned* words = reinterpret_cast<unsigned*>(shared);
+  // Otherwise the compiler would compute addresses before the loop over columns, and keep them in local memory.
+  const int lane = renew(lane_index(), 0);
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < SLICE; ++i)
+  for (int i = 0; i < SLICE; ++i) {
+    unsigned* to = reinterpret_cast<unsigned*>(shared) + place_of<SLICE>(lane / 4, i) * 4 + lane % 4;
 #pragma unroll
     for (int line = 0; line < LINES; ++line)
-      words[(lane / 4 + 8 * line) * STORE_PITCH * 4 + i * 4 + lane % 4] =
+      to[line * (8 * SLICE * 4)] =
           pack(sum[line / 2][i][line % 2 * 2] * factor[line], sum[line / 2][i][line % 2 * 2 + 1] * factor[line]);
+  }
   __syncwarp();
   const int end_y = min(tile.at[1] + TILE_Y, tile.map.n[1]), end_x = min(tile.at[2] + TILE_X, tile.map.n[2]);
 #pragma unroll
@@ -282,7 +301,7 @@ __device__ __forceinline__ void store_unit(const Sums& sum, const float (&factor
     if (COUNT % 32 && i >= COUNT) continue;
     if (y >= end_y || x >= end_x || first_block + piece >= RESULT_BLOCKS) continue;
     *reinterpret_cast<uint4*>(to.at(unit.z, y, x) + (first_block + piece) * 8) =
-        reinterpret_cast<const uint4*>(shared)[row * STORE_PITCH + piece];
+        reinterpret_cast<const uint4*>(shared)[place_of<SLICE>(row, piece)];
   }
   __syncwarp();
 }

@@ -68,12 +68,21 @@ constexpr int BLOCKS = CHUNK_ROWS * ROW_BLOCKS;  // and per chunk
 // Layout of shared memory: columns, bias, gradient of the bias, scratch memory of each warp, base addresses of tensors
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int PITCH = PIECES <= 2 ? PIECES : (PIECES + 3) / 4 * 4;  // distance between columns, in pieces
-// Pieces are swizzled, so that two accesses use each bank once: the same piece of 8 columns, and 8 consecutive pieces: 4 of
-// 2 columns, or 2 of 4 columns. The mask has the bits of a piece's index that the pitch does not distribute.
-constexpr int SWIZZLE_MASK = PITCH % 8 == 0 ? 7 : PITCH % 4 == 0 ? 3 : PITCH - 1;
-__device__ __forceinline__ int swizzle(int column) {
-  return ((column & 1) << 2 | (column & 2) | (column >> 2 & 1)) & SWIZZLE_MASK;
+constexpr int PITCH = PIECES;  // distance between columns, in pieces
+// Rows of pieces are adjacent. Pieces are swizzled, so that each of these accesses uses a bank once: 8 consecutive pieces;
+// the same piece of 8 rows, except in TF32; if the pitch is a multiple of 4, 4 pieces of 2 rows; in TF32, 2 pieces of 4 rows
+// at a distance of 2. An odd pitch distributes rows by itself.
+template <int PITCH>
+__device__ __forceinline__ int swizzle(int row) {
+  if (PITCH % 2) return 0;
+  if (PITCH % 4) return (row >> 2 & 1) * (Element::IS_TFLOAT ? 3 : 1);
+  if (Element::IS_TFLOAT) return (row & 6) ^ (PITCH % 8 ? 0 : (row & 1) << 2);
+  return ((row & 1) << 2 | (row & 2) | (row >> 2 & 1)) & (PITCH % 8 ? 3 : 7);
+}
+// Where a piece of a row is, in pieces after row 0. Rows may be counted from any multiple of 8.
+template <int PITCH>
+__device__ __forceinline__ int place_of(int row, int piece) {
+  return (row * PITCH + piece) ^ swizzle<PITCH>(row);
 }
 
 constexpr int STAGE_TOKENS = STAGE_ROWS * COLUMNS;
@@ -111,8 +120,7 @@ constexpr int GRADIENT_BYTES =
     HAS_GRADIENT_FRAGMENTS ? WARPS * GRADIENT_FRAGMENTS * FRAGMENT_BYTES : GRADIENT_TABLES * TABLE_STRIDE * 4;
 constexpr int DIAGONAL_BLOCKS = ROW_BLOCKS + (RANK > 1 ? 0 : LINES - 1);
 constexpr int DIAGONAL_PITCH = (DIAGONAL_BLOCKS * 8 + 16 + 31) / 32 * 32 + 8;
-constexpr int STORE_PITCH = SLICE | 1;  // in pieces; odd, so that 8 rows are in different banks
-constexpr int STORE_BYTES = HAS_RESULTS && sizeof(Storage) == 2 ? 8 * LINES * STORE_PITCH * 16 : 0;
+constexpr int STORE_BYTES = HAS_RESULTS && sizeof(Storage) == 2 ? 8 * LINES * SLICE * 16 : 0;
 constexpr int DIAGONAL_BYTES = HAS_GRADIENT && !HAS_GRADIENT_FRAGMENTS ? 8 * DIAGONAL_PITCH * 4 : 0;
 constexpr int SLOTS_AT = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES;
 constexpr int SLOTS_BYTES = INVERSE ? 0 : LINES * slots_bytes(8);
@@ -214,7 +222,7 @@ __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, con
   const int first = threadIdx.x / ROW_THREADS;
   for (int i = threadIdx.x % ROW_THREADS; i < ROW_PIECES && first < ROWS_AT_ONCE; i += ROW_THREADS) {
     const int piece = i % PIECES, column = i / PIECES;
-    char* to = buffer + ((first * COLUMNS + column) * PITCH + (piece ^ swizzle(column))) * 16;
+    char* to = buffer + (first * COLUMNS * PITCH + place_of<PITCH>(column, piece)) * 16;
     const char *from_one, *from_two;
     int x;
     const auto go_to = [&](int row) {
