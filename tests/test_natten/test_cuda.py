@@ -72,30 +72,14 @@ def tile_limits(
             tiles._choose.cache_clear()
 
 
-# Each tensor ends directly before an unreadable page, or begins directly after one.
 _GUARDED = """
-import ctypes, mmap, sys
-import torch
-sys.path.insert(0, sys.argv[1])
+import sys
+sys.path[:0] = sys.argv[1:]
 from emulation.launcher import emulated_gpu
 from natten import backends
 from natten.checks import make_axes
+from test_natten.guarded import guarded
 
-libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
-
-def guarded(shape, at_end):
-    size = 2 * torch.Size(shape).numel()
-    area = mmap.mmap(-1, -(-size // page) * page + 2 * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    end = start + len(area)
-    for edge in (start, end - page):
-        assert libc.mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(page), 0) == 0
-    first = end - page - size if at_end else start + page
-    x = torch.frombuffer((ctypes.c_char * size).from_address(first), dtype=torch.bfloat16).view(shape)
-    areas.append(area)
-    return x.copy_(torch.randn(shape))
-
-areas = []
 for space, kernel_size, dilation, dim in (
     ((5, 20, 20), 5, 1, 32), ((11, 21), 5, 2, 32), ((37,), 7, 1, 32), ((11, 21), 5, 2, 13), ((37,), 7, 1, 20)
 ):
@@ -323,7 +307,8 @@ class EmulatedSweepTest(EmulatedTestCase):
                     self.check(given, torch.bfloat16)
 
     def test_no_read_beyond_tensors(self):
-        command = [sys.executable, "-c", _GUARDED, str(Path(__file__).parents[1])]
+        folder = Path(__file__).parents[1]
+        command = [sys.executable, "-c", _GUARDED, str(folder), str(folder.parent)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         self.assertEqual((done.returncode, done.stdout), (0, "read\n" * 10), done.stderr[-2000:])
 

@@ -27,6 +27,7 @@ from emulation.launcher import EmulationError
 from natten.backends import cuda
 from natten.backends.cuda import nvrtc
 from test_natten import test_cuda
+from test_natten.test_cpu import fused, unfused
 from test_natten.test_cuda import TF32_EPS, problem, tile_limits
 
 
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     eps: float | None = None
     gpu: Mapping[str, int] = MappingProxyType({})
     patches: Callable[[], tuple] = lambda: ()
+    compute: Callable = fused
 
 
 def _has_one_part() -> tuple:
@@ -63,6 +65,8 @@ CASES = {
     "tables": Case(problem((5, 6, 9), 3, dim=8), patches=_without_fragments),
     "tf32": Case(problem((9, 20), 5, dim=24), torch.float32, TF32_EPS, patches=_with_tf32),
     "plain": Case(problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True), dim=24), torch.float32),
+    "weights": Case(problem((20, 19), 5), compute=unfused),
+    "causal": Case(problem((9, 20), (4, 5), 1, (2, 1), (False, True)), torch.float16, compute=unfused),
 }
 
 
@@ -90,7 +94,9 @@ FAULTS = (
     Fault("stages: no barrier before they are overwritten", "stages", _SYNC + r"(\n  }\n  if \(has_unit\))", r"\1"),
     Fault("stages: no wait for copies", "stages", r"\n *wait_copies<1>\(\);", ""),
     Fault("stages: a wait for earlier copies only", "stages", "wait_copies<1>", "wait_copies<2>"),
-    Fault("no barrier between tiles of a block", "parts", _SYNC + r"(\n  }\n  if \(slice == 0\))", r"\1"),
+    Fault(
+        "no barrier between tiles of a block", "parts", _SYNC + r"(\n  }\n  if \(slice)", r"\1", "grad_query_tiles.cu"
+    ),
     Fault("results: no __syncwarp before reading", "map", _WARP + r"(\n  const int end_y = min\(tile)", r"\1"),
     Fault("diagonals: no __syncwarp before reading", "tables", _WARP + r"(\n#pragma.*\n    for \(int first)", r"\1"),
     Fault("diagonals: no __syncwarp after reading", "tables", _WARP + r"(\n  }\n\n private:\n  float \*table_)", r"\1"),
@@ -133,6 +139,16 @@ FAULTS = (
     Fault("gradient of the bias: the next row", "map", r"(line, row - 1|sum, row - line), corner", r"\1 + 1, corner"),
     Fault("gradient of the bias: the last rows are missing", "window", r"gradient\.flush\(\)", ""),
     Fault("gradient of the bias: the next diagonal", "tables", r"diagonal \+ 1 \+ token", "diagonal + token"),
+    # Unfused attention
+    Fault("weights: no __syncwarp before writing", "weights", _WARP + r"(\n    slots\.write)", r"\1"),
+    Fault("weights: no __syncwarp after filling", "causal", r"(fill\(outside\(\)\);)" + _WARP, r"\1"),
+    Fault("weights: slots before the map are not set", "causal", r"\n    slots\.fill\(outside\(\)\);", ""),
+    Fault("weights: the last slot of odd windows is missing", "weights", r"slots\[WINDOW - 1\] = from", "(void)from"),
+    Fault("weights: a piece too few is copied", "weights", r"bytes <= 0", "bytes <= 2", "slots.h"),
+    Fault("weights: of the next column", "weights", r"\bmax\(slot \+ 1, 0\)", "max(slot, 0)", "gather_tiles.cu"),
+    Fault("weights: outside the window", "weights", r"takes_high \? 0x5400u : 0x3200u", "0x5400u"),
+    Fault("scatter: weights for too few keys", "weights", r"start, WINDOWS\[axis\]\)", "start - 1, WINDOWS[axis])"),
+    Fault("scatter: rows at the wrong distance", "weights", r"\+ low\) & 15", ") & 15", "scatter_tiles.cu"),
 )
 
 
@@ -166,7 +182,7 @@ def caught_by(fault: Fault | None, case: Case) -> str | None:
         for patch in case.patches():
             stack.enter_context(patch)
         try:
-            test.check(case.problem, case.dtype, eps=case.eps, **case.gpu)
+            test.check(case.problem, case.dtype, case.compute, case.eps, **case.gpu)
         except EmulationError as error:
             return re.sub(r"^block \d+, thread \d+: ", "", str(error).split(" (Kernel")[0])
         except AssertionError as error:

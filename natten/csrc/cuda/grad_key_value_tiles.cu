@@ -75,7 +75,7 @@ struct DifferentiateKey {
 // Copies logsumexp and minus delta of the queries of a stage asynchronously, and zeros where there are none.
 __device__ __forceinline__ void copy_statistics(const Rows<const float>& lse, const Rows<const float>& delta,
                                                 const BlockTile& tile, int first_row, char* buffer) {
-  float* statistics = reinterpret_cast<float*>(buffer + 2 * COLUMN_BYTES);
+  float* statistics = reinterpret_cast<float*>(buffer + COLUMN_TENSORS * COLUMN_BYTES);
   for (int token = threadIdx.x; token < STAGE_TOKENS; token += TILE_THREADS) {
     const int row = first_row + token / COLUMNS;
     const Place at = tile.place(row);

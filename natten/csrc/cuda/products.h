@@ -6,6 +6,7 @@
 namespace natten {
 
 using Products = float[MATRICES][CHUNK_ROWS][ROW_BLOCKS][4];  // of a unit's tokens and a chunk's columns
+using Words = unsigned[MATRICES][CHUNK_ROWS][ROW_BLOCKS][2];   // the same in 16 bits, two columns of a line per word
 using Sums = float[MATRICES][SLICE][4];                        // results of a unit
 
 // This thread's rows of a tensor with one row per token of the unit: row lane / 4 of each line.
@@ -197,9 +198,18 @@ __device__ __forceinline__ void add_chunk_columns(const Products& weights, const
 
 #else
 
-// sum += the weights of one or two blocks of a chunk, from BLOCK on, times their columns.
-template <int BLOCK, class AnyChunk>
-__device__ __forceinline__ void add_columns(const Products& weights, const AnyChunk& chunk, int tensor, int first_block,
+// The weights of a line of a matrix (0 or 1) and two columns, as an operand.
+__device__ __forceinline__ unsigned operand(const Products& weights, int matrix, int r, int block, int line) {
+  const float(&four)[4] = weights[matrix][r][block];
+  return pack(four[2 * line], four[2 * line + 1]);
+}
+__device__ __forceinline__ unsigned operand(const Words& weights, int matrix, int r, int block, int line) {
+  return weights[matrix][r][block][line];
+}
+
+// sum += the weights of one or two blocks of a chunk, from BLOCK on, times their columns. Weights: Products or Words.
+template <int BLOCK, class Weights, class AnyChunk>
+__device__ __forceinline__ void add_columns(const Weights& weights, const AnyChunk& chunk, int tensor, int first_block,
                                             Sums& sum) {
   constexpr int COUNT = BLOCK + 1 < BLOCKS ? 2 : 1, NEXT = BLOCK + COUNT - 1;
   constexpr int ROW_OF_ONE = BLOCK / ROW_BLOCKS, ROW_OF_TWO = NEXT / ROW_BLOCKS;
@@ -208,10 +218,11 @@ __device__ __forceinline__ void add_columns(const Products& weights, const AnyCh
   unsigned a[MATRICES][4];
 #pragma unroll
   for (int m = 0; m < MATRICES; ++m) {
-    const float(&one)[4] = weights[m][ROW_OF_ONE][BLOCK % ROW_BLOCKS];
-    const float(&two)[4] = weights[m][ROW_OF_TWO][NEXT % ROW_BLOCKS];
-    a[m][0] = pack(one[0], one[1]), a[m][1] = pack(one[2], one[3]);
-    a[m][2] = pack(two[0], two[1]), a[m][3] = pack(two[2], two[3]);
+#pragma unroll
+    for (int line = 0; line < 2; ++line) {
+      a[m][line] = operand(weights, m, ROW_OF_ONE, BLOCK % ROW_BLOCKS, line);
+      a[m][2 + line] = operand(weights, m, ROW_OF_TWO, NEXT % ROW_BLOCKS, line);
+    }
   }
   const auto add = [&](int i, const unsigned* b) {
 #pragma unroll
@@ -244,8 +255,8 @@ __device__ __forceinline__ void add_columns(const Products& weights, const AnyCh
 }
 
 // sum += the weights of a chunk times its columns, beginning with block BLOCK.
-template <int BLOCK = 0, class AnyChunk>
-__device__ __forceinline__ void add_chunk_columns(const Products& weights, const AnyChunk& chunk, int tensor,
+template <int BLOCK = 0, class Weights, class AnyChunk>
+__device__ __forceinline__ void add_chunk_columns(const Weights& weights, const AnyChunk& chunk, int tensor,
                                                   int first_block, Sums& sum) {
   add_columns<BLOCK>(weights, chunk, tensor, first_block, sum);
   if constexpr (BLOCK + 2 < BLOCKS) add_chunk_columns<BLOCK + 2>(weights, chunk, tensor, first_block, sum);

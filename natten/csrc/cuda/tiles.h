@@ -24,6 +24,8 @@
 //   HAS_GRADIENT_FRAGMENTS  whether each warp sums the gradient of the bias as fragments (bias_gradient.h)
 //   GRADIENT_TABLES         without gradient fragments: number of gradient tables in shared memory: WARPS, or 0
 //   SHARED_BYTES            total size of shared memory
+//   SLOTS_PITCH             unfused attention: bytes from one token's weights to the next in shared memory (slots.h), if the
+//                           tokens are adjacent in global memory
 #pragma once
 
 #include "problem.h"
@@ -33,6 +35,12 @@
 #endif
 #ifndef HAS_GRADIENT
 #define HAS_GRADIENT 0  // whether the kernel computes the gradient of rpb
+#endif
+#ifndef IS_UNFUSED
+#define IS_UNFUSED 0  // whether the kernel reads or writes weights in global memory, for columns of one tensor
+#endif
+#ifndef HAS_RESULTS
+#define HAS_RESULTS 1  // whether results have rows of head_dim
 #endif
 
 namespace natten {
@@ -84,8 +92,20 @@ constexpr int BUFFERS = IS_STAGED ? 2 : 1;
 constexpr int COLUMN_BYTES = STAGE_TOKENS * PITCH * 16 + GUARD;
 constexpr bool INVERSE = IS_INVERSE;
 constexpr int SIGN = INVERSE ? -1 : 1;  // the bias index uses key - query = SIGN * (column - token)
-constexpr int STATISTICS_BYTES = INVERSE ? STAGE_TOKENS * 8 + GUARD : 0;  // logsumexp of the queries, then minus delta
-constexpr int BUFFER_BYTES = 2 * COLUMN_BYTES + STATISTICS_BYTES;
+constexpr int COLUMN_TENSORS = IS_UNFUSED ? 1 : 2;
+#if IS_UNFUSED
+constexpr int SLOT_BYTES = 2, SLOT_PIECES = (WINDOW * SLOT_BYTES + 16 - SLOT_BYTES + 15) / 16;  // that a token may touch
+constexpr int LOOSE_PITCH = SLOT_PIECES * 16;  // if the tokens are not adjacent
+__host__ __device__ constexpr int slots_bytes(int tokens) {
+  const int adjacent = (tokens * SLOTS_PITCH + 16 + 15) / 16 * 16, loose = tokens * LOOSE_PITCH;
+  return adjacent > loose ? adjacent : loose;
+}
+#else
+__host__ __device__ constexpr int slots_bytes(int) { return 0; }
+#endif
+// What the columns have if they are queries: logsumexp of all, then minus delta of all; unfused: their weights.
+constexpr int QUERIES_BYTES = !INVERSE ? 0 : GUARD + (IS_UNFUSED ? STAGE_ROWS * slots_bytes(COLUMNS) : STAGE_TOKENS * 8);
+constexpr int BUFFER_BYTES = COLUMN_TENSORS * COLUMN_BYTES + QUERIES_BYTES;
 
 constexpr int TABLE_ROWS = TABLE_Z * TABLE_Y;
 constexpr int FRAGMENTS_PER_ROW = RANK > 1 ? 1 : LINES;  // on one axis, lines have different positions in a row
@@ -102,12 +122,14 @@ constexpr int GRADIENT_BYTES =
     HAS_GRADIENT_FRAGMENTS ? WARPS * GRADIENT_FRAGMENTS * FRAGMENT_BYTES : GRADIENT_TABLES * TABLE_STRIDE * 4;
 constexpr int DIAGONAL_BLOCKS = ROW_BLOCKS + (RANK > 1 ? 0 : LINES - 1);
 constexpr int DIAGONAL_PITCH = (DIAGONAL_BLOCKS * 8 + 16 + 31) / 32 * 32 + 8;
-constexpr int STORE_BYTES = sizeof(Storage) == 2 ? 8 * LINES * SLICE * 16 : 0;
+constexpr int STORE_BYTES = HAS_RESULTS && sizeof(Storage) == 2 ? 8 * LINES * SLICE * 16 : 0;
 constexpr int DIAGONAL_BYTES = HAS_GRADIENT && !HAS_GRADIENT_FRAGMENTS ? 8 * DIAGONAL_PITCH * 4 : 0;
-constexpr int WARP_BYTES = (STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES) + GUARD;
+constexpr int SLOTS_AT = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES;
+constexpr int SLOTS_BYTES = INVERSE ? 0 : LINES * slots_bytes(8);
+constexpr int WARP_BYTES = SLOTS_AT + SLOTS_BYTES + GUARD;
 constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES + GUARD;
 constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES + GUARD, BASES_AT = WARPS_AT + WARPS * WARP_BYTES;
-constexpr int GUARDS = BUFFERS * (2 + INVERSE) + 2 + WARPS;
+constexpr int GUARDS = BUFFERS * (COLUMN_TENSORS + INVERSE) + 2 + WARPS;
 static_assert(SHARED_BYTES == BASES_AT + 128 - GUARDS * GUARD && TENSORS <= 16, "tiles.py computes another size of shared memory");
 static_assert(!IS_SEGMENTED || !(HAS_BIAS_FRAGMENTS || HAS_GRADIENT_FRAGMENTS), "fragments need rows without segments");
 static_assert(BIAS_AT % 16 == 0 && GRADIENT_AT % 16 == 0 && WARPS_AT % 16 == 0 && BASES_AT % 16 == 0,
@@ -117,7 +139,8 @@ static const emulation::Guards guards(BASES_AT + 128, [](int at) {
   const auto ends = [](int offset, int bytes) { return offset % bytes >= bytes - GUARD; };
   if (at < BIAS_AT) {
     at %= BUFFER_BYTES;
-    return at < 2 * COLUMN_BYTES ? ends(at, COLUMN_BYTES) : ends(at - 2 * COLUMN_BYTES, STATISTICS_BYTES);
+    constexpr int END = COLUMN_TENSORS * COLUMN_BYTES;
+    return at < END ? ends(at, COLUMN_BYTES) : ends(at - END, QUERIES_BYTES);
   }
   if (at < WARPS_AT) return at < GRADIENT_AT ? at >= GRADIENT_AT - GUARD : at >= WARPS_AT - GUARD;
   return at < BASES_AT && ends(at - WARPS_AT, WARP_BYTES);
@@ -242,8 +265,8 @@ __device__ __forceinline__ Rows<T> rows_of(const Params& p, TensorName name, con
   return Rows<T>(p, name, to_global(reinterpret_cast<char* const*>(shared + BASES_AT)[name]));
 }
 
-// Copies a stage of columns of two tensors, with HEAD_DIM and VALUE_DIM elements, asynchronously, and zeros where there are
-// none. A thread copies the same piece of each of its rows.
+// Copies a stage of columns of two tensors, with HEAD_DIM and VALUE_DIM elements (unfused: of the first), asynchronously, and
+// zeros where there are none. A thread copies the same piece of each of its rows.
 __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, const Rows<const Storage>& two,
                                              const BlockTile& tile, int first_row, char* buffer) {
   constexpr int ROW_PIECES = COLUMNS * PIECES, ROW_THREADS = ROW_PIECES < TILE_THREADS ? ROW_PIECES : TILE_THREADS;
@@ -267,7 +290,7 @@ __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, con
       if (!IS_STEADY) go_to(first_row + row);
       const bool is_there = first_row + row < tile.rows && tile.x.holds(x);
       copy_piece<HEAD_DIM>(to, from_one, piece * PIECE, is_there);
-      copy_piece<VALUE_DIM>(to + COLUMN_BYTES, from_two, piece * PIECE, is_there);
+      if (COLUMN_TENSORS > 1) copy_piece<VALUE_DIM>(to + COLUMN_BYTES, from_two, piece * PIECE, is_there);
       if (IS_STEADY) from_one += ROWS_AT_ONCE * one.step[1], from_two += ROWS_AT_ONCE * two.step[1];
     }
   }
