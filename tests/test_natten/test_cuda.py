@@ -72,6 +72,17 @@ def tile_limits(
             tiles._choose.cache_clear()
 
 
+@contextlib.contextmanager
+def few_warps(count: int) -> Iterator[None]:
+    """Limit the warps of a block, so that a warp has several units."""
+    with mock.patch.object(tiles, "_MAX_WARPS", count):
+        tiles._choose.cache_clear()
+        try:
+            yield
+        finally:
+            tiles._choose.cache_clear()
+
+
 _GUARDED = """
 import sys
 sys.path[:0] = sys.argv[1:]

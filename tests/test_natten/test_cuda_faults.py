@@ -28,7 +28,7 @@ from natten.backends import cuda
 from natten.backends.cuda import nvrtc
 from test_natten import test_cuda
 from test_natten.test_cpu import fused, unfused
-from test_natten.test_cuda import TF32_EPS, problem, tile_limits
+from test_natten.test_cuda import TF32_EPS, few_warps, problem, tile_limits
 
 
 class Case(NamedTuple):
@@ -50,6 +50,10 @@ def _without_fragments() -> tuple:
     return (tile_limits(False, 1 << 16, False, 1 << 15),)
 
 
+def _with_two_warps() -> tuple:
+    return (few_warps(2),)
+
+
 def _with_tf32() -> tuple:
     return (mock.patch.object(cuda, "allows_tf32", lambda: True),)
 
@@ -66,7 +70,13 @@ CASES = {
     "tf32": Case(problem((9, 20), 5, dim=24), torch.float32, TF32_EPS, patches=_with_tf32),
     "plain": Case(problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True), dim=24), torch.float32),
     "weights": Case(problem((20, 19), 5), compute=unfused),
-    "causal": Case(problem((9, 20), (4, 5), 1, (2, 1), (False, True)), torch.float16, compute=unfused),
+    "units": Case(
+        problem((40, 40), 3, 1, 1, (False, True), dim=8, heads=1),
+        gpu={"processors": 1},
+        patches=_with_two_warps,
+        compute=unfused,
+    ),
+    "causal": Case(problem((9, 20), (3, 5), 1, (1, 2), (False, True)), torch.float16, compute=unfused),
 }
 
 
@@ -141,10 +151,17 @@ FAULTS = (
     Fault("gradient of the bias: the next diagonal", "tables", r"diagonal \+ 1 \+ token", "diagonal + token"),
     # Unfused attention
     Fault("weights: no __syncwarp before writing", "weights", _WARP + r"(\n    slots\.write)", r"\1"),
-    Fault("weights: no __syncwarp after filling", "causal", r"(fill\(outside\(\)\);)" + _WARP, r"\1"),
+    Fault("several units: no __syncwarp after filling", "units", r"(fill\(outside\(\)\);)" + _WARP, r"\1"),
+    Fault("several units: no wait for weights", "units", r"\n    wait_copies<0>\(\);(\n    __syncwarp)", r"\1"),
     Fault("weights: slots before the map are not set", "causal", r"\n    slots\.fill\(outside\(\)\);", ""),
-    Fault("weights: the last slot of odd windows is missing", "weights", r"slots\[WINDOW - 1\] = from", "(void)from"),
-    Fault("weights: a piece too few is copied", "weights", r"bytes <= 0", "bytes <= 2", "slots.h"),
+    Fault("weights: the ends of lines are not written", "weights", r"if \(!has_ends\) return", "return"),
+    Fault(
+        "weights: the last slot of a token is not written",
+        "causal",
+        r"slots\[line\]\[WINDOW - 1\] = from",
+        "(void)from",
+    ),
+    Fault("weights: the last one is not copied", "weights", r"min\(bytes, 16\)", "min(bytes - 2, 16)", "slots.h"),
     Fault("weights: of the next column", "weights", r"\bmax\(slot \+ 1, 0\)", "max(slot, 0)", "gather_tiles.cu"),
     Fault("weights: outside the window", "weights", r"takes_high \? 0x5400u : 0x3200u", "0x5400u"),
     Fault("scatter: weights for too few keys", "weights", r"start, WINDOWS\[axis\]\)", "start - 1, WINDOWS[axis])"),

@@ -23,7 +23,7 @@ from natten.checks import make_axes
 from natten.geometry import Axis
 from test_natten.problems import RANKS, make_qkv, make_rpb
 from test_natten.test_cpu import problem_of, unfused
-from test_natten.test_cuda import TURING, EmulatedTestCase, problem, tile_limits
+from test_natten.test_cuda import TURING, EmulatedTestCase, few_warps, problem, tile_limits
 
 QUERY_KEY, WEIGHT_VALUE = ["natten_logits_tiles"], ["natten_gather_tiles"]
 BACKWARD = ["natten_logits_tiles", "natten_scatter_tiles", "natten_gather_tiles", "natten_scatter_tiles"]
@@ -182,9 +182,7 @@ class UnfusedSweepTest(UnfusedTestCase):
 
     def test_several_units_per_warp(self):
         given = problem((40, 40), 3, dim=8, heads=1)
-        with mock.patch.object(tiles, "_MAX_WARPS", 2):
-            tiles._choose.cache_clear()
-            self.addCleanup(tiles._choose.cache_clear)
+        with few_warps(2):
             self.check(given, torch.bfloat16, unfused, processors=1)
             units = [int(d["TILE_Y"]) * int(d["TILE_X"]) // 32 for d in self.definitions if "TILE_X" in d]
             self.assertGreater(max(units), 2)

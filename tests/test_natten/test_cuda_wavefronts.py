@@ -47,14 +47,15 @@ class BankConflictsTest(unittest.TestCase):
         self.check((4, 9, 16), 1, 32, 3, 1)
 
     def test_unfused(self):
-        """Weights that are read and written 2 bytes at a time have the fewest conflicts away from borders."""
         accesses = wavefronts.count((14, 14), 1, 32, 7, 1, unfused=True)
-        accesses = [a for a in accesses if "tiles" in a.kernel and ONCE not in a.function]
+        # Lanes skip stores of logits outside their windows, so the emulation cannot tell which of them belong together.
+        is_counted = [not (a.kind == "store" and a.bytes == 2) and ONCE not in a.function for a in accesses]
+        accesses = [a for a, counts in zip(accesses, is_counted, strict=True) if counts and "tiles" in a.kernel]
         self.assertEqual(len({access.kernel for access in accesses}), 3)
         for kernel in {access.kernel for access in accesses}:
             found = [access for access in accesses if access.kernel == kernel]
             ratio = sum(access.wavefronts for access in found) / sum(access.fewest for access in found)
-            self.assertLess(ratio, 1.25, kernel)
+            self.assertLess(ratio, 1.1, kernel)
 
 
 if __name__ == "__main__":
