@@ -134,7 +134,7 @@ class UnfusedTest(UnfusedTestCase):
         given = problem((9, 11), 3, dim=8, heads=1)
         self.assertNotIn(ALL[0], self.check(given, torch.float16, unfused, capability=TURING))
         self.assertNotIn(ALL[0], self.check(given._replace(head_dim=12), torch.float16, unfused))
-        self.assertNotIn(ALL[0], self.check(given, torch.bfloat16, unfused, shared_bytes=4 << 10))
+        self.assertNotIn(ALL[0], self.check(given, torch.bfloat16, unfused, shared_bytes=2 << 10))
         with mock.patch.object(cuda, "allows_tf32", lambda: True):
             self.assertNotIn(ALL[0], self.check(given, torch.float32, unfused))
 

@@ -350,9 +350,9 @@ class _Planner:
                 self._add_unfused("natten_query_key_grad_rpb", parts)
         else:
             parts = self._parts(query_tile.size, query_tile.min_blocks) if self.has_rpb else None
-            given = {"WEIGHTS": "GRAD_ATTN"}
-            self._add_windows("gather", query_tile, self.has_rpb, parts, **given, ROWS="KEY", RESULT="GRAD_QUERY")
-            self._add_windows("scatter", key_tile, **given, ROWS="QUERY", RESULT="GRAD_KEY")
+            with_rpb = (self.has_rpb, parts)
+            self._add_windows("gather", query_tile, *with_rpb, WEIGHTS="GRAD_ATTN", ROWS="KEY", RESULT="GRAD_QUERY")
+            self._add_windows("scatter", key_tile, WEIGHTS="GRAD_ATTN", ROWS="QUERY", RESULT="GRAD_KEY")
         if parts is not None:
             self._add_sum(parts)
 
@@ -380,7 +380,7 @@ class _Planner:
         There is none in TF32, for a head_dim that is no multiple of 8, or if the weights of 16 tokens are too large for
         shared memory.
         """
-        is_supported = self.tiled_element != _TF32 and self.dim % 8 == 0
+        is_supported = self.tiled_element != _TF32 and self.dim % _DIM_STEP == 0 and self.dim <= MAX_DIM
         return self._tile(kernel, has_rpb) if is_supported else None
 
     def _tile(self, kernel: str, has_rpb: bool) -> Tile | None:
