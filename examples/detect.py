@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--out", default="output/rt_detr", metavar="DIR", help="folder of the model")
     parser.add_argument("--backbone", metavar="NAME", help="pretrained Nat or Dinat of transformers")
     parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="side of the images")
-    parser.add_argument("--steps", type=int, default=500, metavar="N", help="number of updates")
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="number of updates")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--workers", type=int, default=1)

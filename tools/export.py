@@ -76,21 +76,23 @@ def main(argv: list[str] | None = None) -> None:
     model = model.requires_grad_(False)
     config = preprocessing(argparse.Namespace(img_size=args.img_size), model, record)
     shapes = Shapes(*config["input_size"], *(args.dynamic_size or (None, None)))
+    images = measure.read_images(args.images, config, "--images") if args.images else None
+    calibration = measure.read_images(args.int8, config, "--int8", args.calibration_images) if args.int8 else None
+    dataset = measure.open_images(args.evaluate, config, record) if args.evaluate else None
     path = args.out or Path("output", "export", name).with_suffix(FORMATS[args.format])
     command_line.create_folder(path.parent, "--out")
     formats.write(model, args.format, path, shapes)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
     programs = {args.format: formats.load(args.format, path, args.threads)}
-    images = measure.read_images(args.images, config) if args.images else None
     for line in measure.compare(model, programs[args.format], shapes, images):
         print(line)
-    if args.int8:
+    if calibration is not None:
         target = path.with_name(f"{path.stem}_int8{path.suffix}")
-        formats.quantize(path, target, measure.read_images(args.int8, config, args.calibration_images))
+        formats.quantize(path, target, calibration)
         print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
         programs["onnx int8"] = formats.load("onnx", target, args.threads)
-    print(measure.table(model, programs, shapes, args.batch_size, args.rounds, args.evaluate, config, record))
+    print(measure.table(model, programs, shapes, args.batch_size, args.rounds, dataset))
 
 
 if __name__ == "__main__":

@@ -110,3 +110,12 @@ def test_missing_package(monkeypatch):
 def test_refusals(words):
     with pytest.raises(ValueError, match=words[0]):
         export.main(["nat_mini", *words])
+
+
+@pytest.mark.parametrize("option", ["--images", "--int8", "--evaluate"])
+def test_folders_are_checked_first(option, checkpoint, capsys):
+    """A missing folder is named before the export, which takes long."""
+    out = checkpoint / "program.onnx"
+    with pytest.raises(FileNotFoundError, match=f"{option} .*missing"):
+        export.main([str(checkpoint / "best.pth"), "--out", str(out), option, str(checkpoint / "missing")])
+    assert not out.exists()
