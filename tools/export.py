@@ -55,6 +55,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads for timing")
     add("--rounds", type=positive, default=10, metavar="N", help="timed calls (default: 10)")
     args = parser.parse_args(argv)
+    suffix = FORMATS[args.format]
+    if args.out and args.out.suffix != suffix:
+        raise ValueError(f"--out {args.out} must end with {suffix}, the suffix of --format {args.format}.")
+    for option in ("images", "int8", "evaluate"):
+        folder = getattr(args, option)
+        if folder and not folder.is_dir():
+            raise FileNotFoundError(f"--{option} {folder} is not a folder; pass a folder of images.")
     if args.int8 and args.format != "onnx":
         raise ValueError("--int8 requires --format onnx.")
     if args.dynamic_size and args.format == "torchscript":
@@ -76,23 +83,21 @@ def main(argv: list[str] | None = None) -> None:
     model = model.requires_grad_(False)
     config = preprocessing(argparse.Namespace(img_size=args.img_size), model, record)
     shapes = Shapes(*config["input_size"], *(args.dynamic_size or (None, None)))
-    images = measure.read_images(args.images, config, "--images") if args.images else None
-    calibration = measure.read_images(args.int8, config, "--int8", args.calibration_images) if args.int8 else None
-    dataset = measure.open_images(args.evaluate, config, record) if args.evaluate else None
     path = args.out or Path("output", "export", name).with_suffix(FORMATS[args.format])
     command_line.create_folder(path.parent, "--out")
     formats.write(model, args.format, path, shapes)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
     programs = {args.format: formats.load(args.format, path, args.threads)}
+    images = measure.read_images(args.images, config) if args.images else None
     for line in measure.compare(model, programs[args.format], shapes, images):
         print(line)
-    if calibration is not None:
+    if args.int8:
         target = path.with_name(f"{path.stem}_int8{path.suffix}")
-        formats.quantize(path, target, calibration)
+        formats.quantize(path, target, measure.read_images(args.int8, config, args.calibration_images))
         print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
         programs["onnx int8"] = formats.load("onnx", target, args.threads)
-    print(measure.table(model, programs, shapes, args.batch_size, args.rounds, dataset))
+    print(measure.table(model, programs, shapes, args.batch_size, args.rounds, args.evaluate, config, record))
 
 
 if __name__ == "__main__":

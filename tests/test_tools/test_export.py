@@ -107,15 +107,16 @@ def test_missing_package(monkeypatch):
     "words",
     [["--int8", "x", "--format", "openvino"], ["--dynamic-size", "32", "64", "--format", "torchscript"]],
 )
-def test_refusals(words):
+def test_refusals(words, tmp_path):
+    if words[0] == "--int8":
+        words = ["--int8", str(tmp_path), *words[2:]]
     with pytest.raises(ValueError, match=words[0]):
         export.main(["nat_mini", *words])
 
 
-@pytest.mark.parametrize("option", ["--images", "--int8", "--evaluate"])
-def test_folders_are_checked_first(option, checkpoint, capsys):
-    """A missing folder is named before the export, which takes long."""
-    out = checkpoint / "program.onnx"
-    with pytest.raises(FileNotFoundError, match=f"{option} .*missing"):
-        export.main([str(checkpoint / "best.pth"), "--out", str(out), option, str(checkpoint / "missing")])
-    assert not out.exists()
+def test_folders_and_suffixes_are_checked_first(tmp_path):
+    with pytest.raises(ValueError, match=r"--out model\.pt must end with \.onnx"):
+        export.main(["no_such_model", "--out", "model.pt"])
+    for option in ("--images", "--int8", "--evaluate"):
+        with pytest.raises(FileNotFoundError, match=f"{option} {tmp_path}"):
+            export.main(["no_such_model", option, str(tmp_path / "nowhere")])

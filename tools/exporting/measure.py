@@ -22,15 +22,12 @@ _MOST_IMAGES = 16  # to compare
 _BATCH = 16  # of the accuracy
 
 
-def read_images(folder: Path, config: dict[str, Any], option: str, most: int = _MOST_IMAGES) -> np.ndarray:
+def read_images(folder: Path, config: dict[str, Any], most: int = _MOST_IMAGES) -> np.ndarray:
     """Return images of a folder and its subfolders, spread evenly and preprocessed for evaluation: [N, C, H, W].
 
     Raises:
-        FileNotFoundError: if the folder, which the option names, does not exist.
         ValueError: if there are none, or one cannot be read.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{option} {folder} is not a folder; name a folder with images.")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise ValueError(f"{folder} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
@@ -73,9 +70,11 @@ def table(
     shapes: Shapes,
     batch: int,
     rounds: int,
-    dataset: ImageDataset | None,
+    data: Path | None,
+    config: dict[str, Any],
+    record: dict[str, Any],
 ) -> str:
-    """Return a table with the latency of model and programs and, with a data set, their accuracy."""
+    """Return a table with the latency of model and programs and, with a folder of images, their accuracy."""
     images = shapes.example(batch).numpy()
 
     def eager(images: np.ndarray) -> np.ndarray:
@@ -84,11 +83,11 @@ def table(
 
     everyone = {"eager": eager, **programs}
     times = _time(everyone, images, rounds)
-    accuracies = _accuracies(everyone, dataset) if dataset else {}
-    lines = [f"{'program':<14} {'ms':>8} {'images/s':>9}" + (f" {'top-1':>7}" if dataset else "")]
+    accuracies = _accuracies(everyone, data, config, record) if data else {}
+    lines = [f"{'program':<14} {'ms':>8} {'images/s':>9}" + (f" {'top-1':>7}" if data else "")]
     for name, seconds in times.items():
         cells = f"{name:<14} {1e3 * seconds:>8.1f} {batch / seconds:>9.1f}"
-        lines.append(cells + (f" {accuracies[name]:>6.2f}%" if dataset else ""))
+        lines.append(cells + (f" {accuracies[name]:>6.2f}%" if data else ""))
     return "\n".join(lines)
 
 
@@ -104,23 +103,15 @@ def _time(programs: Mapping[str, Program], images: np.ndarray, rounds: int) -> d
     return {name: float(np.median(found)) for name, found in samples.items()}
 
 
-def open_images(folder: Path, config: dict[str, Any], record: dict[str, Any]) -> ImageDataset:
-    """Return the images of a folder with one subfolder per class, or with val/, to measure the accuracy on.
+def _accuracies(
+    programs: Mapping[str, Program], data: Path, config: dict[str, Any], record: dict[str, Any]
+) -> dict[str, float]:
+    """Return the top-1 accuracy of each program in percent on a folder with one subfolder per class.
 
     Raises:
-        FileNotFoundError, ValueError: if the folder does not exist, or its classes do not fit.
+        ValueError: if an image cannot be read, or the classes do not fit.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--evaluate {folder} is not a folder; name one with a subfolder per class.")
-    return ImageDataset(open_reader("", str(folder), "val", record["classes"]), evaluation_transform(config))
-
-
-def _accuracies(programs: Mapping[str, Program], dataset: ImageDataset) -> dict[str, float]:
-    """Return the top-1 accuracy of each program in percent.
-
-    Raises:
-        ValueError: if an image cannot be read.
-    """
+    dataset = ImageDataset(open_reader("", str(data), "val", record["classes"]), evaluation_transform(config))
     loader = create_evaluation_loader(dataset, _BATCH, min(2, os.cpu_count() or 1), False)
     correct = dict.fromkeys(programs, 0)
     for x_BCHW, target_B in loader:
