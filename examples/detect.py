@@ -14,24 +14,34 @@ import argparse
 import contextlib
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Dataset
-from transformers import (
-    AutoBackbone,
-    RTDetrConfig,
-    RTDetrForObjectDetection,
-    RTDetrImageProcessor,
-    Trainer,
-    TrainingArguments,
-)
 
-from natzoo import hf
+from natzoo import command_line
+
+try:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    from transformers import (
+        AutoBackbone,
+        RTDetrConfig,
+        RTDetrForObjectDetection,
+        RTDetrImageProcessor,
+        Trainer,
+        TrainingArguments,
+    )
+
+    from natzoo import hf
+except ModuleNotFoundError as error:
+    print(
+        f"error: detect.py requires {error.name}; run pip install transformers accelerate pycocotools.", file=sys.stderr
+    )
+    sys.exit(2)
 
 _STAGES = ["stage2", "stage3", "stage4"]  # strides 8, 16, 32
 
@@ -44,12 +54,18 @@ class Detection(Dataset):
         split: "training" or "validation".
         processor: resizes the images.
         flip: flip images at random, in both directions.
+
+    Raises:
+        FileNotFoundError: if there are no annotations.
     """
 
     def __init__(self, folder: Path, split: str, processor: RTDetrImageProcessor, flip: bool):
         self.images, self.processor, self.flip = folder / "images" / split, processor, flip
+        annotations = folder / f"instances_{split}.json"
+        if not annotations.is_file():
+            raise FileNotFoundError(f"{annotations} does not exist; write it with tools/make_data.py.")
         with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(str(folder / f"instances_{split}.json"))
+            self.coco = COCO(str(annotations))
         self.ids = sorted(self.coco.imgs)
         self.categories = sorted(self.coco.cats)
 
@@ -171,4 +187,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)
