@@ -1,0 +1,63 @@
+"""The commands in a Python that lacks what Windows lacks: train, resume, evaluate and classify."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import as_on_windows
+import pytest
+
+from natzoo.checkpoints import read_checkpoint
+
+ROOT = Path(__file__).parents[2]
+HOLD = "import sys; from pathlib import Path; from natzoo.runs import lock_folder\n"
+HOLD += "with lock_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Windows is imitated on Linux")
+
+
+def start(code, *words):
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        [sys.executable, as_on_windows.__file__, "-c", code, *words],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "NATTEN_BACKEND": "reference"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def command(name, *words):
+    """Run a console command, and return its status and what it prints."""
+    process = start(f"import natzoo_commands; natzoo_commands.{name}()", *words)
+    output, errors = process.communicate(timeout=600)
+    return process.returncode, output + errors
+
+
+def test_train_resume_and_a_second_run(tiny, run_folder):
+    status, text = command("train", *tiny(epochs=1))
+    assert status == 0, text
+    assert sorted(path.name for path in run_folder.glob(".*")) == []
+    assert read_checkpoint(run_folder / "last.pth")["epoch"] == 1
+    with start(HOLD, str(run_folder)) as holder:
+        assert holder.stdout.readline() == "held\n"
+        status, text = command("train", *tiny("--resume", epochs=2))
+        assert (status, "used by another run (process" in text) == (2, True), text
+        holder.stdin.close()
+    assert not (run_folder / ".lock").exists()
+    status, text = command("train", *tiny("--resume", epochs=2))
+    assert status == 0, text
+    assert read_checkpoint(run_folder / "last.pth")["epoch"] == 2
+
+
+def test_validate_and_predict(tiny, run_folder, data):
+    from natzoo.classification import train
+
+    train.main(tiny(epochs=1))
+    status, text = command("validate", str(data), "--checkpoint", str(run_folder / "last.pth"), "--workers", "2")
+    assert (status, "top-1" in text.lower()) == (0, True), text
+    status, text = command(
+        "predict", str(data / "val" / "blue" / "0.png"), "--checkpoint", str(run_folder / "last.pth")
+    )
+    assert (status, "0.png" in text) == (0, True), text
