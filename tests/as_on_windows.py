@@ -74,6 +74,7 @@ def pretend(*packages: str) -> None:
     """Change this process, for good, after importing what is not to notice."""
     for name in packages:
         importlib.import_module(name)
+    sys.modules["torch"].multiprocessing.set_sharing_strategy("file_system")  # by name
     multiprocessing.set_start_method("spawn")
     resource_tracker._HAVE_SIGMASK = False
     shutil.which = _find_as_here
