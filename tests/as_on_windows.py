@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import importlib
 import multiprocessing
 import os
@@ -19,7 +20,8 @@ import shutil
 import signal
 import sys
 import types
-from multiprocessing import popen_spawn_posix, resource_tracker, spawn  # noqa: F401  they notice what is missing
+from collections.abc import Callable
+from multiprocessing import popen_spawn_posix, resource_tracker, synchronize  # noqa: F401  the first is not to notice
 from unittest import mock
 
 _OS = (
@@ -64,10 +66,15 @@ def _fake_msvcrt() -> types.ModuleType:
     return module
 
 
-def _find_as_here(name: str, *options: object, which=shutil.which, **named: object) -> str | None:
-    """Find a program without Windows' rules."""
-    with mock.patch.object(sys, "platform", "linux"):
-        return which(name, *options, **named)
+def _as_here(function: Callable) -> Callable:
+    """Return a function that sees the real system."""
+
+    @functools.wraps(function)
+    def call(*arguments, **named):
+        with mock.patch.object(sys, "platform", "linux"):
+            return function(*arguments, **named)
+
+    return call
 
 
 def pretend(*packages: str) -> None:
@@ -77,7 +84,8 @@ def pretend(*packages: str) -> None:
     sys.modules["torch"].multiprocessing.set_sharing_strategy("file_system")  # by name
     multiprocessing.set_start_method("spawn")
     resource_tracker._HAVE_SIGMASK = False
-    shutil.which = _find_as_here
+    shutil.which = _as_here(shutil.which)
+    synchronize.SemLock.__getstate__ = _as_here(synchronize.SemLock.__getstate__)
     sys.modules["msvcrt"] = _fake_msvcrt()
     for name in _MODULES:
         sys.modules[name] = None

@@ -107,7 +107,7 @@ def query(command: Sequence[str]) -> Compiler:
     command = (path, *command[1:])
     if re.match(r"clang-cl\b", Path(path).stem):
         command += ("--driver-mode=g++",)  # so that it takes the same flags
-    if _is_zig(command) and "-target" not in command and sys.platform == "linux":
+    if is_zig(command) and "-target" not in command and sys.platform == "linux":
         command += ("-target", f"{platform.machine()}-linux-gnu")  # else it may choose musl
     version = _run([*command, "--version"], timeout=60).stdout.strip()
     if not version:
@@ -117,7 +117,7 @@ def query(command: Sequence[str]) -> Compiler:
     return Compiler(command, version, target)
 
 
-def _is_zig(command: Sequence[str]) -> bool:
+def is_zig(command: Sequence[str]) -> bool:
     """Return whether a command is like `zig c++`, `python-zig c++` or `python -m ziglang c++`."""
     return any(Path(word).stem in ("zig", "python-zig", "ziglang") for word in command)
 
@@ -145,7 +145,7 @@ def compile_library(compiler: Compiler, sources: Path, target: Path, cpu: str = 
 
 def _compile_and_link(compiler: Compiler, sources: Path, target: Path, cpu: str) -> None:
     compiling, linking = _system_flags(compiler.target)
-    if _is_zig(compiler.command):
+    if is_zig(compiler.command):
         cpu = cpu.replace("x86-64-v", "x86_64_v").replace("-march=armv8-a", "-mcpu=generic")  # its names
 
     def to_object(source: Path) -> Path:
