@@ -30,8 +30,8 @@ _OS = (
     "register_at_fork", "sched_getaffinity", "sched_setaffinity", "setsid", "statvfs", "sysconf", "uname", "wait3",
     "wait4", "nice",
 )  # fmt: skip
-_SIGNAL = (
-    "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGALRM", "SIGCHLD", "SIGKILL", "SIGQUIT", "SIGPIPE", "SIGSTOP", "SIGCONT",
+_SIGNAL = (  # but SIGCHLD, which PyTorch uses
+    "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGALRM", "SIGKILL", "SIGQUIT", "SIGPIPE", "SIGSTOP", "SIGCONT",
     "SIGTSTP", "alarm", "pthread_kill", "pthread_sigmask", "setitimer", "sigpending", "sigwait", "sigwaitinfo",
     "sigtimedwait", "SIG_BLOCK",
 )  # fmt: skip

@@ -35,6 +35,15 @@ def command(name, *words):
     return process.returncode, output + errors
 
 
+def test_the_commands_can_be_imported():
+    names = ("train", "validate", "predict", "probe")
+    modules = (*(f"natzoo.classification.{name}" for name in names), "natzoo.launch")
+    process = start("\n".join(f"import {module}" for module in modules))
+    assert process.communicate(timeout=600)[1] == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
 def test_train_resume_and_a_second_run(tiny, run_folder):
     status, text = command("train", *tiny(epochs=1))
     assert status == 0, text
@@ -51,6 +60,7 @@ def test_train_resume_and_a_second_run(tiny, run_folder):
     assert read_checkpoint(run_folder / "last.pth")["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_validate_and_predict(tiny, run_folder, data):
     from natzoo.classification import train
 
