@@ -59,6 +59,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: "1 epoch", "2 epochs"."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def end_with_launcher() -> None:
     """On Linux, let the kernel kill this process when torchrun dies, and the processes it forks when this one dies.
 

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from natzoo import command_line
 from natzoo.checkpoints import write_atomically
 
+_SPLITS = {"train": "training", "val": "validation"}
+_SAVED = "Saved samples to {}; look at them before training."
 _MAX_MAPS = 1000  # label maps that are decoded, evenly spaced
 _CLASSES_SHOWN = 8  # of a sheet of samples
 
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run check_data.py with a command line.
 
     Raises:
-        ValueError, FileNotFoundError: for the first problem that would stop training.
+        ValueError, FileNotFoundError: if a problem would stop training; several problems are listed first.
     """
     parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="FOLDER|CONFIG", help="folder of classes, or config of a model")
@@ -41,9 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="number of samples per split or class")
     args = parser.parse_args(argv)
-    command_line.create_folder(args.out, "--out")
-    (check_config if args.source.suffix == ".py" else check_folder)(args)
-    print(f"Saved samples to {args.out}; look at them before training.")
+    if not args.source.exists():
+        raise FileNotFoundError(f"{args.source} does not exist; pass a folder with train/ and val/, or a config.")
+    problems = (check_config if args.source.suffix == ".py" else check_folder)(args)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        print("\n".join(command_line.printable(f"- {problem}") for problem in problems))
+        raise ValueError(f"{args.source} has {len(problems)} problems, listed above; training would stop at the first.")
 
 
 def print_table(title: str, names: Sequence[str], columns: dict[str, Iterable[Any]]) -> None:
@@ -62,19 +69,25 @@ def print_table(title: str, names: Sequence[str], columns: dict[str, Iterable[An
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_folder(args: argparse.Namespace) -> None:
+def check_folder(args: argparse.Namespace) -> list[Exception]:
     """Check a folder with train/ and val/: count the images per class, read them all, and draw a sheet of samples.
 
-    Raises:
-        ValueError: if images cannot be read; lists them first.
+    Returns:
+        the problems that would stop training.
     """
     from natzoo.classification.data.datasets import read_image
     from natzoo.classification.data.readers import open_reader
 
-    train = open_reader("", str(args.source), "train", None, ("image", "label"))
-    splits = {"train": train, "val": open_reader("", str(args.source), "val", train.classes, ("image", "label"))}
     counts, bad, sheets = {}, [], {}
-    for split, reader in splits.items():
+    classes: list[str] | None = None
+    problems: list[Exception] = []
+    for split in _SPLITS:
+        try:
+            reader = open_reader("", str(args.source), split, classes, ("image", "label"))
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(error)
+            continue
+        classes = reader.classes
         labels = []
         sheets[split] = [[] for _ in reader.classes]
         for index in tqdm(range(len(reader)), desc=f"Read {split}", unit="image", disable=None):
@@ -89,20 +102,25 @@ def check_folder(args: argparse.Namespace) -> None:
                 image.thumbnail((160, 160))
                 sheets[split][label].append(image)
         counts[split] = np.bincount(labels, minlength=len(reader.classes))
-    print_table(f"{args.source}: images per class", train.classes, counts)
-    most, least = counts["train"].max(), counts["train"].min()
-    print(
-        f"\n{counts['train'].sum()} training and {counts['val'].sum()} validation images, {len(train.classes)} classes"
-    )
-    if most > 5 * least:
+    if classes is None:
+        return problems
+    print_table(f"{args.source}: images per class", classes, counts)
+    totals = " and ".join(f"{count.sum()} {_SPLITS[split]} images" for split, count in counts.items())
+    print(f"\n{totals}, {command_line.counted(len(classes), 'class', 'classes')}")
+    if "train" in counts and counts["train"].max() > 5 * counts["train"].min():
+        least, most = counts["train"].min(), counts["train"].max()
         print(f"Warning: classes have from {least} to {most} training images; consider --class-weights balanced.")
-    for number in np.flatnonzero(counts["val"] == 0):
-        print(command_line.printable(f"Warning: the class {train.classes[number]} has no validation image."))
+    for number in np.flatnonzero(counts["val"] == 0) if "val" in counts else ():
+        print(command_line.printable(f"Warning: the class {classes[number]} has no validation image."))
+    command_line.create_folder(args.out, "--out")
     for split, images in sheets.items():
-        _write_sheet(args.out / f"{split}.png", train.classes, images)
+        _write_sheet(args.out / f"{split}.png", classes, images)
+    print(_SAVED.format(args.out))
     if bad:
         print("\n".join(command_line.printable(text) for text in bad))
-        raise ValueError(f"{len(bad)} images cannot be read; repair or remove them, or train with --skip-bad-images.")
+        count = command_line.counted(len(bad), "image")
+        problems.append(ValueError(f"{count} cannot be read; repair or remove them, or train with --skip-bad-images."))
+    return problems
 
 
 def _write_sheet(path: Path, classes: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> None:
@@ -134,39 +152,63 @@ def _write_sheet(path: Path, classes: Sequence[str], images: Sequence[Sequence[I
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_config(args: argparse.Namespace) -> None:
+def check_config(args: argparse.Namespace) -> list[Exception]:
     """Check the datasets of a config as train.py does, count objects or pixels per class, and draw samples.
 
+    Returns:
+        the first problem of each split that would stop training.
+
     Raises:
-        ValueError, FileNotFoundError: as train.py would, for the first problem.
+        ValueError, FileNotFoundError: if the config is unusable.
     """
     import torch
-    from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+    from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
 
     from natzoo.openmmlab import coco
-    from natzoo.openmmlab.annotations import check_dataset, name_dataset, name_errors
-    from natzoo.openmmlab.data import check_data, set_data_root
+    from natzoo.openmmlab.data import set_data_root
     from natzoo.openmmlab.runner import read_config
 
     cfg = read_config(args.source)
     if args.data is not None:
         set_data_root(cfg, args.data)
-    check_data(cfg, ("train_dataloader", "val_dataloader"))
     init_default_scope(cfg.default_scope)
     if cfg.default_scope == "mmdet":
         coco.install()
     with torch.device("meta"):
         model = MODELS.build(cfg.model)
     visualizer = VISUALIZERS.build({**cfg.visualizer, "vis_backends": None})
-    for split in ("train", "val"):
-        settings = cfg[f"{split}_dataloader"]
-        with name_dataset(settings):
-            dataset = DATASETS.build(settings.dataset)
-        name_errors(dataset)
-        check_dataset(dataset, model, is_training=split == "train")
-        visualizer.dataset_meta = dataset.metainfo
-        _count(split, dataset)
-        _draw_samples(args.out / split, dataset, visualizer, args.samples)
+    problems: list[Exception] = []
+    for split in _SPLITS:
+        try:
+            dataset = _open_dataset(cfg, split, model)
+            visualizer.dataset_meta = dataset.metainfo
+            _count(split, dataset)
+            _draw_samples(args.out / split, dataset, visualizer, args.samples)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(error)
+    if len(problems) < len(_SPLITS):
+        print(_SAVED.format(args.out))
+    return problems
+
+
+def _open_dataset(cfg: Any, split: str, model: Any) -> Any:
+    """Build the dataset of a split, and check it as train.py does.
+
+    Raises:
+        ValueError, FileNotFoundError: for the first problem.
+    """
+    from mmengine.registry import DATASETS
+
+    from natzoo.openmmlab.annotations import check_dataset, name_dataset, name_errors
+    from natzoo.openmmlab.data import check_data
+
+    check_data(cfg, (f"{split}_dataloader",))
+    settings = cfg[f"{split}_dataloader"]
+    with name_dataset(settings):
+        dataset = DATASETS.build(settings.dataset)
+    name_errors(dataset)
+    check_dataset(dataset, model, is_training=split == "train")
+    return dataset
 
 
 def _count(split: str, dataset: Any) -> None:

@@ -55,6 +55,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads for timing")
     add("--rounds", type=positive, default=10, metavar="N", help="timed calls (default: 10)")
     args = parser.parse_args(argv)
+    suffix = FORMATS[args.format]
+    if args.out and args.out.suffix != suffix:
+        raise ValueError(f"--out {args.out} must end with {suffix}, the suffix of --format {args.format}.")
+    for option in ("images", "int8", "evaluate"):
+        folder = getattr(args, option)
+        if folder and not folder.is_dir():
+            raise FileNotFoundError(f"--{option} {folder} is not a folder; pass a folder of images.")
     if args.int8 and args.format != "onnx":
         raise ValueError("--int8 requires --format onnx.")
     if args.dynamic_size and args.format == "torchscript":

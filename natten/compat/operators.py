@@ -166,6 +166,11 @@ def _kernel_size_of_rpb(rpb: Any, rank: int) -> IntOrTuple:
             f"kernel_size is missing and cannot be inferred: the bias table {found} instead of "
             f"[heads{', 2K-1' * rank}]; give kernel_size before dilation."
         )
+    if not all(size % 2 for size in rpb.shape[1:]):
+        raise ValueError(
+            f"rpb has shape {tuple(rpb.shape)}, but a window of K keys has 2K-1 relative positions, an odd number; "
+            "check the bias table."
+        )
     return tuple((size + 1) // 2 for size in rpb.shape[1:])
 
 

@@ -40,6 +40,7 @@ _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _DTYPES |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _MAX_SHARING = 8  # how often a file may refer to each of its bytes on average; detectors share heads between stages
 _CHUNK = 2**20
+_PROGRAMS = {".onnx", ".pt2", ".xml", ".engine"}
 _MAX_RECORD = 2**24  # bytes of JSON in a .safetensors file
 # torch.load calls these, but no checkpoint needs them: they allocate what they are told, or copy what they are given.
 _REFUSED_GLOBALS = re.compile(
@@ -74,6 +75,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         start = file.read(100)
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise ValueError(f"{path} is a web page, not a checkpoint; download the file itself.")
+    if path.suffix.lower() in _PROGRAMS:
+        raise ValueError(f"{path} is an exported program, not a checkpoint; use the checkpoint that it was made from.")
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)

@@ -136,13 +136,18 @@ def load_resume_state(args: argparse.Namespace, world: World) -> tuple[Path, dic
     if args.grad_accum != steps // world.size:
         args.grad_accum = steps // world.size
         world.print(f"Set --grad-accum {args.grad_accum} to keep {steps * args.batch_size} images per update.")
-    defaults = make_parser()
-    for key, value in vars(args).items():
-        if key not in options:  # written by an earlier version
-            options[key] = defaults.get_default(key)
-        if key not in _NO_EFFECT and not same(options[key], value):
-            world.print(f"Resuming with {key} = {value!r}; the checkpoint has {shown(options[key])}.")
     return path, state
+
+
+def changed_options(args: argparse.Namespace, options: dict[str, Any]) -> list[str]:
+    """Return a line for each option that may affect the result and differs from the one in a checkpoint."""
+    defaults = make_parser()
+    saved = {key: options.get(key, defaults.get_default(key)) for key in vars(args)}  # earlier versions lack some
+    return [
+        f"Resuming with {key} = {value!r}; the checkpoint has {shown(saved[key])}."
+        for key, value in vars(args).items()
+        if key not in _NO_EFFECT and not same(saved[key], value)
+    ]
 
 
 def _is_restart(args: argparse.Namespace, last: Path) -> bool:

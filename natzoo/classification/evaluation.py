@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from natzoo.classification.data.datasets import check_bad_images
 from natzoo.classification.distributed import World
 from natzoo.classification.sharding import is_sharded
+from natzoo.command_line import counted
 
 
 def evaluate(
@@ -141,6 +142,16 @@ def check_classes(dataset: Any, num_classes: int, matched_by_name: bool) -> None
             f"{dataset.source} has {found} classes but the model has {num_classes}; check the data folder, "
             "--class-map and --num-classes."
         )
+
+
+def missing_classes_warning(dataset: Any, classes: Sequence[str]) -> str:
+    """Return a warning that names the classes without an image in a dataset, or ""; shards do not know theirs."""
+    targets = getattr(getattr(dataset, "reader", None), "targets", None)
+    missing = sorted(set(range(len(classes))) - set(targets)) if targets is not None else []
+    if not missing:
+        return ""
+    names = ", ".join(classes[number] for number in missing[:5]) + (", ..." if len(missing) > 5 else "")
+    return f"Warning: {dataset.source} has no image of {counted(len(missing), 'class', 'classes')}: {names}."
 
 
 class FlipTTA(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import inspect
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,6 +29,7 @@ from natzoo.classification.data.datasets import MODEL_SEED, seed_all
 from natzoo.classification.data.transforms import preprocessing, requested_channels
 from natzoo.classification.distributed import World
 from natzoo.classification.freezing import freeze
+from natzoo.command_line import closest
 from natzoo.models._layers import Classifier
 from natzoo.schema import shown
 
@@ -57,8 +60,21 @@ def create_model(name: str, kwargs: dict[str, Any]) -> TimmModel:
     except Exception as error:  # models raise errors of many kinds for wrong arguments
         if isinstance(error, ValueError) and kwargs.get("pretrained"):  # it names the weights
             raise
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown:
+            raise ValueError(
+                f"--model {name} has no argument {unknown[1]}; {_arguments_like(unknown[1], name)}"
+            ) from error
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(f"--model {name} cannot be created with {shown(kwargs)}: {reason}.") from error
+
+
+def _arguments_like(word: str, name: str) -> str:
+    """Return a hint which argument of a model the user may have meant."""
+    with torch.device("meta"):
+        arguments = list(inspect.signature(type(timm.create_model(name))).parameters)
+    found = closest(word, arguments)
+    return f"did you mean {' or '.join(found)}?" if found else f"it has {', '.join(arguments)}."
 
 
 def input_kwargs(args: argparse.Namespace) -> dict[str, Any]:

@@ -39,6 +39,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-classes", type=num_classes, metavar="N", help="number of classes of --model")
     parser.add_argument("--pretrained", action="store_true", help="load the published weights of --model")
+    parser.add_argument(
+        "--random", action="store_true", help="give --model random weights, to try a command without a download"
+    )
     add_input_options(parser)
     parser.add_argument(
         "--crop-pct", type=crop_pct, metavar="FRACTION", help="center crop fraction (default: from the model)"
@@ -55,14 +58,18 @@ def requested_model(args: argparse.Namespace, device: torch.device) -> tuple[Tim
     Raises:
         ValueError, FileNotFoundError: if the options name no model, or as raised by `restore` and `create_model`.
     """
+    if args.random and (args.checkpoint or args.pretrained):
+        raise ValueError("--random requires --model, without --checkpoint and --pretrained.")
     if args.checkpoint:
         kwargs = {"num_classes": args.num_classes, **input_kwargs(args)}
         model, record = restore(args.checkpoint, args.model, kwargs, device)
-    elif args.model and args.pretrained:
-        model = create_model(args.model, {"pretrained": True, "num_classes": args.num_classes, **input_kwargs(args)})
-        model, record = model.to(device).eval(), {"classes": None, "preprocessing": {}}
+    elif args.model and (args.pretrained or args.random):
+        torch.manual_seed(0)
+        kwargs = {"pretrained": args.pretrained, "num_classes": args.num_classes, **input_kwargs(args)}
+        model = create_model(args.model, kwargs).to(device).eval()
+        record = {"classes": None, "preprocessing": {}}
     else:
-        raise ValueError("--checkpoint FILE or --model NAME --pretrained is required.")
+        raise ValueError("--checkpoint FILE, --model NAME --pretrained, or --model NAME --random is required.")
     check_input_size(model, preprocessing(args, model, record))
     return model, record
 

@@ -27,7 +27,7 @@ from natzoo.classification.data.datasets import ImageDataset, check_bad_images
 from natzoo.classification.data.loader import create_evaluation_loader, uses_shards
 from natzoo.classification.data.readers import open_reader, read_class_map
 from natzoo.classification.data.transforms import evaluation_transform, preprocessing
-from natzoo.classification.factory import TimmModel, create_model
+from natzoo.classification.factory import TimmModel
 from natzoo.classification.inference import add_model_options, requested_model
 from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, batch_size, positive, workers
 from natzoo.device import autocast_context, enable_tf32, explain_memory_errors, pick_device
@@ -42,7 +42,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_line.Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("data", metavar="DATA", help="folder with train/ and val/")
     add_model_options(parser)
-    parser.add_argument("--random", action="store_true", help="use random weights of --model, as a baseline")
     add_dataset_options(parser)
     parser.add_argument("--train-split", default="train", metavar="NAME", help="name of the training split")
     parser.add_argument("--val-split", default="val", metavar="NAME", help="name of the validation split")
@@ -113,23 +112,13 @@ def linear_accuracy(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray
         return 100 * search.fit(*train).score(*test)
 
 
-def _load(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """Load the requested model; with --random, create it with random weights."""
-    if not args.random:
-        return requested_model(args, device)
-    if not args.model or args.checkpoint or args.pretrained:
-        raise ValueError("--random requires --model, without --checkpoint and --pretrained.")
-    torch.manual_seed(0)
-    return create_model(args.model, args.model_kwargs).to(device).eval(), {"classes": None, "preprocessing": {}}
-
-
 def probe(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the features of the requested model and return a row of the table, with accuracies in percent."""
     if uses_shards(args):
         raise ValueError("--dataset wds has no class names; use folders, tar files or hfds/NAME.")
     device = pick_device(args.device)
     enable_tf32(device)
-    model, record = _load(args, device)
+    model, record = requested_model(args, device)
     config = preprocessing(args, model, record)
     autocast = autocast_context(args.amp, device)
 

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from natzoo import command_line
-from natzoo.classification.checkpoints import CheckpointSaver, check_same_run, load_resume_state, lock_run, run_folder
+from natzoo.classification.checkpoints import (
+    CheckpointSaver,
+    changed_options,
+    check_same_run,
+    load_resume_state,
+    lock_run,
+    run_folder,
+)
 from natzoo.classification.data.batches import TrainingBatches
 from natzoo.classification.data.datasets import STEP_SEED, check_bad_images, gather_bad_images, seed_all
 from natzoo.classification.data.loader import (
@@ -38,7 +45,7 @@ from natzoo.classification.data.loader import (
 )
 from natzoo.classification.distillation import create_distillation, load_projection
 from natzoo.classification.distributed import World, init_world, kernel_fingerprint
-from natzoo.classification.evaluation import check_classes, evaluate
+from natzoo.classification.evaluation import check_classes, evaluate, missing_classes_warning
 from natzoo.classification.factory import (
     create_loss,
     create_optimizer,
@@ -53,6 +60,7 @@ from natzoo.classification.options import parse
 from natzoo.classification.sharding import check_sharding, load_weights, shard, shard_optimizer_state, whole
 from natzoo.classification.signals import Interrupted, SignalHandler
 from natzoo.classification.state import check_tensors, load_optimizer
+from natzoo.command_line import counted
 from natzoo.device import (
     autocast_context,
     describe_device,
@@ -191,9 +199,9 @@ class Trainer:
                 f"Warning: --model-ema-decay {self.args.model_ema_decay} is too high for this run: the initial weights "
                 f"still make up {initial:.0%} of the final average; lower it."
             )
-        slow = slow_precision(self.args.amp, self.device)
-        if slow:
-            self.world.print(slow)
+        missing = missing_classes_warning(self.val_loader.dataset, self.train_dataset.classes)
+        for warning in filter(None, (slow_precision(self.args.amp, self.device), missing)):
+            self.world.print(warning)
 
     # ----- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -260,10 +268,12 @@ class Trainer:
             self.best, self.best_epoch = state["best"], state["best_epoch"]
         if self.scheduler is not None and self.total_updates:
             self.scheduler.step_update(self.total_updates - 1)
+        for line in changed_options(self.args, state["options"]):
+            self.world.print(line)
         self.world.print(f"Resumed from {path} ({self.progress}).")
         if self.epoch >= self.epochs:
             self.world.print(
-                f"Nothing to do: the run has finished its {self.epochs} epochs; raise --epochs to continue."
+                f"Nothing to do: the run has finished its {counted(self.epochs, 'epoch')}; raise --epochs to continue."
             )
 
     # ----- training loop ----------------------------------------------------------------------------------------------
@@ -298,14 +308,14 @@ class Trainer:
             self.bar.close()
             if self.log is not None:
                 self.log.close()
-        datasets: list[tuple[Any, str]] = [(self.train_dataset, "replaced"), (self.val_loader.dataset, "ignored")]
+        datasets: list[tuple[Any, str]] = [(self.train_dataset, "Replaced"), (self.val_loader.dataset, "Ignored")]
         for dataset, action in datasets:
             bad = gather_bad_images(dataset, self.world)
             if bad:
-                count = f"{len(bad)} unreadable images in {dataset.source} were {action}:"
+                count = f"{action} {counted(len(bad), 'unreadable image')} in {dataset.source}:"
                 self.world.print("\n  ".join([count, *bad]))
         if self.has_stalled and self.epoch < self.epochs:
-            self.world.print(f"Stopped early: no better top-1 in {self.args.early_stop} epochs.")
+            self.world.print(f"Stopped early: no better top-1 in {counted(self.args.early_stop, 'epoch')}.")
         if self.best_epoch:
             self.world.print(f"Best top-1 {self.best:.2f}% (epoch {self.best_epoch}): {self.checkpoints.best}")
         return self.best
@@ -519,10 +529,10 @@ class Trainer:
             f"Device: {describe_device(self.device, args.amp)}\n"
             f"Model: {describe_model(args.model, args.model_kwargs)}, {parameters / 1e6:.2f}M parameters{frozen}\n"
             f"Data: {dataset.resume_key()['number of training images']} training images, "
-            f"{len(dataset.classes)} classes\n"
-            f"Batch: {self.images_per_update} images per update (nodes {world.nodes} x processes {world.local_size} "
-            f"x batch size {args.batch_size} x accumulation {args.grad_accum})\n"
-            f"Schedule: {self.epochs} epochs of {self.updates_per_epoch} updates, "
+            f"{counted(len(dataset.classes), 'class', 'classes')}\n"
+            f"Batch: {counted(self.images_per_update, 'image')} per update (nodes {world.nodes} x processes "
+            f"{world.local_size} x batch size {args.batch_size} x accumulation {args.grad_accum})\n"
+            f"Schedule: {counted(self.epochs, 'epoch')} of {counted(self.updates_per_epoch, 'update')}, "
             f"lr {peak_lr(args, self.images_per_update):.3g}\n"
             f"Output: {self.folder}"
         )

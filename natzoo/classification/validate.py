@@ -22,7 +22,7 @@ from natzoo.classification.data.loader import create_evaluation_loader, create_v
 from natzoo.classification.data.readers import read_class_map
 from natzoo.classification.data.transforms import preprocessing
 from natzoo.classification.distributed import World, init_world
-from natzoo.classification.evaluation import FlipTTA, check_classes, evaluate
+from natzoo.classification.evaluation import FlipTTA, check_classes, evaluate, missing_classes_warning
 from natzoo.classification.factory import describe_model
 from natzoo.classification.imagenet_sets import (
     CORRUPTION_COLUMNS,
@@ -36,6 +36,7 @@ from natzoo.classification.imagenet_sets import (
 from natzoo.classification.inference import add_model_options, class_names, requested_model
 from natzoo.classification.options import WORKERS, HelpFormatter, add_dataset_options, batch_size, workers
 from natzoo.classification.signals import Interrupted, SignalHandler
+from natzoo.command_line import counted
 from natzoo.device import (
     autocast_context,
     enable_tf32,
@@ -171,6 +172,9 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
         classes = [str(number) for number in range(model.num_classes)]
     dataset: Any = create_validation_dataset(args, classes, config, world)
     check_classes(dataset, model.num_classes, matched_by_name=record["classes"] is not None)
+    missing = missing_classes_warning(dataset, dataset.classes)
+    if missing:
+        world.print(missing)
     if args.real_labels is not None:
         if not isinstance(dataset, ImageDataset):
             raise ValueError(
@@ -211,10 +215,11 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
     if args.checkpoint:
         described += f" from {args.checkpoint}"
     world.print(
-        f"{described} on {dataset.source}: {result['count']} images, "
-        f"top-1 {result['top1']:.2f}%, top-5 {result['top5']:.2f}%, loss {result['loss']:.4f}"
+        f"{described} on {dataset.source}: {counted(result['count'], 'image')}, top-1 {result['top1']:.2f}%, "
+        + (f"top-5 {result['top5']:.2f}%, " if model.num_classes > 5 else "")
+        + f"loss {result['loss']:.4f}"
         + (f" (published: {row['published_top1']}%)" if row["published_top1"] != "" else "")
-        + "\n  ".join([f"\n{len(bad)} unreadable images were ignored:", *bad] if bad else ())
+        + "\n  ".join([f"\nIgnored {counted(len(bad), 'unreadable image')}:", *bad] if bad else ())
     )
     return {**result, "row": row}
 

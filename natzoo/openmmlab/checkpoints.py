@@ -46,7 +46,7 @@ _OPTIMIZER_RULES = {
     "state": Rule("a dictionary of dictionaries", lambda value: isinstance(value, dict) and _are_dicts(value)),
     "param_groups": sequence(_IS_GROUP, 1),
 }
-PATH_KEY = "file"  # passes the path from load_checkpoint to PlainCheckpointHook
+PATH_KEY = "file"  # passes the path from load_from_natzoo to PlainCheckpointHook
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,8 +54,8 @@ PATH_KEY = "file"  # passes the path from load_checkpoint to PlainCheckpointHook
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(name: str, map_location: Any = None, **kwargs: Any) -> dict[str, Any]:
-    """Read a checkpoint for mmengine.
+def load_from_natzoo(name: str, map_location: Any = None, **kwargs: Any) -> dict[str, Any]:
+    """Read a checkpoint for mmengine, whose log calls it by the name of this function without `load_from_`.
 
     Args:
         name: anything that natzoo.checkpoints.locate accepts, or "torchvision://MODEL".
@@ -93,7 +93,7 @@ def _reject(name: str, **kwargs: Any) -> None:
     raise ValueError(f"{name} uses an unsupported scheme; use a path, a URL or the name of a published checkpoint.")
 
 
-CheckpointLoader.register_scheme(_LOADABLE_PREFIXES, load_checkpoint, force=True)
+CheckpointLoader.register_scheme(_LOADABLE_PREFIXES, load_from_natzoo, force=True)
 CheckpointLoader.register_scheme(_REJECTED_PREFIXES, _reject, force=True)
 
 

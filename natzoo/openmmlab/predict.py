@@ -76,7 +76,6 @@ def main(project: Project, argv: Sequence[str] | None = None) -> None:
     args = make_parser(project).parse_args(argv)
     cfg = load_config(args, project)
     folder = args.out or Path(cfg.work_dir) / "predictions"
-    command_line.create_folder(folder, "--out")
     pictures = Pictures(args.images, args.every)
     predictor = make_inferencer(cfg, args.checkpoint, str(pick_device(args.device)))
     count = 0

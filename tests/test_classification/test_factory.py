@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from natzoo.classification import train
 from natzoo.classification.data import datasets
-from natzoo.classification.factory import create_loss, create_scheduler
+from natzoo.classification.factory import create_loss, create_model, create_scheduler
 from natzoo.device import enable_tf32, explain_memory_errors
 
 STEPS = ("--opt", "momentum", "--lr", "1.0", "--weight-decay", "0", "--sched", "none")
@@ -34,6 +34,15 @@ def moved(trainer):
     norm = trainer.update_weights(trainer.backward(*batch(), step=0).item())
     steps = [(p - old).flatten() for p, old in zip(trainer.model.parameters(), before, strict=True)]
     return torch.cat(steps).norm().item(), norm
+
+
+@pytest.mark.parametrize(
+    ("model", "argument", "hint"),
+    [("nat_mini", "kernel_sizes", "did you mean kernel_size"), ("dinat_mini", "zzz", "embed_dim")],
+)
+def test_unknown_argument_of_a_model(model, argument, hint):
+    with pytest.raises(ValueError, match=f"{model} has no argument {argument}; .*{hint}"):
+        create_model(model, {argument: 3})
 
 
 def test_gradients_are_clipped(trainer):

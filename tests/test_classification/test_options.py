@@ -75,6 +75,7 @@ def test_model_arguments_are_merged_with_the_command_line(config):
         ("epochs: 0", "epochs.*0"),
         ("resume: true", "resume"),
         ("remode: wibble", "remode.*const, rand, pixel"),
+        ("num_heads: 3", "num_heads.*model_kwargs"),
     ],
 )
 def test_errors_name_the_file_and_the_key(config, text, message):

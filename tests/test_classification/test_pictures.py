@@ -47,7 +47,8 @@ def test_every_second_frame_of_a_video(video):
 
 
 def test_videos_in_folders_are_not_read(video):
-    assert not list(Pictures([str(video.parent)]))
+    with pytest.raises(ValueError, match=str(video.parent)):
+        Pictures([str(video.parent)])
 
 
 def test_damaged_video_is_an_error(tmp_path, capsys):
@@ -70,7 +71,5 @@ def test_urls(monkeypatch):
     assert (found.name, found.stem) == (server.url("green.png?size=large"), "green")
     assert found.image.getpixel((0, 0)) == (10, 200, 10)
     server.behaviors = [lambda handler: handler.send_error(404)]
-    pictures = Pictures([server.url("missing.png")])
-    assert not list(pictures)
     with pytest.raises(ValueError, match=r"missing\.png.*404"):
-        pictures.raise_errors()
+        Pictures([server.url("missing.png")])

@@ -233,6 +233,16 @@ def test_checkpoint_of_an_earlier_version_resumes(tiny, run_folder, capsys):
     assert state["totals"].keys() == old["totals"].keys()
 
 
+def test_changed_options_are_named_unless_the_run_is_refused(tiny, run_folder, capsys):
+    train.main(tiny(epochs=1))
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="kernel_size"):
+        train.main(tiny("--resume", "--lr", "1e-3", "--model-kwargs", "kernel_size=5"))
+    assert "Resuming with" not in capsys.readouterr().out
+    train.main(tiny("--resume", "--lr", "1e-3"))
+    assert "Resuming with lr = 0.001; the checkpoint has 0.002." in capsys.readouterr().out
+
+
 def test_names_of_the_run_folder(tmp_path):
     """--work-dir, and --output with --experiment; the command line overrides a file, the last option wins."""
     config = tmp_path / "recipe.yml"

@@ -223,6 +223,7 @@ class OrdersTest(ErrorTestCase):
         self.assert_error(("kernel_size", "None"), qkrpb, query, key, None, 1)
         self.assert_error(("kernel_size", "3"), qkrpb, query, key, 3, 1)
         self.assert_error(("kernel_size", "(3, 5)"), qkrpb, query, key, rpb[..., 0], 1)
+        self.assert_error(("(3, 5, 4)", "odd"), qkrpb, query, key, rpb[..., :-1], 1)
         self.assert_error(("kernel_size", "attn", "8"), functional.natten2dav, attn[..., :8], key, 1)
 
     def test_checks_of_the_new_functions_apply(self):

@@ -92,6 +92,13 @@ def test_failed_write_leaves_only_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def test_exported_programs_are_not_checkpoints(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK and more")
+    with pytest.raises(ValueError, match=f"{name} is an exported program"):
+        read_checkpoint(tmp_path / name)
+
+
 def test_full_disk_during_save(monkeypatch, tmp_path):
     """/dev/full behaves like a full disk."""
     path = tmp_path / "a.pth"

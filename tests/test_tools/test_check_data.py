@@ -24,9 +24,22 @@ def test_folder(tmp_path, capsys):
     assert output.count("Warning: ") == 2  # few dogs, and none for validation
     assert np.asarray(Image.open(tmp_path / "out" / "train.png")).std() > 10
     (tmp_path / "data" / "train" / "dog" / "0.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="1 images"):
+    with pytest.raises(ValueError, match="1 image "):
         check_data.main([str(tmp_path / "data"), "--out", str(tmp_path / "out")])
     assert "dog/0.png" in capsys.readouterr().out
+
+
+def test_several_problems_are_listed(tmp_path, capsys):
+    write(tmp_path / "data" / "train" / "cat" / "0.png", (0, 0, 0))
+    (tmp_path / "data" / "train" / "cat" / "1.png").write_bytes(b"no image")
+    write(tmp_path / "data" / "val" / "dog" / "0.png", (0, 0, 0))  # not a class of training
+    with pytest.raises(ValueError, match="2 problems"):
+        check_data.main([str(tmp_path / "data"), "--out", str(tmp_path / "out")])
+    output = capsys.readouterr().out
+    assert all(f"\n- {start}" in output for start in (str(tmp_path / "data" / "val"), "1 image"))
+    with pytest.raises(FileNotFoundError):
+        check_data.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.skipif(bool(MISSING), reason="requires the extra openmmlab")

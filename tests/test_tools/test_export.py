@@ -107,6 +107,16 @@ def test_missing_package(monkeypatch):
     "words",
     [["--int8", "x", "--format", "openvino"], ["--dynamic-size", "32", "64", "--format", "torchscript"]],
 )
-def test_refusals(words):
+def test_refusals(words, tmp_path):
+    if words[0] == "--int8":
+        words = ["--int8", str(tmp_path), *words[2:]]
     with pytest.raises(ValueError, match=words[0]):
         export.main(["nat_mini", *words])
+
+
+def test_folders_and_suffixes_are_checked_first(tmp_path):
+    with pytest.raises(ValueError, match=r"--out model\.pt must end with \.onnx"):
+        export.main(["no_such_model", "--out", "model.pt"])
+    for option in ("--images", "--int8", "--evaluate"):
+        with pytest.raises(FileNotFoundError, match=f"{option} {tmp_path}"):
+            export.main(["no_such_model", option, str(tmp_path / "nowhere")])

@@ -47,7 +47,8 @@ class _Source(NamedTuple):
 class Pictures:
     """The images of files, folders and their subfolders, URLs, and videos.
 
-    What cannot be read is reported on stderr and skipped. Videos are read only if they are named, not in folders.
+    What cannot be read is reported on stderr and skipped; `raise_errors` raises at the end. Videos are read only if
+    they are named, not in folders.
 
     Args:
         sources: paths and URLs.
@@ -55,6 +56,9 @@ class Pictures:
 
     Attributes:
         errors: a message for each source and image that could not be read so far.
+
+    Raises:
+        ValueError: if nothing is left to predict on.
     """
 
     def __init__(self, sources: Sequence[str], every: int = 1):
@@ -72,6 +76,8 @@ class Pictures:
         if self._count > 1:  # a single error is raised at the end
             for message in self.errors:
                 tqdm.write(printable(message), file=sys.stderr)
+        if not self._found:
+            self.raise_errors()
 
     def __iter__(self) -> Iterator[Picture]:
         for source in self._found:
