@@ -4,16 +4,14 @@
     python tests/as_on_windows.py MODULE [ARGUMENTS...]
 
 sys.platform says win32. The POSIX functions of os and signal and the POSIX modules are missing, and msvcrt locks bytes.
-Paths, encodings and libraries stay those of this system.
+Paths, encodings, libraries and processes stay those of this system.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import functools
 import importlib
-import multiprocessing
 import os
 import runpy
 import shutil
@@ -21,7 +19,6 @@ import signal
 import sys
 import types
 from collections.abc import Callable
-from multiprocessing import popen_spawn_posix, resource_tracker, synchronize  # noqa: F401  the first is not to notice
 from unittest import mock
 
 _OS = (
@@ -30,8 +27,8 @@ _OS = (
     "register_at_fork", "sched_getaffinity", "sched_setaffinity", "setsid", "statvfs", "sysconf", "uname", "wait3",
     "wait4", "nice",
 )  # fmt: skip
-_SIGNAL = (  # but SIGCHLD, which PyTorch uses
-    "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGALRM", "SIGKILL", "SIGQUIT", "SIGPIPE", "SIGSTOP", "SIGCONT",
+_SIGNAL = (
+    "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGALRM", "SIGCHLD", "SIGKILL", "SIGQUIT", "SIGPIPE", "SIGSTOP", "SIGCONT",
     "SIGTSTP", "alarm", "pthread_kill", "pthread_sigmask", "setitimer", "sigpending", "sigwait", "sigwaitinfo",
     "sigtimedwait", "SIG_BLOCK",
 )  # fmt: skip
@@ -66,26 +63,17 @@ def _fake_msvcrt() -> types.ModuleType:
     return module
 
 
-def _as_here(function: Callable) -> Callable:
-    """Return a function that sees the real system."""
-
-    @functools.wraps(function)
-    def call(*arguments, **named):
-        with mock.patch.object(sys, "platform", "linux"):
-            return function(*arguments, **named)
-
-    return call
+def _find_as_here(*arguments: object, which: Callable = shutil.which, **named: object) -> str | None:
+    """Find a program as on this system."""
+    with mock.patch.object(sys, "platform", "linux"):
+        return which(*arguments, **named)
 
 
 def pretend(*packages: str) -> None:
     """Change this process, for good, after importing what is not to notice."""
     for name in packages:
         importlib.import_module(name)
-    sys.modules["torch"].multiprocessing.set_sharing_strategy("file_system")  # by name
-    multiprocessing.set_start_method("spawn")
-    resource_tracker._HAVE_SIGMASK = False
-    shutil.which = _as_here(shutil.which)
-    synchronize.SemLock.__getstate__ = _as_here(synchronize.SemLock.__getstate__)
+    shutil.which = _find_as_here
     sys.modules["msvcrt"] = _fake_msvcrt()
     for name in _MODULES:
         sys.modules[name] = None

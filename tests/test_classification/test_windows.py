@@ -9,6 +9,8 @@ import as_on_windows
 import pytest
 
 from natzoo.checkpoints import read_checkpoint
+from natzoo.classification import train, validate
+from natzoo.classification.data import loader
 
 ROOT = Path(__file__).parents[2]
 HOLD = "import sys; from pathlib import Path; from natzoo.runs import lock_folder\n"
@@ -62,11 +64,22 @@ def test_train_resume_and_a_second_run(tiny, run_folder):
 
 @pytest.mark.slow
 def test_validate_and_predict(tiny, run_folder, data):
-    from natzoo.classification import train
-
     train.main(tiny(epochs=1))
     weights = ("--checkpoint", str(run_folder / "best.pth"))
-    status, text = command("validate", str(data), *weights, "--workers", "1")
+    status, text = command("validate", str(data), *weights, "--workers", "0")
     assert (status, "27 images" in text) == (0, True), text
     status, text = command("predict", str(data / "val" / "blue" / "0.png"), *weights)
     assert (status, "0.png: " in text) == (0, True), text
+
+
+@pytest.mark.slow
+def test_workers_that_are_not_forked(tiny, run_folder, data, monkeypatch):
+    """As on Windows and macOS, where everything that a worker gets is pickled."""
+
+    def kwargs(workers, pin_memory, real=loader._worker_kwargs):
+        return {**real(workers, pin_memory), "multiprocessing_context": "spawn" if workers else None}
+
+    monkeypatch.setattr(loader, "_worker_kwargs", kwargs)
+    train.main(tiny("--workers", "1", epochs=1))
+    found = validate.main([str(data), "--checkpoint", str(run_folder / "best.pth"), "--workers", "1"])
+    assert found["count"] == 27
