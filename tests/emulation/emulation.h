@@ -174,6 +174,8 @@ template <int COUNT, bool TRANSPOSED>
 EMULATION_INLINE void load_matrices(unsigned* out, const void* row) {
   emulation::load_matrices(EMULATION_SITE, out, row, COUNT, TRANSPOSED);
 }
+EMULATION_INLINE unsigned renew(unsigned word, unsigned zero) { return word ^ zero; }
+EMULATION_INLINE float2 load_pair(const void* from) { return *static_cast<const float2*>(from); }
 template <class Element, int DEPTH>
 EMULATION_INLINE void multiply_add(float* c, const unsigned* a, const unsigned* b) {
   constexpr emulation::Format FORMAT = Element::IS_TFLOAT   ? emulation::TFLOAT

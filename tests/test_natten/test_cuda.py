@@ -153,6 +153,32 @@ class EmulatedKernelsTest(EmulatedTestCase):
         kernels = ["natten_attention_tiles", "natten_grad_query_tiles", "natten_grad_key_value_tiles"]
         self.assertEqual(self.check(given, torch.bfloat16), [*kernels, "natten_sum_parts"])
 
+    def test_windows_of_the_whole_map(self):
+        """The last row of columns contributes to the gradient of the bias for all lines of a unit."""
+        self.check(problem((7, 7), 7), torch.bfloat16)
+
+    def test_units_whose_windows_are_complete(self):
+        """Matrix kernels process them in an unrolled loop."""
+        for given in (
+            problem((19, 11), 5, dim=32),
+            problem((15, 9), (6, 3), 1, 1, (True, False), has_rpb=False),
+            problem((3, 13, 9), (2, 3, 3), dim=8, heads=1),
+        ):
+            with self.subTest(given=given):
+                self.check(given, torch.bfloat16)
+
+    def test_logits_that_grow_from_row_to_row(self):
+        q, k, v = make_qkv(problem((17, 9), 7), torch.bfloat16)
+        with torch.no_grad():
+            q.abs_(), k.copy_(torch.linspace(-20, 20, 17)[:, None, None, None].expand_as(k))
+        results = []
+        for backend in ("cuda", "reference"):
+            with emulated_gpu():
+                out = natten.na2d(q, k, v, 7, backend=backend)
+                results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+        for x, expected in zip(*results, strict=True):
+            torch.testing.assert_close(x, expected, atol=0.05, rtol=0.05)
+
     def test_matrix_kernels_in_tf32(self):
         given = problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True), dim=24)
         with mock.patch.object(cuda, "allows_tf32", lambda: True):
@@ -275,7 +301,8 @@ class EmulatedSweepTest(EmulatedTestCase):
                 self.check(given, torch.bfloat16, shared_bytes=kib << 10, processors=processors)
                 tiled = [definitions for definitions in self.definitions if "TILE_X" in definitions]
                 self.assertEqual({definitions["IS_STAGED"] for definitions in tiled}, {"1"})
-                self.assertEqual(any(int(definitions["WARPS"]) > 1 for definitions in tiled), kib == 40)
+                if kib == 40:
+                    self.assertTrue(any(int(definitions["WARPS"]) > 1 for definitions in tiled))
 
     def test_blocks_with_several_pieces(self):
         """Large batches have such blocks, for the gradients of queries and bias."""

@@ -12,32 +12,34 @@ ONCE = "sum_diagonals"
 
 
 class BankConflictsTest(unittest.TestCase):
-    def check(self, *problem, **options) -> None:
-        """Check each kernel with matrix instructions."""
+    def check(self, *problem, has_unequal_slices: bool = False, **options) -> None:
+        """Check that no kernel with matrix instructions has conflicts.
+
+        Args:
+            has_unequal_slices: whether blocks compute different numbers of results. Then some lanes skip stores. The
+                emulation matches the n-th accesses of lanes, and finds conflicts that there are not.
+        """
         accesses = [a for a in wavefronts.count(*problem, **options) if "tiles" in a.kernel and ONCE not in a.function]
         self.assertEqual(len({access.kernel for access in accesses}), 3)
         for access in accesses:
-            limit = access.fewest if access.kind in ("matrix", "copy") else 2 * access.fewest
-            self.assertLessEqual(access.wavefronts, limit, access)
-        for kernel in {access.kernel for access in accesses}:
-            found = [access for access in accesses if access.kernel == kernel]
-            ratio = sum(access.wavefronts for access in found) / sum(access.fewest for access in found)
-            self.assertLess(ratio, 1.1, kernel)
+            is_matched = not (has_unequal_slices and access.function.startswith("store_unit"))
+            self.assertLessEqual(access.wavefronts, access.fewest if is_matched else 2 * access.fewest, access)
 
     def test_a_stage(self):
         self.check((14, 14), 1, 32, 7, 1)
 
     @pytest.mark.slow
     def test_head_dims(self):
-        for dim in (8, 16, 40, 64, 72, 128):
+        """Multiples of 8 that differ in the pitch of columns, of results, and in the rest after pieces by four."""
+        for dim in (8, 16, 24, 40, 48, 56, 64, 72, 80, 88, 96, 112, 120, 128):
             with self.subTest(dim=dim):
-                self.check((14, 14), 1, dim, 7, 1)
+                self.check((9, 14), 1, dim, 5, 1, has_unequal_slices=dim == 88)
 
     @pytest.mark.slow
     def test_tf32(self):
-        for dim in (32, 64):
+        for dim in (8, 16, 24, 32, 40, 64):
             with self.subTest(dim=dim):
-                self.check((14, 14), 1, dim, 7, 1, uses_tf32=True)
+                self.check((9, 14), 1, dim, 5, 1, uses_tf32=True)
 
     @pytest.mark.slow
     def test_other_ranks(self):

@@ -25,45 +25,43 @@ _LARGE_TOKENS, _SMALL_TYPICAL, _LARGE_TYPICAL = 256, 64, 1 << 14
 _MAX_WARPS = 8  # per block
 _UNIT_COUNTS = (1, 2, 3, 4, 6, 7, 8, 12, 14, 16, 24, 28, 32)  # possible sizes of a tile along an axis
 _MAX_UNITS = 32  # per tile
+# Largest head_dim, in units of 2 bytes, of units with two matrices: these share operands, but need more registers.
+_MAX_DIM_OF_PAIRS = {"forward": 64, "grad_query": 32, "grad_key_value": 32}
 _LARGE_DIM = 128  # for a larger head_dim, rows that are not cut into segments may be too large
 # A multiprocessor reserves this much of its shared memory per block, in addition to what the block requests.
 _RESERVED_BYTES = 1 << 10
 _MAY_HAVE_FRAGMENTS, _MAY_HAVE_GRADIENT_FRAGMENTS = True, True  # tests set these to False
 _MAX_TABLE_BYTES, _MAX_GRADIENT_BYTES = 48 << 10, 64 << 10  # limits for tables in shared memory, without fragments
-_UNIT, _LINE_UNIT = (1, 2, 8), (1, 1, 16)  # tokens of a unit along each axis: with several axes, with one
 _BASES_BYTES = 128  # base addresses of tensors
 _STAGE_CHUNKS = (1, 2, 4, 8)  # possible numbers of chunks per stage
 
 # The cost model, in instructions per warp, counted in the machine code for sm_90.
 _STAGE_COST = 120.0  # per stage
-_COLUMNS_COST = {"forward": 33.0, "grad_query": 52.0, "grad_key_value": 39.0}  # per block of 8 columns of a unit
+_COLUMNS_COST = {"forward": 24.0, "grad_query": 36.0, "grad_key_value": 26.0}  # per matrix and block of 8 columns
 # Instructions that could be issued while shared memory delivers the operands of a block, without those of products.
 _SHARED_TIME = {"forward": 16.0, "grad_query": 32.0, "grad_key_value": 24.0}
-# Products per block of columns, and their costs; all per 16 elements of head_dim. Keys of the first cost: item bytes.
+# Products per matrix and block of columns, and their costs; all per 16 elements of head_dim. Keys of the first cost:
+# item bytes.
 _PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}
 _PRODUCT_COST, _PRODUCT_TIME, _PRODUCT_SHARED_TIME = {2: 1.5, 4: 3.5}, 6.5, 8.0
-_UNIT_COST, _TILE_COST = 270.0, 360.0  # per unit, per tile
+_UNIT_COST, _TILE_COST = 170.0, 360.0  # per matrix of a unit, per tile
 _COPY_COST, _FRAGMENT_COST = 5.0, 29.0  # to copy 16 bytes per lane, to make a fragment
 _TABLE_COST, _DIAGONAL_COST = 20.0, 25.0  # per block of columns whose bias, or whose gradient, is not a fragment
 _BYTES_PER_INSTRUCTION = 6.0  # that a multiprocessor receives while it issues one instruction
 
-_CHUNK_BLOCKS = {"forward": 8, "grad_query": 4, "grad_key_value": 2}  # blocks of 8 columns per chunk, small head_dim
+_CHUNK_BLOCKS = {"forward": 4, "grad_query": 2, "grad_key_value": 2}  # blocks of 8 columns per chunk, small head_dim
 _MAX_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}  # largest head_dim per block
-# Pairs of a largest head_dim (float32 counts twice) and the resident warps per multiprocessor that do not spill
-# registers: with 16 warps a thread has 128 registers, with 12 it has 168, with 8 it has 255.
-_RESIDENT_WARPS = {
-    "forward": ((32, 16), (64, 12), (256, 8)),
-    "grad_query": ((64, 12), (256, 8)),
-    "grad_key_value": ((32, 16), (64, 12), (256, 8)),
-}
-# Where a thread keeps more values: on three axes, with stages, or with large chunks and a gradient.
-_FEWER_RESIDENT_WARPS, _FEWEST_RESIDENT_WARPS = 12, 8
+# Resident warps per multiprocessor that do not spill registers: with 12 warps a thread has 168 registers, with 8 it has
+# 255. The latter for units of two matrices, for large head_dim (in units of 2 bytes), and where a thread keeps more
+# values: with stages, or with large chunks and a gradient.
+_RESIDENT_WARPS, _FEWEST_RESIDENT_WARPS, _MAX_DIM_OF_RESIDENT_WARPS = 12, 8, 64
 
 
 class Tile(NamedTuple):
     """The parameters that tiles.h is compiled with, under its names."""
 
     size: tuple[int, int, int]
+    matrices: int
     columns: int
     unit_columns: int
     reach: int
@@ -91,6 +89,7 @@ class Tile(NamedTuple):
             "TILE_Z": self.size[0],
             "TILE_Y": self.size[1],
             "TILE_X": self.size[2],
+            "MATRICES": self.matrices,
             "COLUMNS": self.columns,
             "UNIT_COLUMNS": self.unit_columns,
             "REACH": self.reach,
@@ -172,7 +171,7 @@ def choose_tile(
         item_bytes: bytes per element: 2, or 4 for float32 in TF32.
     """
     is_large = _is_large(axes, maps, processors)
-    shared = _class_of(kernel, axes, is_large)
+    shared = _class_of(kernel, axes, dim * item_bytes // 2, is_large)
     return _choose(kernel, shared, is_large, dim, has_rpb, processors, max_shared_bytes, item_bytes)
 
 
@@ -181,7 +180,7 @@ def tiles_and_costs(
 ) -> Iterator[tuple[Tile, float]]:
     """Yield all tiles that `choose_tile` compares, each with its estimated cost."""
     is_large = _is_large(axes, maps, processors)
-    shared = _class_of(kernel, axes, is_large)
+    shared = _class_of(kernel, axes, dim * item_bytes // 2, is_large)
     chooser = _Chooser(kernel, shared, dim, has_rpb, max_shared_bytes, item_bytes)
     return ((tile, chooser.cost(tile, is_large, processors)) for tile in chooser.tiles())
 
@@ -190,9 +189,11 @@ def _is_large(axes: tuple[Axis, ...], maps: int, processors: int) -> bool:
     return maps * prod(axis.length for axis in axes) > _LARGE_TOKENS * processors
 
 
-def _class_of(kernel: str, axes: tuple[Axis, ...], is_large: bool) -> tuple[Lengths, ...]:
+def _class_of(kernel: str, axes: tuple[Axis, ...], wide: int, is_large: bool) -> tuple[Lengths, ...]:
     is_line = axes[0].kernel_size == axes[1].kernel_size == 1
-    return lengths(axes, _LINE_UNIT if is_line else _UNIT, kernel == "grad_key_value", is_large)
+    is_short = is_line and axes[2].length <= 16 * axes[2].dilation
+    lines = 2 if is_short or wide > _MAX_DIM_OF_PAIRS[kernel] else 4
+    return lengths(axes, (1, 1, 8 * lines) if is_line else (1, lines, 8), kernel == "grad_key_value", is_large)
 
 
 @cache
@@ -219,17 +220,20 @@ class _Chooser:
         self.is_inverse = kernel == "grad_key_value"
         self.rank = 3 if axes[0].kernel_size > 1 else 2 if axes[1].kernel_size > 1 else 1
         self.unit = [axis.unit for axis in axes]
+        self.matrices = self.unit[1] // 2 if self.rank > 1 else self.unit[2] // 16
+        self.lines = 2 * self.matrices
         self.table = prod(2 * axis.kernel_size - 1 for axis in axes)
         self.table_rows = self.table // (2 * axes[2].kernel_size - 1)
-        self.fragments_per_row = 1 if self.rank > 1 else 2
+        self.fragments_per_row = 1 if self.rank > 1 else self.lines
         self.pieces = self.wide // 8  # 16-byte pieces per row
         is_large = item_bytes == 4 and dim > 64  # results and operands together would spill registers
         max_slice_dim = _MAX_SLICE_DIM[kernel] // (2 if is_large else 1)
         self.slices = -(-dim // max_slice_dim)
         self.slice_results = -(-(dim // 8) // self.slices)
         self.chunk_blocks = _CHUNK_BLOCKS[kernel] if self.wide <= 32 else max(_CHUNK_BLOCKS[kernel] // 2, 2)
-        resident = (warps for max_dim, warps in _RESIDENT_WARPS[kernel] if self.wide <= max_dim)
-        self.max_resident_warps = next(resident, _FEWEST_RESIDENT_WARPS)
+        is_small = self.matrices == 1 and self.wide <= _MAX_DIM_OF_RESIDENT_WARPS
+        is_small = is_small and (item_bytes == 2 or kernel != "grad_query")  # which rounds two operands to TF32
+        self.max_resident_warps = _RESIDENT_WARPS if is_small else _FEWEST_RESIDENT_WARPS
         self.has_gradient = has_rpb and kernel == "grad_query"
 
     def tiles(self) -> Iterator[Tile]:
@@ -288,20 +292,20 @@ class _Chooser:
         return tile.shared_bytes <= self.max_shared_bytes and (has_fixed_order or not self.has_gradient)
 
     def _tile(self, size, layout: _Layout, chunk_rows: int, stage: _Stage) -> Tile:
-        pitch = self.pieces if self.pieces & (self.pieces - 1) == 0 else self.pieces | 1
         tokens = stage.rows * layout.columns
-        buffer = tokens * pitch * 32 + (tokens * 8 if self.is_inverse else 0)
+        buffer = tokens * self.pieces * 32 + (tokens * 8 if self.is_inverse else 0)
         has_table, bias = self._bias(size, layout)
         tables, gradient = self._gradient(layout, stage.warps)
-        blocks = layout.unit_columns // 8 + (self.rank == 1)
+        blocks = layout.unit_columns // 8 + (self.lines - 1 if self.rank == 1 else 0)
         has_diagonals = self.has_gradient and not layout.has_gradient_fragments
         diagonals = 8 * (_round_up(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
-        warp = max((16 * (self.slice_results + 1) * 16 if self.item_bytes == 2 else 0), diagonals)
+        warp = max((8 * self.lines * self.slice_results * 16 if self.item_bytes == 2 else 0), diagonals)
         shared = (2 if stage.is_staged else 1) * buffer + bias + gradient + stage.warps * warp + _BASES_BYTES
         resident = self._resident_warps(layout, chunk_rows, stage) // stage.warps
         fitting = (self.max_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES)
         return Tile(
             size=tuple(size),
+            matrices=self.matrices,
             columns=layout.columns,
             unit_columns=layout.unit_columns,
             reach=layout.reach,
@@ -325,8 +329,6 @@ class _Chooser:
         is_large_stage = stage.is_staged and self.wide > 32
         if self.kernel != "forward" and (layout.is_segmented or is_large_stage or chunk > 32):
             return _FEWEST_RESIDENT_WARPS
-        if self.rank > 2 or is_large_stage or (self.is_inverse and chunk > 16):
-            return min(self.max_resident_warps, _FEWER_RESIDENT_WARPS)
         return self.max_resident_warps
 
     def _bias(self, size, layout: _Layout) -> tuple[bool, int]:
@@ -354,7 +356,9 @@ class _Chooser:
         columns = prod(self._typical(i, q)[0] for i, q in enumerate(tile.size))
         reading = (4 * self.wide * columns + 6 * self.wide * prod(tile.size)) / _BYTES_PER_INSTRUCTION
         computing = self._instructions(tile)
-        computing *= 1 + 6 / (tile.min_blocks * tile.warps)  # with few warps, the multiprocessor idles
+        resident = tile.min_blocks * tile.warps
+        computing *= 1 + 6 / resident  # with few warps, the multiprocessor idles
+        computing *= _round_up(resident, 4) / resident  # its warps are divided among four schedulers
         # One block reads while another computes; a staged block does both at the same time.
         overlap = min(tile.min_blocks * (1.5 if tile.is_staged else 1), 2)
         cost_per_block = max(reading, computing) + min(reading, computing) / overlap
@@ -369,8 +373,8 @@ class _Chooser:
         """Estimate the instructions that a block issues for a tile."""
         steps = self.wide / 16 * _PRODUCTS[self.kernel]
         column_cost = max(
-            _COLUMNS_COST[self.kernel] + _PRODUCT_COST[self.item_bytes] * steps,
-            _PRODUCT_TIME * steps,
+            self.matrices * (_COLUMNS_COST[self.kernel] + _PRODUCT_COST[self.item_bytes] * steps),
+            self.matrices * _PRODUCT_TIME * steps,
             _SHARED_TIME[self.kernel] + _PRODUCT_SHARED_TIME * steps,
         )
         column_cost += _TABLE_COST * (not tile.has_bias_fragments)
@@ -387,7 +391,8 @@ class _Chooser:
             rows = max(rows, stages * min(rows, tile.stage_rows))
         units = prod(-(-q // u) for q, u in zip(tile.size, self.unit, strict=True))
         chunks = -(-rows // tile.chunk_rows) * tile.chunk_rows
-        work = -(-units // tile.warps) * tile.warps * (_UNIT_COST + chunks * tile.unit_columns / 8 * column_cost)
+        unit_cost = _UNIT_COST * self.matrices + chunks * tile.unit_columns / 8 * column_cost
+        work = -(-units // tile.warps) * tile.warps * unit_cost
         work += tile.warps * (_TILE_COST + stages * _STAGE_COST)
         work += stages * tile.stage_rows * tile.columns * self.pieces / 16 * _COPY_COST
         if tile.has_bias_fragments:

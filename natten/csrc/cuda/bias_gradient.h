@@ -36,52 +36,62 @@ __device__ __forceinline__ void store_fragment(const float (&from)[ROW_BLOCKS][2
   }
 }
 
-// With several axes, the table row of a row of columns for the second half is that of the previous row of columns for the
-// first half. Both are added up here before they are added to the sums. Sums is the derived class, with the method
-// add_line(line, table row, corner).
+// With several axes, the table row of a row of columns for a line is that of the previous row of columns for the previous
+// line. What the lines contribute to a table row is added up here before it is added to the sums. Sums is the derived
+// class, with the method add_line(line, table row, corner).
 template <class Sums>
-class HeldRow {
+class HeldRows {
  public:
-  // Adds the gradients of a row of columns. `row`: its table row for the first half; `corner`: the entry in that row for
-  // the first column and token.
-  __device__ __forceinline__ void add(int row, int corner, const float (&grad)[ROW_BLOCKS][4]) {
-    if (held_ != row - 1 || corner_ != corner) flush();
-    float line[ROW_BLOCKS][2];
+  // Adds row r of a chunk. `row`: its table row for the first line; `corner`: the entry in that row for the first column
+  // and token. A table row is complete after the last line.
+  template <class AnyChunk>
+  __device__ __forceinline__ void add(const AnyChunk& chunk, int r, int row, int corner, const Products& grad) {
+    if (!AnyChunk::IS_REGULAR && (held_ != row - 1 || corner_ != corner)) flush();
 #pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
-      line[i / 2][i % 2] = grad[i / 2][2 + i % 2] + before_[i / 2][i % 2];
-      before_[i / 2][i % 2] = grad[i / 2][i % 2];
+    for (int line = LINES - 1; line >= 0; --line) {
+      if (!chunk.may_see(r, line)) continue;
+      float sum[ROW_BLOCKS][2];
+#pragma unroll
+      for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
+        const float before = line > 0 ? before_[line > 0 ? line - 1 : 0][i / 2][i % 2] : 0.f;
+        sum[i / 2][i % 2] = grad[line / 2][r][i / 2][line % 2 * 2 + i % 2] + before;
+        if (line < LINES - 1) before_[line < LINES - 1 ? line : 0][i / 2][i % 2] = sum[i / 2][i % 2];
+      }
+      if (line == LINES - 1) static_cast<Sums*>(this)->add_line(sum, row - line, corner);
     }
-    static_cast<Sums*>(this)->add_line(line, row - 1, corner);
-    held_ = row, corner_ = corner;
+    held_ = AnyChunk::IS_REGULAR ? NOTHING : row, corner_ = corner;
   }
-  // Adds what the first half contributes to the last row.
+  // Adds what the first lines contribute to the last rows.
   __device__ __forceinline__ void flush() {
-    if (held_ != NOTHING) static_cast<Sums*>(this)->add_line(before_, held_, corner_);
-    held_ = NOTHING;
 #pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 2; ++i) before_[i / 2][i % 2] = 0;
+    for (int line = 0; line < LINES - 1; ++line) {
+      if (held_ != NOTHING) static_cast<Sums*>(this)->add_line(before_[line], held_ - line, corner_);
+#pragma unroll
+      for (int i = 0; i < ROW_BLOCKS * 2; ++i) before_[line][i / 2][i % 2] = 0;
+    }
+    held_ = NOTHING;
   }
 
  private:
   static constexpr int NOTHING = -(1 << 30);
-  float before_[ROW_BLOCKS][2] = {};
+  float before_[LINES - 1][ROW_BLOCKS][2] = {};  // of the previous lines, for the table row that the next line adds to
   int held_ = NOTHING, corner_ = 0;
 };
 
 // Sums the gradient as fragments, one per table row. Their diagonals are summed once at the end.
-class FragmentGradient : public HeldRow<FragmentGradient> {
+class FragmentGradient : public HeldRows<FragmentGradient> {
  public:
   __device__ __forceinline__ FragmentGradient(float* sums, char*) : sums_(sums) {}
 
-  __device__ __forceinline__ void add(int row, int, const float (&grad)[ROW_BLOCKS][4]) {
-    if (RANK > 1) return HeldRow::add(row, 0, grad);  // all corners are equal
+  template <class AnyChunk>
+  __device__ __forceinline__ void add(const AnyChunk& chunk, int r, int row, int, const Products& grad) {
+    if (RANK > 1) return HeldRows::add(chunk, r, row, 0, grad);  // all corners are equal
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float line[ROW_BLOCKS][2];
+    for (int line = 0; line < LINES; ++line) {
+      float found[ROW_BLOCKS][2];
 #pragma unroll
-      for (int i = 0; i < ROW_BLOCKS * 2; ++i) line[i / 2][i % 2] = grad[i / 2][2 * half + i % 2];
-      add_line(line, half, 0);
+      for (int i = 0; i < ROW_BLOCKS * 2; ++i) found[i / 2][i % 2] = grad[line / 2][r][i / 2][line % 2 * 2 + i % 2];
+      add_line(found, line, 0);
     }
   }
   // Rows outside the table only receive zeros.
@@ -99,13 +109,13 @@ class FragmentGradient : public HeldRow<FragmentGradient> {
     for (int i = threadIdx.x; i < TABLE; i += TILE_THREADS) {
       const int row = i / TABLE_X, first = i % TABLE_X - (KERNEL_X - 1) + REACH;
       float sum = 0;
-      for (int half = 0; half < FRAGMENTS_PER_ROW; ++half)
+      for (int line = 0; line < FRAGMENTS_PER_ROW; ++line)
         for (int token = 0; token < 8; ++token) {
-          const int column = first + token + 8 * half;
+          const int column = first + token + 8 * line;
           if (column < 0 || column >= UNIT_COLUMNS) continue;
           const int place = fragment_place(column / 8, token * 4 + column % 8 / 2) + column % 2;
           for (int warp = 0; warp < WARPS; ++warp)
-            sum += sums[(warp * GRADIENT_FRAGMENTS + row * FRAGMENTS_PER_ROW + half) * (FRAGMENT_BYTES / 4) + place];
+            sum += sums[(warp * GRADIENT_FRAGMENTS + row * FRAGMENTS_PER_ROW + line) * (FRAGMENT_BYTES / 4) + place];
         }
       out[i] = sum;
     }
@@ -119,7 +129,7 @@ static_assert(!HAS_GRADIENT || HAS_GRADIENT_FRAGMENTS || GRADIENT_TABLES == WARP
               "each warp needs a table");
 
 // Sums the diagonals of each row and adds them to a table. Used if fragments are too large, or if rows have segments.
-class DiagonalGradient : public HeldRow<DiagonalGradient> {
+class DiagonalGradient : public HeldRows<DiagonalGradient> {
  public:
   __device__ __forceinline__ DiagonalGradient(float* table, char* scratch)
       : table_(table), scratch_(reinterpret_cast<float*>(scratch)) {
@@ -128,16 +138,16 @@ class DiagonalGradient : public HeldRow<DiagonalGradient> {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void add(int row, int corner, const float (&grad)[ROW_BLOCKS][4]) {
-    if (RANK > 1) return HeldRow::add(row, corner, grad);
-    float line[DIAGONAL_BLOCKS][2];  // relative to its tokens, the columns of the second half are shifted by 8
+  template <class AnyChunk>
+  __device__ __forceinline__ void add(const AnyChunk& chunk, int r, int row, int corner, const Products& grad) {
+    if (RANK > 1) return HeldRows::add(chunk, r, row, corner, grad);
+    float sum[DIAGONAL_BLOCKS][2] = {};  // relative to its tokens, the columns of each line are shifted by 8
 #pragma unroll
-    for (int i = 0; i < DIAGONAL_BLOCKS * 2; ++i) {
-      const int block = i / 2, item = i % 2;
-      line[block][item] = (block > 0 ? grad[block > 0 ? block - 1 : 0][item] : 0.f) +
-                          (block < ROW_BLOCKS ? grad[block < ROW_BLOCKS ? block : 0][2 + item] : 0.f);
-    }
-    add_line(line, row, corner - 8);
+    for (int line = 0; line < LINES; ++line)
+#pragma unroll
+      for (int i = 0; i < ROW_BLOCKS * 2; ++i)
+        sum[(LINES - 1 - line + i / 2) % DIAGONAL_BLOCKS][i % 2] += grad[line / 2][r][i / 2][line % 2 * 2 + i % 2];
+    add_line(sum, row, corner - 8 * (LINES - 1));
   }
 
   // line: this thread's part of 8 tokens by columns, as in a fragment. Entries outside the table only receive zeros.

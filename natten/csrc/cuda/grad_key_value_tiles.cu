@@ -13,7 +13,8 @@ struct DifferentiateKey {
   int first_block;
   Fragments key, value;
   UnitBias bias;
-  float scale, grad_key[SLICE][4], grad_value[SLICE][4];  // scale: includes log2(e), for exp2
+  float scale;  // includes log2(e), for exp2
+  Sums grad_key, grad_value;
 
   __device__ __forceinline__ DifferentiateKey(const Params& p, const BlockTile& tile, const Unit& unit, char* shared,
                                               int slice)
@@ -21,50 +22,66 @@ struct DifferentiateKey {
         key(rows_of<const Storage>(p, KEY, shared), unit), value(rows_of<const Storage>(p, VALUE, shared), unit),
         bias(p, tile, unit, shared), scale(p.scale * LOG2_E) {
 #pragma unroll
-    for (int i = 0; i < SLICE * 4; ++i) grad_key[i / 4][i % 4] = grad_value[i / 4][i % 4] = 0;
+    for (int i = 0; i < MATRICES * SLICE * 4; ++i)
+      grad_key[i / 4 / SLICE][i / 4 % SLICE][i % 4] = grad_value[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;
   }
 
-  __device__ __forceinline__ void add(const Chunk& chunk) {
-    float weights[CHUNK_ROWS][ROW_BLOCKS][4], grads[CHUNK_ROWS][ROW_BLOCKS][4];
+  template <class AnyChunk>
+  __device__ __forceinline__ void add(const AnyChunk& chunk) {
+    Products weights, grads;
 #pragma unroll
     for (int r = 0; r < CHUNK_ROWS; ++r) {
-      bias.get(chunk, r, weights[r]);
-      multiply_columns(key, chunk.columns(0, r), weights[r]);
-      float2 query[ROW_BLOCKS * 2];
+      bias.get(chunk, r, weights);
+      multiply_columns(key, chunk, 0, r, weights);
+      float lse[ROW_BLOCKS][2];  // of this lane's queries, times log2(e)
 #pragma unroll
-      for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
-        query[i] = chunk.statistics(r)[i / 2 * 8 + lane_index() % 4 * 2 + i % 2];
-        grads[r][i / 2][i % 2] = grads[r][i / 2][2 + i % 2] = -query[i].y;
+      for (int block = 0; block < ROW_BLOCKS; ++block) {
+        const int first = block * 8 + lane_index() % 4 * 2;
+        const float2 two = load_pair(chunk.statistics(0, r) + first);
+        lse[block][0] = two.x * LOG2_E, lse[block][1] = two.y * LOG2_E;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 delta = load_pair(chunk.statistics(1, r) + first);
+#pragma unroll
+          for (int m = 0; m < MATRICES; ++m)
+            grads[m][r][block][2 * half] = delta.x, grads[m][r][block][2 * half + 1] = delta.y;
+        }
       }
-      multiply_columns(value, chunk.columns(1, r), grads[r]);
+      multiply_columns(value, chunk, 1, r, grads);
 #pragma unroll
-      for (int i = 0; i < ROW_BLOCKS * 4; ++i) {
-        float& weight = weights[r][i / 4][i % 4];
-        weight = exp2_fast(weight * scale - query[i / 4 * 2 + i % 2].x);
-        grads[r][i / 4][i % 4] *= weight;
+      for (int i = 0; i < MATRICES * ROW_BLOCKS * 4; ++i) {
+        const int m = i / 4 / ROW_BLOCKS, block = i / 4 % ROW_BLOCKS, line = 2 * m + i % 4 / 2;
+        float &weight = weights[m][r][block][i % 4], &grad = grads[m][r][block][i % 4];
+        const bool is_used = chunk.may_see(r, line);
+        weight = is_used ? exp2_fast(weight * scale - lse[block][i % 2]) : 0.f;
+        grad = is_used ? grad * weight : 0.f;
       }
     }
-    add_chunk_columns(weights, chunk.columns(1), first_block, grad_value);
-    add_chunk_columns(grads, chunk.columns(0), first_block, grad_key);
+    add_chunk_columns(weights, chunk, 1, first_block, grad_value);
+    add_chunk_columns(grads, chunk, 0, first_block, grad_key);
   }
 
   __device__ __forceinline__ void finish() {
     char* scratch = shared + WARPS_AT + warp_index() * WARP_BYTES;
-    store_unit(grad_key, {p.scale, p.scale}, rows_of<Storage>(p, GRAD_KEY, shared), unit, tile, first_block, scratch);
-    store_unit(grad_value, {1.f, 1.f}, rows_of<Storage>(p, GRAD_VALUE, shared), unit, tile, first_block, scratch);
+    float factor[LINES], one[LINES];
+#pragma unroll
+    for (int line = 0; line < LINES; ++line) factor[line] = p.scale, one[line] = 1;
+    store_unit(grad_key, factor, rows_of<Storage>(p, GRAD_KEY, shared), unit, tile, first_block, scratch);
+    store_unit(grad_value, one, rows_of<Storage>(p, GRAD_VALUE, shared), unit, tile, first_block, scratch);
   }
 };
 
-// Copies logsumexp * log2(e) and delta of the queries of a stage to shared memory.
+// Copies logsumexp and minus delta of the queries of a stage asynchronously, and zeros where there are none.
 __device__ __forceinline__ void copy_statistics(const Rows<const float>& lse, const Rows<const float>& delta,
                                                 const BlockTile& tile, int first_row, char* buffer) {
-  float2* statistics = reinterpret_cast<float2*>(buffer + 2 * COLUMN_BYTES);
+  float* statistics = reinterpret_cast<float*>(buffer + 2 * COLUMN_BYTES);
   for (int token = threadIdx.x; token < STAGE_TOKENS; token += TILE_THREADS) {
     const int row = first_row + token / COLUMNS;
     const Place at = tile.place(row);
     const int x = tile.first_x + at.segment * COLUMNS + token % COLUMNS;
     const bool is_there = row < tile.rows && tile.x.holds(x);
-    statistics[token] = {is_there ? *lse.at(at.z, at.y, x) * LOG2_E : 0.f, is_there ? *delta.at(at.z, at.y, x) : 0.f};
+    copy_async<4>(statistics + token, lse.at(at.z, at.y, x), is_there);
+    copy_async<4>(statistics + STAGE_TOKENS + token, delta.at(at.z, at.y, x), is_there);
   }
 }
 
@@ -83,6 +100,7 @@ NATTEN_KERNEL(natten_grad_key_value_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
         const auto queries = rows_of<const Storage>(p, QUERY, shared), grads = rows_of<const Storage>(p, GRAD_OUT, shared);
         copy_columns(queries, grads, tile, row, buffer);
         copy_statistics(rows_of<const float>(p, LSE, shared), rows_of<const float>(p, DELTA, shared), tile, row, buffer);
+        commit_copies();
       },
       [&](const Unit& unit) { return DifferentiateKey(p, tile, unit, shared, slice); });
 }

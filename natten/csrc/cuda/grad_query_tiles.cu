@@ -1,4 +1,4 @@
-// Fused attention, backward, first part, with matrix instructions: the gradients of queries and rpb, and `delta`. Delta is
+// Fused attention, backward, first part, with matrix instructions: the gradients of queries and rpb, and minus delta. Delta is
 // the sum over keys of each weight times its gradient. It equals out * grad_out, summed over head_dim, minus grad_lse.
 #define HAS_GRADIENT HAS_RPB
 #include "bias_gradient.h"
@@ -15,7 +15,8 @@ struct DifferentiateQuery {
   Fragments query, grad_out;
   UnitBias bias;
   UnitGradient gradient;
-  float scale, lse[2], delta[2], sum[SLICE][4];  // scale: includes log2(e), for exp2
+  float scale, lse[LINES], delta[LINES];  // scale and lse: include log2(e), for exp2
+  Sums sum;
 
   __device__ __forceinline__ DifferentiateQuery(const Params& p, const BlockTile& tile, const Unit& unit, char* shared,
                                                 int slice, float* table)
@@ -27,60 +28,68 @@ struct DifferentiateQuery {
     const UnitRows<const float> given_lse(rows_of<const float>(p, LSE, shared), unit);
     const UnitRows<const float> grad_lse(rows_of<const float>(p, GRAD_LSE, shared), unit);
     const UnitRows<float> given_delta(rows_of<float>(p, DELTA, shared), unit);
-    delta[0] = delta[1] = 0;
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      unsigned a[4], b[4];
-      out.fragment(step, a);
-      if (Element::IS_TFLOAT) grad_out.rows.fragment(step, b);  // not rounded
-      else grad_out.get(step, b);
+    for (int line = 0; line < LINES; ++line) {
+      float sum = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) delta[i % 2] += dot(a[i], b[i]);
+      for (int quad = 0; quad < QUADS; ++quad) {
+        unsigned a[4], b[4];
+        load_words(quad, out.row[line], a);
+        load_words(quad, grad_out.rows.row[line], b);  // not rounded to TF32
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum += dot(a[i], b[i]);
+      }
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      lse[line] = 0, delta[line] = sum;
+      if (!unit.is_there[line]) continue;
+      lse[line] = *given_lse.row[line] * LOG2_E;
+      if (p.tensors[GRAD_LSE].data) delta[line] -= *grad_lse.row[line];
+      if (first_block == 0 && lane_index() % 4 == 0) *given_delta.row[line] = -delta[line];
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      delta[half] += __shfl_xor_sync(~0u, delta[half], 1);
-      delta[half] += __shfl_xor_sync(~0u, delta[half], 2);
-      lse[half] = 0;
-      if (!unit.is_there[half]) continue;
-      lse[half] = *given_lse.row[half] * LOG2_E;
-      if (p.tensors[GRAD_LSE].data) delta[half] -= *grad_lse.row[half];
-      if (first_block == 0 && lane_index() % 4 == 0) *given_delta.row[half] = delta[half];
-    }
-#pragma unroll
-    for (int i = 0; i < SLICE * 4; ++i) sum[i / 4][i % 4] = 0;
+    for (int i = 0; i < MATRICES * SLICE * 4; ++i) sum[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;
   }
 
   __device__ __forceinline__ char* scratch() const { return shared + WARPS_AT + warp_index() * WARP_BYTES; }
 
-  __device__ __forceinline__ void add(const Chunk& chunk) {
-    float weights[CHUNK_ROWS][ROW_BLOCKS][4], grads[CHUNK_ROWS][ROW_BLOCKS][4];
+  template <class AnyChunk>
+  __device__ __forceinline__ void add(const AnyChunk& chunk) {
+    Products weights, grads;
 #pragma unroll
     for (int r = 0; r < CHUNK_ROWS; ++r) {
-      bias.get(chunk, r, weights[r]);
-      multiply_columns(query, chunk.columns(0, r), weights[r]);
+      bias.get(chunk, r, weights);
+      multiply_columns(query, chunk, 0, r, weights);
 #pragma unroll
-      for (int i = 0; i < ROW_BLOCKS * 4; ++i) grads[r][i / 4][i % 4] = -delta[i % 4 / 2];
-      multiply_columns(grad_out, chunk.columns(1, r), grads[r]);
+      for (int i = 0; i < LINES * ROW_BLOCKS * 2; ++i) {
+        const int line = i % LINES, column = i / LINES;
+        grads[line / 2][r][column / 2][line % 2 * 2 + column % 2] = -delta[line];
+      }
+      multiply_columns(grad_out, chunk, 1, r, grads);
+#pragma unroll
+      for (int i = 0; i < LINES * ROW_BLOCKS * 2; ++i) {
+        const int line = i % LINES, column = i / LINES;
+        float& grad = grads[line / 2][r][column / 2][line % 2 * 2 + column % 2];
+        const float logit = weights[line / 2][r][column / 2][line % 2 * 2 + column % 2];
+        grad = chunk.may_see(r, line) ? grad * exp2_fast(logit * scale - lse[line]) : 0.f;
+      }
     }
-#pragma unroll
-    for (int r = 0; r < CHUNK_ROWS; ++r)
-#pragma unroll
-      for (int i = 0; i < ROW_BLOCKS * 4; ++i)
-        grads[r][i / 4][i % 4] *= exp2_fast(weights[r][i / 4][i % 4] * scale - lse[i % 4 / 2]);
-    add_chunk_columns(grads, chunk.columns(0), first_block, sum);
+    add_chunk_columns(grads, chunk, 0, first_block, sum);
     // Last, because it writes to shared memory, and the compiler does not move reads before a write.
     if (HAS_GRADIENT && first_block == 0)
 #pragma unroll
       for (int r = 0; r < CHUNK_ROWS; ++r) {
         const Place at = chunk.place(r);
-        gradient.add(bias.table_row(at), bias.entry_of_corner(at.segment), grads[r]);
+        gradient.add(chunk, r, bias.table_row(at), bias.entry_of_corner(at.segment), grads);
       }
   }
 
   __device__ __forceinline__ void finish() {
     if (HAS_GRADIENT && first_block == 0) gradient.flush();
-    store_unit(sum, {p.scale, p.scale}, rows_of<Storage>(p, GRAD_QUERY, shared), unit, tile, first_block, scratch());
+    float factor[LINES];
+#pragma unroll
+    for (int line = 0; line < LINES; ++line) factor[line] = p.scale;
+    store_unit(sum, factor, rows_of<Storage>(p, GRAD_QUERY, shared), unit, tile, first_block, scratch());
   }
 };
 
@@ -105,6 +114,7 @@ NATTEN_KERNEL(natten_grad_query_tiles, natten::TILE_THREADS, MIN_BLOCKS) {
         [&](int row, char* buffer) {
           const auto keys = rows_of<const Storage>(p, KEY, shared), values = rows_of<const Storage>(p, VALUE, shared);
           copy_columns(keys, values, tile, row, buffer);
+          commit_copies();
         },
         [&](const Unit& unit) { return DifferentiateQuery(p, tile, unit, shared, slice, gradient.of_warp()); });
     __syncthreads();

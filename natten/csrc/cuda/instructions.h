@@ -67,11 +67,16 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes, or zeros, to shared memory. This thread sees them after wait_copies, others also need a barrier.
+// Copies 16 or 4 bytes, or zeros, to shared memory. This thread sees them after wait_copies, others also need a barrier.
+template <int BYTES = 16>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool is_there) {
-  const int bytes = is_there ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-               : "memory");
+  const int bytes = is_there ? BYTES : 0;
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(bytes)
+                 : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -99,6 +104,21 @@ __device__ __forceinline__ void load_matrices(unsigned* out, const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(at) : "memory");
   else
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(at) : "memory");
+}
+
+// Loads two numbers from shared memory, again for each call: to load them is cheaper than to move them to the adjacent
+// registers that matrix instructions require.
+__device__ __forceinline__ float2 load_pair(const void* from) {
+  float2 two;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(two.x), "=f"(two.y) : "r"(shared_address(from)) : "memory");
+  return two;
+}
+
+// Returns a word whose origin the first compiler does not know, so that what depends on it is computed after this point. If
+// `zero` is 0 at run time, but not at compile time, the second compiler (ptxas) does not know it, either.
+__device__ __forceinline__ unsigned renew(unsigned word, unsigned zero) {
+  asm volatile("xor.b32 %0, %0, %1;" : "+r"(word) : "r"(zero));
+  return word;
 }
 
 // Rounds a number to TF32, with 10 bits of fraction, as the matrix instructions for float32 require.

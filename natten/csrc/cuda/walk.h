@@ -11,9 +11,28 @@ __device__ __forceinline__ void add_rows(Work& work, const BlockTile& tile, cons
                                          int first_row, const char* buffer) {
 #pragma unroll 1
   for (; row < end; row += CHUNK_ROWS) {
-    const Chunk chunk(tile, unit, row, first_row, buffer);
+    const Chunk<ANY_ROW> chunk(tile, unit, row, first_row, first_row + STAGE_ROWS, buffer);
     if (chunk.is_used()) work.add(chunk);
   }
+}
+
+// Passes consecutive rows of columns that a regular unit sees to `work`, in an unrolled loop.
+template <int ROW = 0, class Work>
+__device__ __forceinline__ void add_regular_rows(Work& work, const BlockTile& tile, const Unit& unit, int row,
+                                                 const char* buffer) {
+  work.add(Chunk<ROW>(tile, unit, row + ROW, 0, STAGE_ROWS, buffer));
+  if constexpr (ROW + CHUNK_ROWS < REGULAR_ROWS) add_regular_rows<ROW + CHUNK_ROWS>(work, tile, unit, row, buffer);
+}
+
+// Passes all rows of columns of a unit to `work`.
+template <class Work>
+__device__ __forceinline__ void add_all_rows(Work& work, const BlockTile& tile, const Unit& unit, const char* buffer) {
+  if (!HAS_REGULAR_UNITS || !unit.is_regular)
+    return add_rows(work, tile, unit, unit.first_row, unit.end_row, 0, buffer);
+  if (RANK == 2) return add_regular_rows(work, tile, unit, unit.first_row, buffer);
+  const int height = tile.y.end - tile.y.first;
+#pragma unroll 1
+  for (int row = unit.first_row; row < unit.end_row; row += height) add_regular_rows(work, tile, unit, row, buffer);
 }
 
 // Finds the only unit of a warp. If there is none, returns false and sets a unit without rows, whose first token is
@@ -56,7 +75,7 @@ __device__ __forceinline__ void walk_units(const BlockTile& tile, char* shared, 
   wait_copies<0>();
   __syncthreads();
   if (!has_unit) return;
-  add_rows(work, tile, unit, unit.first_row, unit.end_row, 0, shared);
+  add_all_rows(work, tile, unit, shared);
   work.finish();
 }
 
@@ -79,7 +98,7 @@ __device__ __forceinline__ void walk(const Params& p, const BlockTile& tile, cha
     Unit unit;
     if (!unit.locate(tile, index)) continue;
     Work work = make(unit);
-    add_rows(work, tile, unit, unit.first_row, unit.end_row, 0, shared);
+    add_all_rows(work, tile, unit, shared);
     work.finish();
   }
 }
