@@ -135,8 +135,9 @@ def test_tables_of_timm(tmp_path, quick):
     assert tuple(read(train)[0]) == timm_tables.TRAIN_COLUMNS
     table, parts = str(tmp_path / "models.csv"), tmp_path / "parts"
     benchmark.main(["timm-tables", table, "--case", *cases[1:], "--out", str(parts)])
-    assert read(parts / train.name) == read(train)
-    assert read(parts / infer.name) == [row for row in rows if row["infer_img_size"] == "64"]
+    assert [row["model"] for row in read(parts / train.name)] == [row["model"] for row in read(train)]
+    names = [row["model"] for row in rows if row["infer_img_size"] == "64"]
+    assert [row["model"] for row in read(parts / infer.name)] == names
     with pytest.raises(ValueError, match="no rows of models for inference_b9_32"):
         benchmark.main(["timm-tables", table, "--case", "inference_b9_32"])
     with pytest.raises(FileNotFoundError, match=r"none\.csv"):
