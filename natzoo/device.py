@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from multiprocessing import synchronize
 
 import torch
 
@@ -73,7 +75,10 @@ def autocast_context(amp: str, device: torch.device) -> Callable[[], AbstractCon
 
 @contextmanager
 def explain_memory_errors(remedy: str) -> Iterator[None]:
-    """Turn out-of-memory errors of the GPU and of data-loading workers into a ValueError that suggests `remedy`."""
+    """Turn out-of-memory errors of the GPU, and of data-loading workers, into a ValueError that suggests `remedy`.
+
+    The same for workers that cannot be started: their semaphores are in /dev/shm.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -85,4 +90,11 @@ def explain_memory_errors(remedy: str) -> Iterator[None]:
         raise ValueError(
             "--workers: a data-loading worker died, probably because the memory or /dev/shm is full; use fewer "
             f"--workers, or give the container more shared memory with --shm-size ({line.strip()})."
+        ) from error
+    except OSError as error:
+        if not any(caller.filename == synchronize.__file__ for caller in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise ValueError(
+            f"--workers: data-loading workers cannot be started ({error.strerror}); make /dev/shm writable, or use "
+            "--workers 0."
         ) from error

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from natten.backends import locks
 from natzoo.command_line import create_folder
 
 _LOCK_NAME = ".lock"
 _PATIENCE_S = 5.0  # a killed run on a GPU takes seconds to end
+_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 _held: set[int] = set()  # descriptors of the locks of this process
@@ -43,9 +45,14 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor in _held:  # false in a forked process
-            (folder / _LOCK_NAME).unlink(missing_ok=True)
             _held.remove(descriptor)
-            os.close(descriptor)
+            if sys.platform == "win32":  # it cannot delete open files
+                os.close(descriptor)
+                with contextlib.suppress(OSError):  # another run has it
+                    (folder / _LOCK_NAME).unlink(missing_ok=True)
+            else:
+                (folder / _LOCK_NAME).unlink(missing_ok=True)
+                os.close(descriptor)
             with contextlib.suppress(OSError):  # not empty
                 for path in created:
                     path.rmdir()
@@ -53,19 +60,17 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 def _acquire(folder: Path) -> int:
     """Return the descriptor of the locked file of a folder."""
-    import fcntl
-
     path, end = folder / _LOCK_NAME, time.monotonic() + _PATIENCE_S
     while True:
         create_folder(folder, "--work-dir")
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            descriptor = os.open(path, _FLAGS, 0o666)
         except FileNotFoundError:  # another process has just removed the folder
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.try_lock(descriptor)
         except BlockingIOError as error:
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+            holder = locks.read_holder(descriptor).strip()
             os.close(descriptor)
             if time.monotonic() >= end:
                 raise ValueError(
@@ -80,8 +85,7 @@ def _acquire(folder: Path) -> int:
                 raise
             print(f"Warning: {folder} is on a file system without locks; start only one run in it.", file=sys.stderr)
         if _is_same_file(descriptor, path):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            locks.write_holder(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n")
             return descriptor
         os.close(descriptor)  # the former holder has removed this file
 
@@ -99,4 +103,5 @@ def _release_inherited() -> None:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_release_inherited)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_inherited)

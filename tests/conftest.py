@@ -1,5 +1,6 @@
 """Options and fixtures of all tests."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import pytest
 TESTS = Path(__file__).parent
 # The helper modules in this folder, and the scripts of the project.
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "tools")]
+
+
+def pytest_configure():
+    # A shell lets its background jobs ignore Ctrl-C, and tests send it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():

@@ -28,6 +28,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from natten.backends import locks
+
 _PATIENCE_S = 60.0  # time of waiting for a lock before a message
 _GRACE_S = 1.0  # time for the new holder of a lock to write its name
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -161,20 +163,17 @@ def lock(folder: Path) -> Iterator[None]:
         reminder = last_seen + _PATIENCE_S
         while True:
             try:
-                _try_to_lock(descriptor)
-                os.truncate(descriptor, 0)
-                os.lseek(descriptor, 0, os.SEEK_SET)
-                os.write(descriptor, _identity(os.getpid()))
+                locks.try_lock(descriptor)
+                locks.write_holder(descriptor, _identity(os.getpid()))
                 break
             except BlockingIOError:
-                os.lseek(descriptor, 0, os.SEEK_SET)
-                holder = os.read(descriptor, 256)
+                holder = locks.read_holder(descriptor)
                 if not _has_died(holder):
                     last_seen = time.monotonic()
                 elif time.monotonic() > last_seen + _GRACE_S:  # a child that it forked still has the file open
                     break
                 if time.monotonic() > reminder:
-                    log.warning("waiting for process %s, which holds %s", holder.decode(errors="replace"), path)
+                    log.warning("waiting for process %s, which holds %s", holder, path)
                     reminder = math.inf
                 time.sleep(0.05)
             except OSError:  # a file system without locks
@@ -182,45 +181,19 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            _unlock(descriptor)  # explicitly, because a forked child may still hold the file open
+            locks.unlock(descriptor)  # explicitly, because a forked child may still hold the file open
         os.close(descriptor)
 
 
-if sys.platform == "win32":
-    import msvcrt
-
-    _LOCKED_BYTE = 1 << 20  # beyond the content, which others could not read if it were locked
-
-    def _try_to_lock(descriptor: int) -> None:
-        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except PermissionError as error:
-            raise BlockingIOError(*error.args) from error
-
-    def _unlock(descriptor: int) -> None:
-        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-
-else:
-    import fcntl
-
-    def _try_to_lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def _unlock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+def _identity(process: int) -> str:
+    return f"{process} on {socket.gethostname()}"
 
 
-def _identity(process: int) -> bytes:
-    return f"{process} on {socket.gethostname()}".encode()
-
-
-def _has_died(holder: bytes) -> bool:
+def _has_died(holder: str) -> bool:
     """Return whether the process of an `_identity` was one of this machine and has ended."""
     if sys.platform == "win32":  # it releases the locks of a process that ends
         return False
-    number = holder.partition(b" ")[0]
+    number = holder.partition(" ")[0]
     if not number.isdigit() or holder != _identity(int(number)):
         return False
     try:

@@ -30,6 +30,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from natten.backends import locks
 from natzoo.checkpoints.write import write_atomically
 
 TRIES = 4  # per URL
@@ -377,11 +378,6 @@ def _locked(path: Path) -> Iterator[None]:
     except OSError as error:
         text = f"{path.parent} is not writable ({error.strerror}); set NATZOO_CACHE_DIR to another folder."
         raise OSError(error.errno, text) from error
-    with os.fdopen(handle) as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except ModuleNotFoundError:  # Windows: two processes may download the same file, but the rename keeps it intact
-            pass
+    with os.fdopen(handle):
+        locks.lock(handle)
         yield

@@ -9,7 +9,8 @@ import time
 from types import TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_WARNINGS = tuple(filter(None, (getattr(signal, "SIGUSR1", None),)))  # Windows has none
+SIGNALS = (signal.SIGTERM, *_WARNINGS)
 # Under torchrun, one Ctrl-C may arrive twice, from the terminal and from torchrun. Later signals are new ones.
 _REPEAT_S = 2.0
 
@@ -66,7 +67,7 @@ class SignalHandler:
             return
         is_new = now - self._received_at > (_REPEAT_S if "RANK" in os.environ else 0)
         # torchrun sends SIGTERM for the second Ctrl-C.
-        if self.received == signal.SIGINT and number != signal.SIGUSR1 and is_new:
+        if self.received == signal.SIGINT and number not in _WARNINGS and is_new:
             raise KeyboardInterrupt
 
 
@@ -76,9 +77,9 @@ def ignore_signals_in_worker(_: int = 0) -> None:
     A scheduler signals every process of a job. A worker that died of it would end the run in the middle of a step; a
     worker that ignored every SIGTERM could not be stopped.
     """
-    for number in (signal.SIGUSR1, signal.SIGINT):
+    for number in (*_WARNINGS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
+    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()

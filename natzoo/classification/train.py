@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import hashlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -445,7 +444,8 @@ class Trainer:
         self.bar.set_postfix({"loss": f"{loss:.3f}", "lr": f"{lr:.2e}", "img/s": f"{rate:.1f}"})
         if self.log is not None:
             memory = peak_memory_mb(self.device)
-            self.log.log_update(update, loss=loss, lr=lr, grad_norm=norm, images_per_s=rate, memory_mb=memory)
+            metrics = {} if memory is None else {"memory_mb": memory}
+            self.log.log_update(update, loss=loss, lr=lr, grad_norm=norm, images_per_s=rate, **metrics)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the averaged weights if there are any, else the weights, on the validation images."""
@@ -538,10 +538,14 @@ class Trainer:
         )
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Return the peak memory of this process so far in 10^6 bytes, on the GPU if it uses one."""
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Return the peak memory of this process so far in 10^6 bytes, on the GPU if it uses one; None on Windows' CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 

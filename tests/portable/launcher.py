@@ -104,12 +104,10 @@ def arm64() -> Target:
     Raises:
         MissingTool: if the cross compiler or the emulator is not installed.
     """
-    compiler = _find("aarch64-linux-gnu-g++", install="g++-aarch64-linux-gnu")
+    compiler = query([_find("aarch64-linux-gnu-g++", install="g++-aarch64-linux-gnu")])
     emulator = _find("qemu-aarch64-static", "qemu-aarch64", install="qemu-user-static")
-    command = [compiler, "-print-file-name=libc.so.6"]
-    libc = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    root = str(Path(libc).resolve().parents[1])
-    return Target(query([compiler]), (emulator, "-L", root), ("libgomp.so.1",))
+    root = str(_file_of(compiler, "libc.so.6").parents[1])
+    return Target(compiler, (emulator, "-L", root), ("libgomp.so.1",))
 
 
 @functools.cache
@@ -123,6 +121,30 @@ def windows() -> Target:
     emulator = _find("wine", "wine64", install="wine")
     openmp = os.environ.get("NATTEN_TEST_OPENMP_DLL")
     return Target(query([compiler]), (emulator,), (openmp,) if openmp else (), ("-static",))
+
+
+def clang_cl(mingw: Compiler, folder: Path) -> Compiler:
+    """Return clang-cl for Windows with MinGW's headers and libraries, because Microsoft's are not free.
+
+    Args:
+        mingw: MinGW's GCC.
+        folder: where links to its files are made, under names that Clang finds.
+
+    Raises:
+        MissingTool: if clang-cl is not installed.
+    """
+    versions = (f"clang-cl-{version}" for version in range(30, 13, -1))
+    compiler = _find("clang-cl", *versions, install="clang-tools")
+    (folder / "lib" / "gcc" / "x86_64-w64-mingw32").mkdir(parents=True)
+    (folder / "lib" / "gcc" / "x86_64-w64-mingw32" / "1.0.0").symlink_to(_file_of(mingw, "libgcc.a").parent)
+    (folder / "x86_64-w64-mingw32").symlink_to(_file_of(mingw, "libkernel32.a").parents[1])
+    return query([compiler, "--target=x86_64-w64-mingw32", f"--sysroot={folder}"])
+
+
+def _file_of(compiler: Compiler, name: str) -> Path:
+    """Return a file that the compiler links."""
+    command = [*compiler.command, f"-print-file-name={name}"]
+    return Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()).resolve()
 
 
 def _find(*names: str, install: str) -> str:

@@ -1,5 +1,6 @@
 """The effect of options on the model, the loss, the optimizer and the schedule."""
 
+import errno
 import functools
 import os
 import signal
@@ -155,6 +156,18 @@ def test_tf32_is_enabled_on_gpus_only(monkeypatch):
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of PyTorch's unfinished iterator
+def test_workers_that_cannot_be_started_are_a_user_error(tiny, monkeypatch):
+    """As in a container whose /dev/shm only root can write."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", refuse)
+    with pytest.raises(ValueError, match=r"--workers.*Permission denied.*/dev/shm"):
+        train.main(tiny("--workers", "1"))
 
 
 def test_killed_worker_is_a_user_error(tiny, monkeypatch):

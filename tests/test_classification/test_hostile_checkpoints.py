@@ -3,6 +3,7 @@
 import argparse
 import copy
 import io
+import itertools
 import zipfile
 
 import pytest
@@ -261,11 +262,12 @@ def plain_changes(state):
         yield (*outer, key), KeyError
 
 
-def test_states_of_another_run(stopped, run_folder):
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_states_of_another_run(stopped, run_folder, step):
     """One sentence, or a run that continues: some values do not matter, or are replaced by those of the run."""
     options, state = stopped
     refused = 0
-    for (*outer, key), value in plain_changes(state):
+    for (*outer, key), value in itertools.islice(plain_changes(state), 0, None, step):
         damaged = copy.deepcopy(state)
         target = damaged
         for name in outer:
@@ -292,7 +294,7 @@ def test_states_of_another_run(stopped, run_folder):
             refused += 1
         except Exception as error:
             raise AssertionError(f"{(*outer, key)} = {value!r:.100}") from error
-    assert refused > 500
+    assert refused > 500 // step
 
 
 def test_options_that_no_longer_fit(stopped, run_folder, capsys):

@@ -133,7 +133,7 @@ class ProcessTest(BuildTestCase):
         cache.make(self.cache)
         holder = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
         with cache.lock(self.cache):
-            (self.cache / ".lock").write_bytes(cache._identity(int(holder.stdout)))
+            (self.cache / ".lock").write_text(cache._identity(int(holder.stdout)))
             self.assertEqual(self.check_compiles().path.parent, self.cache)
 
     def test_a_killed_process_leaves_no_lock_and_no_library(self):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnxruntime
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -133,6 +134,7 @@ class CompileTest(unittest.TestCase):
         self.assertLessEqual(counter.frame_count, 1 + 2)
 
     @unittest.skipUnless(HAS_COMPILER, "inductor needs a C++ compiler")
+    @pytest.mark.slow
     def test_dynamic_sizes_with_inductor(self):
         """Layers between strided and transposed convolutions, as in a U-Net."""
         torch.manual_seed(0)

@@ -25,7 +25,7 @@ from natten.backends.cpu import build
 from natten.backends.kernels import warn_fallback
 from test_natten.problems import RANKS, Problem, cotangents, function, gradients, make_qkv, make_rpb, random_problem
 
-PROBLEMS_PER_RANK = 200
+PROBLEMS_PER_RANK = 200  # of the long sweep
 HEAD_DIMS = (8, 10, 16, 20, 24, 32, 1, 7, 12, 14, 28, 36, 40, 64, 72, 100, 128, 256, 264)
 _SPARE = {1: 70, 2: 24, 3: 7}  # tokens per axis beyond kernel_size * dilation, enough for several vectors of queries
 
@@ -114,19 +114,19 @@ class AgainstReferenceTest(unittest.TestCase):
             self.assertLessEqual(error, 2 * peer_error, f"rank {rank}")
 
     def test_fused_float32(self):
-        self.check_all(fused, PROBLEMS_PER_RANK, torch.float32, torch.float32)
+        self.check_all(fused, 60, torch.float32, torch.float32)
 
     def test_fused_bfloat16(self):
-        self.check_all(fused, 30, torch.bfloat16, torch.float32)
+        self.check_all(fused, 20, torch.bfloat16, torch.float32)
 
     def test_fused_float16(self):
-        self.check_all(fused, 30, torch.float16, torch.float16)
+        self.check_all(fused, 20, torch.float16, torch.float16)
 
     def test_unfused_float32(self):
-        self.check_all(unfused, 60, torch.float32, torch.float32)
+        self.check_all(unfused, 20, torch.float32, torch.float32)
 
     def test_unfused_bfloat16(self):
-        self.check_all(unfused, 15, torch.bfloat16, torch.bfloat16)
+        self.check_all(unfused, 8, torch.bfloat16, torch.bfloat16)
 
     @pytest.mark.slow
     def test_long_sweep(self):

@@ -199,6 +199,15 @@ class WindowsTest(EmulatedTestCase):
         compiler.compile_library(self.target.compiler, build.SOURCES, library, "-march=native")
         self.check_with_and_without_openmp(library)
 
+    def test_clang_cl(self):
+        try:
+            clang_cl = launcher.clang_cl(self.target.compiler, self.folder / "root")
+        except launcher.MissingTool as error:
+            self.skipTest(str(error))
+        library = self.folder / "clang_cl.dll"
+        compiler.compile_library(clang_cl, build.SOURCES, library, "-march=native")
+        self.check_with_and_without_openmp(library)
+
     def test_wheel(self):
         self.check_wheel()
 

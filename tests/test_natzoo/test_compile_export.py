@@ -97,7 +97,9 @@ def test_export_with_dynamic_sizes(name, kwargs):
         assert_near(exported(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny", pytest.param("vitrpb_small", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["dinat_mini", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dinat_s_tiny", "vitrpb_small"))]
+)
 def test_onnx_with_dynamic_sizes(name, tmp_path):
     model = make(name, SHALLOW[name])
     program = torch.onnx.export(model, (random_images(1),), dynamo=True, verbose=False, dynamic_shapes=(SIDES,))

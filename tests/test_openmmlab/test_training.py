@@ -147,7 +147,11 @@ def test_checkpoints_contain_plain_values(segmenter):
     ("workers", "resume"),
     [
         ("", ["--resume"]),
-        ("train_dataloader.update(num_workers=1, persistent_workers=True)\n", ["--cfg-options", "resume=True"]),
+        pytest.param(
+            "train_dataloader.update(num_workers=1, persistent_workers=True)\n",
+            ["--cfg-options", "resume=True"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_resumed_run_equals_uninterrupted_run(drawn, tmp_path, workers, resume, capfd):

@@ -1,5 +1,6 @@
 """tools/build_wheels.py: wheels work in an environment without the checkout, and libraries need only the system's."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -43,6 +44,7 @@ EXPORTED = {
         "weight_value_backward",
     )
 }
+ZIG = f"{importlib.util.find_spec('ziglang').submodule_search_locations[0]}/zig c++" if ziglang() else ""
 needs_ziglang = pytest.mark.skipif(not ziglang(), reason="no package ziglang; pip install ziglang")
 
 
@@ -102,6 +104,19 @@ def test_pure_wheel_compiles(build, use, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     library, _ = use(wheel, NATTEN_CACHE_DIR=str(tmp_path / "cache"))
     assert library.parent == tmp_path / "cache"
+
+
+@pytest.mark.slow
+@needs_ziglang
+@pytest.mark.parametrize("variable", [("PATH", "/nowhere"), ("CXX", f"{sys.executable} -m ziglang c++"), ("CXX", ZIG)])
+def test_pure_wheel_compiles_with_ziglang(build, use, tmp_path, variable):
+    """Without another compiler, or named by CXX."""
+    wheel = build(build_wheels.PURE)
+    library, warnings = use(wheel, NATTEN_CACHE_DIR=str(tmp_path / "cache"), **dict([variable]))
+    assert library.parent == tmp_path / "cache"
+    (line,) = warnings.splitlines()
+    assert "compiling" in line
+    assert b"GCC: (" not in library.read_bytes()
 
 
 @pytest.mark.slow

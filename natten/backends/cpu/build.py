@@ -41,6 +41,7 @@ from natten.backends.cpu.compiler import (
     Compiler,
     compile_library,
     find_compilers,
+    is_zig,
 )
 from natten.backends.cpu.openmp import FUNCTIONS, find_runtime
 
@@ -254,7 +255,8 @@ def _compile(sources: Path, names: Mapping[Compiler, str], folder: Path, cpu: st
     if not any(sources.glob("*.cpp")):
         raise Unavailable(f"{sources} does not contain the sources of the CPU kernels; install natten again")
     # A warning, because Python prints no lower level by default, and the first call would seem to hang.
-    log.warning("compiling natten's CPU kernels for %s (10 to 60 s)", "this machine" if cpu == NATIVE else cpu)
+    duration = "minutes if Zig does so for the first time" if is_zig(next(iter(names)).command) else "10 to 60 s"
+    log.warning("compiling natten's CPU kernels for %s (%s)", "this machine" if cpu == NATIVE else cpu, duration)
     failures = []
     for compiler, name in names.items():
         try:

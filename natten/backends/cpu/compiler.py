@@ -62,10 +62,7 @@ def find_compilers() -> list[Compiler]:
     for name in ("CXX", "c++", "g++", "clang++", "clang-cl", "ziglang"):
         text = os.environ.get("CXX", "") if name == "CXX" else name
         try:
-            if name == "ziglang":
-                command = () if found else ziglang()
-            else:
-                command = tuple(shlex.split(text, posix=os.name == "posix"))
+            command = _words(text) if name != "ziglang" else () if found else ziglang()
             if not command:
                 log.debug("%s is not %s", name, "set" if name == "CXX" else "needed or not installed")
                 continue
@@ -76,6 +73,15 @@ def find_compilers() -> list[Compiler]:
     return list(dict.fromkeys(found))
 
 
+def _words(text: str) -> tuple[str, ...]:
+    """Split a command into words. On Windows a backslash is part of a path, which may contain spaces without quotes."""
+    if sys.platform != "win32":
+        return tuple(shlex.split(text))
+    if shutil.which(text):
+        return (text,)
+    return tuple(word.strip('"') for word in shlex.split(text, posix=False))
+
+
 def ziglang(target: str | None = None) -> tuple[str, ...]:
     """Return the command of the C++ compiler in the package ziglang; empty if it is not installed.
 
@@ -84,8 +90,6 @@ def ziglang(target: str | None = None) -> tuple[str, ...]:
     """
     if importlib.util.find_spec("ziglang") is None:
         return ()
-    if target is None and sys.platform == "linux":
-        target = f"{platform.machine()}-linux-gnu"  # else it would choose musl
     return (sys.executable, "-m", "ziglang", "c++", *(("-target", target) if target else ()))
 
 
@@ -101,14 +105,21 @@ def query(command: Sequence[str]) -> Compiler:
     if path is None:
         raise FileNotFoundError("program not found")
     command = (path, *command[1:])
-    if Path(path).stem == "clang-cl":
+    if re.match(r"clang-cl\b", Path(path).stem):
         command += ("--driver-mode=g++",)  # so that it takes the same flags
+    if is_zig(command) and "-target" not in command and sys.platform == "linux":
+        command += ("-target", f"{platform.machine()}-linux-gnu")  # else it may choose musl
     version = _run([*command, "--version"], timeout=60).stdout.strip()
     if not version:
         raise ValueError("--version prints nothing")
     named = re.search(r"^Target: (.+)$", version, re.MULTILINE)  # by Clang
     target = named[1] if named else _run([*command, "-dumpmachine"], timeout=60).stdout.strip()
     return Compiler(command, version, target)
+
+
+def is_zig(command: Sequence[str]) -> bool:
+    """Return whether a command is like `zig c++`, `python-zig c++` or `python -m ziglang c++`."""
+    return any(Path(word).stem in ("zig", "python-zig", "ziglang") for word in command)
 
 
 def compile_library(compiler: Compiler, sources: Path, target: Path, cpu: str = NATIVE) -> None:
@@ -134,7 +145,7 @@ def compile_library(compiler: Compiler, sources: Path, target: Path, cpu: str = 
 
 def _compile_and_link(compiler: Compiler, sources: Path, target: Path, cpu: str) -> None:
     compiling, linking = _system_flags(compiler.target)
-    if "ziglang" in compiler.command:
+    if is_zig(compiler.command):
         cpu = cpu.replace("x86-64-v", "x86_64_v").replace("-march=armv8-a", "-mcpu=generic")  # its names
 
     def to_object(source: Path) -> Path:
