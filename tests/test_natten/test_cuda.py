@@ -254,6 +254,8 @@ class EmulatedSweepTest(EmulatedTestCase):
         for rank in RANKS:
             for seed in range(count):
                 given = problem_of(rank, seed)
+                if compute is unfused:  # larger ones are refused before they reach the kernels
+                    given = given._replace(head_dim=min(given.head_dim, cuda.MAX_DIM))
                 if given.head_dim > 64:
                     given = given._replace(heads=1, batch=1)
                 with self.subTest(given=given):
