@@ -78,6 +78,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool is_t
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(bytes)
                  : "memory");
 }
+// Copies the first `bytes` of 16, and zeros after them, to shared memory. Does nothing if there are none.
+__device__ __forceinline__ void copy_async_part(void* to, const void* from, int bytes) {
+  asm volatile(
+      "{\n.reg .pred any;\nsetp.gt.s32 any, %2, 0;\n@any cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes)
+      : "memory");
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {

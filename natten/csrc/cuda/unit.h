@@ -109,9 +109,12 @@ class Chunk {
   __device__ __forceinline__ const char* columns(int tensor, int r = 0) const {
     return buffer_ + tensor * COLUMN_BYTES + token_ * (PITCH * 16) + r * (COLUMNS * PITCH * 16);
   }
+  __device__ __forceinline__ int row_of_stage(int r) const { return (token_ - unit_.first_column) / COLUMNS + r; }
+  // What the columns of the stage have in addition, as queries.
+  __device__ __forceinline__ const char* queries() const { return buffer_ + COLUMN_TENSORS * COLUMN_BYTES; }
   // The first or the second statistic of each of these columns.
   __device__ __forceinline__ const float* statistics(int which, int r) const {
-    return reinterpret_cast<const float*>(buffer_ + 2 * COLUMN_BYTES) + which * STAGE_TOKENS + token_ + r * COLUMNS;
+    return reinterpret_cast<const float*>(queries()) + which * STAGE_TOKENS + token_ + r * COLUMNS;
   }
 
  private:
