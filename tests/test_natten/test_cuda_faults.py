@@ -27,12 +27,13 @@ from emulation.launcher import EmulationError
 from natten.backends import cuda
 from natten.backends.cuda import nvrtc
 from test_natten import test_cuda
+from test_natten.guarded import GuardedProblem, has_read_beyond_tensors
 from test_natten.test_cpu import fused, unfused
 from test_natten.test_cuda import TF32_EPS, few_warps, problem, tile_limits
 
 
 class Case(NamedTuple):
-    """A problem that test_cuda.py has, too."""
+    """A problem that test_cuda.py or test_cuda_unfused.py has, too."""
 
     problem: test_cuda.Problem
     dtype: torch.dtype = torch.bfloat16
@@ -58,7 +59,7 @@ def _with_tf32() -> tuple:
     return (mock.patch.object(cuda, "allows_tf32", lambda: True),)
 
 
-CASES = {
+CASES: dict[str, Case | GuardedProblem] = {
     "tiles": Case(problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True))),
     "map": Case(problem((20, 19), 5)),
     "window": Case(problem((7, 7), 7)),
@@ -76,6 +77,7 @@ CASES = {
         patches=_with_two_warps,
         compute=unfused,
     ),
+    "guarded": GuardedProblem((11, 21), 5, 2, dim=8),
     "causal": Case(problem((9, 20), (3, 5), 1, (1, 2), (False, True)), torch.float16, compute=unfused),
 }
 
@@ -162,6 +164,7 @@ FAULTS = (
         "(void)from",
     ),
     Fault("weights: the last one is not copied", "weights", r"min\(bytes, 16\)", "min(bytes - 2, 16)", "slots.h"),
+    Fault("weights: those of absent tokens are copied", "guarded", r"first < end && ", "", "slots.h"),
     Fault("weights: of the next column", "weights", r"\bmax\(slot \+ 1, 0\)", "max(slot, 0)", "gather_tiles.cu"),
     Fault("weights: outside the window", "weights", r"takes_high \? 0x5400u : 0x3200u", "0x5400u"),
     Fault("scatter: weights for too few keys", "weights", r"start, WINDOWS\[axis\]\)", "start - 1, WINDOWS[axis])"),
@@ -184,7 +187,7 @@ def plant(fault: Fault, folder: Path) -> None:
     raise LookupError(f"{fault.name}: the pattern has no match")
 
 
-def caught_by(fault: Fault | None, case: Case) -> str | None:
+def caught_by(fault: Fault | None, case: Case | GuardedProblem) -> str | None:
     """Run a case with a fault, or without. Return what catches it, or None.
 
     Raises:
@@ -196,6 +199,8 @@ def caught_by(fault: Fault | None, case: Case) -> str | None:
         if fault is not None:
             plant(fault, Path(parent, "cuda"))
             stack.enter_context(mock.patch.object(nvrtc, "SOURCES", Path(parent, "cuda")))
+        if isinstance(case, GuardedProblem):
+            return "a read beyond a tensor" if has_read_beyond_tensors([case], nvrtc.SOURCES) else None
         for patch in case.patches():
             stack.enter_context(patch)
         try:
@@ -219,6 +224,7 @@ class FaultsTest(unittest.TestCase):
     def test_a_missing_barrier_is_caught_whatever_the_order_of_threads(self):
         fault = next(fault for fault in FAULTS if fault.name == "stages: no barrier before they are overwritten")
         case = CASES[fault.case]
+        assert isinstance(case, Case)
         for seed in range(5):
             found = caught_by(fault, case._replace(problem=case.problem._replace(seed=seed)))
             self.assertIsNotNone(found, seed)

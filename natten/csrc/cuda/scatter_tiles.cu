@@ -20,9 +20,12 @@ struct Scatter {
   int first_block;
   Rows<const Storage> rows;
   SlotPlaces places;
-  int column[LINES_IN_X][ROW_BLOCKS][2];      // the distance in bytes from a row of the stage to these columns' slots,
-  int offset[LINES_IN_X][ROW_BLOCKS][2];      // plus this, plus the position of the row in global memory, modulo 16
-  unsigned selector[LINES_IN_X][ROW_BLOCKS];  // which of them attend to this thread's tokens
+  // For the slots of this thread's columns that belong to its tokens: their distance in bytes from a row of the stage, without
+  // the distance of slot 0 from a multiple of 16 bytes.
+  int slot_bytes[LINES_IN_X][ROW_BLOCKS][2];
+  // That distance is this plus the position of the row in global memory, modulo 16.
+  unsigned low_part[LINES_IN_X][ROW_BLOCKS][2];
+  unsigned selector[LINES_IN_X][ROW_BLOCKS];  // which of the columns attend to this thread's tokens
   Sums sum;
 
   __device__ __forceinline__ Scatter(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice)
@@ -46,8 +49,8 @@ struct Scatter {
         const Span copied = RANK > 1 ? Span{0, KERNEL_X} : slots_of_tile(tile, 2, start);
         const int slot = min(max(unit.token_x[line] - start, copied.first), copied.end - 1);
         const int distance = (unit.first_column + query - corner) * places.pitch;
-        column[line][block][k] = distance + slot * SLOT_BYTES;
-        offset[line][block][k] = low_bits(rows.at(0, 0, query)) - distance;
+        slot_bytes[line][block][k] = distance + slot * SLOT_BYTES;
+        low_part[line][block][k] = low_bits(rows.at(0, 0, query)) - distance;
       }
       selector[line][block] = select_halves(span.holds(x), span.holds(x + 1));
     }
@@ -61,15 +64,15 @@ struct Scatter {
       const Place at = chunk.place(r);
       if (IS_SEGMENTED) find_columns(at.segment);
       const char* slots = chunk.queries() + chunk.row_of_stage(r) * slots_bytes(COLUMNS);
-      const int low = static_cast<int>(at.z * rows.step[0] + at.y * rows.step[1]);
+      const unsigned low = at.z * static_cast<unsigned>(rows.step[0]) + at.y * static_cast<unsigned>(rows.step[1]);
       const int slot_z = RANK > 2 ? unit.z - WindowsZ::start(at.z, tile.map.n[0]) : 0;
       const int slot_y = RANK > 1 ? unit.y - WindowsY::start(at.y, tile.map.n[1]) : 0;
       const char* found[LINES_IN_X][ROW_BLOCKS][2];
 #pragma unroll
       for (int i = 0; i < LINES_IN_X * ROW_BLOCKS * 2; ++i) {
         const int line = i / 2 / ROW_BLOCKS, block = i / 2 % ROW_BLOCKS, k = i % 2;
-        found[line][block][k] = slots + slot_index(slot_z, slot_y, 0) * SLOT_BYTES + column[line][block][k] +
-                                ((offset[line][block][k] + low) & 15);
+        found[line][block][k] = slots + slot_index(slot_z, slot_y, 0) * SLOT_BYTES + slot_bytes[line][block][k] +
+                                ((low_part[line][block][k] + low) & 15);
       }
 #pragma unroll
       for (int line = 0; line < LINES; ++line) {

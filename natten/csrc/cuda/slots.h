@@ -21,24 +21,26 @@ struct SlotPlaces {
   int pitch;
 
   // The first slot of a token with this address in global memory.
-  __device__ __forceinline__ int of(int token, int address) const {
-    return token * pitch + (address - token * pitch & 15);
+  __device__ __forceinline__ int of(int token, unsigned address) const {
+    const int first = token * pitch;
+    return first + static_cast<int>(address - first & 15);
   }
 };
 // The places of slots that are read. step: from one token to the next in global memory.
 __device__ __forceinline__ SlotPlaces places_to_read(Step step) {
   return {(step - SLOTS_PITCH) % 16 == 0 ? SLOTS_PITCH : LOOSE_PITCH};
 }
-__device__ __forceinline__ int low_bits(const void* address) {
-  return static_cast<int>(reinterpret_cast<unsigned long long>(address));
+__device__ __forceinline__ unsigned low_bits(const void* address) {
+  return static_cast<unsigned>(reinterpret_cast<unsigned long long>(address));
 }
 
-// Copies a piece of a token's slots, if it contains any of the slots [first, end), asynchronously. to: slot 0.
+// Copies a piece of a token's slots, if it contains any of the slots [first, end), asynchronously. to: slot 0. For a token that
+// does not exist, `end` is 0; nothing around it may be read.
 __device__ __forceinline__ void copy_slots(const void* slots, int first, int end, int piece, char* to) {
   const int skipped = low_bits(slots) & 15, at = piece * 16 - skipped, bytes = end * SLOT_BYTES - at;
-  const bool has_first = first * SLOT_BYTES < at + 16;
+  const bool is_copied = first < end && first * SLOT_BYTES < at + 16;
   // Not slots + at, whose high word would take another instruction.
-  copy_async_part(to + at, static_cast<const char*>(slots) - skipped + piece * 16u, has_first ? min(bytes, 16) : 0);
+  copy_async_part(to + at, static_cast<const char*>(slots) - skipped + piece * 16u, is_copied ? min(bytes, 16) : 0);
 }
 
 // The slots of a unit's tokens in the scratch memory of its warp.

@@ -57,6 +57,7 @@ struct Unit {
 // Rows of columns that the lines of a regular unit see, on the second axis. Row r is in the window of line l if
 // l <= r < l + KERNEL_Y.
 constexpr int REGULAR_ROWS = KERNEL_Y + LINES - 1;
+static_assert(CHUNK_ROWS <= REGULAR_ROWS, "the first chunk of a regular unit must not need rows before its columns");
 constexpr int ANY_ROW = -1;
 // Whether there is an unrolled loop for regular units. It is not worth its size if few units are regular, or for many rows.
 constexpr bool HAS_REGULAR_UNITS =
