@@ -264,8 +264,8 @@ model, record = restore("hf-hub:{repository}")  # a timm model; the record holds
 ```""",
 }
 _INSTALL = """First install the project "Neighborhood Attention Transformers" from its checkout, with `pip install .`:
-it contains `natten` and `natzoo`. (`pip install natten` installs another package of that name.) `trust_remote_code` is not
-needed: this repository contains weights and plain data only."""
+it contains `natten` and `natzoo`. (`pip install natten` installs another package of that name.) `trust_remote_code` is
+not needed: this repository contains weights and plain data only."""
 _COMMAND = """On the command line:
 
 ```bash
