@@ -14,24 +14,34 @@ import argparse
 import contextlib
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Dataset
-from transformers import (
-    AutoBackbone,
-    RTDetrConfig,
-    RTDetrForObjectDetection,
-    RTDetrImageProcessor,
-    Trainer,
-    TrainingArguments,
-)
 
-from natzoo import hf
+from natzoo import command_line
+
+try:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    from transformers import (
+        AutoBackbone,
+        RTDetrConfig,
+        RTDetrForObjectDetection,
+        RTDetrImageProcessor,
+        Trainer,
+        TrainingArguments,
+    )
+
+    from natzoo import hf
+except ModuleNotFoundError as error:
+    print(
+        f"error: detect.py requires {error.name}; run pip install transformers accelerate pycocotools.", file=sys.stderr
+    )
+    sys.exit(2)
 
 _STAGES = ["stage2", "stage3", "stage4"]  # strides 8, 16, 32
 
@@ -44,12 +54,18 @@ class Detection(Dataset):
         split: "training" or "validation".
         processor: resizes the images.
         flip: flip images at random, in both directions.
+
+    Raises:
+        FileNotFoundError: if there are no annotations.
     """
 
     def __init__(self, folder: Path, split: str, processor: RTDetrImageProcessor, flip: bool):
         self.images, self.processor, self.flip = folder / "images" / split, processor, flip
+        annotations = folder / f"instances_{split}.json"
+        if not annotations.is_file():
+            raise FileNotFoundError(f"{annotations} does not exist; write it with tools/make_data.py.")
         with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(str(folder / f"instances_{split}.json"))
+            self.coco = COCO(str(annotations))
         self.ids = sorted(self.coco.imgs)
         self.categories = sorted(self.coco.cats)
 
@@ -136,8 +152,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--out", default="output/rt_detr", metavar="DIR", help="folder of the model")
     parser.add_argument("--backbone", metavar="NAME", help="pretrained Nat or Dinat of transformers")
-    parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="side of the images")
-    parser.add_argument("--steps", type=int, default=500, metavar="N", help="number of updates")
+    parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of the images")
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="number of updates")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--workers", type=int, default=1)
@@ -171,4 +187,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -11,6 +11,7 @@ starts from pretrained weights, for example of shi-labs/nat-mini-in1k-224.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import (
-    AutoBackbone,
-    EvalPrediction,
-    Trainer,
-    TrainingArguments,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
-)
 
-from natzoo import hf
+from natzoo import command_line
+
+try:
+    from transformers import (
+        AutoBackbone,
+        EvalPrediction,
+        Trainer,
+        TrainingArguments,
+        UperNetConfig,
+        UperNetForSemanticSegmentation,
+    )
+
+    from natzoo import hf
+except ModuleNotFoundError as error:
+    print(f"error: segment.py requires {error.name}; run pip install transformers accelerate.", file=sys.stderr)
+    sys.exit(2)
 
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 _IGNORED = 255
@@ -39,6 +47,8 @@ class Segmentation(Dataset):
 
     def __init__(self, folder: Path, split: str, size: int, flip: bool):
         self.maps = sorted((folder / "annotations" / split).glob("*.png"))
+        if not self.maps:
+            raise FileNotFoundError(f"{folder}/annotations/{split} has no label maps; see tools/make_data.py.")
         names = {path.stem: path for path in (folder / "images" / split).iterdir()}
         self.images = [names[path.stem] for path in self.maps]
         self.size, self.flip = (size, size), flip
@@ -137,4 +147,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -194,7 +194,7 @@ def _dominates(head: int, i: int, dominators: list[int]) -> bool:
 
 
 def main() -> None:
-    from test_natten.test_cuda_compile import OTHERS, TUNED, kernels
+    from test_natten.test_cuda_compile import FUSED, OTHERS, TUNED, UNFUSED, kernels
 
     problems = TUNED | OTHERS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,13 +203,15 @@ def main() -> None:
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this, such as grad_query")
     parser.add_argument("--tf32", action="store_true", help="float32 with TF32 instead of bfloat16")
     parser.add_argument("--no-bias", action="store_true", help="without a bias")
+    parser.add_argument("--unfused", action="store_true", help="the unfused operators and their gradients")
     parser.add_argument("--list", action="store_true", help="also print the loops with matrix instructions")
     args = parser.parse_args()
     import torch
 
     capability = tuple(map(int, args.capability.split(".")))
     dtype = torch.float32 if args.tf32 else torch.bfloat16
-    for kernel in kernels(*problems[args.problem], capability, dtype, not args.no_bias, args.tf32):
+    ops = UNFUSED if args.unfused else FUSED
+    for kernel in kernels(*problems[args.problem], capability, dtype, not args.no_bias, args.tf32, ops):
         if args.kernel not in kernel.name:
             continue
         code, labels = disassemble(compile_kernel(kernel, capability), kernel.name)

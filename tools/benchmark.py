@@ -7,6 +7,7 @@
     python tools/benchmark.py ops --case b8_56x56_h2_d32_k7 --provider natten-cpu gather
     python tools/benchmark.py ops --provider natten-cpu sdpa
     python tools/benchmark.py ops --list
+    python tools/benchmark.py timm-tables assets/benchmarks/models.csv --case inference_b8_224 step_b8_224
     python tools/benchmark.py gpu
     python tools/benchmark.py tiles b128_56x56_h2_d32_k7 --dry-run --capability 9.0
     python tools/benchmark.py training --help
@@ -72,16 +73,37 @@ def run(args: argparse.Namespace) -> None:
         needs_memory = args.kind != "ops" and not args.no_memory
         rows += run_group(entries, args.repeats, args.patience, title, needs_memory)
         if rows:
-            write_csv(args.out, [*(row for row in kept if not any(is_same(row, new) for new in rows)), *rows])
+            kept = [row for row in kept if not any(is_same(row, new) for new in rows)]
+            write_csv(args.out, [*kept, *rows])
     if not rows:
         raise ValueError("--case and --provider leave nothing to time; the reasons are printed above.")
     print(format_table(rows))
     print(f"wrote {args.out}")
     if args.kind == "models" and args.timm_tables:
-        from benchmarks import timm_tables
+        write_timm_tables(args.timm_tables, [*kept, *rows])
 
-        for path in timm_tables.write(args.timm_tables, rows):
-            print(f"wrote {path}")
+
+def write_timm_tables(folder: Path, rows: list[Row]) -> None:
+    """Write timm's tables from the rows of a table of models."""
+    from benchmarks import timm_tables
+
+    for path in timm_tables.write(folder, rows):
+        print(f"wrote {path}")
+
+
+def convert_to_timm_tables(args: argparse.Namespace) -> None:
+    """Write timm's tables from a table that was measured before.
+
+    Raises:
+        ValueError: if the table cannot be read or has no such rows.
+    """
+    if not args.table.is_file():
+        raise FileNotFoundError(f"{args.table} does not exist; name a table of `benchmark.py models`.")
+    rows = [row for row in read_rows(args.table) if row["kind"] == "models"]
+    rows = [row for row in rows if not args.case or row["case"] in args.case]
+    if not rows:
+        raise ValueError(f"{args.table} has no rows of models{' for ' + ', '.join(args.case) if args.case else ''}.")
+    write_timm_tables(args.out, rows)
 
 
 def run_gpu(args: argparse.Namespace) -> int:
@@ -204,6 +226,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             text = "also write timm's tables benchmark-infer-*.csv and benchmark-train-*.csv into this folder"
             add("--timm-tables", type=Path, metavar="FOLDER", help=text)
 
+    text = "write timm's tables from a table of models, without measuring"
+    tables = commands.add_parser("timm-tables", help=text, description=f"{text.capitalize()}.")
+    add = tables.add_argument
+    add("table", type=Path, metavar="CSV", help="table of `benchmark.py models`")
+    add("--case", nargs="+", metavar="NAME", help="cases (default: all)")
+    folder = Path("output", "benchmarks")
+    add("--out", type=Path, default=folder, metavar="FOLDER", help=f"folder of the tables (default: {folder})")
+
     text = "print the peak memory of one call"
     memory = commands.add_parser("memory", help=text, description=f"{text.capitalize()}.", parents=[setting])
     memory.add_argument("of", choices=KINDS, help="kind of call")
@@ -254,6 +284,8 @@ def main(argv: list[str] | None = None) -> None:
         from benchmarks import tiles
 
         tiles.run(args.shapes, args.most, args.dry_run, args.capability)
+    elif args.kind == "timm-tables":
+        convert_to_timm_tables(args)
     elif args.list:
         show_list(args.kind)
     else:

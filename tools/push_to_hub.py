@@ -11,8 +11,8 @@ pretrained=True)` after `import natzoo`, transformers after `import natzoo.hf`, 
 hf-hub:OWNER/NAME. The weights are uploaded as model.safetensors.
 
 The recipe on the card consists of the options in last.pth next to the checkpoint, unless --recipe names a file. The
-results are those of the CSV files of validate.py --results-file. A card that the repository already has is kept, unless
---new-card is given.
+results are those of the CSV files of validate.py --results-file, else the best accuracy of the run. A card that the
+repository already has is kept, unless --new-card is given.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ def facts_of(args: argparse.Namespace) -> hub.Facts:
     if recipe:
         facts = facts._replace(recipe=command_line.read_text(recipe, "pass a text file", "--recipe"))
     elif (Path(args.source).parent / "last.pth").is_file():
-        options = read_checkpoint(Path(args.source).parent / "last.pth").get("options", {})
-        facts = facts._replace(recipe=hub.recipe_of(options))
+        last = read_checkpoint(Path(args.source).parent / "last.pth")
+        facts = facts._replace(recipe=hub.recipe_of(last.get("options", {})))
+        if Path(args.source).name == "best.pth" and isinstance(last.get("best"), float):
+            facts = facts._replace(results=[("validation images of the training run", last["best"], None)])
     given = {"data": args.data, "license": args.license, "results": hub.read_results(args.results) or None}
     facts = facts._replace(**{name: value for name, value in given.items() if value is not None})
     if not facts.license:

@@ -124,14 +124,16 @@ def _largest_error(kernels, family: Family, device: torch.device, wait: Callable
 
     query, key, value, grad_out = (draw(_BATCH, *space, _HEADS, _DIM) for _ in range(4))
     rpb = draw(_HEADS, *(2 * axis.kernel_size - 1 for axis in _AXES), dtype=torch.float32)
-    # Matrix instructions take only positive scales, so a negative one selects the kernels without them.
+    # Matrix instructions take only positive scales, and those of unfused attention only multiples of 8 as head_dim.
+    # Others select the kernels without them. A multiple of 4 lets these load and store several numbers at a time.
     scale = _SCALE if family.has_matrix_instructions else -_SCALE
     tensors: tuple[Tensor, ...]
     run: Callable[..., list[Tensor]]
     with torch.no_grad():
         if family.pass_name == "unfused":
+            dim = _DIM if family.has_matrix_instructions else _DIM - 4
             attn = draw(_BATCH, _HEADS, *space, prod(axis.kernel_size for axis in _AXES))
-            tensors = (*(x.movedim(-2, 1) for x in (query, key, value, grad_out)), attn, rpb)
+            tensors = (*(x[..., :dim].movedim(-2, 1) for x in (query, key, value, grad_out)), attn, rpb)
             run = _run_unfused
         elif family.pass_name == "forward":
             tensors, run = (query, key, value, rpb), _run_forward

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
 from typing import ParamSpec, TypeVar
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from natten.backends import reference
-from natten.backends.reference import pad_head_dim, shape_of_grads, split_grads, sum_heads
+from natten.backends.reference import shape_of_grads, split_grads, sum_heads
 from natten.geometry import Axis
 
 P = ParamSpec("P")
@@ -26,7 +26,6 @@ TENSORS = (
     *("GRAD_QUERY", "GRAD_KEY", "GRAD_VALUE"),
 )
 _FLOAT32 = ("LSE", "GRAD_LSE", "DELTA")  # one float32 value per query and head
-_DIM_STEP = 8  # some kernels take only head_dims that are multiples of it
 
 
 def unsupported_input(query: Tensor, max_dim: int) -> str | None:
@@ -122,7 +121,7 @@ def check_layout(
 
 
 def _check_head_dim(dim: int, **tensors: Tensor) -> None:
-    """Check tensors before they are padded, after which `check_layout` could not see that they do not match.
+    """Check the head_dim of tensors that `check_layout` would compare with another one.
 
     Raises:
         ValueError: naming the tensor whose head_dim is not `dim`.
@@ -135,9 +134,7 @@ def _check_head_dim(dim: int, **tensors: Tensor) -> None:
 class KernelBackend:
     """The functions of `natten.backends.Backend` on top of compiled kernels.
 
-    Some kernels take only queries, keys and values of one head_dim, which is a multiple of 8, and compute a gradient of
-    key and value for each head of the query. For those, tensors are padded with zeros, which change neither logits nor
-    output, and the gradients are summed here.
+    Some kernels compute a gradient of key and value for each head of the query. Those are summed here.
 
     Args:
         launch: ``launch(op, axes, scale, rpb, **tensors) -> grad_rpb`` runs the kernels of one op, which is the name of
@@ -145,7 +142,7 @@ class KernelBackend:
             or None if the op has none.
         with_usable_rows: returns a tensor, or a copy of it, whose rows of head_dim values the kernels can read.
         max_dim: largest head_dim of the kernels. The reference computes attention to values with a larger one.
-        needs_uniform_dims: whether the kernels of fused attention for such a query and scale are of this kind.
+        repeats_heads: whether the kernels of fused attention for such a query and scale are of this kind.
     """
 
     def __init__(
@@ -153,12 +150,12 @@ class KernelBackend:
         launch: Callable[..., Tensor | None],
         with_usable_rows: Callable[[Tensor], Tensor],
         max_dim: int,
-        needs_uniform_dims: Callable[[Tensor, float], bool] = lambda query, scale: False,
+        repeats_heads: Callable[[Tensor, float], bool] = lambda query, scale: False,
     ):
         self._launch = launch
         self._with_usable_rows = with_usable_rows
         self._max_dim = max_dim
-        self._needs_uniform_dims = needs_uniform_dims
+        self._repeats_heads = repeats_heads
 
     # Fused attention, heads-last
 
@@ -166,15 +163,14 @@ class KernelBackend:
         self, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float
     ) -> tuple[Tensor, Tensor]:
         """Return the output [B, X, H, value head_dim] in the query's dtype and the logsumexp [B, X, H] in float32."""
-        value_dim = value.shape[-1]
         _check_head_dim(query.shape[-1], key=key)
-        if value_dim > self._max_dim:
+        if value.shape[-1] > self._max_dim:
             return reference.attention(query, key, value, rpb, axes, scale)
-        query, key, value = self._prepare(query, key, value, scale)
+        query, key, value = map(self._with_usable_rows, (query, key, value))
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
         self._launch("attention", axes, scale, rpb, QUERY=query, KEY=key, VALUE=value, OUT=out, LSE=lse)
-        return _narrow(out, value_dim).contiguous(), lse
+        return out, lse
 
     def attention_backward(
         self,
@@ -194,11 +190,12 @@ class KernelBackend:
         _check_head_dim(value.shape[-1], out=out, grad_out=grad_out)
         if value.shape[-1] > self._max_dim:
             return reference.attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale)
-        q, k, v = self._prepare(query, key, value, scale)
-        out, grad_out = (self._with_usable_rows(pad_head_dim(x, v.shape[-1])) for x in (out, grad_out))
-        shapes = (q, q, q) if self._needs_uniform_dims(query, scale) else (q, k, v)
-        grads = q.new_empty(shape_of_grads(*shapes))
-        grad_q, grad_k, grad_v = split_grads(grads, *shapes)
+        q, k, v, out, grad_out = map(self._with_usable_rows, (query, key, value, out, grad_out))
+        grads = query.new_empty(shape_of_grads(query, key, value))
+        views = split_grads(grads, query, key, value)
+        grad_q, grad_k, grad_v = found = [
+            self._target(x, query.shape[-2] if self._repeats_heads(query, scale) else x.shape[-2]) for x in views
+        ]
         optional = {} if grad_lse is None else {"GRAD_LSE": grad_lse}
         grad_rpb = self._launch(
             "attention_backward",
@@ -216,18 +213,16 @@ class KernelBackend:
             GRAD_VALUE=grad_v,
             **optional,
         )
-        if all(x.shape == given.shape for x, given in zip(shapes, (query, key, value), strict=True)):
-            return grads, grad_rpb
-        grad_qkv = query.new_empty(shape_of_grads(query, key, value))
-        for view, grad in zip(split_grads(grad_qkv, query, key, value), (grad_q, grad_k, grad_v), strict=True):
-            sum_heads(_narrow(grad, view.shape[-1]), view)
-        return grad_qkv, grad_rpb
+        for view, grad in zip(views, found, strict=True):
+            if grad is not view:
+                sum_heads(grad, view)
+        return grads, grad_rpb
 
-    def _prepare(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Iterable[Tensor]:
-        """Return the tensors as the kernels take them."""
-        if self._needs_uniform_dims(query, scale):
-            query, key, value = uniform_dims(query, key, value)
-        return map(self._with_usable_rows, (query, key, value))
+    def _target(self, grad: Tensor, heads: int) -> Tensor:
+        """Return where the kernels write a gradient for a number of heads: the gradient itself if they can."""
+        if grad.shape[-2] == heads and self._with_usable_rows(grad) is grad:
+            return grad
+        return grad.new_empty((*grad.shape[:-2], heads, grad.shape[-1]))
 
     # Unfused attention, heads-first
 
@@ -269,20 +264,6 @@ class KernelBackend:
         tensors = _heads_last(VALUE=value, ATTN=attn, GRAD_OUT=grad_out, GRAD_ATTN=grad_attn, GRAD_VALUE=grad_value)
         self._launch("weight_value_backward", axes, 1.0, None, **tensors)
         return grad_attn, grad_value
-
-
-def uniform_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tensors, padded to one head_dim that is a multiple of 8."""
-    dim = _supported_dim(max(query.shape[-1], value.shape[-1]))
-    return pad_head_dim(query, dim), pad_head_dim(key, dim), pad_head_dim(value, dim)
-
-
-def _narrow(x: Tensor, dim: int) -> Tensor:
-    return x if x.shape[-1] == dim else x[..., :dim]
-
-
-def _supported_dim(dim: int) -> int:
-    return -(-dim // _DIM_STEP) * _DIM_STEP
 
 
 def _heads_last(**tensors: Tensor) -> dict[str, Tensor]:

@@ -69,11 +69,6 @@ def sum_heads(x: Tensor, out: Tensor) -> None:
         torch.sum(x.unflatten(-2, (out.shape[-2], -1)).to(out.dtype), -2, out=out)
 
 
-def pad_head_dim(x: Tensor, dim: int) -> Tensor:
-    """Append zeros to the last axis."""
-    return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
-
-
 def shape_of_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
     """Return the shape of the tensor that holds the gradients of query, key and value; see `split_grads`."""
     if query.shape == key.shape == value.shape:

@@ -99,7 +99,8 @@ class OnlineTracker:
     def __init__(self, folder: Path, options: Mapping[str, Any], first_update: int):
         self.module = importlib.import_module(self.package)
         config = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in options.items()}
-        self.module.init(project="natzoo", name=folder.name, config=config, **self.options(folder, first_update))
+        more = self.options(folder, first_update)
+        self.run = self.module.init(project="natzoo", name=folder.name, config=config, **more)
 
     def options(self, folder: Path, first_update: int) -> dict[str, Any]:
         return {"resume": "allow" if first_update else "never"}
@@ -112,12 +113,27 @@ class OnlineTracker:
 
 
 class WandB(OnlineTracker):
-    """Weights & Biases; WANDB_MODE=offline keeps the run in its folder."""
+    """Weights & Biases; WANDB_MODE=offline keeps the run in its folder.
+
+    The identifier of the run is kept in wandb/run_id: a resumed run continues it.
+    """
 
     package = "wandb"
 
+    def __init__(self, folder: Path, options: Mapping[str, Any], first_update: int):
+        super().__init__(folder, options, first_update)
+        path = _run_id(folder)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(self.run.id)
+
     def options(self, folder: Path, first_update: int) -> dict[str, Any]:
-        return {"dir": str(folder), "id": folder.name if first_update else None, "resume": "allow"}
+        path = _run_id(folder)
+        identifier = path.read_text() if first_update and path.is_file() else None
+        return {"dir": str(folder), "id": identifier, "resume": "allow"}
+
+
+def _run_id(folder: Path) -> Path:
+    return folder / "wandb" / "run_id"
 
 
 class Trackio(OnlineTracker):

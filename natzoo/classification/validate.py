@@ -215,7 +215,7 @@ def validate(args: argparse.Namespace, world: World, signals: SignalHandler) -> 
     if args.checkpoint:
         described += f" from {args.checkpoint}"
     world.print(
-        f"{described} on {dataset.source}: {counted(result['count'], 'image')}, top-1 {result['top1']:.2f}%, "
+        f"{described} on {dataset.source}: {counted(int(result['count']), 'image')}, top-1 {result['top1']:.2f}%, "
         + (f"top-5 {result['top5']:.2f}%, " if model.num_classes > 5 else "")
         + f"loss {result['loss']:.4f}"
         + (f" (published: {row['published_top1']}%)" if row["published_top1"] != "" else "")

@@ -52,9 +52,9 @@ struct alignas(2 * sizeof(T)) EmulationPair {
   T x, y;
   EMULATION_INLINE EmulationPair() {}
   EMULATION_INLINE EmulationPair(T x, T y) : x(x), y(y) {}
-  EMULATION_INLINE EmulationPair(const EmulationPair& from) { emulation::move(this, &from, sizeof from); }
+  EMULATION_INLINE EmulationPair(const EmulationPair& from) { emulation::move_vector(this, &from, sizeof from); }
   EMULATION_INLINE EmulationPair& operator=(const EmulationPair& from) {
-    emulation::move(this, &from, sizeof from);
+    emulation::move_vector(this, &from, sizeof from);
     return *this;
   }
 };
@@ -63,9 +63,9 @@ struct alignas(4 * sizeof(T)) EmulationQuad {
   T x, y, z, w;
   EMULATION_INLINE EmulationQuad() {}
   EMULATION_INLINE EmulationQuad(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}
-  EMULATION_INLINE EmulationQuad(const EmulationQuad& from) { emulation::move(this, &from, sizeof from); }
+  EMULATION_INLINE EmulationQuad(const EmulationQuad& from) { emulation::move_vector(this, &from, sizeof from); }
   EMULATION_INLINE EmulationQuad& operator=(const EmulationQuad& from) {
-    emulation::move(this, &from, sizeof from);
+    emulation::move_vector(this, &from, sizeof from);
     return *this;
   }
 };
@@ -121,6 +121,15 @@ inline unsigned __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
+// Selectors have four numbers below 8.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned which = selector >> 4 * i & 7;
+    result |= ((which < 4 ? x : y) >> which % 4 * 8 & 0xff) << 8 * i;
+  }
+  return result;
+}
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float max(float a, float b) { return a > b ? a : b; }
@@ -163,7 +172,10 @@ inline float reciprocal_fast(float x) { return 1 / x; }
 
 template <int BYTES = 16>
 EMULATION_INLINE void copy_async(void* to, const void* from, bool is_there) {
-  emulation::copy_async(to, is_there ? from : nullptr, BYTES);
+  emulation::copy_async(to, is_there ? from : nullptr, BYTES, BYTES);
+}
+EMULATION_INLINE void copy_async_part(void* to, const void* from, int bytes) {
+  if (bytes > 0) emulation::copy_async(to, from, 16, bytes);
 }
 EMULATION_INLINE void commit_copies() { emulation::commit_copies(); }
 template <int PENDING>

@@ -42,17 +42,22 @@ void multiply_add(const void* site, float* c, const unsigned* a, const unsigned*
 // ---------------------------------------------------------------------------------------------------------------------
 
 char* shared_memory();
-// Copies `bytes`, or zeros if `from` is null, when the thread waits for it.
-void copy_async(void* to, const void* from, int bytes);
+// Copies the first `given` of `bytes`, and zeros after them or if `from` is null, when the thread waits for it.
+void copy_async(void* to, const void* from, int bytes, int given);
 void commit_copies();
 void wait_copies(int pending);
 // Moves a vector with one load and one store.
-void move(void* to, const void* from, int bytes);
+void move_vector(void* to, const void* from, int bytes);
 float atomic_add(float* at, float value);
 
 // Tells the machine which bytes of shared memory no kernel may access. It has `bytes` of it, with the guards.
 struct Guards {
   Guards(size_t bytes, bool (*is_guard)(int at));
+};
+
+// Tells the machine that threads may access halves of a word. It then checks halves, which takes longer.
+struct SmallAccesses {
+  SmallAccesses();
 };
 
 // Runs a kernel with one parameter, at the address `parameters`. Returns null, or an error message.

@@ -23,7 +23,8 @@ static char *__start_natten_shared = nullptr, *__stop_natten_shared = nullptr;
 namespace emulation {
 namespace {
 
-constexpr int WORD = 4, NOBODY = -1, SEVERAL = -2;
+constexpr int NOBODY = -1, SEVERAL = -2;
+int word_bytes = 4;  // the unit of checks, in bytes
 constexpr size_t GUARD_BYTES = 4096;  // after shared memory
 
 // Accesses are ordered by `block`, the number of barriers before them, and within a warp by `warp`, the number of calls of
@@ -153,6 +154,8 @@ Guards::Guards(size_t bytes, bool (*is_guard_at)(int)) {
   is_guard = is_guard_at;
 }
 
+SmallAccesses::SmallAccesses() { word_bytes = 2; }
+
 char* shared_memory() { return start; }
 
 void start_run(size_t shared_bytes) {
@@ -166,9 +169,9 @@ void start_run(size_t shared_bytes) {
 void start_block(int warps) {
   std::memset(start, 0xff, dynamic_bytes + GUARD_BYTES);
   if (static_bytes) std::memset(__start_natten_shared, 0xff, static_bytes);
-  words.assign((dynamic_bytes + GUARD_BYTES + static_bytes + WORD - 1) / WORD, {});
-  for (size_t at = 0; at < dynamic_bytes + GUARD_BYTES; at += WORD)
-    words[at / WORD].is_guard = at >= dynamic_bytes || (is_guard && is_guard(at));
+  words.assign((dynamic_bytes + GUARD_BYTES + static_bytes + word_bytes - 1) / word_bytes, {});
+  for (size_t at = 0; at < dynamic_bytes + GUARD_BYTES; at += word_bytes)
+    words[at / word_bytes].is_guard = at >= dynamic_bytes || (is_guard && is_guard(at));
   block_epoch = 0;
   warp_epochs.assign(warps, 0);
   sites.assign(warps, {});
@@ -199,19 +202,34 @@ void access(const void* at, int bytes, Kind kind, const void* code) {
   if (!current) return;
   const long first = place_of(at);
   if (first < 0) return;
-  for (long word = first / WORD; word <= (first + bytes - 1) / WORD; ++word) {
+  for (long word = first / word_bytes; word <= (first + bytes - 1) / word_bytes; ++word) {
     check(words[word], kind, code);
     mark(words[word], kind, code);
   }
   if (is_counting) count(at, bytes, kind, code);
 }
 
-void copy_async(void* to, const void* from, int bytes) {
+namespace {
+
+void check_alignment(const void* at, int bytes, const void* code) {
+  if (current && reinterpret_cast<uintptr_t>(at) % bytes) fail_at("a misaligned access to memory", code, nullptr);
+}
+
+void move(void* to, const void* from, int bytes, const void* code) {
+  access(from, bytes, READ, code);
+  access(to, bytes, WRITE, code);
+  std::memmove(to, from, bytes);
+}
+
+}  // namespace
+
+void copy_async(void* to, const void* from, int bytes, int given) {
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
     fail("cp.async at an address that is not a multiple of its size");
+  if (given < 0 || given > bytes) fail("cp.async of fewer than no bytes, or of more than its size");
   access(to, bytes, COPY, __builtin_return_address(0));
   std::memset(to, 0xff, bytes);
-  current->groups.back().push_back({static_cast<char*>(to), from, bytes});
+  current->groups.back().push_back({static_cast<char*>(to), from, bytes, given});
 }
 
 void commit_copies() { current->groups.emplace_back(); }
@@ -220,9 +238,10 @@ void wait_copies(int pending) {
   auto& groups = current->groups;
   while (groups.size() > size_t(pending) + 1) {
     for (const Copy& copy : groups.front()) {
-      if (copy.from) std::memcpy(copy.to, copy.from, copy.bytes);
-      else std::memset(copy.to, 0, copy.bytes);
-      for (long word = place_of(copy.to) / WORD, end = word + copy.bytes / WORD; word < end; ++word) {
+      const int given = copy.from ? copy.given : 0;
+      if (given) std::memcpy(copy.to, copy.from, given);
+      std::memset(copy.to + given, 0, copy.bytes - given);
+      for (long word = place_of(copy.to) / word_bytes, end = word + copy.bytes / word_bytes; word < end; ++word) {
         words[word].is_pending = false;
         const void* code = words[word].write.code;
         words[word].write = {};
@@ -233,10 +252,11 @@ void wait_copies(int pending) {
   }
 }
 
-void move(void* to, const void* from, int bytes) {
-  access(from, bytes, READ, __builtin_return_address(0));
-  access(to, bytes, WRITE, __builtin_return_address(0));
-  std::memmove(to, from, bytes);
+// Moves a vector, with one instruction.
+void move_vector(void* to, const void* from, int bytes) {
+  const void* code = __builtin_return_address(0);
+  check_alignment(to, bytes, code), check_alignment(from, bytes, code);
+  move(to, from, bytes, code);
 }
 
 float atomic_add(float* at, float value) {
@@ -265,8 +285,14 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 #define EMULATION_ACCESS(bytes)                                                                                     \
-  void __tsan_read##bytes(void* at) { emulation::access(at, bytes, emulation::READ, __builtin_return_address(0)); } \
-  void __tsan_write##bytes(void* at) { emulation::access(at, bytes, emulation::WRITE, __builtin_return_address(0)); } \
+  void __tsan_read##bytes(void* at) {                                                                               \
+    emulation::check_alignment(at, bytes, __builtin_return_address(0));                                             \
+    emulation::access(at, bytes, emulation::READ, __builtin_return_address(0));                                     \
+  }                                                                                                                 \
+  void __tsan_write##bytes(void* at) {                                                                              \
+    emulation::check_alignment(at, bytes, __builtin_return_address(0));                                             \
+    emulation::access(at, bytes, emulation::WRITE, __builtin_return_address(0));                                    \
+  }                                                                                                                 \
   void __tsan_unaligned_read##bytes(void* at) {                                                                     \
     emulation::access(at, bytes, emulation::READ, __builtin_return_address(0));                                     \
   }                                                                                                                 \
@@ -284,7 +310,9 @@ void __tsan_read_range(void* at, size_t bytes) {
 void __tsan_write_range(void* at, size_t bytes) {
   emulation::access(at, bytes, emulation::WRITE, __builtin_return_address(0));
 }
-void* __tsan_memcpy(void* to, const void* from, size_t bytes) { return emulation::move(to, from, bytes), to; }
+void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
+  return emulation::move(to, from, bytes, __builtin_return_address(0)), to;
+}
 void* __tsan_memmove(void* to, const void* from, size_t bytes) { return __tsan_memcpy(to, from, bytes); }
 void* __tsan_memset(void* to, int value, size_t bytes) {
   emulation::access(to, bytes, emulation::WRITE, __builtin_return_address(0));

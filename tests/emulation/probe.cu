@@ -22,8 +22,10 @@ NATTEN_KERNEL(probe_sum, 64) {
   if (threadIdx.x == 63) sums[0] = sums[1] = __uint_as_float(0x7fc00000);  // for the next block
 }
 
-// With MISTAKE 2, some threads never reach the barrier.
+// With MISTAKE 2, some threads never reach the barrier. With 9 and 10, a vector and a number are not aligned.
 NATTEN_KERNEL(probe_barrier, 64) {
+  if (MISTAKE == 9) *reinterpret_cast<float2*>(p.out + 1) = {1.f, 2.f};
+  if (MISTAKE == 10) *reinterpret_cast<float*>(reinterpret_cast<char*>(p.out) + 2) = 1.f;
   if (MISTAKE != 2 || threadIdx.x < 40) __syncthreads();
   atomicAdd(p.out, 1.f);
 }

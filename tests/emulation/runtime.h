@@ -27,7 +27,7 @@ constexpr size_t STACK_BYTES = 256 << 10;
 struct Copy {
   char* to;
   const void* from;
-  int bytes;
+  int bytes, given;
 };
 
 struct Thread : Lane {

@@ -33,9 +33,9 @@ from natten.checks import make_axes
 
 
 def count(
-    space, heads, dim, kernel_size, dilation, *, capability=(9, 0), uses_tf32=False, has_rpb=True
+    space, heads, dim, kernel_size, dilation, *, capability=(9, 0), uses_tf32=False, has_rpb=True, unfused=False
 ) -> list[Access]:
-    """Run a forward and a backward pass on one image, and return the accesses to shared memory."""
+    """Run a forward and a backward pass on one image, fused or unfused, and return the accesses to shared memory."""
     axes = make_axes(space, kernel_size, 1, dilation)
     dtype = torch.float32 if uses_tf32 else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
@@ -46,6 +46,13 @@ def count(
         emulated_gpu(capability, processors=1, counts=True) as emulator,
     ):
         module = backends.choose(q, "cuda")
+        if unfused:
+            q, k, v, grad = (x.movedim(-2, 1).contiguous() for x in (q, k, v, grad))
+            attn = module.query_key(q, k, rpb, axes)
+            module.query_key_backward(attn, q, k, rpb, axes)
+            module.weight_value(attn, v, axes)
+            module.weight_value_backward(grad, attn, v, axes)
+            return emulator.accesses
         out, lse = module.attention(q, k, v, rpb, axes, dim**-0.5)
         module.attention_backward(grad, None, q, k, v, rpb, out, lse, axes, dim**-0.5)
     return emulator.accesses
@@ -79,10 +86,12 @@ def main() -> None:
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--tf32", action="store_true", help="float32 with TF32 instead of bfloat16")
     parser.add_argument("--no-bias", action="store_true", help="without a bias")
+    parser.add_argument("--unfused", action="store_true", help="the unfused operators and their gradients")
     args = parser.parse_args()
     capability = tuple(map(int, args.capability.split(".")))
     problem = problems[args.problem]
-    accesses = count(*problem, capability=capability, uses_tf32=args.tf32, has_rpb=not args.no_bias)
+    options = {"uses_tf32": args.tf32, "has_rpb": not args.no_bias, "unfused": args.unfused}
+    accesses = count(*problem, capability=capability, **options)
     print(table([a for a in accesses if args.kernel in a.kernel], prod(problem[0]) * problem[1] / 16))
 
 

@@ -246,6 +246,7 @@ class Recorder(types.ModuleType):
             if name == self.fails_in:
                 raise RuntimeError("no network")
             self.calls.append((name, args, kwargs))
+            return types.SimpleNamespace(id="abc") if name == "init" else None
 
         return call
 
@@ -261,6 +262,15 @@ def test_tracker_receives_the_metrics(tiny, monkeypatch, name):
     assert steps == [*range(9), 8]
     assert {"train/loss", "train/lr", "train/images_per_s"} <= logs[0][1][0].keys()
     assert {"val/top1", "val/loss", "train/epoch_loss"} <= logs[-1][1][0].keys()
+
+
+def test_a_resumed_run_continues_that_of_the_tracker(tiny, monkeypatch):
+    package = Recorder("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    train.main(tiny("--log", "wandb", epochs=1))
+    train.main(tiny("--log", "wandb", "--resume", epochs=2))
+    first, second = (kwargs for name, _, kwargs in package.calls if name == "init")
+    assert (first["id"], second["id"], second["resume"]) == (None, "abc", "allow")
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])

@@ -53,6 +53,8 @@ OTHERS = {
     "3-D": ((16, 32, 32), 4, 32, (5, 7, 7), 1),
 }
 CAPABILITIES = ((8, 0), (9, 0))
+FUSED = ("attention", "attention_backward")
+UNFUSED = ("query_key", "query_key_backward", "weight_value", "weight_value_backward")
 
 
 class Report(NamedTuple):
@@ -65,15 +67,16 @@ class Report(NamedTuple):
 
 
 def kernels(
-    space, heads, dim, kernel_size, dilation, capability, dtype=torch.bfloat16, has_rpb=True, uses_tf32=False
+    space, heads, dim, kernel_size, dilation, capability, dtype=torch.bfloat16, has_rpb=True, uses_tf32=False, ops=FUSED
 ) -> list[Kernel]:
-    """Return the kernels of a forward and a backward pass."""
+    """Return the kernels of all `ops`, by default of a fused forward and backward pass. weight_value has no bias."""
     query = torch.empty(128 if len(space) == 2 else 1, *space, heads, dim, dtype=dtype, device="meta")
     axes = make_axes(space, kernel_size, 1, dilation)
     found = []
-    for op in ("attention", "attention_backward"):
+    for op in ops:
         with mock.patch.object(cuda, "allows_tf32", lambda: uses_tf32):
-            found += [step.kernel for step in cuda.launches(op, query, axes, has_rpb, gpu_properties(capability))]
+            steps = cuda.launches(op, query, axes, has_rpb and "value" not in op, gpu_properties(capability))
+        found += [step.kernel for step in steps]
     return found
 
 

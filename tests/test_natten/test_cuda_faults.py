@@ -27,17 +27,20 @@ from emulation.launcher import EmulationError
 from natten.backends import cuda
 from natten.backends.cuda import nvrtc
 from test_natten import test_cuda
-from test_natten.test_cuda import TF32_EPS, problem, tile_limits
+from test_natten.guarded import GuardedProblem, has_read_beyond_tensors
+from test_natten.test_cpu import fused, unfused
+from test_natten.test_cuda import TF32_EPS, few_warps, problem, tile_limits
 
 
 class Case(NamedTuple):
-    """A problem that test_cuda.py has, too."""
+    """A problem that test_cuda.py or test_cuda_unfused.py has, too."""
 
     problem: test_cuda.Problem
     dtype: torch.dtype = torch.bfloat16
     eps: float | None = None
     gpu: Mapping[str, int] = MappingProxyType({})
     patches: Callable[[], tuple] = lambda: ()
+    compute: Callable = fused
 
 
 def _has_one_part() -> tuple:
@@ -48,20 +51,34 @@ def _without_fragments() -> tuple:
     return (tile_limits(False, 1 << 16, False, 1 << 15),)
 
 
+def _with_two_warps() -> tuple:
+    return (few_warps(2),)
+
+
 def _with_tf32() -> tuple:
     return (mock.patch.object(cuda, "allows_tf32", lambda: True),)
 
 
-CASES = {
+CASES: dict[str, Case | GuardedProblem] = {
     "tiles": Case(problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True))),
     "map": Case(problem((20, 19), 5)),
     "window": Case(problem((7, 7), 7)),
     "rest": Case(problem((9, 20), 5, dim=24)),
+    "no pieces": Case(problem((9, 11), 3, dim=20)),
     "stages": Case(problem((22, 35), 9, dim=64), gpu={"shared_bytes": 40 << 10, "processors": 1}),
     "parts": Case(problem((20, 19), 5, 1, 2), patches=_has_one_part),
     "tables": Case(problem((5, 6, 9), 3, dim=8), patches=_without_fragments),
     "tf32": Case(problem((9, 20), 5, dim=24), torch.float32, TF32_EPS, patches=_with_tf32),
     "plain": Case(problem((9, 20), (4, 5), (1, 2), (2, 1), (False, True), dim=24), torch.float32),
+    "weights": Case(problem((20, 19), 5), compute=unfused),
+    "units": Case(
+        problem((40, 40), 3, 1, 1, (False, True), dim=8, heads=1),
+        gpu={"processors": 1},
+        patches=_with_two_warps,
+        compute=unfused,
+    ),
+    "guarded": GuardedProblem((11, 21), 5, 2, dim=8),
+    "causal": Case(problem((9, 20), (3, 5), 1, (1, 2), (False, True)), torch.float16, compute=unfused),
 }
 
 
@@ -89,7 +106,9 @@ FAULTS = (
     Fault("stages: no barrier before they are overwritten", "stages", _SYNC + r"(\n  }\n  if \(has_unit\))", r"\1"),
     Fault("stages: no wait for copies", "stages", r"\n *wait_copies<1>\(\);", ""),
     Fault("stages: a wait for earlier copies only", "stages", "wait_copies<1>", "wait_copies<2>"),
-    Fault("no barrier between tiles of a block", "parts", _SYNC + r"(\n  }\n  if \(slice == 0\))", r"\1"),
+    Fault(
+        "no barrier between tiles of a block", "parts", _SYNC + r"(\n  }\n  if \(slice)", r"\1", "grad_query_tiles.cu"
+    ),
     Fault("results: no __syncwarp before reading", "map", _WARP + r"(\n  const int end_y = min\(tile)", r"\1"),
     Fault("diagonals: no __syncwarp before reading", "tables", _WARP + r"(\n#pragma.*\n    for \(int first)", r"\1"),
     Fault("diagonals: no __syncwarp after reading", "tables", _WARP + r"(\n  }\n\n private:\n  float \*table_)", r"\1"),
@@ -106,6 +125,7 @@ FAULTS = (
     Fault("columns: not swizzled", "map", r"place_of<PITCH>\(column, piece\)", "column * PITCH + piece", "tiles.h"),
     Fault("columns: the words of half a step", "rest", r"words \+ rest - 1", "words", "products.h"),
     Fault("results: not swizzled", "map", r"\[place_of<SLICE>\(row, piece\)\]", "[row * SLICE + piece]"),
+    Fault("results: beyond head_dim", "no pieces", r"if \(element < SIZE\) (\*reinterpret)", r"\1", "tiles.h"),
     Fault("regular units: the last rows are missing", "map", r"(if constexpr \(ROW \+) CHUNK", r"\1 2 * CHUNK"),
     Fault("regular units: windows one row longer", "map", r"row_of_unit\(r\) < line", "row_of_unit(r) <= line"),
     Fault("statistics of the next query", "map", r"(statistics\((?:0, )?r\)(?:\[| \+ ))", r"\g<1>1 + "),
@@ -131,6 +151,24 @@ FAULTS = (
     Fault("gradient of the bias: the next row", "map", r"(line, row - 1|sum, row - line), corner", r"\1 + 1, corner"),
     Fault("gradient of the bias: the last rows are missing", "window", r"gradient\.flush\(\)", ""),
     Fault("gradient of the bias: the next diagonal", "tables", r"diagonal \+ 1 \+ token", "diagonal + token"),
+    # Unfused attention
+    Fault("weights: no __syncwarp before writing", "weights", _WARP + r"(\n    slots\.write)", r"\1"),
+    Fault("several units: no __syncwarp after filling", "units", r"(fill\(outside\(\)\);)" + _WARP, r"\1"),
+    Fault("several units: no wait for weights", "units", r"\n    wait_copies<0>\(\);(\n    __syncwarp)", r"\1"),
+    Fault("weights: slots before the map are not set", "causal", r"\n    slots\.fill\(outside\(\)\);", ""),
+    Fault("weights: the ends of lines are not written", "weights", r"if \(!has_ends\) return", "return"),
+    Fault(
+        "weights: the last slot of a token is not written",
+        "causal",
+        r"slots\[line\]\[WINDOW - 1\] = from",
+        "(void)from",
+    ),
+    Fault("weights: the last one is not copied", "weights", r"min\(bytes, 16\)", "min(bytes - 2, 16)", "slots.h"),
+    Fault("weights: those of absent tokens are copied", "guarded", r"first < end && ", "", "slots.h"),
+    Fault("weights: of the next column", "weights", r"\bmax\(slot \+ 1, 0\)", "max(slot, 0)", "gather_tiles.cu"),
+    Fault("weights: outside the window", "weights", r"takes_high \? 0x5400u : 0x3200u", "0x5400u"),
+    Fault("scatter: weights for too few keys", "weights", r"start, WINDOWS\[axis\]\)", "start - 1, WINDOWS[axis])"),
+    Fault("scatter: rows at the wrong distance", "weights", r"\+ low\) & 15", ") & 15", "scatter_tiles.cu"),
 )
 
 
@@ -149,7 +187,7 @@ def plant(fault: Fault, folder: Path) -> None:
     raise LookupError(f"{fault.name}: the pattern has no match")
 
 
-def caught_by(fault: Fault | None, case: Case) -> str | None:
+def caught_by(fault: Fault | None, case: Case | GuardedProblem) -> str | None:
     """Run a case with a fault, or without. Return what catches it, or None.
 
     Raises:
@@ -161,10 +199,12 @@ def caught_by(fault: Fault | None, case: Case) -> str | None:
         if fault is not None:
             plant(fault, Path(parent, "cuda"))
             stack.enter_context(mock.patch.object(nvrtc, "SOURCES", Path(parent, "cuda")))
+        if isinstance(case, GuardedProblem):
+            return "a read beyond a tensor" if has_read_beyond_tensors([case], nvrtc.SOURCES) else None
         for patch in case.patches():
             stack.enter_context(patch)
         try:
-            test.check(case.problem, case.dtype, eps=case.eps, **case.gpu)
+            test.check(case.problem, case.dtype, case.compute, case.eps, **case.gpu)
         except EmulationError as error:
             return re.sub(r"^block \d+, thread \d+: ", "", str(error).split(" (Kernel")[0])
         except AssertionError as error:
@@ -184,6 +224,7 @@ class FaultsTest(unittest.TestCase):
     def test_a_missing_barrier_is_caught_whatever_the_order_of_threads(self):
         fault = next(fault for fault in FAULTS if fault.name == "stages: no barrier before they are overwritten")
         case = CASES[fault.case]
+        assert isinstance(case, Case)
         for seed in range(5):
             found = caught_by(fault, case._replace(problem=case.problem._replace(seed=seed)))
             self.assertIsNotNone(found, seed)

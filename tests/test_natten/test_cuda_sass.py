@@ -11,7 +11,7 @@ from emulation.launcher import SHARED_KIB
 
 from natten.backends.cuda import nvrtc
 from natten.backends.cuda.driver import Kernel
-from test_natten.test_cuda_compile import OTHERS, TUNED, has_nvrtc, kernels
+from test_natten.test_cuda_compile import OTHERS, TUNED, UNFUSED, has_nvrtc, kernels
 
 PROBLEMS = TUNED | OTHERS
 # Instructions of local memory, of memory whose kind the compiler does not know, and atomic additions by comparing.
@@ -103,6 +103,12 @@ class StageTest(SassTestCase):
                 self.check_loops_of_products(loops)
                 self.check_counts(kernel, loops)
 
+    def test_unfused(self):
+        for kernel in kernels(*TUNED["stage 1"], (9, 0), ops=UNFUSED):
+            if "tiles" in kernel.name:
+                with self.subTest(kernel.definitions):
+                    self.check_loops_of_products(self.check(kernel, (9, 0)))
+
     def test_loops_are_found(self):
         """A hand-written kernel: a loop in a loop, and a block outside that returns into the inner loop."""
         lines = (
@@ -153,6 +159,9 @@ class EveryGpuTest(SassTestCase):
 
     def test_three_axes(self):
         self.check_all("3-D")
+
+    def test_unfused(self):
+        self.check_all("stage 1", "stage 3", "k 13", "d 128", "1-D", "3-D", ops=UNFUSED)
 
     def test_float16_and_tf32(self):
         self.check_all("stage 1", dtype=torch.float16)

@@ -79,6 +79,10 @@ class EmulationTest(unittest.TestCase):
         with self.assertRaisesRegex(launcher.EmulationError, "deadlock"):
             run("probe_barrier", 64, self.numbers, torch.zeros(1), mistake=2)
 
+    def test_misaligned_accesses_are_detected(self):
+        for mistake in (9, 10):
+            self.check_mistake("misaligned", "probe_barrier", 64, self.numbers, torch.zeros(4), mistake)
+
     def test_matrix_instructions(self):
         out = run("probe_matrix", 32, self.matrix, torch.zeros(640))
         exact = self.matrix.double()

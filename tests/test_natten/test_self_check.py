@@ -89,7 +89,7 @@ class RunSelfCheckTest(unittest.TestCase):
     @pytest.mark.slow
     def test_all_families_on_an_emulated_gpu(self):
         rows, launched = self.check_emulated_gpu()
-        self.assertEqual(len(rows), 9 + 6)
+        self.assertEqual(len(rows), 9 + 8)
         self.assertEqual(sum(name == "natten_attention_tiles" for name in launched), 3)
 
 

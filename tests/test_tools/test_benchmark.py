@@ -133,6 +133,25 @@ def test_tables_of_timm(tmp_path, quick):
     seconds = float(nat["infer_step_time"]) / 1e3
     assert float(nat["infer_samples_per_sec"]) == pytest.approx(2 / seconds, rel=1e-2)
     assert tuple(read(train)[0]) == timm_tables.TRAIN_COLUMNS
+    table, parts = str(tmp_path / "models.csv"), tmp_path / "parts"
+    benchmark.main(["timm-tables", table, "--case", *cases[1:], "--out", str(parts)])
+    assert [row["model"] for row in read(parts / train.name)] == [row["model"] for row in read(train)]
+    names = [row["model"] for row in rows if row["infer_img_size"] == "64"]
+    assert [row["model"] for row in read(parts / infer.name)] == names
+    with pytest.raises(ValueError, match="no rows of models for inference_b9_32"):
+        benchmark.main(["timm-tables", table, "--case", "inference_b9_32"])
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
+        benchmark.main(["timm-tables", "none.csv"])
+
+
+def test_tables_of_timm_of_all_parts(tmp_path, quick):
+    """A table measured in parts becomes one table."""
+    words = ["--provider", "test_byobnet", "--repeats", "2", "--no-memory", "--append"]
+    for case in ("inference_b1_32", "inference_b2_32"):
+        out = ["--out", str(tmp_path / "models.csv"), "--timm-tables", str(tmp_path)]
+        benchmark.main(["models", "--case", case, *words, *out])
+    (infer,) = tmp_path.glob("benchmark-infer-*.csv")
+    assert {row["infer_batch_size"] for row in read(infer)} == {"1", "2"}
 
 
 def test_append(tmp_path, quick):
@@ -143,7 +162,7 @@ def test_append(tmp_path, quick):
     benchmark.main(["models", "--case", "inference_b2_32", "inference_b3_32", *words, "--append"])
     assert [row["case"] for row in read(out)] == ["inference_b1_32", "inference_b2_32", "inference_b3_32"]
     out.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="--out"):
+    with pytest.raises(ValueError, match=r"models\.csv is not a table"):
         benchmark.main(["models", "--case", "inference_b1_32", *words, "--append"])
 
 

@@ -27,7 +27,7 @@ def run_folder(tmp_path):
     best = {"model": small("nat_mini").state_dict(), "record": record}
     options = vars(make_parser().parse_args(["data/digits", "--lr", "0.00321", "--workers", "3"]))
     write_checkpoint(tmp_path / "best.pth", best)
-    write_checkpoint(tmp_path / "last.pth", {**best, "options": options})
+    write_checkpoint(tmp_path / "last.pth", {**best, "options": options, "best": 96.25})
     (tmp_path / "results-digits.csv").write_text("model,top1,top5\nnat_mini,97.5,100\n")
     return tmp_path
 
@@ -38,7 +38,11 @@ def test_card_of_a_run(run_folder):
     text = (run_folder / "card.md").read_text()
     for part in ("license: mit", "Digits.", "lr: 0.00321", "| digits | 97.50 | 100.00 |", "someone/nat", "32x32"):
         assert part in text
-    assert "workers" not in text and "data/digits" not in text
+    assert "workers" not in text and "data/digits" not in text and "96.25" not in text
+    push_to_hub.main(
+        [*map(str, (run_folder / "best.pth", "someone/nat", "--card", run_folder / "card.md")), *words[:2]]
+    )
+    assert "| validation images of the training run | 96.25 | - |" in (run_folder / "card.md").read_text()
 
 
 def test_card_of_a_published_model(tmp_path, monkeypatch):

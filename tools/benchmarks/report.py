@@ -86,7 +86,7 @@ def read_rows(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         rows: list[Row] = list(csv.DictReader(file))
     if any(tuple(row) != COLUMNS for row in rows):
-        raise ValueError(f"--out {path} is not a table of this program; choose another file.")
+        raise ValueError(f"{path} is not a table of this program; choose another file.")
     return rows
 
 

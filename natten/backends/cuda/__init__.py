@@ -28,7 +28,6 @@ from natten.backends.kernels import (
     Unsupported,
     check_heads_and_dims,
     check_layout,
-    uniform_dims,
     unsupported_input,
     warn_fallback,
     with_fallback,
@@ -49,6 +48,7 @@ _TF32 = 3  # ELEMENT of Tfloat in instructions.h: float32 that matrix instructio
 _NO_AXIS = Axis(1, 1, 1, 1, False)
 
 MAX_DIM = 256  # largest head_dim
+_DIM_STEP = 8  # kernels with matrix instructions compute with a head_dim that is a multiple of it
 _GROUP_THREADS = 128  # THREADS in groups.h
 _SUM_THREADS, _SUM_ENTRIES = 1024, 32  # threads and table entries per block in sum_parts.cu
 _WAVES = 2  # waves of blocks that sum the gradient of the bias table
@@ -109,7 +109,8 @@ def matrix_families(device: torch.device) -> list[Family]:
     gpu = _properties(device)
     if (gpu.major, gpu.minor) < MATRIX_CAPABILITY:
         return []
-    return [Family(*choice, True) for choice in product(("forward", "backward"), ("bfloat16", "float16", "tf32"))]
+    fused = [Family(*choice, True) for choice in product(("forward", "backward"), ("bfloat16", "float16", "tf32"))]
+    return [*fused, *(Family("unfused", precision, True) for precision in ("bfloat16", "float16"))]
 
 
 def allows_tf32() -> bool:
@@ -251,16 +252,14 @@ def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) 
     """Return the launches of a problem on a GPU, which need not be present.
 
     Args:
-        op: "attention" or "attention_backward".
-        shaped: a heads-last query, on any device.
+        op: a method of `KernelBackend`.
+        shaped: a heads-last query (or value), on any device.
         axes: the axes of the problem.
         has_rpb: whether the problem has a bias.
         gpu: an object with the attributes `major`, `minor`, `multi_processor_count` and
             `shared_memory_per_block_optin` of `torch.cuda.get_device_properties`.
     """
     uses_tf32 = allows_tf32()
-    if _may_use_matrices(_element(shaped.dtype, uses_tf32), 1.0, gpu):
-        shaped, *_ = uniform_dims(shaped, shaped, shaped)
     planner = _Planner(shaped, axes, 1.0, has_rpb, uses_tf32, {}, gpu)
     if shaped.numel():
         getattr(planner, op)()
@@ -315,14 +314,14 @@ class _Planner:
     # Ops
 
     def attention(self) -> None:
-        tile = self._tile("forward")
+        tile = self._tile("forward", self.has_rpb)
         if tile is None:
             self._add_group("attention.cu", "natten_attention")
         else:
             self._add_tiled("attention_tiles.cu", "natten_attention_tiles", tile)
 
     def attention_backward(self) -> None:
-        query_tile, key_tile = self._tile("grad_query"), self._tile("grad_key_value")
+        query_tile, key_tile = self._tile("grad_query", self.has_rpb), self._tile("grad_key_value", self.has_rpb)
         if query_tile is None or key_tile is None:
             parts = self._parts(self._group_size()) if self.has_rpb else None
             self._add_group("attention_backward.cu", "natten_grad_query", parts)
@@ -335,30 +334,61 @@ class _Planner:
             self._add_sum(parts)
 
     def query_key(self) -> None:
-        self._add_unfused("natten_query_key")
+        tile = self._unfused_tile("logits", self.has_rpb)
+        if tile is None:
+            self._add_unfused("natten_query_key")
+        else:
+            self._add_windows("logits", tile, self.has_rpb, LEFT="QUERY", RIGHT="KEY", RESULT="ATTN")
 
     def query_key_backward(self) -> None:
-        self._add_unfused("natten_query_key_grad_query")
-        self._add_unfused("natten_query_key_grad_key")
-        if self.has_rpb:
-            parts = self._parts(self._group_size())
-            self._add_unfused("natten_query_key_grad_rpb", parts)
+        query_tile, key_tile = self._unfused_tile("gather", self.has_rpb), self._unfused_tile("scatter")
+        if query_tile is None or key_tile is None:
+            parts = self._parts(self._group_size()) if self.has_rpb else None
+            self._add_unfused("natten_query_key_grad_query")
+            self._add_unfused("natten_query_key_grad_key")
+            if parts is not None:
+                self._add_unfused("natten_query_key_grad_rpb", parts)
+        else:
+            parts = self._parts(query_tile.size, query_tile.min_blocks) if self.has_rpb else None
+            with_rpb = (self.has_rpb, parts)
+            self._add_windows("gather", query_tile, *with_rpb, WEIGHTS="GRAD_ATTN", ROWS="KEY", RESULT="GRAD_QUERY")
+            self._add_windows("scatter", key_tile, WEIGHTS="GRAD_ATTN", ROWS="QUERY", RESULT="GRAD_KEY")
+        if parts is not None:
             self._add_sum(parts)
 
     def weight_value(self) -> None:
-        self._add_unfused("natten_weight_value")
+        tile = self._unfused_tile("gather")
+        if tile is None:
+            self._add_unfused("natten_weight_value")
+        else:
+            self._add_windows("gather", tile, WEIGHTS="ATTN", ROWS="VALUE", RESULT="OUT")
 
     def weight_value_backward(self) -> None:
-        self._add_unfused("natten_weight_value_grad_weight")
-        self._add_unfused("natten_weight_value_grad_value")
+        attn_tile, value_tile = self._unfused_tile("logits"), self._unfused_tile("scatter")
+        if attn_tile is None or value_tile is None:
+            self._add_unfused("natten_weight_value_grad_weight")
+            self._add_unfused("natten_weight_value_grad_value")
+        else:
+            self._add_windows("logits", attn_tile, LEFT="GRAD_OUT", RIGHT="VALUE", RESULT="GRAD_ATTN")
+            self._add_windows("scatter", value_tile, WEIGHTS="ATTN", ROWS="GRAD_OUT", RESULT="GRAD_VALUE")
 
     # Launches
 
-    def _tile(self, kernel: str) -> Tile | None:
+    def _unfused_tile(self, kernel: str, has_rpb: bool = False) -> Tile | None:
+        """Return the tile of a kernel of unfused attention, like `_tile`.
+
+        There is none in TF32, for a head_dim that is no multiple of 8, or if the weights of 16 tokens are too large for
+        shared memory.
+        """
+        is_supported = self.tiled_element != _TF32 and self.dim % _DIM_STEP == 0 and self.dim <= MAX_DIM
+        return self._tile(kernel, has_rpb) if is_supported else None
+
+    def _tile(self, kernel: str, has_rpb: bool) -> Tile | None:
         """Return the tile of a kernel with matrix instructions, or None if it does not support this problem or GPU.
 
         Args:
-            kernel: one of `tiles.KERNELS`.
+            kernel: one of `tiles.KERNELS` or `tiles.UNFUSED_KERNELS`.
+            has_rpb: whether the kernel reads the bias, or computes its gradient.
         """
         gpu = self.gpu
         if not _may_use_matrices(self.tiled_element, self.scale, gpu):
@@ -366,9 +396,9 @@ class _Planner:
         return choose_tile(
             kernel,
             self.axes,
-            self.dim,
+            -(-max(self.dim, self.value_dim) // _DIM_STEP) * _DIM_STEP,
             maps=self.batch * self.heads,
-            has_rpb=self.has_rpb,
+            has_rpb=has_rpb,
             processors=gpu.multi_processor_count,
             max_shared_bytes=gpu.shared_memory_per_block_optin,
             item_bytes=4 if self.tiled_element == _TF32 else 2,
@@ -396,17 +426,28 @@ class _Planner:
         return min(self._pieces(size), max_parts, -(-_WAVES * self.gpu.multi_processor_count * resident // self.heads))
 
     def _add_group(self, source: str, name: str, parts: int | None = None, heads: int | None = None) -> None:
-        definitions = (*self._definitions(self.element, self.has_rpb), f"VALUE_DIM={self.value_dim}")
+        definitions = self._definitions(self.element, self.has_rpb)
         self._add(Kernel(source, name, definitions, _GROUP_THREADS), self._group_size(), parts, heads=heads)
 
     def _add_unfused(self, name: str, parts: int | None = None) -> None:
-        definitions = (*self._definitions(self.element, has_rpb=True), f"VALUE_DIM={self.value_dim}")
+        definitions = self._definitions(self.element, has_rpb=True)
         self._add(Kernel("unfused.cu", name, definitions, _GROUP_THREADS), self._group_size(), parts)
 
-    def _add_tiled(self, source: str, name: str, tile: Tile, parts: int | None = None) -> None:
-        definitions = (*self._definitions(self.tiled_element, self.has_rpb), *tile.definitions())
-        kernel = Kernel(source, name, definitions, tile.threads, tile.shared_bytes)
+    def _add_tiled(
+        self, source: str, name: str, tile: Tile, parts: int | None = None, definitions: tuple[str, ...] | None = None
+    ) -> None:
+        if definitions is None:
+            definitions = self._definitions(self.tiled_element, self.has_rpb)
+        kernel = Kernel(source, name, (*definitions, *tile.definitions()), tile.threads, tile.shared_bytes)
         self._add(kernel, tile.size, parts, tile.slices)
+
+    def _add_windows(
+        self, name: str, tile: Tile, has_rpb: bool = False, parts: int | None = None, **tensors: str
+    ) -> None:
+        """Add a kernel of `tiles.UNFUSED_KERNELS`. tensors: which tensors it reads and writes, under its names."""
+        roles = (f"{role}={tensor}" for role, tensor in tensors.items())
+        definitions = (*self._definitions(self.tiled_element, has_rpb), *roles)
+        self._add_tiled(f"{name}_tiles.cu", f"natten_{name}_tiles", tile, parts, definitions)
 
     def _add_sum(self, parts: int) -> None:
         self.partial = self.heads * parts * self.table
@@ -452,8 +493,8 @@ class _Planner:
         self.steps.append(Step(kernel, blocks, parameters))
 
     def _definitions(self, element: int, has_rpb: bool) -> tuple[str, ...]:
-        definitions = [f"HEAD_DIM={self.dim}", f"ELEMENT={element}", f"HAS_RPB={int(has_rpb)}"]
-        definitions.append(f"HAS_LONG_STEPS={int(self.has_long_steps)}")
+        definitions = [f"HEAD_DIM={self.dim}", f"VALUE_DIM={self.value_dim}", f"ELEMENT={element}"]
+        definitions += [f"HAS_RPB={int(has_rpb)}", f"HAS_LONG_STEPS={int(self.has_long_steps)}"]
         for letter, axis in zip("ZYX", self.axes, strict=True):
             definitions.append(f"KERNEL_{letter}={axis.kernel_size}")
             definitions.append(f"STRIDE_{letter}={axis.stride}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from math import lcm
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from natten.geometry import Axis
 # costs are estimated. The last class has no largest length. Published models have maps of the typical lengths.
 _CLASSES = ((8, 7), (16, 14), (32, 28), (None, 56))
 MAX_ROW = 64  # columns of a unit in a row that is not cut into segments
+_SLOT_BYTES, _PIECE_BYTES, _BANKS, _BANK_BYTES, _MOST_PADDING = 2, 16, 32, 4, 64
 _TYPICAL_LINE, _TYPICAL_WINDOWS = 256, 4  # typical lengths of the last class: on a single axis; in windows, at least
 
 
@@ -204,3 +206,42 @@ def _narrow_remainders(kernel_size: int, stride: int, is_causal: bool, unit: int
         fitting = {r for r, (before, after) in found.items() if before <= most_before and most_before + after <= fewest}
         best = max(best, frozenset(fitting), key=len)
     return best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of unfused attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def slots_bytes(tokens: int, window: int, pitch: int) -> int:
+    """Return the bytes of the weights of consecutive tokens in shared memory, as in tiles.h."""
+    loose = _round_up(window * _SLOT_BYTES + _PIECE_BYTES - _SLOT_BYTES, _PIECE_BYTES)
+    return max(_round_up(tokens * pitch + _PIECE_BYTES, _PIECE_BYTES), tokens * loose)
+
+
+@cache
+def slots_pitch(kernel: str, window: int) -> int:
+    """Return the distance in bytes between the weights of two tokens in shared memory, with few bank conflicts.
+
+    Args:
+        kernel: one of `tiles.UNFUSED_KERNELS`.
+        window: number of keys in a window.
+    """
+    bytes_ = window * _SLOT_BYTES
+    if kernel == "logits":  # written as they are in global memory
+        return bytes_
+    # Weights are as far from a multiple of 16 bytes as in global memory, and tokens do not share such a piece.
+    return min(
+        range(bytes_ + _PIECE_BYTES, bytes_ + _MOST_PADDING + 1, _PIECE_BYTES),
+        key=lambda pitch: _wavefronts(kernel, window, pitch),
+    )
+
+
+def _wavefronts(kernel: str, window: int, pitch: int) -> int:
+    """Return the wavefronts of a warp that accesses a weight of 8 tokens and 4 columns, away from borders."""
+    words: dict[int, set[int]] = {}
+    for token, column in product(range(8), range(0, 8, 2)):
+        row, slot = (column, token - column) if kernel == "scatter" else (token, column - token)
+        word = (row * pitch + slot * _SLOT_BYTES) // _BANK_BYTES
+        words.setdefault(word % _BANKS, set()).add(word)
+    return max(map(len, words.values()))

@@ -14,10 +14,21 @@ from itertools import product
 from math import ceil, prod
 from typing import NamedTuple
 
-from natten.backends.cuda.columns import MAX_ROW, Lengths, lengths, place_row, typical_columns, widest
+from natten.backends.cuda.columns import (
+    MAX_ROW,
+    Lengths,
+    lengths,
+    place_row,
+    slots_bytes,
+    slots_pitch,
+    typical_columns,
+    widest,
+)
 from natten.geometry import Axis
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
+UNFUSED_KERNELS = ("logits", "gather", "scatter")  # for 16 bits and windows without strides
+_OF_KEYS = ("grad_key_value", "scatter")  # the tokens of a tile are keys
 
 # Tokens times heads per multiprocessor: above the first number, problems are large. The other two are those for which
 # costs are estimated.
@@ -26,7 +37,9 @@ _MAX_WARPS = 8  # per block
 _UNIT_COUNTS = (1, 2, 3, 4, 6, 7, 8, 12, 14, 16, 24, 28, 32)  # possible sizes of a tile along an axis
 _MAX_UNITS = 32  # per tile
 # Largest head_dim, in units of 2 bytes, of units with two matrices: these share operands, but need more registers.
-_MAX_DIM_OF_PAIRS = {"forward": 64, "grad_query": 32, "grad_key_value": 32}
+_MAX_DIM_OF_PAIRS = {"forward": 64, "grad_query": 32, "grad_key_value": 32} | dict.fromkeys(UNFUSED_KERNELS, 64)
+_MAX_WINDOW_OF_PAIRS = 256  # largest window of such units in unfused attention, which stores their weights
+_MAX_UNFUSED_LINE = 32  # instead of MAX_ROW, on a single axis: each of its lines keeps the places of columns
 _LARGE_DIM = 128  # for a larger head_dim, rows that are not cut into segments may be too large
 # A multiprocessor reserves this much of its shared memory per block, in addition to what the block requests.
 _RESERVED_BYTES = 1 << 10
@@ -38,19 +51,23 @@ _STAGE_CHUNKS = (1, 2, 4, 8)  # possible numbers of chunks per stage
 # The cost model, in instructions per warp, counted in the machine code for sm_90.
 _STAGE_COST = 120.0  # per stage
 _COLUMNS_COST = {"forward": 24.0, "grad_query": 36.0, "grad_key_value": 26.0}  # per matrix and block of 8 columns
+_COLUMNS_COST |= {"logits": 14.0, "gather": 10.0, "scatter": 14.0}
 # Instructions that could be issued while shared memory delivers the operands of a block, without those of products.
-_SHARED_TIME = {"forward": 16.0, "grad_query": 32.0, "grad_key_value": 24.0}
+_SHARED_TIME = {"forward": 16.0, "grad_query": 32.0, "grad_key_value": 24.0} | dict.fromkeys(UNFUSED_KERNELS, 32.0)
 # Products per matrix and block of columns, and their costs; all per 16 elements of head_dim. Keys of the first cost:
 # item bytes.
-_PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4}
+_PRODUCTS = {"forward": 2, "grad_query": 3, "grad_key_value": 4} | dict.fromkeys(UNFUSED_KERNELS, 1)
 _PRODUCT_COST, _PRODUCT_TIME, _PRODUCT_SHARED_TIME = {2: 1.5, 4: 3.5}, 6.5, 8.0
 _UNIT_COST, _TILE_COST = 170.0, 360.0  # per matrix of a unit, per tile
 _COPY_COST, _FRAGMENT_COST = 5.0, 29.0  # to copy 16 bytes per lane, to make a fragment
 _TABLE_COST, _DIAGONAL_COST = 20.0, 25.0  # per block of columns whose bias, or whose gradient, is not a fragment
+_SLOTS_COST = 13.0  # to copy 16 bytes of weights per lane, which begin anywhere
 _BYTES_PER_INSTRUCTION = 6.0  # that a multiprocessor receives while it issues one instruction
 
-_CHUNK_BLOCKS = {"forward": 4, "grad_query": 2, "grad_key_value": 2}  # blocks of 8 columns per chunk, small head_dim
+# Blocks of 8 columns per chunk, for a small head_dim.
+_CHUNK_BLOCKS = {"forward": 4, "grad_query": 2, "grad_key_value": 2} | dict.fromkeys(UNFUSED_KERNELS, 2)
 _MAX_SLICE_DIM = {"forward": 128, "grad_query": 128, "grad_key_value": 64}  # largest head_dim per block
+_MAX_SLICE_DIM |= {"logits": 256, "gather": 128, "scatter": 128}
 # Resident warps per multiprocessor that do not spill registers: with 12 warps a thread has 168 registers, with 8 it has
 # 255. The latter for units of two matrices, for large head_dim (in units of 2 bytes), and where a thread keeps more
 # values: with stages, or with large chunks and a gradient.
@@ -77,6 +94,7 @@ class Tile(NamedTuple):
     has_gradient_fragments: bool
     gradient_tables: int
     shared_bytes: int
+    slots_pitch: int = 0
 
     @property
     def threads(self) -> int:
@@ -106,6 +124,8 @@ class Tile(NamedTuple):
             "GRADIENT_TABLES": self.gradient_tables,
             "SHARED_BYTES": self.shared_bytes,
         }
+        if self.slots_pitch:
+            macros["SLOTS_PITCH"] = self.slots_pitch
         return tuple(f"{name}={value}" for name, value in macros.items())
 
 
@@ -161,7 +181,7 @@ def choose_tile(
     """Return the tile for a kernel, or None if no tile fits. All maps of a class have the same tile (columns.py).
 
     Args:
-        kernel: one of KERNELS.
+        kernel: one of KERNELS or UNFUSED_KERNELS.
         axes: three axes; the leading ones have one token if the problem has fewer axes.
         dim: head_dim.
         maps: number of images times number of heads.
@@ -192,8 +212,11 @@ def _is_large(axes: tuple[Axis, ...], maps: int, processors: int) -> bool:
 def _class_of(kernel: str, axes: tuple[Axis, ...], wide: int, is_large: bool) -> tuple[Lengths, ...]:
     is_line = axes[0].kernel_size == axes[1].kernel_size == 1
     is_short = is_line and axes[2].length <= 16 * axes[2].dilation
-    lines = 2 if is_short or wide > _MAX_DIM_OF_PAIRS[kernel] else 4
-    return lengths(axes, (1, 1, 8 * lines) if is_line else (1, lines, 8), kernel == "grad_key_value", is_large)
+    is_single = is_short or wide > _MAX_DIM_OF_PAIRS[kernel]
+    if kernel in UNFUSED_KERNELS:
+        is_single |= is_line or prod(axis.kernel_size for axis in axes) > _MAX_WINDOW_OF_PAIRS
+    lines = 2 if is_single else 4
+    return lengths(axes, (1, 1, 8 * lines) if is_line else (1, lines, 8), kernel in _OF_KEYS, is_large)
 
 
 @cache
@@ -216,8 +239,10 @@ class _Chooser:
     ):
         self.kernel, self.axes, self.item_bytes = kernel, axes, item_bytes
         self.wide = dim * item_bytes // 2  # head_dim in units of 2 bytes
-        self.has_rpb, self.max_shared_bytes = has_rpb, max_shared_bytes
-        self.is_inverse = kernel == "grad_key_value"
+        self.has_bias, self.max_shared_bytes = has_rpb and kernel != "gather", max_shared_bytes
+        self.is_inverse, self.is_unfused = kernel in _OF_KEYS, kernel in UNFUSED_KERNELS
+        self.window = prod(axis.kernel_size for axis in axes)
+        self.slots_pitch = slots_pitch(kernel, self.window) if self.is_unfused else 0
         self.rank = 3 if axes[0].kernel_size > 1 else 2 if axes[1].kernel_size > 1 else 1
         self.unit = [axis.unit for axis in axes]
         self.matrices = self.unit[1] // 2 if self.rank > 1 else self.unit[2] // 16
@@ -231,10 +256,10 @@ class _Chooser:
         self.slices = -(-dim // max_slice_dim)
         self.slice_results = -(-(dim // 8) // self.slices)
         self.chunk_blocks = _CHUNK_BLOCKS[kernel] if self.wide <= 32 else max(_CHUNK_BLOCKS[kernel] // 2, 2)
-        is_small = self.matrices == 1 and self.wide <= _MAX_DIM_OF_RESIDENT_WARPS
+        is_small = (self.matrices == 1 or self.is_unfused) and self.wide <= _MAX_DIM_OF_RESIDENT_WARPS
         is_small = is_small and (item_bytes == 2 or kernel != "grad_query")  # which rounds two operands to TF32
         self.max_resident_warps = _RESIDENT_WARPS if is_small else _FEWEST_RESIDENT_WARPS
-        self.has_gradient = has_rpb and kernel == "grad_query"
+        self.has_gradient = has_rpb and kernel in ("grad_query", "gather")
 
     def tiles(self) -> Iterator[Tile]:
         """Yield all tiles that fit."""
@@ -266,14 +291,20 @@ class _Chooser:
         is_narrow = self.unit[2] + self.axes[2].kernel_size + self.axes[2].stride - 2 <= MAX_ROW
         for has_gradient in (False, True) if may_have_gradient else (False,):
             row = place_row(self.axes[2], self.is_inverse, size_x, has_gradient) if is_narrow else None
-            if row is not None and row.unit_columns <= MAX_ROW:
+            longest = _MAX_UNFUSED_LINE if self.is_unfused and self.rank == 1 else MAX_ROW
+            if row is not None and row.unit_columns <= longest:
                 is_unsegmented = True
-                for has_bias in (True, False) if _MAY_HAVE_FRAGMENTS else (False,):
+                for has_bias in (True, False) if self._may_have_bias_fragments() else (False,):
                     yield _Layout(row.columns, row.unit_columns, row.reach, False, has_bias, has_gradient)
         if is_unsegmented and self.wide <= _LARGE_DIM:
             return
-        segment = 8 * max(self.chunk_blocks, 4) if self.wide <= _LARGE_DIM else 16
+        # Few columns if each has many bytes: rows of a large head_dim, or weights.
+        segment = 16 if self.wide > _LARGE_DIM or self.kernel == "scatter" else 8 * max(self.chunk_blocks, 4)
         yield _Layout(segment, segment, 0, True, False, False)
+
+    def _may_have_bias_fragments(self) -> bool:
+        """Return whether there may be bias fragments, which also mask columns; unfused attention does not need that."""
+        return _MAY_HAVE_FRAGMENTS and (self.has_bias or not self.is_unfused)
 
     def _stages(self, units: int, rows: int, chunk_rows: int) -> Iterator[_Stage]:
         if units > _MAX_WARPS:
@@ -293,13 +324,17 @@ class _Chooser:
 
     def _tile(self, size, layout: _Layout, chunk_rows: int, stage: _Stage) -> Tile:
         tokens = stage.rows * layout.columns
-        buffer = tokens * self.pieces * 32 + (tokens * 8 if self.is_inverse else 0)
+        buffer = tokens * self.pieces * 16 * (1 if self.is_unfused else 2)
+        if self.is_inverse:
+            buffer += stage.rows * self._slots_bytes(layout.columns) if self.is_unfused else tokens * 8
         has_table, bias = self._bias(size, layout)
         tables, gradient = self._gradient(layout, stage.warps)
         blocks = layout.unit_columns // 8 + (self.lines - 1 if self.rank == 1 else 0)
         has_diagonals = self.has_gradient and not layout.has_gradient_fragments
         diagonals = 8 * (_round_up(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
-        warp = max((8 * self.lines * self.slice_results * 16 if self.item_bytes == 2 else 0), diagonals)
+        has_store = self.item_bytes == 2 and self.kernel != "logits"
+        warp = max((8 * self.lines * self.slice_results * 16 if has_store else 0), diagonals)
+        warp += self.lines * self._slots_bytes(8) if self.is_unfused and not self.is_inverse else 0
         shared = (2 if stage.is_staged else 1) * buffer + bias + gradient + stage.warps * warp + _BASES_BYTES
         resident = self._resident_warps(layout, chunk_rows, stage) // stage.warps
         fitting = (self.max_shared_bytes + _RESERVED_BYTES) // (shared + _RESERVED_BYTES)
@@ -321,7 +356,11 @@ class _Chooser:
             has_gradient_fragments=layout.has_gradient_fragments,
             gradient_tables=tables,
             shared_bytes=shared,
+            slots_pitch=self.slots_pitch,
         )
+
+    def _slots_bytes(self, tokens: int) -> int:
+        return slots_bytes(tokens, self.window, self.slots_pitch)
 
     def _resident_warps(self, layout: _Layout, chunk_rows: int, stage: _Stage) -> int:
         """Return the number of warps for which a multiprocessor has registers."""
@@ -334,10 +373,10 @@ class _Chooser:
     def _bias(self, size, layout: _Layout) -> tuple[bool, int]:
         """Return whether shared memory holds the bias as a table, and the bytes of the table or of the fragments."""
         if layout.has_bias_fragments:
-            rows = self.table_rows if self.has_rpb else 1
+            rows = self.table_rows if self.has_bias else 1
             return False, size[2] // self.unit[2] * (rows * self.fragments_per_row + 1) * layout.fragment_bytes
         table_bytes = _round_up(self.table + 2 * (2 * layout.unit_columns + 32), 4) * 4
-        is_shared = self.has_rpb and table_bytes <= _MAX_TABLE_BYTES
+        is_shared = self.has_bias and table_bytes <= _MAX_TABLE_BYTES
         return is_shared, table_bytes * is_shared
 
     def _gradient(self, layout: _Layout, warps: int) -> tuple[int, int]:
@@ -354,7 +393,10 @@ class _Chooser:
         lengths_and_sizes = [(axis.typical, q) for axis, q in zip(self.axes, tile.size, strict=True)]
         tiles = tokens * prod(ceil(n / q) / n for n, q in lengths_and_sizes)
         columns = prod(self._typical(i, q)[0] for i, q in enumerate(tile.size))
-        reading = (4 * self.wide * columns + 6 * self.wide * prod(tile.size)) / _BYTES_PER_INSTRUCTION
+        reading = 4 * self.wide * columns + 6 * self.wide * prod(tile.size)
+        if self.is_unfused:
+            reading = 2 * (self.wide * (columns + prod(tile.size)) + self.window * prod(tile.size))
+        reading /= _BYTES_PER_INSTRUCTION
         computing = self._instructions(tile)
         resident = tile.min_blocks * tile.warps
         computing *= 1 + 6 / resident  # with few warps, the multiprocessor idles
@@ -377,7 +419,7 @@ class _Chooser:
             self.matrices * _PRODUCT_TIME * steps,
             _SHARED_TIME[self.kernel] + _PRODUCT_SHARED_TIME * steps,
         )
-        column_cost += _TABLE_COST * (not tile.has_bias_fragments)
+        column_cost += _TABLE_COST * (not tile.has_bias_fragments and (self.has_bias or not self.is_unfused))
         column_cost += _DIAGONAL_COST * (self.has_gradient and not tile.has_gradient_fragments)
         unit_spans = [self._typical(i, u)[1] for i, u in enumerate(self.unit)]
         rows: float = unit_spans[0] * unit_spans[1]
@@ -394,7 +436,9 @@ class _Chooser:
         unit_cost = _UNIT_COST * self.matrices + chunks * tile.unit_columns / 8 * column_cost
         work = -(-units // tile.warps) * tile.warps * unit_cost
         work += tile.warps * (_TILE_COST + stages * _STAGE_COST)
-        work += stages * tile.stage_rows * tile.columns * self.pieces / 16 * _COPY_COST
+        work += stages * tile.stage_rows * tile.columns * self.pieces / (32 if self.is_unfused else 16) * _COPY_COST
+        if self.is_unfused and self.is_inverse:
+            work += stages * tile.stage_rows * tile.columns * (self.slots_pitch // 16) / 32 * _SLOTS_COST
         if tile.has_bias_fragments:
             work += tile.size[2] / self.unit[2] * self.table_rows * self.fragments_per_row * _FRAGMENT_COST
         return work

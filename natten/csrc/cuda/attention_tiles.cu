@@ -15,7 +15,7 @@ struct Attend {
   const Unit& unit;
   char* shared;
   int first_block;
-  Fragments query;
+  Fragments<HEAD_DIM> query;
   UnitBias bias;
   float scale;  // includes log2(e), for exp2
   float base[LINES], total[LINES];  // weights are 2^(logit * scale - base)
@@ -102,7 +102,7 @@ struct Attend {
       if (first_block == 0 && lane_index() % 4 == 0 && unit.is_there[line])
         *lse.row[line] = (base[line] + log2_fast(total[line])) * LN_2;
     }
-    store_unit(sum, factor, rows_of<Storage>(p, OUT, shared), unit, tile, first_block,
+    store_unit<VALUE_DIM>(sum, factor, rows_of<Storage>(p, OUT, shared), unit, tile, first_block,
                shared + WARPS_AT + warp_index() * WARP_BYTES);
   }
 };

@@ -11,7 +11,8 @@ struct DifferentiateKey {
   const Unit& unit;
   char* shared;
   int first_block;
-  Fragments key, value;
+  Fragments<HEAD_DIM> key;
+  Fragments<VALUE_DIM> value;
   UnitBias bias;
   float scale;  // includes log2(e), for exp2
   Sums grad_key, grad_value;
@@ -66,15 +67,15 @@ struct DifferentiateKey {
     float factor[LINES], one[LINES];
 #pragma unroll
     for (int line = 0; line < LINES; ++line) factor[line] = p.scale, one[line] = 1;
-    store_unit(grad_key, factor, rows_of<Storage>(p, GRAD_KEY, shared), unit, tile, first_block, scratch);
-    store_unit(grad_value, one, rows_of<Storage>(p, GRAD_VALUE, shared), unit, tile, first_block, scratch);
+    store_unit<HEAD_DIM>(grad_key, factor, rows_of<Storage>(p, GRAD_KEY, shared), unit, tile, first_block, scratch);
+    store_unit<VALUE_DIM>(grad_value, one, rows_of<Storage>(p, GRAD_VALUE, shared), unit, tile, first_block, scratch);
   }
 };
 
 // Copies logsumexp and minus delta of the queries of a stage asynchronously, and zeros where there are none.
 __device__ __forceinline__ void copy_statistics(const Rows<const float>& lse, const Rows<const float>& delta,
                                                 const BlockTile& tile, int first_row, char* buffer) {
-  float* statistics = reinterpret_cast<float*>(buffer + 2 * COLUMN_BYTES);
+  float* statistics = reinterpret_cast<float*>(buffer + COLUMN_TENSORS * COLUMN_BYTES);
   for (int token = threadIdx.x; token < STAGE_TOKENS; token += TILE_THREADS) {
     const int row = first_row + token / COLUMNS;
     const Place at = tile.place(row);

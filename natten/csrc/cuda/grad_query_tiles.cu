@@ -12,7 +12,8 @@ struct DifferentiateQuery {
   const Unit& unit;
   char* shared;
   int first_block;
-  Fragments query, grad_out;
+  Fragments<HEAD_DIM> query;
+  Fragments<VALUE_DIM> grad_out;
   UnitBias bias;
   UnitGradient gradient;
   float scale, lse[LINES], delta[LINES];  // scale and lse: include log2(e), for exp2
@@ -34,8 +35,8 @@ struct DifferentiateQuery {
 #pragma unroll
       for (int quad = 0; quad < QUADS; ++quad) {
         unsigned a[4], b[4];
-        load_words(quad, out.row[line], a);
-        load_words(quad, grad_out.rows.row[line], b);  // not rounded to TF32
+        load_words<VALUE_DIM>(quad, out.row[line], a);
+        load_words<VALUE_DIM>(quad, grad_out.rows.row[line], b);  // not rounded to TF32
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum += dot(a[i], b[i]);
       }
@@ -89,7 +90,7 @@ struct DifferentiateQuery {
     float factor[LINES];
 #pragma unroll
     for (int line = 0; line < LINES; ++line) factor[line] = p.scale;
-    store_unit(sum, factor, rows_of<Storage>(p, GRAD_QUERY, shared), unit, tile, first_block, scratch());
+    store_unit<HEAD_DIM>(sum, factor, rows_of<Storage>(p, GRAD_QUERY, shared), unit, tile, first_block, scratch());
   }
 };
 

@@ -67,7 +67,7 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 or 4 bytes, or zeros, to shared memory. This thread sees them after wait_copies, others also need a barrier.
+// Copies 16, 8 or 4 bytes, or zeros, to shared memory. This thread sees them after wait_copies, others also need a barrier.
 template <int BYTES = 16>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool is_there) {
   const int bytes = is_there ? BYTES : 0;
@@ -77,6 +77,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool is_t
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(bytes)
                  : "memory");
+}
+// Copies the first `bytes` of 16, and zeros after them, to shared memory. Does nothing if `bytes` is 0 or negative.
+__device__ __forceinline__ void copy_async_part(void* to, const void* from, int bytes) {
+  asm volatile(
+      "{\n.reg .pred any;\nsetp.gt.s32 any, %2, 0;\n@any cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes)
+      : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>

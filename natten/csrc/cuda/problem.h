@@ -80,6 +80,11 @@ using WindowsZ = Windows<KERNEL_Z, STRIDE_Z, CAUSAL_Z>;
 using WindowsY = Windows<KERNEL_Y, STRIDE_Y, CAUSAL_Y>;
 using WindowsX = Windows<KERNEL_X, STRIDE_X, CAUSAL_X>;
 
+// Row-major index of a slot in a window.
+__device__ __forceinline__ int slot_index(int slot_z, int slot_y, int slot_x) {
+  return (slot_z * KERNEL_Y + slot_y) * KERNEL_X + slot_x;
+}
+
 // One image, head and residue class.
 struct Submap {
   int batch, head, residue[3], n[3];

@@ -6,6 +6,7 @@
 namespace natten {
 
 using Products = float[MATRICES][CHUNK_ROWS][ROW_BLOCKS][4];  // of a unit's tokens and a chunk's columns
+using Words = unsigned[MATRICES][CHUNK_ROWS][ROW_BLOCKS][2];   // the same in 16 bits, two columns of a line per word
 using Sums = float[MATRICES][SLICE][4];                        // results of a unit
 
 // This thread's rows of a tensor with one row per token of the unit: row lane / 4 of each line.
@@ -31,9 +32,17 @@ constexpr bool TAKES_PIECES = PIECES % 4 == 0, TAKES_HALVES = PIECES == 2;
 constexpr int MAX_KEPT_PIECES = 16;  // of a tensor, in the registers of a thread
 
 // Loads this lane's words of a quad of a row in global memory.
+template <int SIZE>
 __device__ __forceinline__ void load_words(int quad, const Storage* row, unsigned (&words)[4]) {
   const char* from = reinterpret_cast<const char*>(row) + quad * 64;
   const int lane = lane_index() % 4;
+  if (SIZE < DIM) {
+    const int words_before = TAKES_PIECES ? quad * 16 + lane * 4 : TAKES_HALVES ? lane * 2 : quad * 16 + lane;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      words[i] = TAKES_HALVES && i > 1 ? 0 : load_word<SIZE>(row, (words_before + (TAKES_PIECES || TAKES_HALVES ? i : i * 4)) * WORD);
+    return;
+  }
   if (TAKES_PIECES) {
     const uint4 four = *reinterpret_cast<const uint4*>(from + lane * 16);
     words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
@@ -86,7 +95,8 @@ __device__ __forceinline__ void round_operand(unsigned (&registers)[COUNT]) {
   }
 }
 
-// The fragments of a unit's rows of a tensor. They stay in registers if they need few of them.
+// The fragments of a unit's rows of a tensor, of SIZE elements. They stay in registers if they need few of them.
+template <int SIZE>
 struct Fragments {
   static constexpr bool IS_KEPT = PIECES * MATRICES <= MAX_KEPT_PIECES;
   UnitRows<const Storage> rows;
@@ -116,7 +126,7 @@ struct Fragments {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       unsigned found[4];
-      load_words(quad, rows.row[2 * matrix + half], found);
+      load_words<SIZE>(quad, rows.row[2 * matrix + half], found);
       round_operand(found);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[2 * i + half] = found[i];
@@ -125,8 +135,8 @@ struct Fragments {
 };
 
 // Adds to row r of `products` the products of the unit's rows and the columns of a tensor.
-template <class AnyChunk>
-__device__ __forceinline__ void multiply_columns(const Fragments& left, const AnyChunk& chunk, int tensor, int r,
+template <int SIZE, class AnyChunk>
+__device__ __forceinline__ void multiply_columns(const Fragments<SIZE>& left, const AnyChunk& chunk, int tensor, int r,
                                                  Products& products) {
   const char* columns = chunk.columns(tensor, r);
 #pragma unroll
@@ -188,9 +198,18 @@ __device__ __forceinline__ void add_chunk_columns(const Products& weights, const
 
 #else
 
-// sum += the weights of one or two blocks of a chunk, from BLOCK on, times their columns.
-template <int BLOCK, class AnyChunk>
-__device__ __forceinline__ void add_columns(const Products& weights, const AnyChunk& chunk, int tensor, int first_block,
+// The weights of a line of a matrix (0 or 1) and two columns, as an operand.
+__device__ __forceinline__ unsigned operand(const Products& weights, int matrix, int r, int block, int line) {
+  const float(&four)[4] = weights[matrix][r][block];
+  return pack(four[2 * line], four[2 * line + 1]);
+}
+__device__ __forceinline__ unsigned operand(const Words& weights, int matrix, int r, int block, int line) {
+  return weights[matrix][r][block][line];
+}
+
+// sum += the weights of one or two blocks of a chunk, from BLOCK on, times their columns. Weights: Products or Words.
+template <int BLOCK, class Weights, class AnyChunk>
+__device__ __forceinline__ void add_columns(const Weights& weights, const AnyChunk& chunk, int tensor, int first_block,
                                             Sums& sum) {
   constexpr int COUNT = BLOCK + 1 < BLOCKS ? 2 : 1, NEXT = BLOCK + COUNT - 1;
   constexpr int ROW_OF_ONE = BLOCK / ROW_BLOCKS, ROW_OF_TWO = NEXT / ROW_BLOCKS;
@@ -199,10 +218,11 @@ __device__ __forceinline__ void add_columns(const Products& weights, const AnyCh
   unsigned a[MATRICES][4];
 #pragma unroll
   for (int m = 0; m < MATRICES; ++m) {
-    const float(&one)[4] = weights[m][ROW_OF_ONE][BLOCK % ROW_BLOCKS];
-    const float(&two)[4] = weights[m][ROW_OF_TWO][NEXT % ROW_BLOCKS];
-    a[m][0] = pack(one[0], one[1]), a[m][1] = pack(one[2], one[3]);
-    a[m][2] = pack(two[0], two[1]), a[m][3] = pack(two[2], two[3]);
+#pragma unroll
+    for (int line = 0; line < 2; ++line) {
+      a[m][line] = operand(weights, m, ROW_OF_ONE, BLOCK % ROW_BLOCKS, line);
+      a[m][2 + line] = operand(weights, m, ROW_OF_TWO, NEXT % ROW_BLOCKS, line);
+    }
   }
   const auto add = [&](int i, const unsigned* b) {
 #pragma unroll
@@ -235,8 +255,8 @@ __device__ __forceinline__ void add_columns(const Products& weights, const AnyCh
 }
 
 // sum += the weights of a chunk times its columns, beginning with block BLOCK.
-template <int BLOCK = 0, class AnyChunk>
-__device__ __forceinline__ void add_chunk_columns(const Products& weights, const AnyChunk& chunk, int tensor,
+template <int BLOCK = 0, class Weights, class AnyChunk>
+__device__ __forceinline__ void add_chunk_columns(const Weights& weights, const AnyChunk& chunk, int tensor,
                                                   int first_block, Sums& sum) {
   add_columns<BLOCK>(weights, chunk, tensor, first_block, sum);
   if constexpr (BLOCK + 2 < BLOCKS) add_chunk_columns<BLOCK + 2>(weights, chunk, tensor, first_block, sum);
@@ -250,7 +270,9 @@ __device__ __forceinline__ void add_chunk_columns(const Products& weights, const
 
 #if ELEMENT == 3
 
-// Writes a unit's result, with a factor per line. A thread writes 8 bytes of a row, its neighbors the following bytes.
+// Writes a unit's result, with SIZE elements per row and a factor per line. A thread writes 8 bytes of a row, its neighbors
+// the following bytes.
+template <int SIZE>
 __device__ __forceinline__ void store_unit(const Sums& sum, const float (&factor)[LINES], const Rows<Storage>& to,
                                            const Unit& unit, const BlockTile&, int first_block, char*) {
   const UnitRows<Storage> rows(to, unit);
@@ -259,14 +281,22 @@ __device__ __forceinline__ void store_unit(const Sums& sum, const float (&factor
     const int line = i % LINES, block = i / LINES, result = first_block + block;
     if (!unit.is_there[line] || result >= RESULT_BLOCKS) continue;
     const float(&four)[4] = sum[line / 2][block];
-    *reinterpret_cast<float2*>(rows.row[line] + result * 8 + lane_index() % 4 * 2) = {
-        four[line % 2 * 2] * factor[line], four[line % 2 * 2 + 1] * factor[line]};
+    const float2 two = {four[line % 2 * 2] * factor[line], four[line % 2 * 2 + 1] * factor[line]};
+    const int element = result * 8 + lane_index() % 4 * 2;
+    if (SIZE == DIM) {
+      *reinterpret_cast<float2*>(rows.row[line] + element) = two;
+    } else {
+      store_word<SIZE>(rows.row[line], element, __float_as_uint(two.x));
+      store_word<SIZE>(rows.row[line], element + 1, __float_as_uint(two.y));
+    }
   }
 }
 
 #else
 
-// Writes a unit's result, with a factor per line, through the warp's shared memory, so that each thread writes 16 bytes.
+// Writes a unit's result, with SIZE elements per row and a factor per line, through the warp's shared memory, so that each
+// thread writes 16 bytes.
+template <int SIZE>
 __device__ __forceinline__ void store_unit(const Sums& sum, const float (&factor)[LINES], const Rows<Storage>& to,
                                            const Unit& unit, const BlockTile& tile, int first_block, char* shared) {
   constexpr int COUNT = 8 * LINES * SLICE;  // pieces
@@ -289,8 +319,15 @@ __device__ __forceinline__ void store_unit(const Sums& sum, const float (&factor
     const int y = RANK > 1 ? unit.y + row / 8 : 0, x = unit.x + (RANK > 1 ? row % 8 : row);
     if (COUNT % 32 && i >= COUNT) continue;
     if (y >= end_y || x >= end_x || first_block + piece >= RESULT_BLOCKS) continue;
-    *reinterpret_cast<uint4*>(to.at(unit.z, y, x) + (first_block + piece) * 8) =
-        reinterpret_cast<const uint4*>(shared)[place_of<SLICE>(row, piece)];
+    Storage* const result = to.at(unit.z, y, x);
+    const uint4 four = reinterpret_cast<const uint4*>(shared)[place_of<SLICE>(row, piece)];
+    const int element = (first_block + piece) * 8;
+    if (SIZE == DIM) {
+      *reinterpret_cast<uint4*>(result + element) = four;
+    } else {
+      store_word<SIZE>(result, element, four.x), store_word<SIZE>(result, element + 2, four.y);
+      store_word<SIZE>(result, element + 4, four.z), store_word<SIZE>(result, element + 6, four.w);
+    }
   }
   __syncwarp();
 }

@@ -24,6 +24,8 @@
 //   HAS_GRADIENT_FRAGMENTS  whether each warp sums the gradient of the bias as fragments (bias_gradient.h)
 //   GRADIENT_TABLES         without gradient fragments: number of gradient tables in shared memory: WARPS, or 0
 //   SHARED_BYTES            total size of shared memory
+//   SLOTS_PITCH             unfused attention: bytes from one token's weights to the next in shared memory (slots.h), if the
+//                           tokens are adjacent in global memory
 #pragma once
 
 #include "problem.h"
@@ -34,10 +36,18 @@
 #ifndef HAS_GRADIENT
 #define HAS_GRADIENT 0  // whether the kernel computes the gradient of rpb
 #endif
+#ifndef IS_UNFUSED
+#define IS_UNFUSED 0  // whether the kernel reads or writes weights in global memory, for columns of one tensor
+#endif
+#ifndef HAS_RESULTS
+#define HAS_RESULTS 1  // whether results have rows of head_dim
+#endif
 
 namespace natten {
 
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= 256, "head_dim must be a multiple of 8 up to 256");
+// Elements of a row in shared memory and of a row of results: room for either head_dim. What is beyond a head_dim is zero.
+constexpr int DIM = ((HEAD_DIM > VALUE_DIM ? HEAD_DIM : VALUE_DIM) + 7) / 8 * 8;
+static_assert(DIM <= 256, "head_dim must be at most 256");
 static_assert(COLUMNS % 8 == 0 && UNIT_COLUMNS % 8 == 0, "COLUMNS and UNIT_COLUMNS must be multiples of 8");
 
 constexpr int TILE_THREADS = WARPS * 32;
@@ -48,11 +58,11 @@ static_assert(TILE_Y % UNIT_Y == 0 && TILE_X % UNIT_X == 0, "units must fill a t
 constexpr int UNITS = TILE_Z * UNITS_Y * UNITS_X;
 static_assert(!IS_STAGED || UNITS <= WARPS, "with stages, each warp has at most one unit");
 
-constexpr int PIECE = 16 / sizeof(Storage), PIECES = HEAD_DIM / PIECE;  // elements per 16 bytes, and such pieces per row
+constexpr int PIECE = 16 / sizeof(Storage), PIECES = DIM / PIECE;  // elements per 16 bytes, and such pieces per row
 static_assert(PIECE == 8 || PIECES % 2 == 0, "multiply_columns does not round the operands of a single piece");
 constexpr int QUADS = (PIECES + 3) / 4;  // groups of 4 pieces; the last one may have fewer
 // Blocks of 8 elements per row of results, and how many of them this thread block computes.
-constexpr int RESULT_BLOCKS = HEAD_DIM / 8, SLICE = (RESULT_BLOCKS + SLICES - 1) / SLICES;
+constexpr int RESULT_BLOCKS = DIM / 8, SLICE = (RESULT_BLOCKS + SLICES - 1) / SLICES;
 constexpr int ROW_BLOCKS = UNIT_COLUMNS / 8;     // blocks of 8 columns per row
 constexpr int BLOCKS = CHUNK_ROWS * ROW_BLOCKS;  // and per chunk
 
@@ -82,8 +92,20 @@ constexpr int BUFFERS = IS_STAGED ? 2 : 1;
 constexpr int COLUMN_BYTES = STAGE_TOKENS * PITCH * 16 + GUARD;
 constexpr bool INVERSE = IS_INVERSE;
 constexpr int SIGN = INVERSE ? -1 : 1;  // the bias index uses key - query = SIGN * (column - token)
-constexpr int STATISTICS_BYTES = INVERSE ? STAGE_TOKENS * 8 + GUARD : 0;  // logsumexp of the queries, then minus delta
-constexpr int BUFFER_BYTES = 2 * COLUMN_BYTES + STATISTICS_BYTES;
+constexpr int COLUMN_TENSORS = IS_UNFUSED ? 1 : 2;
+#if IS_UNFUSED
+constexpr int SLOT_BYTES = 2, SLOT_PIECES = (WINDOW * SLOT_BYTES + 16 - SLOT_BYTES + 15) / 16;  // that a token may touch
+constexpr int LOOSE_PITCH = SLOT_PIECES * 16;  // if the tokens are not adjacent
+__host__ __device__ constexpr int slots_bytes(int tokens) {
+  const int adjacent = (tokens * SLOTS_PITCH + 16 + 15) / 16 * 16, loose = tokens * LOOSE_PITCH;
+  return adjacent > loose ? adjacent : loose;
+}
+#else
+__host__ __device__ constexpr int slots_bytes(int) { return 0; }
+#endif
+// What the columns have if they are queries: logsumexp of all, then minus delta of all; unfused: their weights.
+constexpr int QUERIES_BYTES = !INVERSE ? 0 : GUARD + (IS_UNFUSED ? STAGE_ROWS * slots_bytes(COLUMNS) : STAGE_TOKENS * 8);
+constexpr int BUFFER_BYTES = COLUMN_TENSORS * COLUMN_BYTES + QUERIES_BYTES;
 
 constexpr int TABLE_ROWS = TABLE_Z * TABLE_Y;
 constexpr int FRAGMENTS_PER_ROW = RANK > 1 ? 1 : LINES;  // on one axis, lines have different positions in a row
@@ -100,12 +122,14 @@ constexpr int GRADIENT_BYTES =
     HAS_GRADIENT_FRAGMENTS ? WARPS * GRADIENT_FRAGMENTS * FRAGMENT_BYTES : GRADIENT_TABLES * TABLE_STRIDE * 4;
 constexpr int DIAGONAL_BLOCKS = ROW_BLOCKS + (RANK > 1 ? 0 : LINES - 1);
 constexpr int DIAGONAL_PITCH = (DIAGONAL_BLOCKS * 8 + 16 + 31) / 32 * 32 + 8;
-constexpr int STORE_BYTES = sizeof(Storage) == 2 ? 8 * LINES * SLICE * 16 : 0;
+constexpr int STORE_BYTES = HAS_RESULTS && sizeof(Storage) == 2 ? 8 * LINES * SLICE * 16 : 0;
 constexpr int DIAGONAL_BYTES = HAS_GRADIENT && !HAS_GRADIENT_FRAGMENTS ? 8 * DIAGONAL_PITCH * 4 : 0;
-constexpr int WARP_BYTES = (STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES) + GUARD;
+constexpr int SLOTS_AT = STORE_BYTES > DIAGONAL_BYTES ? STORE_BYTES : DIAGONAL_BYTES;
+constexpr int SLOTS_BYTES = INVERSE ? 0 : LINES * slots_bytes(8);
+constexpr int WARP_BYTES = SLOTS_AT + SLOTS_BYTES + GUARD;
 constexpr int BIAS_AT = BUFFERS * BUFFER_BYTES, GRADIENT_AT = BIAS_AT + BIAS_BYTES + GUARD;
 constexpr int WARPS_AT = GRADIENT_AT + GRADIENT_BYTES + GUARD, BASES_AT = WARPS_AT + WARPS * WARP_BYTES;
-constexpr int GUARDS = BUFFERS * (2 + INVERSE) + 2 + WARPS;
+constexpr int GUARDS = BUFFERS * (COLUMN_TENSORS + INVERSE) + 2 + WARPS;
 static_assert(SHARED_BYTES == BASES_AT + 128 - GUARDS * GUARD && TENSORS <= 16, "tiles.py computes another size of shared memory");
 static_assert(!IS_SEGMENTED || !(HAS_BIAS_FRAGMENTS || HAS_GRADIENT_FRAGMENTS), "fragments need rows without segments");
 static_assert(BIAS_AT % 16 == 0 && GRADIENT_AT % 16 == 0 && WARPS_AT % 16 == 0 && BASES_AT % 16 == 0,
@@ -115,7 +139,8 @@ static const emulation::Guards guards(BASES_AT + 128, [](int at) {
   const auto ends = [](int offset, int bytes) { return offset % bytes >= bytes - GUARD; };
   if (at < BIAS_AT) {
     at %= BUFFER_BYTES;
-    return at < 2 * COLUMN_BYTES ? ends(at, COLUMN_BYTES) : ends(at - 2 * COLUMN_BYTES, STATISTICS_BYTES);
+    constexpr int END = COLUMN_TENSORS * COLUMN_BYTES;
+    return at < END ? ends(at, COLUMN_BYTES) : ends(at - END, QUERIES_BYTES);
   }
   if (at < WARPS_AT) return at < GRADIENT_AT ? at >= GRADIENT_AT - GUARD : at >= WARPS_AT - GUARD;
   return at < BASES_AT && ends(at - WARPS_AT, WARP_BYTES);
@@ -129,6 +154,57 @@ __device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
 __device__ __forceinline__ Span columns_z(int s, int n) { return INVERSE ? WindowsZ::queries(s, n) : WindowsZ::keys(s, n); }
 __device__ __forceinline__ Span columns_y(int s, int n) { return INVERSE ? WindowsY::queries(s, n) : WindowsY::keys(s, n); }
 __device__ __forceinline__ Span columns_x(int s, int n) { return INVERSE ? WindowsX::queries(s, n) : WindowsX::keys(s, n); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rows of tensors, of SIZE elements: HEAD_DIM or VALUE_DIM
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Bytes that all rows are aligned to; the caller of the kernels takes care of that.
+template <int SIZE>
+constexpr int ALIGNMENT = SIZE * sizeof(Storage) % 16 == 0  ? 16
+                          : SIZE * sizeof(Storage) % 8 == 0 ? 8
+                          : SIZE * sizeof(Storage) % 4 == 0 ? 4
+                                                            : 2;
+constexpr int WORD = 4 / sizeof(Storage);  // elements per word
+
+// Loads the word of a row that begins with an element. Elements beyond the row are zero.
+template <int SIZE>
+__device__ __forceinline__ unsigned load_word(const Storage* row, int element) {
+  if constexpr (ALIGNMENT<SIZE> >= 4) return element < SIZE ? *reinterpret_cast<const unsigned*>(row + element) : 0;
+  const unsigned low = element < SIZE ? static_cast<unsigned>(row[element]) : 0;
+  const unsigned high = element + 1 < SIZE ? static_cast<unsigned>(row[element + 1]) : 0;
+  return low | high << 16;
+}
+
+// Writes a word of a row, without what is beyond the row.
+template <int SIZE>
+__device__ __forceinline__ void store_word(Storage* row, int element, unsigned word) {
+  if constexpr (ALIGNMENT<SIZE> >= 4) {
+    if (element < SIZE) *reinterpret_cast<unsigned*>(row + element) = word;
+  } else {
+    if (element < SIZE) row[element] = static_cast<Storage>(word);
+    if (element + 1 < SIZE) row[element + 1] = static_cast<Storage>(word >> 16);
+  }
+}
+
+// Copies 16 bytes of a row, which begin with an element, to shared memory, and zeros for what is beyond the row.
+// Asynchronously, unless the alignment is too small for that.
+template <int SIZE>
+__device__ __forceinline__ void copy_piece(char* to, const char* from, int element, bool is_there) {
+  constexpr int BYTES = ALIGNMENT<SIZE>;
+  if constexpr (BYTES < 4) {
+    const Storage* row = reinterpret_cast<const Storage*>(from) - element;
+    unsigned words[4] = {};
+    if (is_there)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = load_word<SIZE>(row, element + i * WORD);
+    *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+  } else {
+#pragma unroll
+    for (int i = 0; i < 16; i += BYTES)
+      copy_async<BYTES>(to + i, from + i, is_there && (SIZE == DIM || element + i / 4 * WORD < SIZE));
+  }
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The block's tile and its columns
@@ -189,8 +265,8 @@ __device__ __forceinline__ Rows<T> rows_of(const Params& p, TensorName name, con
   return Rows<T>(p, name, to_global(reinterpret_cast<char* const*>(shared + BASES_AT)[name]));
 }
 
-// Copies a stage of columns of two tensors asynchronously, and zeros where there are none. A thread copies the same piece
-// of each of its rows.
+// Copies a stage of columns of two tensors, with HEAD_DIM and VALUE_DIM elements (unfused: of the first), asynchronously, and
+// zeros where there are none. A thread copies the same piece of each of its rows.
 __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, const Rows<const Storage>& two,
                                              const BlockTile& tile, int first_row, char* buffer) {
   constexpr int ROW_PIECES = COLUMNS * PIECES, ROW_THREADS = ROW_PIECES < TILE_THREADS ? ROW_PIECES : TILE_THREADS;
@@ -213,8 +289,8 @@ __device__ __forceinline__ void copy_columns(const Rows<const Storage>& one, con
     for (int row = first; row < STAGE_ROWS; row += ROWS_AT_ONCE, to += ROWS_AT_ONCE * COLUMNS * PITCH * 16) {
       if (!IS_STEADY) go_to(first_row + row);
       const bool is_there = first_row + row < tile.rows && tile.x.holds(x);
-      copy_async(to, from_one, is_there);
-      copy_async(to + COLUMN_BYTES, from_two, is_there);
+      copy_piece<HEAD_DIM>(to, from_one, piece * PIECE, is_there);
+      if (COLUMN_TENSORS > 1) copy_piece<VALUE_DIM>(to + COLUMN_BYTES, from_two, piece * PIECE, is_there);
       if (IS_STEADY) from_one += ROWS_AT_ONCE * one.step[1], from_two += ROWS_AT_ONCE * two.step[1];
     }
   }

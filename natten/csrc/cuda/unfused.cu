@@ -4,11 +4,6 @@
 
 namespace natten {
 
-// Row-major index of a slot in a window.
-__device__ inline int slot_index(int slot_z, int slot_y, int slot_x) {
-  return (slot_z * KERNEL_Y + slot_y) * KERNEL_X + slot_x;
-}
-
 // to[query][slot] = left[query] * right[key], summed over head_dim, plus the bias; `outside` in slots before the map.
 __device__ inline void dot_windows(const Params& p, TensorName left, TensorName right, TensorName to, float outside,
                                    const Token& token) {

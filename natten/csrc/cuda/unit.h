@@ -57,6 +57,7 @@ struct Unit {
 // Rows of columns that the lines of a regular unit see, on the second axis. Row r is in the window of line l if
 // l <= r < l + KERNEL_Y.
 constexpr int REGULAR_ROWS = KERNEL_Y + LINES - 1;
+static_assert(CHUNK_ROWS <= REGULAR_ROWS, "the first chunk of a regular unit must not need rows before its columns");
 constexpr int ANY_ROW = -1;
 // Whether there is an unrolled loop for regular units. It is not worth its size if few units are regular, or for many rows.
 constexpr bool HAS_REGULAR_UNITS =
@@ -109,9 +110,12 @@ class Chunk {
   __device__ __forceinline__ const char* columns(int tensor, int r = 0) const {
     return buffer_ + tensor * COLUMN_BYTES + token_ * (PITCH * 16) + r * (COLUMNS * PITCH * 16);
   }
+  __device__ __forceinline__ int row_of_stage(int r) const { return (token_ - unit_.first_column) / COLUMNS + r; }
+  // What the columns of the stage have in addition, as queries.
+  __device__ __forceinline__ const char* queries() const { return buffer_ + COLUMN_TENSORS * COLUMN_BYTES; }
   // The first or the second statistic of each of these columns.
   __device__ __forceinline__ const float* statistics(int which, int r) const {
-    return reinterpret_cast<const float*>(buffer_ + 2 * COLUMN_BYTES) + which * STAGE_TOKENS + token_ + r * COLUMNS;
+    return reinterpret_cast<const float*>(queries()) + which * STAGE_TOKENS + token_ + r * COLUMNS;
   }
 
  private:
