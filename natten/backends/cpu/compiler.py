@@ -166,7 +166,8 @@ def _system_flags(target: str) -> tuple[list[str], list[str]]:
         # GCC does not align the stack for AVX on Windows, see https://gcc.gnu.org/bugzilla/show_bug.cgi?id=54412.
         return ["-Wa,-muse-unaligned-vector-move"], ["-static"]
     if "windows" in target:
-        return [], ["-static"] if "-w64-" in target else []  # not for Zig, which would make a static library
+        # MinGW's threads are in a library. Zig needs no flags: -static would make a static library.
+        return [], ["-static", "-pthread"] if "-w64-" in target else []
     return ["-fPIC", "-pthread"], ["-pthread"]
 
 
