@@ -146,18 +146,24 @@ def evaluate(model: RTDetrForObjectDetection, dataset: Detection, batch_size: in
     return {"AP": 100 * metric.stats[0], "AP50": 100 * metric.stats[1]}
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, save and evaluate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--out", default="output/rt_detr", metavar="DIR", help="folder of the model")
     parser.add_argument("--backbone", metavar="NAME", help="pretrained Nat or Dinat of transformers")
     parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of the images")
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="number of updates")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N")
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images per update")
+    parser.add_argument("--lr", type=float, default=5e-4, help="largest learning rate")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="data-loading workers")
     args = parser.parse_args(argv)
+    if (Path(args.out) / "config.json").exists():
+        raise ValueError(f"--out {args.out} already has a model; choose another folder.")
     processor = RTDetrImageProcessor(size={"height": args.size, "width": args.size})
     train = Detection(args.data, "training", processor, flip=True)
     validation = Detection(args.data, "validation", processor, flip=False)

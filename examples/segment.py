@@ -101,18 +101,24 @@ def best_classes(logits: Any, labels: torch.Tensor) -> torch.Tensor:
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(1)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, save and evaluate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--out", default="output/upernet_hf", metavar="DIR", help="folder of the model")
     parser.add_argument("--backbone", metavar="NAME", help="pretrained Nat or Dinat of transformers")
     parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="side of the images")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="number of updates")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N")
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images per update")
+    parser.add_argument("--lr", type=float, default=5e-4, help="largest learning rate")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="data-loading workers")
     args = parser.parse_args(argv)
+    if (Path(args.out) / "config.json").exists():
+        raise ValueError(f"--out {args.out} already has a model; choose another folder.")
     train = Segmentation(args.data, "training", args.size, flip=True)
     validation = Segmentation(args.data, "validation", args.size, flip=False)
     classes = max(int(np.asarray(Image.open(path)).max()) for path in train.maps)

@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in run_self_check(backend):
             print(f"{f'{backend} check':14}{_describe(row)}", flush=True)
             is_well &= row.verdict == "passed" or (row.verdict == "unavailable" and backend != "cpu")
+    print(f"{'result':14}{'all that can run here passed' if is_well else 'failed; please report the lines above'}")
     sys.exit(not is_well)
 
 

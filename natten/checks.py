@@ -307,8 +307,8 @@ def make_axes(
         if axis.kernel_size * axis.dilation > axis.length:
             raise ValueError(
                 f"kernel_size * dilation = {axis.kernel_size} * {axis.dilation} = {axis.kernel_size * axis.dilation} "
-                f"exceeds the length {axis.length} of axis {index} (map: {'x'.join(f'{n}' for n in space)}); use a "
-                f"smaller window, or the layer NeighborhoodAttention{len(axes)}D, which pads."
+                f"exceeds the length {axis.length} of axis {index} (map: {'x'.join(f'{n}' for n in space)}; heads come "
+                f"after the map); use a smaller window, or the layer NeighborhoodAttention{len(axes)}D, which pads."
             )
     return axes
 

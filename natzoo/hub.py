@@ -263,8 +263,9 @@ from natzoo.classification.inference import restore
 model, record = restore("hf-hub:{repository}")  # a timm model; the record holds classes and preprocessing
 ```""",
 }
-_INSTALL = """Install the package that contains `natten` and `natzoo` first. `trust_remote_code` is not needed: the
-code of the model is in that package, and this repository contains weights and plain data only."""
+_INSTALL = """First install the project "Neighborhood Attention Transformers" from its checkout, with `pip install .`:
+it contains `natten` and `natzoo`. (`pip install natten` installs another package of that name.) `trust_remote_code` is
+not needed: this repository contains weights and plain data only."""
 _COMMAND = """On the command line:
 
 ```bash

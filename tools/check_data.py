@@ -4,8 +4,8 @@
     python tools/check_data.py configs/quickstart/mask_rcnn.py
     python tools/check_data.py configs/quickstart/upernet.py --data data/mine --out output/mine_checked
 
-The argument is a folder for classification, or a config for detection or segmentation. The samples are what the model
-sees in training: they have passed the transforms of the config.
+The argument is a folder for classification, or a config for detection or segmentation. With a config, the samples are
+what the model sees in training: they have passed its transforms.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from natzoo.checkpoints import write_atomically
 _SPLITS = {"train": "training", "val": "validation"}
 _SAVED = "Saved samples to {}; look at them before training."
 _MAX_MAPS = 1000  # label maps that are decoded, evenly spaced
-_CLASSES_SHOWN = 8  # of a sheet of samples
+_CLASSES_SHOWN = 20  # of a sheet of samples
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,12 +39,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("source", type=Path, metavar="FOLDER|CONFIG", help="folder of classes, or config of a model")
     parser.add_argument("--data", type=Path, metavar="DIR", help="dataset folder (default: data_root of the config)")
     parser.add_argument(
-        "--out", type=Path, default=Path("output/checked"), metavar="DIR", help="folder of the pictures"
+        "--out",
+        type=Path,
+        default=Path("output/checked"),
+        metavar="DIR",
+        help="folder of the pictures (default: output/checked)",
     )
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="number of samples per split or class")
     args = parser.parse_args(argv)
     if not args.source.exists():
         raise FileNotFoundError(f"{args.source} does not exist; pass a folder with train/ and val/, or a config.")
+    if any(args.source.glob("instances_*.json")) or (args.source / "annotations").is_dir():
+        raise ValueError(
+            f"{args.source} has labels for detection or segmentation; pass a config, with --data {args.source}."
+        )
     problems = (check_config if args.source.suffix == ".py" else check_folder)(args)
     if len(problems) == 1:
         raise problems[0]
@@ -115,7 +123,8 @@ def check_folder(args: argparse.Namespace) -> list[Exception]:
     command_line.create_folder(args.out, "--out")
     for split, images in sheets.items():
         _write_sheet(args.out / f"{split}.png", classes, images)
-    print(_SAVED.format(args.out))
+    shown = min(len(classes), _CLASSES_SHOWN)
+    print(f"{_SAVED.format(args.out)}" + (f" They show {shown} of the classes." if shown < len(classes) else ""))
     if bad:
         print("\n".join(command_line.printable(text) for text in bad))
         count = command_line.counted(len(bad), "image")

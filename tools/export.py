@@ -52,7 +52,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "images for calibration, spread evenly over the folder (default: 128)"
     add("--calibration-images", type=positive, default=128, metavar="N", help=text)
     add("--evaluate", type=Path, metavar="FOLDER", help="folder with one subfolder per class, or with val/")
-    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads for timing")
+    text = "CPU threads for timing (default: those of PyTorch)"
+    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help=text)
     add("--rounds", type=positive, default=10, metavar="N", help="timed calls (default: 10)")
     args = parser.parse_args(argv)
     suffix = FORMATS[args.format]
@@ -97,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         formats.quantize(path, target, measure.read_images(args.int8, config, args.calibration_images))
         print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
         programs["onnx int8"] = formats.load("onnx", target, args.threads)
+    batch, threads = command_line.counted(args.batch_size, "image"), command_line.counted(args.threads, "thread")
+    print(f"time of {batch}, {threads}, median of {command_line.counted(args.rounds, 'call')}:")
     print(measure.table(model, programs, shapes, args.batch_size, args.rounds, args.evaluate, config, record))
 
 

@@ -20,6 +20,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from natzoo import command_line, hub
 from natzoo.checkpoints import read_checkpoint, write_atomically, zoo_entries
 from natzoo.classification.factory import create_model
@@ -75,6 +78,12 @@ def facts_of(args: argparse.Namespace) -> hub.Facts:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    try:
+        validate_repo_id(args.repository)
+    except HFValidationError as error:
+        raise ValueError(f"{args.repository} is not of the form OWNER/NAME: {str(error).splitlines()[0]}") from error
+    if "/" not in args.repository:
+        raise ValueError(f"{args.repository} lacks the owner; write OWNER/{args.repository}.")
     facts = facts_of(args)
     if args.source in zoo_entries():
         model, record = create_model(args.source, {"pretrained": True}).eval(), {"model": args.source}

@@ -72,7 +72,13 @@ if [ -e "$stamp" ]; then
     exit 0
 fi
 
-"$venv/bin/python" -c 'import torch' 2> /dev/null || check_disk
+if ! "$venv/bin/python" -c 'import torch' 2> /dev/null; then
+    check_disk
+    if [ "$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null; then
+        echo "note: no NVIDIA driver found, but pip will download PyTorch with CUDA (6 GB on disk); for a CPU build, stop and run"
+        echo "      $venv/bin/python -m pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+    fi
+fi
 write_torch_constraints
 echo "Installing natten[$extras] into $venv"
 log="$venv/install.log"

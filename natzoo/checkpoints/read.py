@@ -91,7 +91,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             f"{path} is refused: it contains more than plain data, and unpickling it could run code ({_reason(error)})."
         ) from error
     except Exception as error:  # damaged bytes can cause any error in the parsers
-        raise ValueError(f"{path} is truncated or not a checkpoint; download it again ({_reason(error)}).") from error
+        raise ValueError(
+            f"{path} is truncated or not a checkpoint; check the path, or download it again ({_reason(error)})."
+        ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} contains a {type(checkpoint).__name__}; a checkpoint must be a dict of tensors.")
     try:

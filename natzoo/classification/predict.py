@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             predictions[picture.name] = prediction
             if args.grid and len(shown) < MAX_GRID_IMAGES:
                 shown.append((picture, prediction))
-            line = f"{picture.name}: " + ", ".join(f"{name} {value:.1%}" for name, value in prediction)
+            line = f"{picture.name}: " + "; ".join(f"{name} {value:.1%}" for name, value in prediction)
             tqdm.write(printable(line).replace("\n", "\\n"))
     if args.json:
         write_json(args.json, predictions)

@@ -1,5 +1,6 @@
 """natten.backends.cpu.build in one process: what it loads, compiles and caches, and how it falls back."""
 
+import contextlib
 import errno
 import os
 import re
@@ -269,6 +270,18 @@ class CompilerTest(BuildTestCase):
             with self.warns(r"/broken .*x.cpp:1: error: out of luck"):
                 path = build.find().path
             self.check_cached(path)
+
+    def test_zig(self):
+        """It compiles for this system's C library, and its a.o is not left in the current folder."""
+        zig, here = self.folder / "zig", self.folder / "here"
+        zig.write_text("#!/bin/sh\ntouch a.o\necho clang version 20\necho Target: x86_64-unknown-linux-gnu\n")
+        zig.chmod(0o700)
+        here.mkdir()
+        with contextlib.chdir(here):
+            found = compiler.query(["../zig", "c++"])
+        self.assertEqual(found.command[:3], (str(zig), "c++", "-target"))
+        self.assertRegex(found.command[3], "^[a-z0-9_]+-linux-gnu$")
+        self.assertEqual(list(here.iterdir()), [])
 
     def test_no_compiler(self):
         with mock.patch.dict(os.environ, PATH=str(self.folder)):

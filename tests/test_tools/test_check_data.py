@@ -37,6 +37,9 @@ def test_several_problems_are_listed(tmp_path, capsys):
         check_data.main([str(tmp_path / "data"), "--out", str(tmp_path / "out")])
     output = capsys.readouterr().out
     assert all(f"\n- {start}" in output for start in (str(tmp_path / "data" / "val"), "1 image"))
+    (tmp_path / "shapes" / "annotations").mkdir(parents=True)
+    with pytest.raises(ValueError, match="shapes has labels for detection or segmentation"):
+        check_data.main([str(tmp_path / "shapes"), "--out", str(tmp_path / "new")])
     with pytest.raises(FileNotFoundError):
         check_data.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()

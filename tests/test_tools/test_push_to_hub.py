@@ -68,6 +68,13 @@ def test_license_is_required(run_folder):
         push_to_hub.main([str(run_folder / "best.pth"), "someone/nat"])
 
 
+@pytest.mark.parametrize("name", ["hands", "not valid/hands", "a/b/c"])
+def test_names_of_repositories(run_folder, name):
+    with pytest.raises(ValueError, match=f"^{name} .*OWNER/"):
+        push_to_hub.main([str(run_folder / "best.pth"), name, "--card", str(run_folder / "card.md")])
+    assert not (run_folder / "card.md").exists()
+
+
 def test_torch_hub():
     model = torch.hub.load(str(ROOT), "dinat_mini", source="local", **SMALL["dinat_mini"])
     assert model.num_classes == 5

@@ -15,8 +15,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,17 +106,22 @@ def query(command: Sequence[str]) -> Compiler:
     path = shutil.which(command[0])
     if path is None:
         raise FileNotFoundError("program not found")
-    command = (path, *command[1:])
+    command = (os.path.abspath(path), *command[1:])
     if re.match(r"clang-cl\b", Path(path).stem):
         command += ("--driver-mode=g++",)  # so that it takes the same flags
     if is_zig(command) and "-target" not in command and sys.platform == "linux":
         command += ("-target", f"{platform.machine()}-linux-gnu")  # else it may choose musl
-    version = _run([*command, "--version"], timeout=60).stdout.strip()
+    version = _ask(command, "--version")
     if not version:
         raise ValueError("--version prints nothing")
     named = re.search(r"^Target: (.+)$", version, re.MULTILINE)  # by Clang
-    target = named[1] if named else _run([*command, "-dumpmachine"], timeout=60).stdout.strip()
+    target = named[1] if named else _ask(command, "-dumpmachine")
     return Compiler(command, version, target)
+
+
+def _ask(command: Sequence[str], option: str) -> str:
+    with tempfile.TemporaryDirectory() if is_zig(command) else nullcontext() as folder:  # Zig may leave an a.o
+        return _run([*command, option], timeout=60, folder=folder).stdout.strip()
 
 
 def is_zig(command: Sequence[str]) -> bool:
@@ -166,14 +173,24 @@ def _system_flags(target: str) -> tuple[list[str], list[str]]:
         # GCC does not align the stack for AVX on Windows, see https://gcc.gnu.org/bugzilla/show_bug.cgi?id=54412.
         return ["-Wa,-muse-unaligned-vector-move"], ["-static"]
     if "windows" in target:
-        return [], ["-static"] if "-w64-" in target else []  # not for Zig, which would make a static library
+        # MinGW's threads are in a library. Zig needs no flags: -static would make a static library.
+        return [], ["-static", "-pthread"] if "-w64-" in target else []
     return ["-fPIC", "-pthread"], ["-pthread"]
 
 
-def _run(command: Sequence[str | Path], timeout: float = _TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: Sequence[str | Path], timeout: float = _TIMEOUT_S, folder: str | None = None
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LC_ALL": "C"}
     return subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True, errors="replace", timeout=timeout
+        command,
+        cwd=folder,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
     )
 
 
