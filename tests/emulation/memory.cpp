@@ -226,7 +226,7 @@ void move(void* to, const void* from, int bytes, const void* code) {
 void copy_async(void* to, const void* from, int bytes, int given) {
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
     fail("cp.async at an address that is not a multiple of its size");
-  if (given < 0 || given > bytes) fail("cp.async of fewer than no bytes, or of more than its size");
+  if (given > bytes) fail("cp.async of more bytes than its size");
   access(to, bytes, COPY, __builtin_return_address(0));
   std::memset(to, 0xff, bytes);
   current->groups.back().push_back({static_cast<char*>(to), from, bytes, given});

@@ -30,10 +30,12 @@ NATTEN_KERNEL(probe_barrier, 64) {
   atomicAdd(p.out, 1.f);
 }
 
-// Copies 16 x 16 halves to shared memory and multiplies them by themselves, or by their transpose.
+// Copies 16 x 16 halves to shared memory and multiplies them by themselves, or by their transpose. With MISTAKE 11, a copy of 16
+// bytes takes 18.
 NATTEN_KERNEL(probe_matrix, 32) {
   NATTEN_SHARED_MEMORY(shared);
   const int lane = threadIdx.x;
+  if (MISTAKE == 11) natten::copy_async_part(shared + lane * 16, p.in + lane * 4, 18);
   natten::copy_async(shared + lane * 16, p.in + lane * 4, true);
   natten::commit_copies();
 #if MISTAKE != 3

@@ -67,7 +67,17 @@ class Report(NamedTuple):
 
 
 def kernels(
-    space, heads, dim, kernel_size, dilation, capability, dtype=torch.bfloat16, has_rpb=True, uses_tf32=False, ops=FUSED
+    space,
+    heads,
+    dim,
+    kernel_size,
+    dilation,
+    capability,
+    dtype=torch.bfloat16,
+    has_rpb=True,
+    uses_tf32=False,
+    ops=FUSED,
+    value_dim=None,
 ) -> list[Kernel]:
     """Return the kernels of all `ops`, by default of a fused forward and backward pass. weight_value has no bias."""
     query = torch.empty(128 if len(space) == 2 else 1, *space, heads, dim, dtype=dtype, device="meta")
@@ -75,7 +85,8 @@ def kernels(
     found = []
     for op in ops:
         with mock.patch.object(cuda, "allows_tf32", lambda: uses_tf32):
-            steps = cuda.launches(op, query, axes, has_rpb and "value" not in op, gpu_properties(capability))
+            has_bias = has_rpb and "value" not in op
+            steps = cuda.launches(op, query, axes, has_bias, gpu_properties(capability), value_dim)
         found += [step.kernel for step in steps]
     return found
 

@@ -95,6 +95,9 @@ class EmulationTest(unittest.TestCase):
     def test_a_copy_without_a_wait_is_detected(self):
         self.check_mistake("copy", "probe_matrix", 32, self.matrix, torch.zeros(640), 3)
 
+    def test_a_copy_of_more_bytes_than_its_size_is_detected(self):
+        self.check_mistake("more bytes", "probe_matrix", 32, self.matrix, torch.zeros(640), 11)
+
     def test_a_write_beyond_shared_memory_is_detected(self):
         self.check_mistake("beyond", "probe_matrix", 32, self.matrix, torch.zeros(640), 4)
 

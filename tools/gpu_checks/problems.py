@@ -126,18 +126,14 @@ def small_calls(machine: Machine) -> None:
             qkv, rpb = make_inputs(machine, 1, space, 2, dim, kernel_size_of(len(space), window), dtype)
             with float32_products(products):
                 run_step(qkv, rpb, machine.backend, *window)
-    for dtype in (torch.bfloat16, torch.float32):
-        for space, size, dilation in (((9, 11), 3, 2), ((13, 22), 7, (1, 2)), ((4, 9, 13), 3, 1), ((100,), 31, 3)):
-            _unfused_calls(machine, space, size, dilation, dtype)
+    # In bfloat16, tiles are partial, and the weights of most tokens do not begin at a multiple of 16 bytes.
+    for dtype, space, kernel_size, dilation in (
+        (torch.bfloat16, (13, 22), 7, (1, 2)),
+        (torch.float32, (9, 11), 3, 2),
+    ):
+        q, k, v = (torch.randn(1, 2, *space, 8, device=machine.device).to(dtype).requires_grad_() for _ in range(3))
+        rpb = torch.randn(2, *(2 * kernel_size - 1,) * 2, device=machine.device, requires_grad=True)
+        attn = natten.na2d_qk(q, k, kernel_size, dilation, rpb=rpb, backend=machine.backend).softmax(-1)
+        natten.na2d_av(attn, v, kernel_size, dilation, backend=machine.backend).sum().backward()
     if not machine.is_rehearsal:
         torch.cuda.synchronize()
-
-
-def _unfused_calls(machine: Machine, space, kernel_size: int, dilation, dtype: torch.dtype) -> None:
-    """Run the unfused operators and their gradients, with a bias."""
-    rank = len(space)
-    q, k, v = (torch.randn(1, 2, *space, 8, device=machine.device).to(dtype).requires_grad_() for _ in range(3))
-    rpb = torch.randn(2, *(2 * kernel_size - 1,) * rank, device=machine.device, requires_grad=True)
-    options = {"dilation": dilation, "backend": machine.backend}
-    attn = getattr(natten, f"na{rank}d_qk")(q, k, kernel_size, rpb=rpb, **options).softmax(-1)
-    getattr(natten, f"na{rank}d_av")(attn, v, kernel_size, **options).sum().backward()

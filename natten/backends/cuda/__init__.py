@@ -248,7 +248,9 @@ def _plan(
     return Plan(planner.family(op), tuple(planner.steps), planner.partial)
 
 
-def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) -> tuple[Step, ...]:
+def launches(
+    op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu, value_dim: int | None = None
+) -> tuple[Step, ...]:
     """Return the launches of a problem on a GPU, which need not be present.
 
     Args:
@@ -258,9 +260,10 @@ def launches(op: str, shaped: Tensor, axes: Sequence[Axis], has_rpb: bool, gpu) 
         has_rpb: whether the problem has a bias.
         gpu: an object with the attributes `major`, `minor`, `multi_processor_count` and
             `shared_memory_per_block_optin` of `torch.cuda.get_device_properties`.
+        value_dim: head_dim of the value, if it is not that of the query.
     """
-    uses_tf32 = allows_tf32()
-    planner = _Planner(shaped, axes, 1.0, has_rpb, uses_tf32, {}, gpu)
+    tensors = {} if value_dim is None else {"VALUE": shaped.new_empty(*shaped.shape[:-1], value_dim)}
+    planner = _Planner(shaped, axes, 1.0, has_rpb, allows_tf32(), tensors, gpu)
     if shaped.numel():
         getattr(planner, op)()
     return tuple(planner.steps)
@@ -336,49 +339,49 @@ class _Planner:
     def query_key(self) -> None:
         tile = self._unfused_tile("logits", self.has_rpb)
         if tile is None:
-            self._add_unfused("natten_query_key")
+            self._add_plain_unfused("natten_query_key")
         else:
-            self._add_windows("logits", tile, self.has_rpb, LEFT="QUERY", RIGHT="KEY", RESULT="ATTN")
+            self._add_tiled_unfused("logits", tile, self.has_rpb, LEFT="QUERY", RIGHT="KEY", RESULT="ATTN")
 
     def query_key_backward(self) -> None:
         query_tile, key_tile = self._unfused_tile("gather", self.has_rpb), self._unfused_tile("scatter")
         if query_tile is None or key_tile is None:
             parts = self._parts(self._group_size()) if self.has_rpb else None
-            self._add_unfused("natten_query_key_grad_query")
-            self._add_unfused("natten_query_key_grad_key")
+            self._add_plain_unfused("natten_query_key_grad_query")
+            self._add_plain_unfused("natten_query_key_grad_key")
             if parts is not None:
-                self._add_unfused("natten_query_key_grad_rpb", parts)
+                self._add_plain_unfused("natten_query_key_grad_rpb", parts)
         else:
             parts = self._parts(query_tile.size, query_tile.min_blocks) if self.has_rpb else None
-            with_rpb = (self.has_rpb, parts)
-            self._add_windows("gather", query_tile, *with_rpb, WEIGHTS="GRAD_ATTN", ROWS="KEY", RESULT="GRAD_QUERY")
-            self._add_windows("scatter", key_tile, WEIGHTS="GRAD_ATTN", ROWS="QUERY", RESULT="GRAD_KEY")
+            roles = {"WEIGHTS": "GRAD_ATTN", "ROWS": "KEY", "RESULT": "GRAD_QUERY"}
+            self._add_tiled_unfused("gather", query_tile, self.has_rpb, parts, **roles)
+            self._add_tiled_unfused("scatter", key_tile, WEIGHTS="GRAD_ATTN", ROWS="QUERY", RESULT="GRAD_KEY")
         if parts is not None:
             self._add_sum(parts)
 
     def weight_value(self) -> None:
         tile = self._unfused_tile("gather")
         if tile is None:
-            self._add_unfused("natten_weight_value")
+            self._add_plain_unfused("natten_weight_value")
         else:
-            self._add_windows("gather", tile, WEIGHTS="ATTN", ROWS="VALUE", RESULT="OUT")
+            self._add_tiled_unfused("gather", tile, WEIGHTS="ATTN", ROWS="VALUE", RESULT="OUT")
 
     def weight_value_backward(self) -> None:
         attn_tile, value_tile = self._unfused_tile("logits"), self._unfused_tile("scatter")
         if attn_tile is None or value_tile is None:
-            self._add_unfused("natten_weight_value_grad_weight")
-            self._add_unfused("natten_weight_value_grad_value")
+            self._add_plain_unfused("natten_weight_value_grad_weight")
+            self._add_plain_unfused("natten_weight_value_grad_value")
         else:
-            self._add_windows("logits", attn_tile, LEFT="GRAD_OUT", RIGHT="VALUE", RESULT="GRAD_ATTN")
-            self._add_windows("scatter", value_tile, WEIGHTS="ATTN", ROWS="GRAD_OUT", RESULT="GRAD_VALUE")
+            self._add_tiled_unfused("logits", attn_tile, LEFT="GRAD_OUT", RIGHT="VALUE", RESULT="GRAD_ATTN")
+            self._add_tiled_unfused("scatter", value_tile, WEIGHTS="ATTN", ROWS="GRAD_OUT", RESULT="GRAD_VALUE")
 
     # Launches
 
     def _unfused_tile(self, kernel: str, has_rpb: bool = False) -> Tile | None:
         """Return the tile of a kernel of unfused attention, like `_tile`.
 
-        There is none in TF32, for a head_dim that is no multiple of 8, or if the weights of 16 tokens are too large for
-        shared memory.
+        There is none in TF32, for a head_dim that is no multiple of 8 or above MAX_DIM, or if the weights of 16 tokens
+        are too large for shared memory.
         """
         is_supported = self.tiled_element != _TF32 and self.dim % _DIM_STEP == 0 and self.dim <= MAX_DIM
         return self._tile(kernel, has_rpb) if is_supported else None
@@ -429,7 +432,7 @@ class _Planner:
         definitions = self._definitions(self.element, self.has_rpb)
         self._add(Kernel(source, name, definitions, _GROUP_THREADS), self._group_size(), parts, heads=heads)
 
-    def _add_unfused(self, name: str, parts: int | None = None) -> None:
+    def _add_plain_unfused(self, name: str, parts: int | None = None) -> None:
         definitions = self._definitions(self.element, has_rpb=True)
         self._add(Kernel("unfused.cu", name, definitions, _GROUP_THREADS), self._group_size(), parts)
 
@@ -441,7 +444,7 @@ class _Planner:
         kernel = Kernel(source, name, (*definitions, *tile.definitions()), tile.threads, tile.shared_bytes)
         self._add(kernel, tile.size, parts, tile.slices)
 
-    def _add_windows(
+    def _add_tiled_unfused(
         self, name: str, tile: Tile, has_rpb: bool = False, parts: int | None = None, **tensors: str
     ) -> None:
         """Add a kernel of `tiles.UNFUSED_KERNELS`. tensors: which tensors it reads and writes, under its names."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import product
 from math import lcm
 from typing import NamedTuple
 
@@ -19,7 +18,6 @@ from natten.geometry import Axis
 # costs are estimated. The last class has no largest length. Published models have maps of the typical lengths.
 _CLASSES = ((8, 7), (16, 14), (32, 28), (None, 56))
 MAX_ROW = 64  # columns of a unit in a row that is not cut into segments
-_SLOT_BYTES, _PIECE_BYTES, _BANKS, _BANK_BYTES, _MOST_PADDING = 2, 16, 32, 4, 64
 _TYPICAL_LINE, _TYPICAL_WINDOWS = 256, 4  # typical lengths of the last class: on a single axis; in windows, at least
 
 
@@ -90,7 +88,7 @@ def lengths(axes: tuple[Axis, ...], units: tuple[int, ...], is_inverse: bool, is
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
@@ -120,7 +118,7 @@ def span(axis: Lengths, is_inverse: bool, s: int, n: int) -> tuple[int, int]:
         first, last, sees_all = s, s + k - stride, s + k >= n
     else:
         reach = k // 2 - stride // 2
-        first, last, sees_all = 0 if s < k else max(_round_up(s - (k - 1) + reach, stride), 0), s + reach, s >= n - k
+        first, last, sees_all = 0 if s < k else max(round_up(s - (k - 1) + reach, stride), 0), s + reach, s >= n - k
     return first, n if sees_all else min(last // stride * stride + stride, n)
 
 
@@ -158,8 +156,8 @@ def _units(axis: Lengths, is_inverse: bool, size: int) -> Iterator[tuple[int, in
     Units differ near the ends of an axis. In between, columns repeat, and the first and last units of tiles are enough.
     """
     unit, border = axis.unit, axis.kernel_size + axis.stride
-    starts = set(range(0, _round_up(border, unit) + lcm(unit, axis.stride), unit))
-    for tile_x in range(0, _round_up(border, size) + lcm(size, axis.stride), size):
+    starts = set(range(0, round_up(border, unit) + lcm(unit, axis.stride), unit))
+    for tile_x in range(0, round_up(border, size) + lcm(size, axis.stride), size):
         starts |= {tile_x, tile_x + size - unit}
     for x in starts:
         for n in range(x + 1, x + 1 + border + 2 * unit):
@@ -180,11 +178,11 @@ def place_row(axis: Lengths, is_inverse: bool, size: int, has_gradient_fragments
         farthest_tile = max(farthest_tile, x - first if x == tile_x else 0)
         last_first = max(last_first, first - tile_x)
     if has_gradient_fragments:
-        unit_columns = _round_up(farthest_unit + after, 8)
+        unit_columns = round_up(farthest_unit + after, 8)
         return Row(farthest_unit, size - unit + unit_columns, unit_columns)
     # A unit's columns begin at a multiple of 8.
     unit_columns, reach = min(
-        (_round_up(max(width + (phase + reach) % 8 for phase, width in enumerate(widths) if width), 8), reach)
+        (round_up(max(width + (phase + reach) % 8 for phase, width in enumerate(widths) if width), 8), reach)
         for reach in range(farthest_tile, farthest_tile + 8)
     )
     return Row(reach, (last_first + reach) // 8 * 8 + unit_columns, unit_columns)
@@ -200,48 +198,9 @@ def _narrow_remainders(kernel_size: int, stride: int, is_causal: bool, unit: int
         axis = Lengths(kernel_size, stride, is_causal, kernel_size, None, unit, frozenset((remainder,)))
         units = list(_units(axis, is_inverse, unit))
         found[remainder] = max(x - first for x, first, _ in units), max(end - x for x, _, end in units)
-    fewest = min(_round_up(before + after, 8) for before, after in found.values())
+    fewest = min(round_up(before + after, 8) for before, after in found.values())
     best: frozenset[int] = frozenset()
     for most_before, _ in found.values():
         fitting = {r for r, (before, after) in found.items() if before <= most_before and most_before + after <= fewest}
         best = max(best, frozenset(fitting), key=len)
     return best
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights of unfused attention
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def slots_bytes(tokens: int, window: int, pitch: int) -> int:
-    """Return the bytes of the weights of consecutive tokens in shared memory, as in tiles.h."""
-    loose = _round_up(window * _SLOT_BYTES + _PIECE_BYTES - _SLOT_BYTES, _PIECE_BYTES)
-    return max(_round_up(tokens * pitch + _PIECE_BYTES, _PIECE_BYTES), tokens * loose)
-
-
-@cache
-def slots_pitch(kernel: str, window: int) -> int:
-    """Return the distance in bytes between the weights of two tokens in shared memory, with few bank conflicts.
-
-    Args:
-        kernel: one of `tiles.UNFUSED_KERNELS`.
-        window: number of keys in a window.
-    """
-    bytes_ = window * _SLOT_BYTES
-    if kernel == "logits":  # written as they are in global memory
-        return bytes_
-    # Weights are as far from a multiple of 16 bytes as in global memory, and tokens do not share such a piece.
-    return min(
-        range(bytes_ + _PIECE_BYTES, bytes_ + _MOST_PADDING + 1, _PIECE_BYTES),
-        key=lambda pitch: _wavefronts(kernel, window, pitch),
-    )
-
-
-def _wavefronts(kernel: str, window: int, pitch: int) -> int:
-    """Return the wavefronts of a warp that accesses a weight of 8 tokens and 4 columns, away from borders."""
-    words: dict[int, set[int]] = {}
-    for token, column in product(range(8), range(0, 8, 2)):
-        row, slot = (column, token - column) if kernel == "scatter" else (token, column - token)
-        word = (row * pitch + slot * _SLOT_BYTES) // _BANK_BYTES
-        words.setdefault(word % _BANKS, set()).add(word)
-    return max(map(len, words.values()))

@@ -19,11 +19,11 @@ from natten.backends.cuda.columns import (
     Lengths,
     lengths,
     place_row,
-    slots_bytes,
-    slots_pitch,
+    round_up,
     typical_columns,
     widest,
 )
+from natten.backends.cuda.slots import slots_bytes, slots_pitch
 from natten.geometry import Axis
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
@@ -127,10 +127,6 @@ class Tile(NamedTuple):
         if self.slots_pitch:
             macros["SLOTS_PITCH"] = self.slots_pitch
         return tuple(f"{name}={value}" for name, value in macros.items())
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 class _Layout(NamedTuple):
@@ -331,7 +327,7 @@ class _Chooser:
         tables, gradient = self._gradient(layout, stage.warps)
         blocks = layout.unit_columns // 8 + (self.lines - 1 if self.rank == 1 else 0)
         has_diagonals = self.has_gradient and not layout.has_gradient_fragments
-        diagonals = 8 * (_round_up(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
+        diagonals = 8 * (round_up(blocks * 8 + 16, 32) + 8) * 4 if has_diagonals else 0
         has_store = self.item_bytes == 2 and self.kernel != "logits"
         warp = max((8 * self.lines * self.slice_results * 16 if has_store else 0), diagonals)
         warp += self.lines * self._slots_bytes(8) if self.is_unfused and not self.is_inverse else 0
@@ -375,7 +371,7 @@ class _Chooser:
         if layout.has_bias_fragments:
             rows = self.table_rows if self.has_bias else 1
             return False, size[2] // self.unit[2] * (rows * self.fragments_per_row + 1) * layout.fragment_bytes
-        table_bytes = _round_up(self.table + 2 * (2 * layout.unit_columns + 32), 4) * 4
+        table_bytes = round_up(self.table + 2 * (2 * layout.unit_columns + 32), 4) * 4
         is_shared = self.has_bias and table_bytes <= _MAX_TABLE_BYTES
         return is_shared, table_bytes * is_shared
 
@@ -383,7 +379,7 @@ class _Chooser:
         """Return the number of gradient tables in shared memory, and the bytes of the tables or of the fragments."""
         if layout.has_gradient_fragments:
             return 0, warps * self.table_rows * self.fragments_per_row * layout.fragment_bytes
-        table_bytes = _round_up(self.table, 4) * 4
+        table_bytes = round_up(self.table, 4) * 4
         tables = warps if self.has_gradient and warps * table_bytes <= _MAX_GRADIENT_BYTES else 0
         return tables, tables * table_bytes
 
@@ -400,7 +396,7 @@ class _Chooser:
         computing = self._instructions(tile)
         resident = tile.min_blocks * tile.warps
         computing *= 1 + 6 / resident  # with few warps, the multiprocessor idles
-        computing *= _round_up(resident, 4) / resident  # its warps are divided among four schedulers
+        computing *= round_up(resident, 4) / resident  # its warps are divided among four schedulers
         # One block reads while another computes; a staged block does both at the same time.
         overlap = min(tile.min_blocks * (1.5 if tile.is_staged else 1), 2)
         cost_per_block = max(reading, computing) + min(reading, computing) / overlap

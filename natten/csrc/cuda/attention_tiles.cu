@@ -26,8 +26,7 @@ struct Attend {
         query(rows_of<const Storage>(p, QUERY, shared), unit), bias(p, tile, unit, shared), scale(p.scale * LOG2_E) {
 #pragma unroll
     for (int line = 0; line < LINES; ++line) base[line] = LOWEST_BASE, total[line] = 0;
-#pragma unroll
-    for (int i = 0; i < MATRICES * SLICE * 4; ++i) sum[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;
+    clear(sum);
   }
 
   template <class AnyChunk>
@@ -103,7 +102,7 @@ struct Attend {
         *lse.row[line] = (base[line] + log2_fast(total[line])) * LN_2;
     }
     store_unit<VALUE_DIM>(sum, factor, rows_of<Storage>(p, OUT, shared), unit, tile, first_block,
-               shared + WARPS_AT + warp_index() * WARP_BYTES);
+                          scratch_of_warp(shared));
   }
 };
 

@@ -23,22 +23,19 @@ struct Gather {
   __device__ __forceinline__ Gather(const Params& p, const BlockTile& tile, const Unit& unit, char* shared, int slice,
                                     float* table)
       : p(p), tile(tile), unit(unit), shared(shared), first_block(slice * SLICE), bias(p, tile, unit, shared),
-        gradient(table, scratch()),
+        gradient(table, scratch_of_warp(shared)),
         slots(rows_of<Storage>(p, WEIGHTS, shared), places_to_read(rows_of<Storage>(p, WEIGHTS, shared).step[2]), tile,
-              unit, scratch() + SLOTS_AT) {
+              unit, scratch_of_warp(shared) + SLOTS_AT) {
     slots.copy();
     commit_copies();
 #pragma unroll
     for (int line = 0; line < LINES; ++line) from[line] = slots.of_line(line);
     find_columns(0);
-#pragma unroll
-    for (int i = 0; i < MATRICES * SLICE * 4; ++i) sum[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;
+    clear(sum);
     if (IS_STAGED || UNITS <= WARPS) return;  // the walk waits
     wait_copies<0>();
     __syncwarp();
   }
-
-  __device__ __forceinline__ char* scratch() const { return shared + WARPS_AT + warp_index() * WARP_BYTES; }
 
   __device__ __forceinline__ void find_columns(int segment) {
     const int first = unit.first_x + segment * COLUMNS + lane_index() % 4 * 2;
@@ -97,10 +94,7 @@ struct Gather {
 
   __device__ __forceinline__ void finish() {
     if (HAS_GRADIENT && first_block == 0) gradient.flush();
-    float one[LINES];
-#pragma unroll
-    for (int line = 0; line < LINES; ++line) one[line] = 1;
-    store_unit<HEAD_DIM>(sum, one, rows_of<Storage>(p, RESULT, shared), unit, tile, first_block, scratch());
+    store_unit<HEAD_DIM>(sum, rows_of<Storage>(p, RESULT, shared), unit, tile, first_block, scratch_of_warp(shared));
   }
 };
 

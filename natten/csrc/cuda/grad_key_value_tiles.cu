@@ -22,9 +22,7 @@ struct DifferentiateKey {
       : p(p), tile(tile), unit(unit), shared(shared), first_block(slice * SLICE),
         key(rows_of<const Storage>(p, KEY, shared), unit), value(rows_of<const Storage>(p, VALUE, shared), unit),
         bias(p, tile, unit, shared), scale(p.scale * LOG2_E) {
-#pragma unroll
-    for (int i = 0; i < MATRICES * SLICE * 4; ++i)
-      grad_key[i / 4 / SLICE][i / 4 % SLICE][i % 4] = grad_value[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;
+    clear(grad_key), clear(grad_value);
   }
 
   template <class AnyChunk>
@@ -63,12 +61,12 @@ struct DifferentiateKey {
   }
 
   __device__ __forceinline__ void finish() {
-    char* scratch = shared + WARPS_AT + warp_index() * WARP_BYTES;
-    float factor[LINES], one[LINES];
+    char* scratch = scratch_of_warp(shared);
+    float factor[LINES];
 #pragma unroll
-    for (int line = 0; line < LINES; ++line) factor[line] = p.scale, one[line] = 1;
+    for (int line = 0; line < LINES; ++line) factor[line] = p.scale;
     store_unit<HEAD_DIM>(grad_key, factor, rows_of<Storage>(p, GRAD_KEY, shared), unit, tile, first_block, scratch);
-    store_unit<VALUE_DIM>(grad_value, one, rows_of<Storage>(p, GRAD_VALUE, shared), unit, tile, first_block, scratch);
+    store_unit<VALUE_DIM>(grad_value, rows_of<Storage>(p, GRAD_VALUE, shared), unit, tile, first_block, scratch);
   }
 };
 

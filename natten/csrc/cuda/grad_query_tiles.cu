@@ -24,7 +24,7 @@ struct DifferentiateQuery {
       : p(p), tile(tile), unit(unit), shared(shared), first_block(slice * SLICE),
         query(rows_of<const Storage>(p, QUERY, shared), unit),
         grad_out(rows_of<const Storage>(p, GRAD_OUT, shared), unit), bias(p, tile, unit, shared),
-        gradient(table, scratch()), scale(p.scale * LOG2_E) {
+        gradient(table, scratch_of_warp(shared)), scale(p.scale * LOG2_E) {
     const UnitRows<const Storage> out(rows_of<const Storage>(p, OUT, shared), unit);
     const UnitRows<const float> given_lse(rows_of<const float>(p, LSE, shared), unit);
     const UnitRows<const float> grad_lse(rows_of<const float>(p, GRAD_LSE, shared), unit);
@@ -48,11 +48,8 @@ struct DifferentiateQuery {
       if (p.tensors[GRAD_LSE].data) delta[line] -= *grad_lse.row[line];
       if (first_block == 0 && lane_index() % 4 == 0) *given_delta.row[line] = -delta[line];
     }
-#pragma unroll
-    for (int i = 0; i < MATRICES * SLICE * 4; ++i) sum[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;
+    clear(sum);
   }
-
-  __device__ __forceinline__ char* scratch() const { return shared + WARPS_AT + warp_index() * WARP_BYTES; }
 
   template <class AnyChunk>
   __device__ __forceinline__ void add(const AnyChunk& chunk) {
@@ -90,7 +87,8 @@ struct DifferentiateQuery {
     float factor[LINES];
 #pragma unroll
     for (int line = 0; line < LINES; ++line) factor[line] = p.scale;
-    store_unit<HEAD_DIM>(sum, factor, rows_of<Storage>(p, GRAD_QUERY, shared), unit, tile, first_block, scratch());
+    store_unit<HEAD_DIM>(sum, factor, rows_of<Storage>(p, GRAD_QUERY, shared), unit, tile, first_block,
+                         scratch_of_warp(shared));
   }
 };
 

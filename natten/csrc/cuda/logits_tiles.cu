@@ -25,7 +25,7 @@ struct WriteProducts {
   __device__ __forceinline__ WriteProducts(const Params& p, const BlockTile& tile, const Unit& unit, char* shared)
       : unit(unit), left(rows_of<const Storage>(p, LEFT, shared), unit), bias(p, tile, unit, shared),
         slots(rows_of<Storage>(p, RESULT, shared), places(rows_of<Storage>(p, RESULT, shared).step[2]), tile, unit,
-              shared + WARPS_AT + warp_index() * WARP_BYTES + SLOTS_AT),
+              scratch_of_warp(shared) + SLOTS_AT),
         swap(SWAPS && lane_index() >= 16) {
 #pragma unroll
     for (int line = 0; line < LINES; ++line) {

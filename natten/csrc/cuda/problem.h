@@ -1,6 +1,6 @@
 // The description of a problem, for all kernels. Compile-time parameters, defined by natten/backends/cuda: the window of
-// each axis (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM, ELEMENT, HAS_RPB, and HAS_LONG_STEPS, whether 32 steps between
-// neighbors in a residue class may overflow an int of bytes. Run-time parameters: `Params`.
+// each axis (KERNEL_Z.., STRIDE_Z.., CAUSAL_Z..), HEAD_DIM and, for values, VALUE_DIM, ELEMENT, HAS_RPB, and HAS_LONG_STEPS,
+// whether 32 steps between neighbors in a residue class may overflow an int of bytes. Run-time parameters: `Params`.
 //
 // Problems with fewer than three axes have leading axes of one token and a window of one. Dilation cuts each axis into
 // residue classes, which are small problems without dilation. natten/geometry is the same definition in Python.

@@ -9,6 +9,14 @@ using Products = float[MATRICES][CHUNK_ROWS][ROW_BLOCKS][4];  // of a unit's tok
 using Words = unsigned[MATRICES][CHUNK_ROWS][ROW_BLOCKS][2];   // the same in 16 bits, two columns of a line per word
 using Sums = float[MATRICES][SLICE][4];                        // results of a unit
 
+__device__ __forceinline__ void clear(Sums& sum) {
+#pragma unroll
+  for (int i = 0; i < MATRICES * SLICE * 4; ++i) sum[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;
+}
+
+// The scratch memory of this warp.
+__device__ __forceinline__ char* scratch_of_warp(char* shared) { return shared + WARPS_AT + warp_index() * WARP_BYTES; }
+
 // This thread's rows of a tensor with one row per token of the unit: row lane / 4 of each line.
 template <class T>
 struct UnitRows {
@@ -37,10 +45,10 @@ __device__ __forceinline__ void load_words(int quad, const Storage* row, unsigne
   const char* from = reinterpret_cast<const char*>(row) + quad * 64;
   const int lane = lane_index() % 4;
   if (SIZE < DIM) {
-    const int words_before = TAKES_PIECES ? quad * 16 + lane * 4 : TAKES_HALVES ? lane * 2 : quad * 16 + lane;
+    constexpr int COUNT = TAKES_HALVES ? 2 : 4, STEP = TAKES_PIECES || TAKES_HALVES ? 1 : 4;  // words, and their distance
+    const int first = quad * 16 + lane * (TAKES_PIECES ? 4 : TAKES_HALVES ? 2 : 1);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      words[i] = TAKES_HALVES && i > 1 ? 0 : load_word<SIZE>(row, (words_before + (TAKES_PIECES || TAKES_HALVES ? i : i * 4)) * WORD);
+    for (int i = 0; i < 4; ++i) words[i] = i < COUNT ? load_word<SIZE>(row, (first + i * STEP) * WORD) : 0;
     return;
   }
   if (TAKES_PIECES) {
@@ -333,5 +341,15 @@ __device__ __forceinline__ void store_unit(const Sums& sum, const float (&factor
 }
 
 #endif
+
+// Writes a unit's result as it is.
+template <int SIZE>
+__device__ __forceinline__ void store_unit(const Sums& sum, const Rows<Storage>& to, const Unit& unit,
+                                           const BlockTile& tile, int first_block, char* shared) {
+  float one[LINES];
+#pragma unroll
+  for (int line = 0; line < LINES; ++line) one[line] = 1;
+  store_unit<SIZE>(sum, one, to, unit, tile, first_block, shared);
+}
 
 }  // namespace natten

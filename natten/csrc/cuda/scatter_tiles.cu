@@ -20,10 +20,10 @@ struct Scatter {
   int first_block;
   Rows<const Storage> rows;
   SlotPlaces places;
-  // For the slots of this thread's columns that belong to its tokens: their distance in bytes from a row of the stage, without
-  // the distance of slot 0 from a multiple of 16 bytes.
+  // The distance in bytes from a row of the stage to the slots of this thread's columns, as if slot 0 were at a multiple of
+  // 16 bytes.
   int slot_bytes[LINES_IN_X][ROW_BLOCKS][2];
-  // That distance is this plus the position of the row in global memory, modulo 16.
+  // Slot 0 is as many bytes after such a multiple as this plus the position of the row in global memory, modulo 16.
   unsigned low_part[LINES_IN_X][ROW_BLOCKS][2];
   unsigned selector[LINES_IN_X][ROW_BLOCKS];  // which of the columns attend to this thread's tokens
   Sums sum;
@@ -32,8 +32,7 @@ struct Scatter {
       : p(p), tile(tile), unit(unit), shared(shared), first_block(slice * SLICE),
         rows(rows_of<const Storage>(p, WEIGHTS, shared)), places(places_to_read(rows.step[2])) {
     find_columns(0);
-#pragma unroll
-    for (int i = 0; i < MATRICES * SLICE * 4; ++i) sum[i / 4 / SLICE][i / 4 % SLICE][i % 4] = 0;
+    clear(sum);
   }
 
   __device__ __forceinline__ void find_columns(int segment) {
@@ -92,11 +91,8 @@ struct Scatter {
   }
 
   __device__ __forceinline__ void finish() {
-    float one[LINES];
-#pragma unroll
-    for (int line = 0; line < LINES; ++line) one[line] = 1;
-    store_unit<HEAD_DIM>(sum, one, rows_of<Storage>(p, RESULT, shared), unit, tile, first_block,
-               shared + WARPS_AT + warp_index() * WARP_BYTES);
+    store_unit<HEAD_DIM>(sum, rows_of<Storage>(p, RESULT, shared), unit, tile, first_block,
+                         scratch_of_warp(shared));
   }
 };
 

@@ -34,8 +34,8 @@ __device__ __forceinline__ unsigned low_bits(const void* address) {
   return static_cast<unsigned>(reinterpret_cast<unsigned long long>(address));
 }
 
-// Copies a piece of a token's slots, if it contains any of the slots [first, end), asynchronously. to: slot 0. For a token that
-// does not exist, `end` is 0; nothing around it may be read.
+// Copies a piece of a token's slots, if it contains any of the slots [first, end), asynchronously. to: slot 0. For a token
+// that does not exist, `end` is 0. Nothing may be read there, not even the bytes before slot 0.
 __device__ __forceinline__ void copy_slots(const void* slots, int first, int end, int piece, char* to) {
   const int skipped = low_bits(slots) & 15, at = piece * 16 - skipped, bytes = end * SLOT_BYTES - at;
   const bool is_copied = first < end && first * SLOT_BYTES < at + 16;

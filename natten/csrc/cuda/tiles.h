@@ -8,7 +8,9 @@
 //   matrix fragment: line 0 is rows 0 to 7 of the first, line 1 its rows 8 to 15. A unit has one or two matrices, which
 //   share the operands that are read from shared memory.
 //
-// Compile-time parameters in addition to those of problem.h; natten/backends/cuda/tiles.py chooses them:
+// Compile-time parameters in addition to those of problem.h. natten/backends/cuda/__init__.py defines those of unfused attention:
+// LEFT and RIGHT, or ROWS and WEIGHTS, the tensors that a kernel reads, and RESULT, which it writes (TensorName). tiles.py
+// chooses the others:
 //   TILE_Z, TILE_Y, TILE_X  tokens per tile, along each axis
 //   MATRICES                matrices of 16 tokens per unit
 //   COLUMNS                 tokens per row of columns in shared memory, a multiple of 8
@@ -71,20 +73,23 @@ constexpr int BLOCKS = CHUNK_ROWS * ROW_BLOCKS;  // and per chunk
 // ---------------------------------------------------------------------------------------------------------------------
 
 constexpr int PITCH = PIECES;  // distance between columns, in pieces
-// Rows of pieces are adjacent. Pieces are swizzled, so that each of these accesses uses a bank once: 8 consecutive pieces;
-// the same piece of 8 rows, except in TF32; if the pitch is a multiple of 4, 4 pieces of 2 rows; in TF32, 2 pieces of 4 rows
-// at a distance of 2. An odd pitch distributes rows by itself.
-template <int PITCH>
+// Rows of pieces are adjacent, COUNT pieces per row. Pieces are swizzled, so that each of these accesses uses a bank once:
+// - 8 consecutive pieces
+// - the same piece of 8 rows, except in TF32
+// - 4 pieces of 2 rows, if COUNT is a multiple of 4
+// - in TF32, 2 pieces of 4 rows at a distance of 2
+// An odd COUNT distributes rows by itself.
+template <int COUNT>
 __device__ __forceinline__ int swizzle(int row) {
-  if (PITCH % 2) return 0;
-  if (PITCH % 4) return (row >> 2 & 1) * (Element::IS_TFLOAT ? 3 : 1);
-  if (Element::IS_TFLOAT) return (row & 6) ^ (PITCH % 8 ? 0 : (row & 1) << 2);
-  return ((row & 1) << 2 | (row & 2) | (row >> 2 & 1)) & (PITCH % 8 ? 3 : 7);
+  if (COUNT % 2) return 0;
+  if (COUNT % 4) return (row >> 2 & 1) * (Element::IS_TFLOAT ? 3 : 1);
+  if (Element::IS_TFLOAT) return (row & 6) ^ (COUNT % 8 ? 0 : (row & 1) << 2);
+  return ((row & 1) << 2 | (row & 2) | (row >> 2 & 1)) & (COUNT % 8 ? 3 : 7);
 }
 // Where a piece of a row is, in pieces after row 0. Rows may be counted from any multiple of 8.
-template <int PITCH>
+template <int COUNT>
 __device__ __forceinline__ int place_of(int row, int piece) {
-  return (row * PITCH + piece) ^ swizzle<PITCH>(row);
+  return (row * COUNT + piece) ^ swizzle<COUNT>(row);
 }
 
 constexpr int STAGE_TOKENS = STAGE_ROWS * COLUMNS;
