@@ -152,6 +152,8 @@ def test_kernels_compiled_ahead_include_those_of_a_model():
     gpu = find_gpu("9.0")
     found = compiling.all_kernels(gpu)
     assert kernels(gpu) <= found
+    names = {kernel.name for kernel in found}
+    assert names >= {f"natten_{name}" for name in ("attention", "logits_tiles", "gather_tiles", "scatter_tiles")}
     assert {dict(text.split("=") for text in kernel.definitions).get("ELEMENT") for kernel in found} >= {
         "0",
         "1",

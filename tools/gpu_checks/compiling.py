@@ -15,7 +15,7 @@ from benchmarks import gpu as benchmark_gpu
 from benchmarks import ops
 
 from gpu_checks import random_problems
-from gpu_checks.problems import float32_products
+from gpu_checks.problems import FUSED, float32_products, small_kernels
 from gpu_checks.rows import Writer
 from natten import profiler
 from natten.backends.cuda import driver, launches, nvrtc
@@ -48,8 +48,8 @@ def run(writer: Writer, is_rehearsal: bool) -> None:
 
 
 def all_kernels(gpu) -> set[Kernel]:
-    """Return the kernels of the random problems and of the measurements on a GPU."""
-    found = random_problems.kernels(gpu)
+    """Return the kernels of the random problems, of compute-sanitizer and of the measurements on a GPU."""
+    found = random_problems.kernels(gpu) | small_kernels(gpu)
     shapes = [ops.parse_plain(f"b128_{side}x{side}_h{heads}_d32_k7") for side, heads in _MODEL_MAPS]
     shapes += [shape._replace(batch=1) for shape in shapes]
     settings = [(shape, torch.bfloat16, "highest") for shape in shapes]
@@ -65,7 +65,7 @@ def all_kernels(gpu) -> set[Kernel]:
 def _kernels_of(case: ops.Case, dtype: torch.dtype, products: str, gpu) -> Iterable[Kernel]:
     query = torch.empty(case.batch, *case.space, case.heads, case.head_dim, dtype=dtype, device="meta")
     with float32_products(products):
-        steps = [launches(op, query, case.axes, case.has_rpb, gpu) for op in ("attention", "attention_backward")]
+        steps = [launches(op, query, case.axes, case.has_rpb, gpu) for op in FUSED]
     return {step.kernel for launched in steps for step in launched}
 
 

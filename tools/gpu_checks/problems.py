@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 import natten
+from natten.backends.cuda import launches
+from natten.backends.cuda.driver import Kernel
 from natten.checks import make_axes
+
+FUSED = ("attention", "attention_backward")
+UNFUSED = ("query_key", "query_key_backward", "weight_value", "weight_value_backward")
 
 
 class Machine(NamedTuple):
@@ -112,25 +117,50 @@ def is_good(error: float, peer_error: float) -> bool:
     return error <= max(8 * peer_error, 1.0)
 
 
+# Problems that run every kernel once, for compute-sanitizer, with a batch of 1 and 2 heads.
+_SMALL_PRECISIONS = ("bfloat16", "float32", "tf32")
+_SMALL = (  # map, head_dim and window
+    ((11, 13), 32, (5, 1, (1, 2), False)),
+    ((9, 17), 24, ((3, 4), 2, 1, (True, False))),
+    ((100,), 16, (70,)),
+    ((4, 5, 9), 16, (3,)),
+    ((5, 20, 20), 32, (5,)),
+)
+_SMALL_UNFUSED = (  # dtype, map, kernel_size and dilation, with a head_dim of 8
+    # Tiles are partial, and the weights of most tokens do not begin at a multiple of 16 bytes.
+    (torch.bfloat16, (13, 22), 7, (1, 2)),
+    (torch.float32, (9, 11), 3, 2),
+)
+
+
+def small_kernels(gpu) -> set[Kernel]:
+    """Return the kernels of `small_calls` on a GPU."""
+    problems = [
+        (FUSED, (1, *space, 2, dim), window, PRECISIONS[name][0], PRECISIONS[name][2])
+        for name in _SMALL_PRECISIONS
+        for space, dim, window in _SMALL
+    ]
+    problems += [
+        (UNFUSED, (1, *space, 2, 8), (kernel_size, 1, dilation), dtype, "highest")
+        for dtype, space, kernel_size, dilation in _SMALL_UNFUSED
+    ]
+    found = set()
+    for ops, shape, window, dtype, products in problems:
+        query, axes = torch.empty(shape, dtype=dtype, device="meta"), make_axes(shape[1:-2], *window)
+        with float32_products(products):
+            found |= {step.kernel for op in ops for step in launches(op, query, axes, True, gpu)}
+    return found
+
+
 def small_calls(machine: Machine) -> None:
-    """Run every kernel once on a small problem, for compute-sanitizer."""
-    for precision in ("bfloat16", "float32", "tf32"):
+    """Run every kernel once on a small problem."""
+    for precision in _SMALL_PRECISIONS:
         dtype, _, products = PRECISIONS[precision]
-        for space, dim, window in (
-            ((11, 13), 32, (5, 1, (1, 2), False)),
-            ((9, 17), 24, ((3, 4), 2, 1, (True, False))),
-            ((100,), 16, (70,)),
-            ((4, 5, 9), 16, (3,)),
-            ((5, 20, 20), 32, (5,)),
-        ):
+        for space, dim, window in _SMALL:
             qkv, rpb = make_inputs(machine, 1, space, 2, dim, kernel_size_of(len(space), window), dtype)
             with float32_products(products):
                 run_step(qkv, rpb, machine.backend, *window)
-    # In bfloat16, tiles are partial, and the weights of most tokens do not begin at a multiple of 16 bytes.
-    for dtype, space, kernel_size, dilation in (
-        (torch.bfloat16, (13, 22), 7, (1, 2)),
-        (torch.float32, (9, 11), 3, 2),
-    ):
+    for dtype, space, kernel_size, dilation in _SMALL_UNFUSED:
         q, k, v = (torch.randn(1, 2, *space, 8, device=machine.device).to(dtype).requires_grad_() for _ in range(3))
         rpb = torch.randn(2, *(2 * kernel_size - 1,) * 2, device=machine.device, requires_grad=True)
         attn = natten.na2d_qk(q, k, kernel_size, dilation, rpb=rpb, backend=machine.backend).softmax(-1)

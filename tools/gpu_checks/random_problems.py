@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from gpu_checks.problems import PRECISIONS, Machine, errors, float32_products, is_good, machine
+from gpu_checks.problems import FUSED, PRECISIONS, Machine, errors, float32_products, is_good, machine
 from gpu_checks.rows import Writer
 from natten.backends import cuda
 from natten.backends.cuda.driver import Kernel
@@ -60,7 +60,7 @@ def kernels(gpu) -> set[Kernel]:
                 query = torch.empty(*BATCHES[0][:1], *space, BATCHES[0][1], dim, dtype=dtype, device="meta")
                 axes = make_axes(space, *window)
                 with float32_products(products):
-                    for op in ("attention", "attention_backward"):
+                    for op in FUSED:
                         found |= {step.kernel for step in cuda.launches(op, query, axes, has_rpb, gpu)}
     return found
 
