@@ -171,7 +171,7 @@ def test_early_stop(tiny, run_folder, capsys):
     more = ["--early-stop", 1, "--lr", 0, "--min-lr", 0, "--warmup-lr", 0]
     train.main(tiny(*more, epochs=9))
     assert len((run_folder / "summary.csv").read_text().splitlines()) == 1 + 2
-    assert "1 epochs" in capsys.readouterr().out
+    assert "in 1 epoch." in capsys.readouterr().out
 
 
 # ----- batches -----

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from mutations import check_reader, damaged_bytes, damaged_values, limited
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification
 
 import natzoo.hf as hf
@@ -177,12 +178,13 @@ def test_code_is_never_run(folder, monkeypatch):
     assert not list(folder.parent.rglob("OWNED"))
 
 
-def test_command_line(folder):
+def test_command_line(folder, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for name, values in {"config.json": {"depths": None}, "preprocessor_config.json": {"image_mean": "x"}}.items():
         before = (folder / name).read_text()
         change(folder / name, **values)
         done = subprocess.run(
-            [sys.executable, PROJECT / "classification" / "predict.py", "a.png", "--checkpoint", folder],
+            [sys.executable, PROJECT / "classification" / "predict.py", tmp_path / "a.png", "--checkpoint", folder],
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
