@@ -528,8 +528,9 @@ def _check_config(config: dict[str, Any], parser: argparse.ArgumentParser, path:
     for key, value in config.items():
         if key not in actions:
             names = command_line.closest(str(key)[:100], actions)
-            hint = f"did you mean {' or '.join(map(repr, names))}?" if names else "train.py --help lists all keys"
-            hint += "" if names else ", and arguments of the model go below model_kwargs."
+            hint = "train.py --help lists all keys, and arguments of the model go below model_kwargs."
+            if names:
+                hint = f"did you mean {' or '.join(map(repr, names))}?"
             raise ValueError(f"{path} has the unknown key {shown(key)}; {hint}")
         try:
             checked[key] = _convert(actions[key], value)

@@ -57,6 +57,22 @@ def float32_products(setting: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def kernels_of(ops, shape, window, dtype: torch.dtype, products: str, has_rpb: bool, gpu) -> set[Kernel]:
+    """Return the kernels of a problem on a GPU.
+
+    Args:
+        ops: FUSED or UNFUSED.
+        shape: batch, space, heads and head_dim.
+        window: kernel_size, and optionally stride, dilation and is_causal.
+        dtype, products: as in PRECISIONS.
+        has_rpb: whether there is a bias.
+        gpu: properties of the GPU, which need not be present.
+    """
+    query, axes = torch.empty(shape, dtype=dtype, device="meta"), make_axes(shape[1:-2], *window)
+    with float32_products(products):
+        return {step.kernel for op in ops for step in launches(op, query, axes, has_rpb, gpu)}
+
+
 def make_inputs(
     machine: Machine, batch, space, heads, dim, kernel_size, dtype=torch.bfloat16, seed=0, has_rpb=True
 ) -> tuple[Tensor, Tensor | None]:
@@ -144,12 +160,7 @@ def small_kernels(gpu) -> set[Kernel]:
         (UNFUSED, (1, *space, 2, 8), (kernel_size, 1, dilation), dtype, "highest")
         for dtype, space, kernel_size, dilation in _SMALL_UNFUSED
     ]
-    found = set()
-    for ops, shape, window, dtype, products in problems:
-        query, axes = torch.empty(shape, dtype=dtype, device="meta"), make_axes(shape[1:-2], *window)
-        with float32_products(products):
-            found |= {step.kernel for op in ops for step in launches(op, query, axes, True, gpu)}
-    return found
+    return {kernel for given in problems for kernel in kernels_of(*given, True, gpu)}
 
 
 def small_calls(machine: Machine) -> None:

@@ -10,11 +10,9 @@ import time
 
 import torch
 
-from gpu_checks.problems import FUSED, PRECISIONS, Machine, errors, float32_products, is_good, machine
+from gpu_checks.problems import FUSED, PRECISIONS, Machine, errors, is_good, kernels_of, machine
 from gpu_checks.rows import Writer
-from natten.backends import cuda
 from natten.backends.cuda.driver import Kernel
-from natten.checks import make_axes
 
 PROBLEMS = 1000  # per rank
 
@@ -56,12 +54,9 @@ def kernels(gpu) -> set[Kernel]:
     found = set()
     for rank in WINDOWS:
         for window, space, dim, has_rpb in cases(rank):
+            batch, heads = BATCHES[0]
             for dtype, _, products in PRECISIONS.values():
-                query = torch.empty(*BATCHES[0][:1], *space, BATCHES[0][1], dim, dtype=dtype, device="meta")
-                axes = make_axes(space, *window)
-                with float32_products(products):
-                    for op in FUSED:
-                        found |= {step.kernel for step in cuda.launches(op, query, axes, has_rpb, gpu)}
+                found |= kernels_of(FUSED, (batch, *space, heads, dim), window, dtype, products, has_rpb, gpu)
     return found
 
 
