@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from natzoo.checkpoints import write_table
+from natzoo.checkpoints import write_atomically, write_table
 from natzoo.command_line import printable
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class WandB(OnlineTracker):
         super().__init__(folder, options, first_update)
         path = _run_id(folder)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(self.run.id)
+        write_atomically(path, lambda file: file.write(self.run.id.encode()))
 
     def options(self, folder: Path, first_update: int) -> dict[str, Any]:
         path = _run_id(folder)
